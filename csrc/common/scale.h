@@ -1,0 +1,112 @@
+// From a network's raw output s to a standard deviation, and back for the gradient (fastelbo.Scale holds the formulas).
+// Templates over the value type V; see common/philox.h for how these files are included.
+
+// What a Scale says of a raw value: the standard deviation, its logarithm, and their slopes. What a caller does not use,
+// the compiler does not compute. `exponential` is Scale::exponential() at compile time.
+template <class V, bool exponential>
+struct Spread {
+  V std;         // sigma
+  V log_std;     // ln sigma
+  V half_inv;    // sigma^-1/2 where exponential: its square reaches where 1 / sigma overflows
+  V d_std;       // d sigma / d s
+  V d_logvar;    // d ln sigma^2 / d s
+
+  // x / sigma, finite wherever the quotient is.
+  FASTELBO_INLINE V divide(V x) const {
+    if constexpr (exponential) return x * half_inv * half_inv;
+    else return x / std;
+  }
+};
+
+// The raw value limited by clamp and soft_clamp; NaN stays NaN. *slope is d t / d s inside the clamp.
+template <class V>
+FASTELBO_INLINE V limit(const Scale& scale, V s, V* slope) {
+  V t = s;
+  if (scale.clamped) t = min(V(scale.clamp_hi), max(V(scale.clamp_lo), s));
+  *slope = V(1);
+  if (scale.soft_clamp > 0) {
+    V ratio = tanh(t * V(1 / scale.soft_clamp));
+    t = V(scale.soft_clamp) * ratio;
+    *slope = fma(-ratio, ratio, V(1));
+  }
+  return t;
+}
+
+template <bool exponential, class V>
+FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s) {
+  Spread<V, exponential> out;
+  V slope, t = limit(scale, s, &slope);
+  if constexpr (exponential) {
+    V c(scale.kind == Scale::logvar ? 0.5f : 1.0f);
+    out.log_std = c * t;
+    out.std = exp(out.log_std);
+    out.half_inv = exp(V(-0.5f) * out.log_std);
+    out.d_logvar = V(2) * c * slope;
+    out.d_std = out.std * c * slope;
+    return out;
+  }
+  V base, d_base, log_base;  // the kind's own sigma, its slope, its logarithm
+  switch (scale.kind) {
+    case Scale::logvar:
+    case Scale::log_std: {
+      V c(scale.kind == Scale::logvar ? 0.5f : 1.0f);
+      log_base = c * t;
+      base = exp(log_base);
+      d_base = c * base;
+      break;
+    }
+    case Scale::std:
+      base = t;
+      d_base = V(1);
+      log_base = log(t);
+      break;
+    case Scale::var:
+      base = sqrt(t);
+      d_base = V(0.5f) / base;
+      log_base = V(0.5f) * log(t);
+      break;
+    default: {  // softplus(t; beta) = max(t, 0) + log1p(exp(-|beta t|)) / beta
+      V x = V(scale.beta) * t;
+      V tail = exp(-abs(x));
+      base = (max(x, V(0)) + log1p(tail)) * V(1 / scale.beta);
+      d_base = select(x < V(0), tail, V(1)) / (V(1) + tail);
+      // Far below zero softplus(x) is exp(x), and its logarithm is x long after exp(x) has become 0.
+      log_base = select(x < V(-17), x - V(scale.log_beta), log(base));
+    }
+  }
+  if (scale.min_std > 0 || scale.var_eps > 0) {
+    V shifted = base + V(scale.min_std);
+    out.std = scale.var_eps > 0 ? sqrt(fma(shifted, shifted, V(scale.var_eps))) : shifted;
+    out.log_std = log(out.std);
+    if (scale.var_eps > 0) d_base = d_base * (shifted / out.std);
+  } else {
+    out.std = base;
+    out.log_std = log_base;
+  }
+  out.d_std = d_base * slope;
+  out.d_logvar = V(2) * out.d_std / out.std;
+  if (scale.kind == Scale::softplus && scale.min_std == 0 && scale.var_eps == 0)
+    out.d_logvar = select(V(scale.beta) * t < V(-17), V(2 * scale.beta) * slope, out.d_logvar);
+  return out;
+}
+
+// The gradient that reaches the raw value s when the limited value is owed `grad`.
+template <class V>
+FASTELBO_INLINE V clamp_gradient(const Scale& scale, V s, V grad) {
+  if (!scale.clamped || scale.clamp_grad == Scale::straight_through) return grad;
+  auto below = s < V(scale.clamp_lo), above = s > V(scale.clamp_hi);
+  if (scale.clamp_grad == Scale::inward) {  // a descent step moves s against the gradient
+    V passed_below = select(grad < V(0), grad, V(0)), passed_above = select(grad > V(0), grad, V(0));
+    return select(below, passed_below, select(above, passed_above, grad));
+  }
+  return select(below, V(0), select(above, V(0), grad));
+}
+
+// ln(sigma_q / sigma_p). Where both come as standard deviations and lie close, through their exact difference.
+template <class V, bool exponential>
+FASTELBO_INLINE V log_ratio(const Spread<V, exponential>& q, const Spread<V, exponential>& p) {
+  V difference = q.log_std - p.log_std;
+  if constexpr (exponential) return difference;
+  V relative = (q.std - p.std) / p.std;
+  return select(abs(relative) < V(0.5f), log1p(relative), difference);
+}

@@ -1,0 +1,141 @@
+// KL(N(mean_q, sigma(s_q)^2) || N(mean_p, sigma(s_p)^2)) or || N(0, 1), elementwise or summed over each event.
+#ifndef FASTELBO_ISA
+#include "host.h"
+
+namespace fastelbo {
+
+struct GaussianKLArgs {
+  Operand mean_q, s_q, mean_p, s_p;  // no mean_p: the standard normal
+  Scale scale, scale_p;
+  Tiling tiling;
+  Terms* kl;
+  Operand d_kl;
+  Operand d_mean_q, d_s_q, d_mean_p, d_s_p;  // no d_mean_p: the prior needs no gradient
+};
+
+}  // namespace fastelbo
+
+#define FASTELBO_LOOPS "gaussian_kl.cpp"
+#include "per_isa.h"
+#endif
+
+#ifdef FASTELBO_ISA
+namespace fastelbo::FASTELBO_ISA {
+
+template <class T, bool exponential>
+void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
+  using V = typename VectorOf<T>::type;
+  T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], kl_tile[kTile];
+  for (int64_t index = begin; index < end; ++index) {
+    Tile tile = args.tiling[index];
+    int64_t start = tile.start;
+    int n = tile.count;
+    const T* mean_q = read_tile(args.mean_q, start, n, mean_q_tile);
+    const T* s_q = read_tile(args.s_q, start, n, s_q_tile);
+    T* kl = output_terms(*args.kl, tile, kl_tile);
+    if (!args.mean_p.data) {
+      for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+        store(kl + i, gaussian_kl(load(mean_q + i, part), spread<exponential>(args.scale, load(s_q + i, part))).value, part);
+      });
+    } else {
+      const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
+      const T* s_p = read_tile(args.s_p, start, n, s_p_tile);
+      for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+        V delta = load(mean_q + i, part) - load(mean_p + i, part);
+        Spread<V, exponential> q = spread<exponential>(args.scale, load(s_q + i, part)), p = spread<exponential>(args.scale_p, load(s_p + i, part));
+        store(kl + i, gaussian_kl(delta, q, p).value, part);
+      });
+    }
+    finish_terms(*args.kl, args.tiling, tile, kl, kl_tile);
+  }
+}
+
+template <class T, bool exponential>
+void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
+  using V = typename VectorOf<T>::type;
+  T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], d_kl_tile[kTile];
+  T d_mean_q_tile[kTile], d_s_q_tile[kTile], d_mean_p_tile[kTile], d_s_p_tile[kTile];
+  for (int64_t index = begin; index < end; ++index) {
+    Tile tile = args.tiling[index];
+    int64_t start = tile.start;
+    int n = tile.count;
+    const T* mean_q = read_tile(args.mean_q, start, n, mean_q_tile);
+    const T* s_q = read_tile(args.s_q, start, n, s_q_tile);
+    const T* d_kl = read_tile(args.d_kl, start, n, d_kl_tile);
+    T* d_mean_q = output(args.d_mean_q, start, n, d_mean_q_tile);
+    T* d_s_q = output(args.d_s_q, start, n, d_s_q_tile);
+    if (!args.mean_p.data) {
+      for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+        V raw = load(s_q + i, part), upstream = load(d_kl + i, part);
+        Spread<V, exponential> q = spread<exponential>(args.scale, raw);
+        GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part), q);
+        store(d_mean_q + i, upstream * kl.d_mean_q, part);
+        store(d_s_q + i, clamp_gradient(args.scale, raw, upstream * (kl.d_logvar_q * q.d_logvar)), part);
+      });
+    } else {
+      const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
+      const T* s_p = read_tile(args.s_p, start, n, s_p_tile);
+      bool prior = args.d_mean_p.data;
+      T* d_mean_p = prior ? output(args.d_mean_p, start, n, d_mean_p_tile) : d_mean_p_tile;
+      T* d_s_p = prior ? output(args.d_s_p, start, n, d_s_p_tile) : d_s_p_tile;
+      for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+        V raw_q = load(s_q + i, part), raw_p = load(s_p + i, part), upstream = load(d_kl + i, part);
+        Spread<V, exponential> q = spread<exponential>(args.scale, raw_q), p = spread<exponential>(args.scale_p, raw_p);
+        GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part) - load(mean_p + i, part), q, p);
+        V d_mean = upstream * kl.d_mean_q;
+        store(d_mean_q + i, d_mean, part);
+        store(d_s_q + i, clamp_gradient(args.scale, raw_q, upstream * (kl.d_logvar_q * q.d_logvar)), part);
+        store(d_mean_p + i, -d_mean, part);
+        store(d_s_p + i, clamp_gradient(args.scale_p, raw_p, upstream * (kl.d_logvar_p * p.d_logvar)), part);
+      });
+      if (prior) {
+        finish(args.d_mean_p, start, n, d_mean_p, d_mean_p_tile);
+        finish(args.d_s_p, start, n, d_s_p, d_s_p_tile);
+      }
+    }
+    finish(args.d_mean_q, start, n, d_mean_q, d_mean_q_tile);
+    finish(args.d_s_q, start, n, d_s_q, d_s_q_tile);
+  }
+}
+
+}  // namespace fastelbo::FASTELBO_ISA
+#else
+namespace fastelbo {
+
+Tensor gaussian_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
+                       std::vector<double> scale, std::vector<double> scale_p, int64_t event_ndim) {
+  Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
+  ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
+  Tiling tiling = event_tiling(shape, event_ndim);
+  Terms kl(shape, event_ndim, dtype, mean_q, tiling);
+  GaussianKLArgs args{{mean_q, shape}, {s_q, shape}, {mean_p, shape}, {s_p, shape}, parse_scale(scale), parse_scale(scale_p),
+                      tiling, &kl};
+  FASTELBO_RUN(gaussian_kl_fwd, dtype, args.scale.exponential() && args.scale_p.exponential(), args, tiling.tiles());
+  return kl.finish(dtype, tiling);
+}
+
+// Returns d_mean_q, d_s_q, d_mean_p, d_s_p, each of the full broadcast shape; the last two are empty without prior_grad.
+std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(
+    Tensor d_kl, Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
+    std::vector<double> scale, std::vector<double> scale_p, int64_t event_ndim, bool prior_grad) {
+  Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
+  ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
+  Tensor d_mean_q = allocate_gradient(shape, mean_q), d_s_q = allocate_gradient(shape, s_q);
+  Tensor d_mean_p = allocate_gradient(shape, mean_p, prior_grad), d_s_p = allocate_gradient(shape, s_p, prior_grad);
+  GaussianKLArgs args{{mean_q, shape}, {s_q, shape}, {mean_p, shape}, {s_p, shape}, parse_scale(scale), parse_scale(scale_p),
+                      {1, shape.numel()}, nullptr, {d_kl, shape, event_ndim}, {d_mean_q, shape}, {d_s_q, shape}};
+  if (prior_grad) {
+    args.d_mean_p = {d_mean_p, shape};
+    args.d_s_p = {d_s_p, shape};
+  }
+  FASTELBO_RUN(gaussian_kl_bwd, dtype, args.scale.exponential() && args.scale_p.exponential(), args, args.tiling.tiles());
+  return {d_mean_q, d_s_q, d_mean_p, d_s_p};
+}
+
+}  // namespace fastelbo
+
+STABLE_TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
+  m.impl("gaussian_kl_fwd", TORCH_BOX(&fastelbo::gaussian_kl_fwd));
+  m.impl("gaussian_kl_bwd", TORCH_BOX(&fastelbo::gaussian_kl_bwd));
+}
+#endif

@@ -1,0 +1,109 @@
+// ln N(x; mean, sigma(s)^2), or its negative, elementwise or summed over each event.
+#ifndef FASTELBO_ISA
+#include "host.h"
+
+namespace fastelbo {
+
+struct GaussianLogProb {
+  Operand x, mean, s;
+  Scale scale;
+  double sign;  // of the negative log-likelihood in the result
+  Tiling tiling;
+  Terms* log_prob;
+  Operand d_out;
+  Operand d_x, d_mean, d_s;  // no d_x: x needs no gradient
+};
+
+}  // namespace fastelbo
+
+#define FASTELBO_LOOPS "gaussian_log_prob.cpp"
+#include "per_isa.h"
+#endif
+
+#ifdef FASTELBO_ISA
+namespace fastelbo::FASTELBO_ISA {
+
+template <class T, bool exponential>
+void gaussian_log_prob_fwd(const GaussianLogProb& args, int64_t begin, int64_t end) {
+  using V = typename VectorOf<T>::type;
+  T x_tile[kTile], mean_tile[kTile], s_tile[kTile], out_tile[kTile];
+  for (int64_t index = begin; index < end; ++index) {
+    Tile tile = args.tiling[index];
+    int64_t start = tile.start;
+    int n = tile.count;
+    const T* x = read_tile(args.x, start, n, x_tile);
+    const T* mean = read_tile(args.mean, start, n, mean_tile);
+    const T* s = read_tile(args.s, start, n, s_tile);
+    T* out = output_terms(*args.log_prob, tile, out_tile);
+    V sign(args.sign);
+    for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+      V delta = load(x + i, part) - load(mean + i, part);
+      store(out + i, sign * gaussian_nll(delta, spread<exponential>(args.scale, load(s + i, part))).value, part);
+    });
+    finish_terms(*args.log_prob, args.tiling, tile, out, out_tile);
+  }
+}
+
+template <class T, bool exponential>
+void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t end) {
+  using V = typename VectorOf<T>::type;
+  T x_tile[kTile], mean_tile[kTile], s_tile[kTile], d_out_tile[kTile], d_x_tile[kTile], d_mean_tile[kTile], d_s_tile[kTile];
+  for (int64_t index = begin; index < end; ++index) {
+    auto [start, n, row, rows] = args.tiling[index];
+    const T* x = read_tile(args.x, start, n, x_tile);
+    const T* mean = read_tile(args.mean, start, n, mean_tile);
+    const T* s = read_tile(args.s, start, n, s_tile);
+    const T* d_out = read_tile(args.d_out, start, n, d_out_tile);
+    bool x_grad = args.d_x.data;
+    T* d_x = x_grad ? output(args.d_x, start, n, d_x_tile) : d_x_tile;
+    T* d_mean = output(args.d_mean, start, n, d_mean_tile);
+    T* d_s = output(args.d_s, start, n, d_s_tile);
+    V sign(args.sign);
+    for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+      V raw = load(s + i, part), upstream = sign * load(d_out + i, part);
+      Spread<V, exponential> p = spread<exponential>(args.scale, raw);
+      GaussianNLL<V> nll = gaussian_nll(load(x + i, part) - load(mean + i, part), p);
+      V d_delta = upstream * nll.d_x;
+      if (x_grad) store(d_x + i, d_delta, part);
+      store(d_mean + i, -d_delta, part);
+      store(d_s + i, clamp_gradient(args.scale, raw, upstream * (nll.d_logvar * p.d_logvar)), part);
+    });
+    if (x_grad) finish(args.d_x, start, n, d_x, d_x_tile);
+    finish(args.d_mean, start, n, d_mean, d_mean_tile);
+    finish(args.d_s, start, n, d_s, d_s_tile);
+  }
+}
+
+}  // namespace fastelbo::FASTELBO_ISA
+#else
+namespace fastelbo {
+
+Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double> scale, int64_t event_ndim, bool negative) {
+  Shape shape = Shape(x).broadcast(mean).broadcast(s);
+  ScalarType dtype = arithmetic_type({&x, &mean, &s});
+  Tiling tiling = event_tiling(shape, event_ndim);
+  Terms log_prob(shape, event_ndim, dtype, mean, tiling);
+  GaussianLogProb args{{x, shape}, {mean, shape}, {s, shape}, parse_scale(scale), negative ? 1.0 : -1.0, tiling, &log_prob};
+  FASTELBO_RUN(gaussian_log_prob_fwd, dtype, args.scale.exponential(), args, tiling.tiles());
+  return log_prob.finish(dtype, tiling);
+}
+
+// Returns d_x, d_mean, d_s, each of the full broadcast shape; the first is empty without x_grad.
+std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x, Tensor mean, Tensor s, std::vector<double> scale,
+                                                         int64_t event_ndim, bool negative, bool x_grad) {
+  Shape shape = Shape(x).broadcast(mean).broadcast(s);
+  Tensor d_x = allocate_gradient(shape, x, x_grad), d_mean = allocate_gradient(shape, mean), d_s = allocate_gradient(shape, s);
+  GaussianLogProb args{{x, shape}, {mean, shape}, {s, shape}, parse_scale(scale), negative ? 1.0 : -1.0, {1, shape.numel()},
+                       nullptr, {d_out, shape, event_ndim}, {}, {d_mean, shape}, {d_s, shape}};
+  if (x_grad) args.d_x = {d_x, shape};
+  FASTELBO_RUN(gaussian_log_prob_bwd, arithmetic_type({&x, &mean, &s}), args.scale.exponential(), args, args.tiling.tiles());
+  return {d_x, d_mean, d_s};
+}
+
+}  // namespace fastelbo
+
+STABLE_TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
+  m.impl("gaussian_log_prob_fwd", TORCH_BOX(&fastelbo::gaussian_log_prob_fwd));
+  m.impl("gaussian_log_prob_bwd", TORCH_BOX(&fastelbo::gaussian_log_prob_bwd));
+}
+#endif

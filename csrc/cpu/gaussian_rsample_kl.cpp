@@ -1,0 +1,169 @@
+// A posterior sample and its KL divergence from the prior in one pass over the data, forward and backward.
+#ifndef FASTELBO_ISA
+#include "host.h"
+
+namespace fastelbo {
+
+struct GaussianRsampleKL {
+  Operand mean_q, s_q, mean_p, s_p;  // [...]; no mean_p: the standard normal
+  Noise noise;                       // [K, ...]
+  Scale scale, scale_p;
+  Tiling tiling;
+  int64_t numel;                     // of [...]
+  Operand z;                         // [K, ...]
+  Terms* kl;
+  Operand d_z, d_kl;
+  Operand d_mean_q, d_s_q, d_mean_p, d_s_p;  // no d_mean_p: the prior needs no gradient
+};
+
+}  // namespace fastelbo
+
+#define FASTELBO_LOOPS "gaussian_rsample_kl.cpp"
+#include "per_isa.h"
+#endif
+
+#ifdef FASTELBO_ISA
+namespace fastelbo::FASTELBO_ISA {
+
+template <class T, bool exponential>
+void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64_t end) {
+  using V = typename VectorOf<T>::type;
+  T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], z_tile[kTile], std_tile[kTile], kl_tile[kTile];
+  NoiseTile<T> noise_tile;
+  for (int64_t index = begin; index < end; ++index) {
+    Tile tile = args.tiling[index];
+    int64_t start = tile.start;
+    int n = tile.count;
+    const T* mean_q = read_tile(args.mean_q, start, n, mean_q_tile);
+    const T* s_q = read_tile(args.s_q, start, n, s_q_tile);
+    T* kl = output_terms(*args.kl, tile, kl_tile);
+    if (!args.mean_p.data) {
+      for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+        Spread<V, exponential> q = spread<exponential>(args.scale, load(s_q + i, part));
+        store(std_tile + i, q.std, part);
+        store(kl + i, gaussian_kl(load(mean_q + i, part), q).value, part);
+      });
+    } else {
+      const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
+      const T* s_p = read_tile(args.s_p, start, n, s_p_tile);
+      for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+        V delta = load(mean_q + i, part) - load(mean_p + i, part);
+        Spread<V, exponential> q = spread<exponential>(args.scale, load(s_q + i, part)), p = spread<exponential>(args.scale_p, load(s_p + i, part));
+        store(std_tile + i, q.std, part);
+        store(kl + i, gaussian_kl(delta, q, p).value, part);
+      });
+    }
+    finish_terms(*args.kl, args.tiling, tile, kl, kl_tile);
+    V temperature(args.noise.temperature);
+    for (int64_t sample = 0; sample < args.noise.samples; ++sample) {
+      int64_t out = sample * args.numel + start;
+      const T* noise = noise_tile.read(args.noise, sample, start, n, args.numel);
+      T* z = output(args.z, out, n, z_tile);
+      for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+        store(z + i, fma(temperature * load(std_tile + i, part), load(noise + i, part), load(mean_q + i, part)), part);
+      });
+      finish(args.z, out, n, z, z_tile);
+    }
+  }
+}
+
+template <class T, bool exponential>
+void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64_t end) {
+  using V = typename VectorOf<T>::type;
+  T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], d_kl_tile[kTile];
+  T d_mean_q_tile[kTile], d_s_q_tile[kTile], d_mean_p_tile[kTile], d_s_p_tile[kTile];
+  SampleGradient<T> sampled;
+  for (int64_t index = begin; index < end; ++index) {
+    auto [start, n, row, rows] = args.tiling[index];
+    const T* mean_q = read_tile(args.mean_q, start, n, mean_q_tile);
+    const T* s_q = read_tile(args.s_q, start, n, s_q_tile);
+    const T* d_kl = read_tile(args.d_kl, start, n, d_kl_tile);
+    T* d_mean_q = output(args.d_mean_q, start, n, d_mean_q_tile);
+    T* d_s_q = output(args.d_s_q, start, n, d_s_q_tile);
+    sampled.read(args.noise, args.d_z, start, n, args.numel);
+    V temperature(args.noise.temperature);
+    if (!args.mean_p.data) {
+      for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+        V raw = load(s_q + i, part), upstream = load(d_kl + i, part);
+        Spread<V, exponential> q = spread<exponential>(args.scale, raw);
+        GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part), q);
+        store(d_mean_q + i, fma(upstream, kl.d_mean_q, load(sampled.d_z + i, part)), part);
+        V d_s = fma(temperature * q.d_std, load(sampled.d_z_noise + i, part), upstream * (kl.d_logvar_q * q.d_logvar));
+        store(d_s_q + i, clamp_gradient(args.scale, raw, d_s), part);
+      });
+    } else {
+      const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
+      const T* s_p = read_tile(args.s_p, start, n, s_p_tile);
+      bool prior = args.d_mean_p.data;
+      T* d_mean_p = prior ? output(args.d_mean_p, start, n, d_mean_p_tile) : d_mean_p_tile;
+      T* d_s_p = prior ? output(args.d_s_p, start, n, d_s_p_tile) : d_s_p_tile;
+      for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+        V raw_q = load(s_q + i, part), raw_p = load(s_p + i, part), upstream = load(d_kl + i, part);
+        Spread<V, exponential> q = spread<exponential>(args.scale, raw_q), p = spread<exponential>(args.scale_p, raw_p);
+        GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part) - load(mean_p + i, part), q, p);
+        V d_mean = upstream * kl.d_mean_q;
+        store(d_mean_q + i, d_mean + load(sampled.d_z + i, part), part);
+        V d_s = fma(temperature * q.d_std, load(sampled.d_z_noise + i, part), upstream * (kl.d_logvar_q * q.d_logvar));
+        store(d_s_q + i, clamp_gradient(args.scale, raw_q, d_s), part);
+        store(d_mean_p + i, -d_mean, part);
+        store(d_s_p + i, clamp_gradient(args.scale_p, raw_p, upstream * (kl.d_logvar_p * p.d_logvar)), part);
+      });
+      if (prior) {
+        finish(args.d_mean_p, start, n, d_mean_p, d_mean_p_tile);
+        finish(args.d_s_p, start, n, d_s_p, d_s_p_tile);
+      }
+    }
+    finish(args.d_mean_q, start, n, d_mean_q, d_mean_q_tile);
+    finish(args.d_s_q, start, n, d_s_q, d_s_q_tile);
+  }
+}
+
+}  // namespace fastelbo::FASTELBO_ISA
+#else
+namespace fastelbo {
+
+std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
+    Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p, std::optional<Tensor> seed,
+    std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
+    std::vector<double> scale, std::vector<double> scale_p, int64_t event_ndim, ScalarType out_dtype) {
+  Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
+  Shape out = shape.prepend(num_samples);
+  ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
+  Tensor z = num_samples ? allocate(out, out_dtype) : allocate(out, out_dtype, mean_q);
+  Tiling tiling = event_tiling(shape, event_ndim);
+  Terms kl(shape, event_ndim, dtype, mean_q, tiling);
+  GaussianRsampleKL args{{mean_q, shape}, {s_q, shape}, {mean_p, shape}, {s_p, shape},
+                         {noise, seed, noise_offset, num_samples, temperature, shape},
+                         parse_scale(scale), parse_scale(scale_p), tiling, shape.numel(), {z, out}, &kl};
+  FASTELBO_RUN(gaussian_rsample_kl_fwd, dtype, args.scale.exponential() && args.scale_p.exponential(), args, tiling.tiles());
+  return {z, kl.finish(dtype, tiling)};
+}
+
+// Returns d_mean_q, d_s_q, d_mean_p, d_s_p, each of the full broadcast shape; the last two are empty without prior_grad.
+std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
+    Tensor d_z, Tensor d_kl, Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
+    std::optional<Tensor> seed, std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples,
+    double temperature, std::vector<double> scale, std::vector<double> scale_p, int64_t event_ndim, bool prior_grad) {
+  Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
+  ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
+  Tensor d_mean_q = allocate_gradient(shape, mean_q), d_s_q = allocate_gradient(shape, s_q);
+  Tensor d_mean_p = allocate_gradient(shape, mean_p, prior_grad), d_s_p = allocate_gradient(shape, s_p, prior_grad);
+  GaussianRsampleKL args{{mean_q, shape}, {s_q, shape}, {mean_p, shape}, {s_p, shape},
+                         {noise, seed, noise_offset, num_samples, temperature, shape},
+                         parse_scale(scale), parse_scale(scale_p), {1, shape.numel()}, shape.numel(), {}, nullptr,
+                         {d_z, shape.prepend(num_samples)}, {d_kl, shape, event_ndim}, {d_mean_q, shape}, {d_s_q, shape}};
+  if (prior_grad) {
+    args.d_mean_p = {d_mean_p, shape};
+    args.d_s_p = {d_s_p, shape};
+  }
+  FASTELBO_RUN(gaussian_rsample_kl_bwd, dtype, args.scale.exponential() && args.scale_p.exponential(), args, args.tiling.tiles());
+  return {d_mean_q, d_s_q, d_mean_p, d_s_p};
+}
+
+}  // namespace fastelbo
+
+STABLE_TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
+  m.impl("gaussian_rsample_kl_fwd", TORCH_BOX(&fastelbo::gaussian_rsample_kl_fwd));
+  m.impl("gaussian_rsample_kl_bwd", TORCH_BOX(&fastelbo::gaussian_rsample_kl_bwd));
+}
+#endif

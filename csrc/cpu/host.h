@@ -1,0 +1,142 @@
+// The host side of the CPU ops: tensors in, operands out. Talks to torch through its stable ABI only.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../common/scale_params.h"
+
+namespace fastelbo {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+enum class Isa { portable, avx2, avx512 };
+// The best instruction set of this processor; FASTELBO_CPU_ISA may name a lesser one.
+Isa isa();
+
+constexpr int kTile = 1024;  // elements: six float tiles fit a first-level cache
+constexpr int kMaxDims = 16;
+
+// From the schema's list: kind, clamp_grad, clamp_lo, clamp_hi, soft_clamp, min_std, var_eps, beta.
+Scale parse_scale(const std::vector<double>& values);
+
+enum class Format { f32, f64, bf16, f16 };
+Format format_of(ScalarType dtype);
+
+struct Shape {
+  int ndim = 0;
+  int64_t size[kMaxDims];
+
+  explicit Shape(const Tensor& tensor);
+  // Widens this shape so that the tensor broadcasts against it. Python has checked that it does.
+  Shape& broadcast(const Tensor& tensor);
+  Shape& broadcast(const std::optional<Tensor>& tensor) { return tensor ? broadcast(*tensor) : *this; }
+  int64_t numel() const;
+  // The product of the last `ndim` sizes.
+  int64_t trailing(int64_t ndim) const;
+  Shape prepend(std::optional<int64_t> samples) const;
+  Shape drop_leading(int n) const;
+  Shape drop_trailing(int64_t n) const;
+};
+
+// A tensor as the loops see it: broadcast to the logical shape, with mergeable dimensions merged.
+struct Operand {
+  char* data = nullptr;  // null: no tensor
+  Format format = Format::f32;
+  int ndim = 1;
+  int64_t size[kMaxDims], stride[kMaxDims];  // in elements
+
+  Operand() = default;
+  // The tensor covers the logical shape less its last `reduced` dimensions, over which it is constant.
+  Operand(const Tensor& tensor, const Shape& shape, int64_t reduced = 0);
+  Operand(const std::optional<Tensor>& tensor, const Shape& shape);
+};
+
+// A new tensor with the memory order of `like`, where that has the full shape, else contiguous.
+Tensor allocate(const Shape& shape, ScalarType dtype, const Tensor& like);
+Tensor allocate(const Shape& shape, ScalarType dtype);
+// The gradient of `of`, before it is summed to its shape; an empty tensor where it is not wanted.
+Tensor allocate_gradient(const Shape& shape, const std::optional<Tensor>& of, bool wanted = true);
+
+// float64 if any tensor is, else float32.
+ScalarType arithmetic_type(std::initializer_list<const Tensor*> tensors);
+inline const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
+
+// Where a sample's noise comes from: a given tensor, or the Philox stream of a seed.
+struct Noise {
+  Operand given;
+  uint64_t seed = 0;
+  int64_t offset = 0;   // global index of the first element
+  int64_t samples = 1;  // K of num_samples
+  double temperature = 1;
+
+  Noise(const std::optional<Tensor>& noise, const std::optional<Tensor>& seed, int64_t offset,
+        std::optional<int64_t> num_samples, double temperature, const Shape& shape);
+};
+
+// How the elements are cut up. A row is one event; a tile is as many whole rows as fit, or a chunk of one long row.
+struct Tile {
+  int64_t start;  // first element
+  int count;
+  int64_t row;    // first row
+  int rows;       // whole rows, 0 for a chunk
+};
+
+struct Tiling {
+  int64_t rows = 1, columns = 0, rows_per_tile = 1, chunks_per_row = 1;
+
+  Tiling() = default;
+  Tiling(int64_t rows, int64_t columns) : rows(rows), columns(columns) {
+    if (columns > kTile) chunks_per_row = (columns + kTile - 1) / kTile;
+    else rows_per_tile = kTile / std::max<int64_t>(columns, 1);
+  }
+  int64_t tiles() const {
+    return chunks_per_row > 1 ? rows * chunks_per_row : (rows + rows_per_tile - 1) / rows_per_tile;
+  }
+  Tile operator[](int64_t tile) const {
+    if (chunks_per_row > 1) {
+      int64_t row = tile / chunks_per_row, first = tile % chunks_per_row * kTile;
+      return {row * columns + first, int(std::min<int64_t>(kTile, columns - first)), row, 0};
+    }
+    int64_t row = tile * rows_per_tile, n = std::min(rows_per_tile, rows - row);
+    return {row * columns, int(n * columns), row, int(n)};
+  }
+};
+
+// Rows of the last event_ndim dimensions, or flat tiles where the op is elementwise.
+Tiling event_tiling(const Shape& shape, int64_t event_ndim);
+
+// An elementwise term, or its sum over each row. Rows longer than a tile go through partial sums, added in order, so
+// that the result depends neither on the number of threads nor on the instruction set.
+struct Terms {
+  Operand elements;             // where elementwise
+  void* sums = nullptr;         // [rows] of the arithmetic type, where not
+  std::vector<double> partial;  // [rows * chunks_per_row], where the rows are chunked
+
+  Tensor tensor;
+
+  // The last event_ndim dimensions of the shape are one event.
+  Terms(const Shape& shape, int64_t event_ndim, ScalarType dtype, const Tensor& like, const Tiling& tiling);
+  // Adds the partial sums up; the result.
+  Tensor finish(ScalarType dtype, const Tiling& tiling);
+};
+
+constexpr int64_t kGrain = 8;  // tiles a thread takes at least: below that, waking it costs more than it brings
+
+// Runs the loop over all tiles on torch's threads.
+template <class Loop, class Args>
+void run(Loop loop, const Args& args, int64_t tiles) {
+  if (tiles <= kGrain) return loop(args, 0, tiles);
+  torch::stable::parallel_for(0, tiles, kGrain, [&](int64_t begin, int64_t end) { loop(args, begin, end); });
+}
+
+}  // namespace fastelbo

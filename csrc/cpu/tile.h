@@ -1,0 +1,183 @@
+// Every loop works on tiles of up to kTile elements in logical (row-major) order. An operand of any dtype, any strides
+// and any broadcasting arrives as a contiguous run of the arithmetic type: in place where it is one already, through a
+// scratch tile in the first-level cache where not. So there is one loop per op, not one per layout.
+// Included inside a namespace, once per instruction set (per_isa.h).
+
+// F32 for float arithmetic, double for double.
+template <class T> struct VectorOf;
+template <> struct VectorOf<float> { using type = F32; static constexpr int lanes = kLanes; };
+template <> struct VectorOf<double> { using type = double; static constexpr int lanes = 1; };
+
+// Calls f(offset, Whole or Part) until n elements are covered.
+template <class T, class F>
+FASTELBO_INLINE void for_each_vector(int n, F&& f) {
+  constexpr int lanes = VectorOf<T>::lanes;
+  int i = 0;
+  for (; i + lanes <= n; i += lanes) f(i, Whole{});
+  if (i < n) f(i, Part{n - i});
+}
+
+// Calls f(true) or f(false) as a constant: whether every scale is exponential, which needs no branch in the loop.
+template <class F>
+FASTELBO_INLINE void specialise(bool exponential, F&& f) {
+  if (exponential) f(std::true_type{});
+  else f(std::false_type{});
+}
+
+inline float half_to_float(uint16_t bits) {
+#if defined(FASTELBO_AVX2) || defined(FASTELBO_AVX512)
+  return _cvtsh_ss(bits);
+#else
+  return torch::headeronly::detail::fp16_ieee_to_fp32_value(bits);
+#endif
+}
+inline uint16_t float_to_half(float x) {
+#if defined(FASTELBO_AVX2) || defined(FASTELBO_AVX512)
+  return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  return torch::headeronly::detail::fp16_ieee_from_fp32_value(x);
+#endif
+}
+
+// One element of memory to and from the arithmetic type, by storage format.
+struct AsF32 { using Stored = float; static float get(float x) { return x; } static float put(float x) { return x; } };
+struct AsF64 { using Stored = double; static double get(double x) { return x; } static double put(double x) { return x; } };
+struct AsBF16 {
+  using Stored = uint16_t;
+  static float get(uint16_t x) { uint32_t bits = uint32_t(x) << 16; float y; __builtin_memcpy(&y, &bits, 4); return y; }
+  static uint16_t put(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return uint16_t(x == x ? rounded : 0x7fc0);
+  }
+};
+struct AsF16 { using Stored = uint16_t; static float get(uint16_t x) { return half_to_float(x); } static uint16_t put(float x) { return float_to_half(x); } };
+
+template <class Format, class T>
+inline void gather(const char* data, int64_t offset, int64_t stride, int n, T* to) {
+  auto from = reinterpret_cast<const typename Format::Stored*>(data) + offset;
+  if (stride == 1) for (int i = 0; i < n; ++i) to[i] = T(Format::get(from[i]));
+  else if (stride == 0) { T value = T(Format::get(*from)); for (int i = 0; i < n; ++i) to[i] = value; }
+  else for (int i = 0; i < n; ++i) to[i] = T(Format::get(from[i * stride]));
+}
+template <class Format, class T>
+inline void scatter(char* data, int64_t offset, int64_t stride, int n, const T* from) {
+  auto to = reinterpret_cast<typename Format::Stored*>(data) + offset;
+  if (stride == 1) for (int i = 0; i < n; ++i) to[i] = Format::put(from[i]);
+  else for (int i = 0; i < n; ++i) to[i * stride] = Format::put(from[i]);
+}
+
+// Calls f(memory offset, stride, count, position in the tile) for each run of the tile along the innermost dimension.
+template <class F>
+inline void for_each_run(const Operand& operand, int64_t start, int n, F&& f) {
+  if (n == 0) return;
+  int inner = operand.ndim - 1;
+  int64_t index[kMaxDims], offset = 0, rest = start;
+  for (int d = inner; d > 0; --d) {
+    index[d] = rest % operand.size[d];
+    rest /= operand.size[d];
+    offset += index[d] * operand.stride[d];
+  }
+  index[0] = rest;
+  offset += rest * operand.stride[0];
+  for (int done = 0;;) {
+    int count = int(std::min<int64_t>(n - done, operand.size[inner] - index[inner]));
+    f(offset, operand.stride[inner], count, done);
+    done += count;
+    if (done == n) return;
+    offset -= index[inner] * operand.stride[inner];
+    index[inner] = 0;
+    for (int d = inner - 1; d >= 0; --d) {
+      offset += operand.stride[d];
+      if (++index[d] < operand.size[d]) break;
+      offset -= operand.size[d] * operand.stride[d];
+      index[d] = 0;
+    }
+  }
+}
+
+// Where elements start .. start + n - 1 can be used in place, or null. Only whole runs of the arithmetic type can.
+template <class T>
+inline T* in_place(const Operand& operand, int64_t start, int n) {
+  if (n == 0 || operand.format != (sizeof(T) == 4 ? Format::f32 : Format::f64)) return nullptr;
+  T* found = nullptr;
+  if (operand.ndim == 1) {
+    if (operand.stride[0] == 1) found = reinterpret_cast<T*>(operand.data) + start;
+  } else if (operand.stride[operand.ndim - 1] == 1 && n <= operand.size[operand.ndim - 1]) {
+    for_each_run(operand, start, 1, [&](int64_t offset, int64_t, int, int) { found = reinterpret_cast<T*>(operand.data) + offset; });
+    if (start % operand.size[operand.ndim - 1] + n > operand.size[operand.ndim - 1]) found = nullptr;
+  }
+  return found;
+}
+
+template <class T>
+inline const T* read_tile(const Operand& operand, int64_t start, int n, T* scratch) {
+  if (const T* direct = in_place<T>(operand, start, n)) return direct;
+  for_each_run(operand, start, n, [&](int64_t offset, int64_t stride, int count, int at) {
+    switch (operand.format) {
+      case Format::f32: return gather<AsF32>(operand.data, offset, stride, count, scratch + at);
+      case Format::f64: return gather<AsF64>(operand.data, offset, stride, count, scratch + at);
+      case Format::bf16: return gather<AsBF16>(operand.data, offset, stride, count, scratch + at);
+      case Format::f16: return gather<AsF16>(operand.data, offset, stride, count, scratch + at);
+    }
+  });
+  return scratch;
+}
+
+// Write the tile at the pointer that output() gives, then call finish(): it moves what went to scratch.
+template <class T>
+inline T* output(const Operand& operand, int64_t start, int n, T* scratch) {
+  T* direct = in_place<T>(operand, start, n);
+  return direct ? direct : scratch;
+}
+template <class T>
+inline void finish(const Operand& operand, int64_t start, int n, const T* tile, const T* scratch) {
+  if (tile != scratch) return;
+  for_each_run(operand, start, n, [&](int64_t offset, int64_t stride, int count, int at) {
+    switch (operand.format) {
+      case Format::f32: return scatter<AsF32>(operand.data, offset, stride, count, tile + at);
+      case Format::f64: return scatter<AsF64>(operand.data, offset, stride, count, tile + at);
+      case Format::bf16: return scatter<AsBF16>(operand.data, offset, stride, count, tile + at);
+      case Format::f16: return scatter<AsF16>(operand.data, offset, stride, count, tile + at);
+    }
+  });
+}
+
+// Sum in a fixed order, the same for every vector length: element i goes to accumulator i % 64, then a tree.
+inline double sum(const float* x, int n) {
+  constexpr int accumulators = 64;
+  F32 total[accumulators / kLanes];
+  for (F32& part : total) part = F32(0.0f);
+  int i = 0;
+  for (; i + accumulators <= n; i += accumulators)
+    FASTELBO_UNROLL
+    for (int k = 0; k < accumulators / kLanes; ++k) total[k] = total[k] + load(x + i + k * kLanes, Whole{});
+  float lanes[accumulators];
+  for (int k = 0; k < accumulators / kLanes; ++k) store(lanes + k * kLanes, total[k], Whole{});
+  for (int j = 0; i + j < n; ++j) lanes[j] += x[i + j];
+  for (int width = accumulators / 2; width > 0; width /= 2)
+    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+  return lanes[0];
+}
+inline double sum(const double* x, int n) {
+  double total = 0;
+  for (int i = 0; i < n; ++i) total += x[i];
+  return total;
+}
+
+// Passes on a tile of terms, written where output_terms() said: as they are, or as the sums of its rows.
+template <class T>
+inline T* output_terms(const Terms& terms, const Tile& tile, T* scratch) {
+  return terms.elements.data ? output(terms.elements, tile.start, tile.count, scratch) : scratch;
+}
+template <class T>
+inline void finish_terms(Terms& terms, const Tiling& tiling, const Tile& tile, const T* values, const T* scratch) {
+  if (terms.elements.data) return finish(terms.elements, tile.start, tile.count, values, scratch);
+  if (tile.rows == 0) {
+    terms.partial[tile.row * tiling.chunks_per_row + (tile.start - tile.row * tiling.columns) / kTile] = sum(values, tile.count);
+    return;
+  }
+  for (int row = 0; row < tile.rows; ++row)
+    static_cast<T*>(terms.sums)[tile.row + row] = T(sum(values + row * tiling.columns, int(tiling.columns)));
+}

@@ -1,0 +1,122 @@
+// Elementary functions over F32, to about 1 ulp, and the same names over double. Polynomials are minimax fits on the
+// reduced range. Included inside a namespace, once per instruction set (per_isa.h).
+
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // high has 9 bits: n * high is exact
+
+// x = n ln2 + r, |r| <= ln2 / 2: returns n; `rest` is exp(r) - 1 - r.
+FASTELBO_INLINE F32 exp_reduce(F32 x, F32& r, F32& rest) {
+  F32 n = round(x * F32(kLog2e));
+  r = fma(n, F32(-kLn2High), x);
+  r = fma(n, F32(-kLn2Low), r);
+  F32 q = fma(r, F32(0.001392692677f), F32(0.008363774046f));
+  q = fma(q, r, F32(0.0416665487f));
+  q = fma(q, r, F32(0.1666657329f));
+  q = fma(q, r, F32(0.5f));
+  rest = r * r * q;
+  return n;
+}
+
+FASTELBO_INLINE F32 exp(F32 x) {
+  // Beyond these limits the result is 0 or inf all the same; NaN passes through both.
+  F32 r, rest, n = exp_reduce(min(F32(89.0f), max(F32(-104.0f), x)), r, rest);
+  return times_pow2(r + rest + F32(1.0f), n);
+}
+
+// e = exp(x) - 1, e_minus_x = e - x without cancellation near 0. Above 88, e stays at exp(88): its square is inf as it is.
+FASTELBO_INLINE void expm1_parts(F32 x, F32& e, F32& e_minus_x) {
+  F32 r, rest, n = exp_reduce(min(F32(88.0f), max(F32(-30.0f), x)), r, rest);
+  F32 power = pow2(n);
+  e = fma(r + rest, power, power - F32(1.0f));
+  e_minus_x = select(abs(x) < F32(0.34f), rest, e - x);
+}
+
+FASTELBO_INLINE F32 expm1(F32 x) {
+  F32 e, e_minus_x;
+  expm1_parts(x, e, e_minus_x);
+  return e;
+}
+
+// ln of a positive normal finite number.
+FASTELBO_INLINE F32 log_normalised(F32 x) {
+  // x = m 2^e with m in [1/sqrt2, sqrt2)
+  I32 shifted = as_int(x) + (0x3f800000 - 0x3f3504f3);
+  F32 e = to_float((shifted >> 23) + -127);
+  F32 f = as_float((shifted & 0x007fffff) + 0x3f3504f3) - F32(1.0f);
+  F32 q = fma(f, F32(0.06971611828f), F32(-0.1147973388f));
+  q = fma(q, f, F32(0.1168541983f));
+  q = fma(q, f, F32(-0.1242568716f));
+  q = fma(q, f, F32(0.1424905807f));
+  q = fma(q, f, F32(-0.1666780263f));
+  q = fma(q, f, F32(0.2000071555f));
+  q = fma(q, f, F32(-0.2499999702f));
+  q = fma(q, f, F32(0.3333333135f));
+  F32 square = f * f;
+  F32 tail = fma(q * f, square, e * F32(kLn2Low));
+  tail = fma(F32(-0.5f), square, tail);
+  return fma(e, F32(kLn2High), f + tail);
+}
+
+FASTELBO_INLINE F32 log(F32 x) {
+  const F32 zero(0.0f), infinity(__builtin_inff());
+  Mask subnormal = x < F32(0x1p-126f);
+  F32 y = log_normalised(select(subnormal, x * F32(0x1p23f), x));
+  y = select(subnormal, y - F32(23 * 0.69314718055994531f), y);
+  F32 special = select(x < zero, F32(__builtin_nanf("")), x - infinity);  // -inf at 0, NaN at NaN
+  return select(x > zero, select(x < infinity, y, x), special);
+}
+
+// For x > -1.
+FASTELBO_INLINE F32 log1p(F32 x) {
+  F32 u = F32(1.0f) + x;
+  return log_normalised(u) + (x - (u - F32(1.0f))) / u;
+}
+
+FASTELBO_INLINE F32 tanh(F32 x) {
+  F32 t = expm1(F32(-2.0f) * abs(x));  // in [-1, 0]
+  return flip_sign(-t / (t + F32(2.0f)), as_int(x) & int32_t(0x80000000));
+}
+
+// sin(2 pi u) and cos(2 pi u) for u in [0, 1]; u is reduced exactly.
+FASTELBO_INLINE void sincos_2pi(F32 u, F32& sine, F32& cosine) {
+  F32 quarters = round(F32(4.0f) * u);
+  F32 f = fma(quarters, F32(-0.25f), u);  // |f| <= 1/8
+  F32 t = f * f;
+  F32 s = fma(t, F32(-75.40148163f), F32(81.59253693f));
+  s = fma(s, t, F32(-41.34166336f));
+  s = fma(s, t, F32(6.283185482f)) * f;
+  F32 c = fma(t, F32(59.42402267f), F32(-85.44882202f));
+  c = fma(c, t, F32(64.9393692f));
+  c = fma(c, t, F32(-19.73920822f));
+  c = fma(c, t, F32(1.0f));
+  I32 quadrant = to_int(quarters);
+  Mask odd = nonzero(quadrant & 1);
+  // sine is negative in quadrants 2 and 3, cosine in 1 and 2
+  sine = flip_sign(select(odd, c, s), (quadrant & 2) << 30);
+  cosine = flip_sign(select(odd, s, c), ((quadrant + 1) & 2) << 30);
+}
+
+FASTELBO_INLINE double load(const double* from, Whole) { return *from; }
+FASTELBO_INLINE void store(double* to, double a, Whole) { *to = a; }
+FASTELBO_INLINE double load(const double* from, Part) { return *from; }
+FASTELBO_INLINE void store(double* to, double a, Part) { *to = a; }
+FASTELBO_INLINE double fma(double a, double b, double c) { return a * b + c; }
+FASTELBO_INLINE double min(double a, double b) { return a < b ? a : b; }
+FASTELBO_INLINE double max(double a, double b) { return a > b ? a : b; }
+FASTELBO_INLINE double select(bool m, double a, double b) { return m ? a : b; }
+FASTELBO_INLINE double abs(double a) { return std::fabs(a); }
+FASTELBO_INLINE double sqrt(double a) { return std::sqrt(a); }
+FASTELBO_INLINE double exp(double a) { return std::exp(a); }
+FASTELBO_INLINE double expm1(double a) { return std::expm1(a); }
+FASTELBO_INLINE double log(double a) { return std::log(a); }
+FASTELBO_INLINE double log1p(double a) { return std::log1p(a); }
+FASTELBO_INLINE double tanh(double a) { return std::tanh(a); }
+FASTELBO_INLINE void expm1_parts(double x, double& e, double& e_minus_x) {
+  e = std::expm1(x);
+  e_minus_x = e - x;
+  if (std::fabs(x) < 0.34) {
+    double series = 1;
+    for (int k = 15; k >= 3; --k) series = 1 + series * x / k;
+    e_minus_x = 0.5 * x * x * series;
+  }
+}

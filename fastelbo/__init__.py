@@ -1,0 +1,21 @@
+"""Fused kernels that make variational autoencoders, Bayesian layers and PixelCNNs train faster, exactly and reproducibly."""
+
+from fastelbo import backends, reference
+from fastelbo.ops.gaussian_kl import gaussian_kl
+from fastelbo.ops.gaussian_log_prob import gaussian_log_prob, gaussian_nll
+from fastelbo.ops.gaussian_rsample import gaussian_rsample
+from fastelbo.ops.gaussian_rsample_kl import gaussian_rsample_kl
+from fastelbo.scale import Scale
+from fastelbo.version import __version__
+
+__all__ = [
+    "Scale",
+    "__version__",
+    "backends",
+    "gaussian_kl",
+    "gaussian_log_prob",
+    "gaussian_nll",
+    "gaussian_rsample",
+    "gaussian_rsample_kl",
+    "reference",
+]

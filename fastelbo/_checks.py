@@ -1,0 +1,156 @@
+"""Argument checks. Errors have one voice: the argument, the rule, what came. All on metadata, none synchronises."""
+
+import torch
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAX_DIMS = 15
+
+
+def operands(**named):
+    """Checks the tensors of an op, and makes tensors of its numbers.
+
+    Args:
+        named: tensors, Python numbers or None, in the order in which errors should name them.
+
+    Returns:
+        The tensors (None where None came), their broadcast shape, and the dtype torch promotes them to.
+    """
+    first_name, first = next(iter(named.items()))
+    if isinstance(first, torch.Tensor):
+        shape, dtype, device = first.shape, first.dtype, first.device
+        for value in named.values():  # the common case: nothing to convert, nothing to broadcast
+            if value is first or value is None:
+                continue
+            if not (
+                isinstance(value, torch.Tensor)
+                and value.shape == shape
+                and value.dtype == dtype
+                and value.device == device
+            ):
+                break
+        else:
+            if dtype in _DTYPES and len(shape) <= _MAX_DIMS:
+                return tuple(named.values()), shape, dtype
+    return _mixed_operands(named)
+
+
+def _mixed_operands(named):
+    anchor_name = next((name for name, value in named.items() if isinstance(value, torch.Tensor)), None)
+    if anchor_name is None:
+        raise TypeError(f"{' or '.join(named)} must be a tensor; got only numbers")
+    anchor = named[anchor_name]
+    shape, dtype, sized_name = torch.Size(()), None, anchor_name
+    for name, value in named.items():
+        if value is None:
+            continue
+        if not isinstance(value, (torch.Tensor, int, float)) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a tensor or a number; got {type(value).__name__}")
+        if not isinstance(value, torch.Tensor):
+            continue
+        if value.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16; got {value.dtype}")
+        if value.device != anchor.device:
+            raise ValueError(f"{name} must be on the device of {anchor_name}, {anchor.device}; got {value.device}")
+        try:
+            shape = torch.broadcast_shapes(shape, value.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"{name} must broadcast with {sized_name} of shape {tuple(shape)}; got {tuple(value.shape)}"
+            ) from None
+        if len(value.shape) == len(shape):
+            sized_name = name if tuple(value.shape) == tuple(shape) and sized_name == anchor_name else sized_name
+    tensors = [value for value in named.values() if isinstance(value, torch.Tensor)]
+    dtype = tensors[0].dtype
+    for position, value in enumerate(tensors[1:], 1):
+        dtype = _promote(tensors[:position], dtype, value)
+    if len(shape) > _MAX_DIMS:
+        raise ValueError(f"{anchor_name} must have at most {_MAX_DIMS} dimensions; got {len(shape)}")
+    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
+    made = []
+    for value in named.values():
+        if isinstance(value, (int, float)):
+            value = torch.full((), value, dtype=arithmetic, device=anchor.device)
+        elif value is not None and value.dtype == torch.float64 and arithmetic == torch.float32:
+            value = value.to(arithmetic)  # a 0-d tensor does not promote, as in torch
+        made.append(value)
+    return tuple(made), shape, dtype
+
+
+def _promote(before, dtype, value):
+    """torch's promotion: dimensioned tensors outrank 0-d ones."""
+    if value.dim() > 0 and all(other.dim() == 0 for other in before):
+        return value.dtype
+    if value.dim() == 0 and any(other.dim() > 0 for other in before):
+        return dtype
+    return torch.promote_types(dtype, value.dtype)
+
+
+def event_ndim(value, shape):
+    """The number of trailing dimensions to sum: all but the first where None came."""
+    rank = len(shape)
+    if value is None:
+        return max(rank - 1, 0)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"event_ndim must be an int or None; got {type(value).__name__}")
+    if not 0 <= value <= rank:
+        raise ValueError(f"event_ndim must be between 0 and {rank} for shape {tuple(shape)}; got {value}")
+    return value
+
+
+def reduction(value):
+    if value not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction must be none, sum or mean; got {value!r}")
+
+
+def prior(mean_p, s_p, scale_p):
+    """A prior has a mean and a scale, or neither."""
+    if (mean_p is None) != (s_p is None):
+        missing = "mean_p" if mean_p is None else "s_p"
+        raise ValueError(f"mean_p and s_p must both be given, or neither; got no {missing}")
+    if mean_p is None and scale_p is not None:
+        raise ValueError("scale_p must come with mean_p and s_p; got it alone")
+
+
+def later(**named):
+    """Arguments of the contract that a coming version implements."""
+    for name, value in named.items():
+        if value is not None:
+            raise NotImplementedError(f"{name} is not implemented yet; got {value!r}")
+
+
+def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperature, shape, device):
+    """Checks what decides a draw, but for the seed's own value."""
+    if num_samples is not None:
+        if isinstance(num_samples, (bool, float)):
+            raise TypeError(f"num_samples must be an int or None; got {type(num_samples).__name__}")
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1; got {num_samples}")
+        shape = torch.Size((num_samples, *shape))
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a number; got {type(temperature).__name__}")
+    if isinstance(noise_offset, (bool, float)):
+        raise TypeError(f"noise_offset must be an int; got {type(noise_offset).__name__}")
+    if noise_offset < 0:
+        raise ValueError(f"noise_offset must be at least 0; got {noise_offset}")
+    if noise is None:
+        if seed is not None and generator is not None:
+            raise ValueError("seed and generator must not both be given")
+        return
+    if seed is not None or generator is not None:
+        raise ValueError("noise must not be given together with seed or generator")
+    if not isinstance(noise, torch.Tensor) or noise.dtype not in _DTYPES:
+        kind = noise.dtype if isinstance(noise, torch.Tensor) else type(noise).__name__
+        raise TypeError(f"noise must be a tensor of float32, float64, bfloat16 or float16; got {kind}")
+    if noise.device != device:
+        raise ValueError(f"noise must be on the device of mean, {device}; got {noise.device}")
+    try:
+        fits = torch.broadcast_shapes(noise.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"noise must broadcast to the sample's shape {tuple(shape)}; got {tuple(noise.shape)}")
+
+
+def out_dtype(value):
+    if value is not None and value not in _DTYPES:
+        raise TypeError(f"out_dtype must be float32, float64, bfloat16 or float16; got {value}")

@@ -1,0 +1,83 @@
+"""Which implementation runs: chosen once, in the public function."""
+
+import os
+
+import torch
+
+from fastelbo import _extension
+
+#: Every backend, with what it is.
+BACKENDS = {
+    "reference": "plain torch",
+    "cpu": "C++ with AVX2, AVX-512 or portable vectors",
+    "triton": "Triton kernels",
+    "cuda": "CUDA C++ kernels",
+}
+
+# The fastest measured first; "reference" runs wherever torch does.
+_ORDER = {"cpu": ("cpu",)}
+
+_DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+# Read once: a call costs microseconds, and so would reading the environment.
+OVERRIDE = os.environ.get("FASTELBO_BACKEND") or None
+
+
+def usable(name: str) -> "str | None":
+    """None if the backend can run here at all, else why not, in one sentence."""
+    if name == "reference":
+        return None
+    if name == "cpu":
+        return _extension.load("cpu")
+    return f"this version of fastelbo has no {BACKENDS[name]} yet"
+
+
+def why_not(name: str, device: torch.device) -> "str | None":
+    """None if the backend can run tensors of the device, else why not, in one sentence."""
+    reason = usable(name)
+    if reason is None and name != "reference" and device.type != _DEVICE[name]:
+        reason = f"it runs tensors on {_DEVICE[name]}, these are on {device}"
+    return reason
+
+
+def choose(device: torch.device, backend: "str | None" = None, only_reference: "str | None" = None) -> str:
+    """The backend that a call runs on.
+
+    Args:
+        device: of the tensors.
+        backend: the caller's explicit choice, or None.
+        only_reference: why none but the reference can run this call, or None.
+
+    Raises:
+        ValueError: for a name that is no backend.
+        NotImplementedError: for a choice that cannot run this call, with each backend's reason.
+    """
+    wanted = backend or OVERRIDE
+    if wanted is None:
+        if only_reference is None:
+            for name in _ORDER.get(device.type, ()):
+                if why_not(name, device) is None:
+                    return name
+        return "reference"
+    if wanted not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {wanted!r}")
+    if wanted == "reference" or (only_reference is None and why_not(wanted, device) is None):
+        return wanted
+    reasons = "; ".join(
+        f"{name}: {only_reference if name != 'reference' and only_reference else why_not(name, device) or 'can run it'}"
+        for name in (wanted, *(name for name in BACKENDS if name != wanted))
+    )
+    raise NotImplementedError(f"backend {wanted!r} cannot run this input ({reasons})")
+
+
+def only_reference(noise=None) -> "str | None":
+    """Why a call must run on the reference, or None."""
+    if noise is not None and noise.requires_grad:
+        return "only the reference passes a gradient to noise"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms run on the reference"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation runs on the reference"
+    return None

@@ -1,0 +1,166 @@
+"""Reparameterised Gaussian sampling."""
+
+import dataclasses
+
+import torch
+
+from fastelbo import _checks, _library, _seed, backends, reference
+from fastelbo.scale import Scale, as_scale
+
+
+def gaussian_rsample(
+    mean,
+    s,
+    *,
+    scale="logvar",
+    num_samples=None,
+    temperature=1.0,
+    noise=None,
+    seed=None,
+    generator=None,
+    noise_offset=0,
+    out_dtype=None,
+    backend=None,
+):
+    r"""Draws from a diagonal Gaussian so that gradients reach its parameters.
+
+    .. math:: z = \mu + T \, \sigma(s) \, \epsilon, \qquad \epsilon \sim N(0, 1)
+
+    The noise is a function of the seed and of an element's row-major index alone (docs/noise.md): the same on every
+    device, for every memory layout and number of threads. It is drawn again in the backward instead of being kept.
+
+    Args:
+        mean: float32, float64, bfloat16 or float16, any shape and strides; or a number.
+        s: the raw scale, broadcast with mean, or a number.
+        scale: a Scale or one of its kinds; how s becomes a standard deviation.
+        num_samples: K draws, in a new first dimension.
+        temperature: a number that multiplies the standard deviation.
+        noise: a tensor to use as the noise, broadcast to the shape of z; then nothing is drawn.
+        seed: an int, or an int64 tensor of one element on the device of mean.
+        generator: a torch.Generator to draw the seed from. Without seed and generator the seed comes from torch's
+            default generator of the device.
+        noise_offset: global index of the first element, where mean is a shard of a larger tensor.
+        out_dtype: of z; the dtype that mean and s promote to where None.
+        backend: "reference" or "cpu"; the fastest that can run the input where None.
+
+    Returns:
+        z of the shape to which mean and s broadcast, with K in front where num_samples is given. Without K it has the
+        memory order of mean.
+
+    Raises:
+        ValueError: shapes that do not broadcast, tensors on several devices, a number out of range.
+        TypeError: a dtype that is not supported.
+        NotImplementedError: an explicit backend that cannot run this input.
+
+    Source:
+        Kingma and Welling 2013, "Auto-Encoding Variational Bayes", section 2.4.
+
+    Example:
+        >>> mean, logvar = torch.zeros(2, 3), torch.zeros(2, 3)
+        >>> fastelbo.gaussian_rsample(mean, logvar, seed=0).shape
+        torch.Size([2, 3])
+    """
+    scale = as_scale(scale)
+    (mean, s), shape, dtype = _checks.operands(mean=mean, s=s)
+    device = mean.device
+    _checks.noise_arguments(noise, seed, generator, noise_offset, num_samples, temperature, shape, device)
+    _checks.out_dtype(out_dtype)
+    out_dtype = out_dtype or dtype
+    backend = backends.choose(device, backend, backends.only_reference(noise))
+    if noise is None:
+        seed = _seed.as_seed(seed, generator, device)
+    if backend == "reference":
+        return reference.gaussian_rsample(
+            mean,
+            s,
+            scale=scale,
+            num_samples=num_samples,
+            temperature=temperature,
+            noise=noise,
+            seed=seed,
+            noise_offset=noise_offset,
+            out_dtype=out_dtype,
+        )
+    s, scale = clamp_before_broadcast(s, shape, scale)
+    return _GaussianRsample.apply(
+        mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype, backend
+    )
+
+
+def clamp_before_broadcast(s, shape, scale: Scale):
+    """The inward clamp looks at the sign of a value's whole gradient, which a broadcast value has only before it is
+    broadcast: it is then applied here rather than in the kernel."""
+    if scale.clamp is None or scale.clamp_grad != "inward" or s.shape == shape:
+        return s, scale
+    return reference.scale.clamp(s, scale), dataclasses.replace(scale, clamp=None)
+
+
+class _GaussianRsample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype, backend):
+        ctx.save_for_backward(s, seed, noise)
+        ctx.set_materialize_grads(False)
+        ctx.mean_shape, ctx.mean_dtype = mean.shape, mean.dtype
+        ctx.draw = (noise_offset, num_samples, temperature)
+        ctx.scale, ctx.backend = scale, backend
+        return _FWD[backend](
+            mean, s, seed, noise, noise_offset, num_samples, temperature, scale.numbers, out_dtype
+        )
+
+    @staticmethod
+    def backward(ctx, d_z):
+        if d_z is None:
+            return (None,) * 10
+        s, seed, noise = ctx.saved_tensors
+        noise_offset, num_samples, temperature = ctx.draw
+        d_mean = d_s = None
+        if ctx.needs_input_grad[0]:
+            d_mean = d_z if num_samples is None else d_z.sum(0)
+            if d_mean.shape != ctx.mean_shape:
+                d_mean = d_mean.sum_to_size(ctx.mean_shape)
+            d_mean = d_mean.to(ctx.mean_dtype)
+        if ctx.needs_input_grad[1]:
+            if _library.differentiable_backward():
+                shape = d_z.shape if num_samples is None else d_z.shape[1:]
+
+                def sample(s):
+                    return reference.gaussian_rsample(
+                        s.new_zeros(()).expand(shape),
+                        s,
+                        scale=ctx.scale,
+                        num_samples=num_samples,
+                        temperature=temperature,
+                        noise=noise,
+                        seed=seed,
+                        noise_offset=noise_offset,
+                        out_dtype=d_z.dtype,
+                    )
+
+                (d_s,) = _library.reference_gradients(sample, (s,), (True,), (d_z,))
+            else:
+                d_s = _library.sum_to(_BWD[ctx.backend](d_z, s, seed, noise, *ctx.draw, ctx.scale.numbers), s)
+        return d_mean, d_s, None, None, None, None, None, None, None, None
+
+
+def _fwd_fake(mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype):
+    shape = torch.broadcast_shapes(mean.shape, s.shape)
+    return _library.empty_sample(mean, shape, num_samples, out_dtype)
+
+
+def _bwd_fake(d_z, s, seed, noise, noise_offset, num_samples, temperature, scale):
+    shape = d_z.shape if num_samples is None else d_z.shape[1:]
+    return _library.empty(shape, s.dtype, s)
+
+
+_FWD = _library.define(
+    "gaussian_rsample_fwd",
+    "(Tensor mean, Tensor s, Tensor? seed, Tensor? noise, SymInt noise_offset, SymInt? num_samples, float temperature,"
+    " float[] scale, ScalarType out_dtype) -> Tensor",
+    _fwd_fake,
+)
+_BWD = _library.define(
+    "gaussian_rsample_bwd",
+    "(Tensor d_z, Tensor s, Tensor? seed, Tensor? noise, SymInt noise_offset, SymInt? num_samples, float temperature,"
+    " float[] scale) -> Tensor",
+    _bwd_fake,
+)

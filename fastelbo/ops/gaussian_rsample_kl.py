@@ -1,0 +1,223 @@
+"""A posterior sample and its KL divergence in one pass."""
+
+import torch
+
+from fastelbo import _checks, _library, _seed, backends, reference
+from fastelbo.ops.gaussian_kl import gradients_fake, prior_shape
+from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
+from fastelbo.scale import as_scale
+
+
+def gaussian_rsample_kl(
+    mean_q,
+    s_q,
+    mean_p=None,
+    s_p=None,
+    *,
+    scale="logvar",
+    scale_p=None,
+    num_samples=None,
+    temperature=1.0,
+    noise=None,
+    seed=None,
+    generator=None,
+    noise_offset=0,
+    out_dtype=None,
+    event_ndim=None,
+    reduction="none",
+    free_bits=None,
+    free_bits_per="dim",
+    balance=None,
+    mask=None,
+    backend=None,
+):
+    r"""Draws from the posterior q and returns its KL divergence from the prior p: the bottleneck of a VAE in one pass
+    over the data, and one in the backward.
+
+    .. math:: z = \mu_q + T \, \sigma_q \, \epsilon, \qquad KL(q \| p)
+
+    The same numbers as gaussian_rsample and gaussian_kl with the same arguments; their docstrings have the formulas.
+
+    Args:
+        mean_q, s_q: mean and raw scale of q: float32, float64, bfloat16 or float16 tensors that broadcast, or numbers.
+        mean_p, s_p: the same for p; the standard normal where both are None.
+        scale, scale_p: a Scale or one of its kinds, for s_q and s_p; scale_p is scale where None.
+        num_samples, temperature, noise, seed, generator, noise_offset, out_dtype: as in gaussian_rsample. The KL does
+            not depend on them.
+        event_ndim, reduction: as in gaussian_kl; they do not touch z.
+        free_bits, free_bits_per, balance, mask: not implemented yet.
+        backend: "reference" or "cpu"; the fastest that can run the input where None.
+
+    Returns:
+        (z, kl): z of the shape to which all of q and p broadcast, with K in front where num_samples is given; kl in
+        nats, float32 (float64 for float64 inputs), of that shape less the event's dimensions, or 0-d after a reduction.
+
+    Raises:
+        ValueError: shapes that do not broadcast, tensors on several devices, a number out of range.
+        TypeError: a dtype that is not supported.
+        NotImplementedError: an explicit backend that cannot run this input.
+
+    Source:
+        Kingma and Welling 2013, "Auto-Encoding Variational Bayes".
+
+    Example:
+        >>> z, kl = fastelbo.gaussian_rsample_kl(torch.ones(2, 3), torch.zeros(2, 3), seed=0)
+        >>> z.shape, kl
+        (torch.Size([2, 3]), tensor([1.5000, 1.5000]))
+    """
+    _checks.later(free_bits=free_bits, balance=balance, mask=mask)
+    scale = as_scale(scale)
+    _checks.prior(mean_p, s_p, scale_p)
+    scale_p = scale if scale_p is None else as_scale(scale_p)
+    (mean_q, s_q, mean_p, s_p), shape, dtype = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)
+    device = mean_q.device
+    _checks.noise_arguments(noise, seed, generator, noise_offset, num_samples, temperature, shape, device)
+    _checks.out_dtype(out_dtype)
+    if out_dtype is None:
+        out_dtype = dtype if mean_p is None else torch.result_type(mean_q, s_q)
+    event_ndim = _checks.event_ndim(event_ndim, shape)
+    _checks.reduction(reduction)
+    backend = backends.choose(device, backend, backends.only_reference(noise))
+    if noise is None:
+        seed = _seed.as_seed(seed, generator, device)
+    if backend == "reference":
+        return reference.gaussian_rsample_kl(
+            mean_q,
+            s_q,
+            mean_p,
+            s_p,
+            scale=scale,
+            scale_p=scale_p,
+            num_samples=num_samples,
+            temperature=temperature,
+            noise=noise,
+            seed=seed,
+            noise_offset=noise_offset,
+            out_dtype=out_dtype,
+            event_ndim=event_ndim,
+            reduction=reduction,
+        )
+    s_q, scale = clamp_before_broadcast(s_q, shape, scale)
+    if s_p is not None:
+        s_p, scale_p = clamp_before_broadcast(s_p, shape, scale_p)
+    kernel_ndim = _library.kernel_event_ndim(event_ndim, reduction, shape)
+    draw = (noise_offset, num_samples, temperature)
+    z, kl = _GaussianRsampleKL.apply(
+        mean_q, s_q, mean_p, s_p, seed, noise, draw, scale, scale_p, kernel_ndim, out_dtype, backend
+    )
+    return z, _library.reduce(kl, reduction, shape, event_ndim)
+
+
+class _GaussianRsampleKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mean_q, s_q, mean_p, s_p, seed, noise, draw, scale, scale_p, event_ndim, out_dtype, backend):
+        ctx.save_for_backward(mean_q, s_q, mean_p, s_p, seed, noise)
+        ctx.set_materialize_grads(False)
+        ctx.draw, ctx.scale, ctx.scale_p = draw, scale, scale_p
+        ctx.event_ndim, ctx.out_dtype, ctx.backend = event_ndim, out_dtype, backend
+        return _FWD[backend](
+            mean_q, s_q, mean_p, s_p, seed, noise, *draw, scale.numbers, scale_p.numbers, event_ndim, out_dtype
+        )
+
+    @staticmethod
+    def backward(ctx, d_z, d_kl):
+        if d_z is None and d_kl is None:
+            return (None,) * 12
+        *inputs, seed, noise = ctx.saved_tensors
+        noise_offset, num_samples, temperature = ctx.draw
+        if _library.differentiable_backward():
+
+            def sample_kl(*inputs):
+                return reference.gaussian_rsample_kl(
+                    *inputs,
+                    scale=ctx.scale,
+                    scale_p=ctx.scale_p,
+                    num_samples=num_samples,
+                    temperature=temperature,
+                    noise=noise,
+                    seed=seed,
+                    noise_offset=noise_offset,
+                    out_dtype=ctx.out_dtype,
+                    event_ndim=ctx.event_ndim,
+                )
+
+            grads = _library.reference_gradients(sample_kl, inputs, ctx.needs_input_grad[:4], (d_z, d_kl))
+        else:
+            shape = prior_shape(*inputs)
+            if d_z is None:
+                d_z = inputs[0].new_zeros(()).expand(shape if num_samples is None else (num_samples, *shape))
+            if d_kl is None:
+                d_kl = inputs[0].new_zeros(()).expand(shape[: len(shape) - ctx.event_ndim])
+            prior_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+            grads = _BWD[ctx.backend](
+                d_z,
+                d_kl,
+                *inputs,
+                seed,
+                noise,
+                *ctx.draw,
+                ctx.scale.numbers,
+                ctx.scale_p.numbers,
+                ctx.event_ndim,
+                prior_grad,
+            )
+            grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad)
+        return *grads, None, None, None, None, None, None, None, None
+
+
+def _fwd_fake(
+    mean_q,
+    s_q,
+    mean_p,
+    s_p,
+    seed,
+    noise,
+    noise_offset,
+    num_samples,
+    temperature,
+    scale,
+    scale_p,
+    event_ndim,
+    out_dtype,
+):
+    shape = prior_shape(mean_q, s_q, mean_p, s_p)
+    return (
+        _library.empty_sample(mean_q, shape, num_samples, out_dtype),
+        _library.empty_terms(shape, event_ndim, mean_q, (mean_q, s_q, mean_p, s_p)),
+    )
+
+
+def _bwd_fake(
+    d_z,
+    d_kl,
+    mean_q,
+    s_q,
+    mean_p,
+    s_p,
+    seed,
+    noise,
+    noise_offset,
+    num_samples,
+    temperature,
+    scale,
+    scale_p,
+    event_ndim,
+    prior_grad,
+):
+    return gradients_fake(prior_shape(mean_q, s_q, mean_p, s_p), mean_q, s_q, mean_p, s_p, prior_grad)
+
+
+_FWD = _library.define(
+    "gaussian_rsample_kl_fwd",
+    "(Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, Tensor? seed, Tensor? noise, SymInt noise_offset,"
+    " SymInt? num_samples, float temperature, float[] scale, float[] scale_p, int event_ndim, ScalarType out_dtype)"
+    " -> (Tensor, Tensor)",
+    _fwd_fake,
+)
+_BWD = _library.define(
+    "gaussian_rsample_kl_bwd",
+    "(Tensor d_z, Tensor d_kl, Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, Tensor? seed, Tensor? noise,"
+    " SymInt noise_offset, SymInt? num_samples, float temperature, float[] scale, float[] scale_p, int event_ndim,"
+    " bool prior_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)

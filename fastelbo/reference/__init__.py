@@ -1,0 +1,20 @@
+"""Plain torch: the oracle of every other backend, and where the mathematics is derived. Imports torch and nothing of ours.
+
+Slow and exact. Arithmetic is float32 for half-precision inputs, the input's own precision otherwise; everything is
+differentiable to any order and works under torch.func.
+"""
+
+from fastelbo.reference.gaussian_kl import gaussian_kl
+from fastelbo.reference.gaussian_log_prob import gaussian_log_prob, gaussian_nll
+from fastelbo.reference.gaussian_rsample import gaussian_rsample
+from fastelbo.reference.gaussian_rsample_kl import gaussian_rsample_kl
+from fastelbo.reference.noise import philox_normal
+
+__all__ = [
+    "gaussian_kl",
+    "gaussian_log_prob",
+    "gaussian_nll",
+    "gaussian_rsample",
+    "gaussian_rsample_kl",
+    "philox_normal",
+]

@@ -1,0 +1,27 @@
+"""A posterior sample and its KL divergence from the prior."""
+
+import torch
+
+from fastelbo.reference.gaussian_kl import gaussian_kl
+from fastelbo.reference.gaussian_rsample import gaussian_rsample
+
+
+def gaussian_rsample_kl(
+    mean_q,
+    s_q,
+    mean_p=None,
+    s_p=None,
+    *,
+    scale,
+    scale_p=None,
+    event_ndim=None,
+    reduction="none",
+    **draw,
+):
+    """(z, kl); see fastelbo.gaussian_rsample_kl. ``draw`` are the keywords of gaussian_rsample."""
+    shapes = [tensor.shape for tensor in (mean_q, s_q, mean_p, s_p) if tensor is not None]
+    z = gaussian_rsample(mean_q.expand(torch.broadcast_shapes(*shapes)), s_q, scale=scale, **draw)
+    kl = gaussian_kl(
+        mean_q, s_q, mean_p, s_p, scale=scale, scale_p=scale_p, event_ndim=event_ndim, reduction=reduction
+    )
+    return z, kl

@@ -1,0 +1,128 @@
+"""How a network's raw output becomes a standard deviation."""
+
+import math
+from dataclasses import dataclass
+
+KINDS = ("logvar", "log_std", "std", "var", "softplus")
+CLAMP_GRADS = ("zero", "straight_through", "inward")
+
+
+@dataclass(frozen=True)
+class Scale:
+    r"""The map from a raw value s to the standard deviation of a Gaussian.
+
+    ==============  =================================
+    kind            standard deviation
+    ==============  =================================
+    ``"logvar"``    :math:`\exp(s / 2)`
+    ``"log_std"``   :math:`\exp(s)`
+    ``"std"``       :math:`s`
+    ``"var"``       :math:`\sqrt{s}`
+    ``"softplus"``  :math:`\ln(1 + \exp(\beta s)) / \beta`
+    ==============  =================================
+
+    The raw value is limited by ``clamp`` first and ``soft_clamp`` second; ``min_std`` is then added to the standard
+    deviation, and ``var_eps`` to the variance that results.
+
+    Args:
+        kind: one of the kinds above.
+        clamp: limits ``(lo, hi)`` of the raw value; either may be infinite.
+        clamp_grad: the gradient that a raw value outside the limits gets: ``"zero"`` (as in diffusers),
+            ``"straight_through"`` (all of it, as in ``nn.GaussianNLLLoss``) or ``"inward"`` (only what moves the value
+            back inside under gradient descent, as in CompressAI).
+        soft_clamp: c in :math:`c \tanh(s / c)`, a smooth limit to (-c, c) (as in NVAE).
+        min_std: added to the standard deviation, at least 0.
+        var_eps: added to the variance, at least 0.
+        beta: sharpness of the softplus, above 0; only kind ``"softplus"`` reads it.
+
+    Raises:
+        ValueError: for an unknown kind or clamp_grad, limits out of order, or a number out of its range.
+        TypeError: for a number that is not one.
+
+    Example:
+        >>> fastelbo.Scale("softplus", min_std=1e-4).kind
+        'softplus'
+    """
+
+    kind: str
+    clamp: "tuple[float, float] | None" = None
+    clamp_grad: str = "zero"
+    soft_clamp: "float | None" = None
+    min_std: float = 0.0
+    var_eps: float = 0.0
+    beta: float = 1.0
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"scale must be one of {', '.join(KINDS)}; got {self.kind!r}")
+        if self.clamp_grad not in CLAMP_GRADS:
+            raise ValueError(f"clamp_grad must be one of {', '.join(CLAMP_GRADS)}; got {self.clamp_grad!r}")
+        lo, hi = -math.inf, math.inf
+        if self.clamp is not None:
+            try:
+                lo, hi = (float(limit) for limit in self.clamp)
+            except (TypeError, ValueError):
+                raise TypeError(f"clamp must be a pair of numbers (lo, hi); got {self.clamp!r}") from None
+            if not lo < hi:
+                raise ValueError(f"clamp must have lo < hi; got {self.clamp!r}")
+            object.__setattr__(self, "clamp", (lo, hi))
+        for name, ok, rule in (
+            ("soft_clamp", lambda x: x is None or x > 0, "positive"),
+            ("min_std", lambda x: x >= 0, "at least 0"),
+            ("var_eps", lambda x: x >= 0, "at least 0"),
+            ("beta", lambda x: x > 0, "positive"),
+        ):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+            if not ok(value) or value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} must be {rule} and finite; got {value!r}")
+        numbers = [
+            float(KINDS.index(self.kind)),
+            float(CLAMP_GRADS.index(self.clamp_grad)),
+            lo,
+            hi,
+            float(self.soft_clamp or 0.0),
+            float(self.min_std),
+            float(self.var_eps),
+            float(self.beta),
+        ]
+        object.__setattr__(self, "_numbers", numbers)
+
+    @property
+    def numbers(self) -> "list[float]":
+        """The parameters as the compiled ops take them: csrc/cpu/host.cpp, parse_scale."""
+        return self._numbers
+
+    @classmethod
+    def diffusers(cls) -> "Scale":
+        """The log-variance clamped to (-30, 20), as diffusers' DiagonalGaussianDistribution has it."""
+        return cls("logvar", clamp=(-30.0, 20.0))
+
+    @classmethod
+    def softplus(cls, min_std: float = 1e-4, beta: float = 1.0) -> "Scale":
+        """softplus(s) + min_std, as the Oobleck audio autoencoder and RSSM world models have it."""
+        return cls("softplus", min_std=min_std, beta=beta)
+
+    @classmethod
+    def nvae(cls) -> "Scale":
+        """exp(5 tanh(s / 5)) + 0.01, as NVAE has it (which limits its means in the same way)."""
+        return cls("log_std", soft_clamp=5.0, min_std=1e-2)
+
+    @classmethod
+    def gaussian_nll_loss(cls, eps: float = 1e-6) -> "Scale":
+        """A variance of at least eps whose gradient ignores the limit, as nn.GaussianNLLLoss has it."""
+        return cls("var", clamp=(eps, math.inf), clamp_grad="straight_through")
+
+
+_SCALES = {kind: Scale(kind) for kind in KINDS}
+
+
+def as_scale(scale: "str | Scale") -> Scale:
+    """The Scale itself, or that of a kind."""
+    if isinstance(scale, Scale):
+        return scale
+    if isinstance(scale, str):
+        found = _SCALES.get(scale)
+        return Scale(scale) if found is None else found
+    raise TypeError(f"scale must be a Scale or one of {', '.join(KINDS)}; got {type(scale).__name__}")
