@@ -4,7 +4,10 @@ import os
 
 import torch
 
-from fastelbo import _extension
+from fastelbo import _extension, _library
+
+_CPU_ISA = _library.define("cpu_isa", "() -> int", lambda: 0)["cpu"]
+_CPU_ISA_NAMES = ("portable", "AVX2", "AVX-512")
 
 #: Every backend, with what it is.
 BACKENDS = {
@@ -30,6 +33,11 @@ def usable(name: str) -> "str | None":
     if name == "cpu":
         return _extension.load("cpu")
     return f"this version of fastelbo has no {BACKENDS[name]} yet"
+
+
+def cpu_isa() -> str:
+    """The instruction set that the cpu backend's kernels use; the environment's FASTELBO_CPU_ISA may lower it."""
+    return _CPU_ISA_NAMES[_CPU_ISA()]
 
 
 def why_not(name: str, device: torch.device) -> "str | None":

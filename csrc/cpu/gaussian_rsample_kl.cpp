@@ -37,30 +37,36 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
     const T* mean_q = read_tile(args.mean_q, start, n, mean_q_tile);
     const T* s_q = read_tile(args.s_q, start, n, s_q_tile);
     T* kl = output_terms(*args.kl, tile, kl_tile);
+    T* z = output(args.z, start, n, z_tile);
+    const T* noise = noise_tile.read(args.noise, 0, start, n, args.numel);
+    V temperature(args.noise.temperature);
     if (!args.mean_p.data) {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         Spread<V, exponential> q = spread<exponential>(args.scale, load(s_q + i, part));
-        store(std_tile + i, q.std, part);
-        store(kl + i, gaussian_kl(load(mean_q + i, part), q).value, part);
+        V mean = load(mean_q + i, part), std = temperature * q.std;
+        store(std_tile + i, std, part);
+        store(z + i, fma(std, load(noise + i, part), mean), part);
+        store(kl + i, gaussian_kl(mean, q).value, part);
       });
     } else {
       const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
       const T* s_p = read_tile(args.s_p, start, n, s_p_tile);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-        V delta = load(mean_q + i, part) - load(mean_p + i, part);
         Spread<V, exponential> q = spread<exponential>(args.scale, load(s_q + i, part)), p = spread<exponential>(args.scale_p, load(s_p + i, part));
-        store(std_tile + i, q.std, part);
-        store(kl + i, gaussian_kl(delta, q, p).value, part);
+        V mean = load(mean_q + i, part), std = temperature * q.std;
+        store(std_tile + i, std, part);
+        store(z + i, fma(std, load(noise + i, part), mean), part);
+        store(kl + i, gaussian_kl(mean - load(mean_p + i, part), q, p).value, part);
       });
     }
     finish_terms(*args.kl, args.tiling, tile, kl, kl_tile);
-    V temperature(args.noise.temperature);
-    for (int64_t sample = 0; sample < args.noise.samples; ++sample) {
+    finish(args.z, start, n, z, z_tile);
+    for (int64_t sample = 1; sample < args.noise.samples; ++sample) {
       int64_t out = sample * args.numel + start;
-      const T* noise = noise_tile.read(args.noise, sample, start, n, args.numel);
-      T* z = output(args.z, out, n, z_tile);
+      noise = noise_tile.read(args.noise, sample, start, n, args.numel);
+      z = output(args.z, out, n, z_tile);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-        store(z + i, fma(temperature * load(std_tile + i, part), load(noise + i, part), load(mean_q + i, part)), part);
+        store(z + i, fma(load(std_tile + i, part), load(noise + i, part), load(mean_q + i, part)), part);
       });
       finish(args.z, out, n, z, z_tile);
     }
@@ -88,7 +94,7 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
         Spread<V, exponential> q = spread<exponential>(args.scale, raw);
         GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part), q);
         store(d_mean_q + i, fma(upstream, kl.d_mean_q, load(sampled.d_z + i, part)), part);
-        V d_s = fma(temperature * q.d_std, load(sampled.d_z_noise + i, part), upstream * (kl.d_logvar_q * q.d_logvar));
+        V d_s = fma(temperature * q.d_std, (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part)), upstream * (kl.d_logvar_q * q.d_logvar));
         store(d_s_q + i, clamp_gradient(args.scale, raw, d_s), part);
       });
     } else {
@@ -103,7 +109,7 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
         GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part) - load(mean_p + i, part), q, p);
         V d_mean = upstream * kl.d_mean_q;
         store(d_mean_q + i, d_mean + load(sampled.d_z + i, part), part);
-        V d_s = fma(temperature * q.d_std, load(sampled.d_z_noise + i, part), upstream * (kl.d_logvar_q * q.d_logvar));
+        V d_s = fma(temperature * q.d_std, (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part)), upstream * (kl.d_logvar_q * q.d_logvar));
         store(d_s_q + i, clamp_gradient(args.scale, raw_q, d_s), part);
         store(d_mean_p + i, -d_mean, part);
         store(d_s_p + i, clamp_gradient(args.scale_p, raw_p, upstream * (kl.d_logvar_p * p.d_logvar)), part);
