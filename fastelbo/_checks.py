@@ -15,22 +15,20 @@ def operands(**named):
     Returns:
         The tensors (None where None came), their broadcast shape, and the dtype torch promotes them to.
     """
-    first_name, first = next(iter(named.items()))
+    values = tuple(named.values())
+    first = values[0]
     if isinstance(first, torch.Tensor):
         shape, dtype, device = first.shape, first.dtype, first.device
-        for value in named.values():  # the common case: nothing to convert, nothing to broadcast
-            if value is first or value is None:
-                continue
-            if not (
+        for value in values[1:]:  # the common case: nothing to convert, nothing to broadcast
+            if value is not None and not (
                 isinstance(value, torch.Tensor)
                 and value.shape == shape
                 and value.dtype == dtype
                 and value.device == device
             ):
-                break
-        else:
-            if dtype in _DTYPES and len(shape) <= _MAX_DIMS:
-                return tuple(named.values()), shape, dtype
+                return _mixed_operands(named)
+        if dtype in _DTYPES and len(shape) <= _MAX_DIMS:
+            return values, shape, dtype
     return _mixed_operands(named)
 
 
@@ -39,7 +37,7 @@ def _mixed_operands(named):
     if anchor_name is None:
         raise TypeError(f"{' or '.join(named)} must be a tensor; got only numbers")
     anchor = named[anchor_name]
-    shape, dtype, sized_name = torch.Size(()), None, anchor_name
+    shape, widest = torch.Size(()), anchor_name
     for name, value in named.items():
         if value is None:
             continue
@@ -51,14 +49,11 @@ def _mixed_operands(named):
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16; got {value.dtype}")
         if value.device != anchor.device:
             raise ValueError(f"{name} must be on the device of {anchor_name}, {anchor.device}; got {value.device}")
-        try:
-            shape = torch.broadcast_shapes(shape, value.shape)
-        except RuntimeError:
-            raise ValueError(
-                f"{name} must broadcast with {sized_name} of shape {tuple(shape)}; got {tuple(value.shape)}"
-            ) from None
-        if len(value.shape) == len(shape):
-            sized_name = name if tuple(value.shape) == tuple(shape) and sized_name == anchor_name else sized_name
+        broadcast = _broadcast(shape, value.shape)
+        if broadcast is None:
+            raise ValueError(f"{name} must broadcast with {widest} of shape {tuple(shape)}; got {tuple(value.shape)}")
+        if broadcast != shape:
+            shape, widest = broadcast, name
     tensors = [value for value in named.values() if isinstance(value, torch.Tensor)]
     dtype = tensors[0].dtype
     for position, value in enumerate(tensors[1:], 1):
@@ -74,6 +69,19 @@ def _mixed_operands(named):
             value = value.to(arithmetic)  # a 0-d tensor does not promote, as in torch
         made.append(value)
     return tuple(made), shape, dtype
+
+
+def _broadcast(a, b):
+    """The shape to which two shapes broadcast, or None: torch.broadcast_shapes cannot fail softly while being traced."""
+    if len(a) < len(b):
+        a, b = b, a
+    sizes = list(a)
+    for d in range(-len(b), 0):
+        if sizes[d] == 1:
+            sizes[d] = b[d]
+        elif b[d] != 1 and b[d] != sizes[d]:
+            return None
+    return torch.Size(sizes)
 
 
 def _promote(before, dtype, value):
@@ -143,11 +151,7 @@ def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperatu
         raise TypeError(f"noise must be a tensor of float32, float64, bfloat16 or float16; got {kind}")
     if noise.device != device:
         raise ValueError(f"noise must be on the device of mean, {device}; got {noise.device}")
-    try:
-        fits = torch.broadcast_shapes(noise.shape, shape) == shape
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if _broadcast(noise.shape, shape) != shape:
         raise ValueError(f"noise must broadcast to the sample's shape {tuple(shape)}; got {tuple(noise.shape)}")
 
 

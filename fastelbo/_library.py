@@ -1,4 +1,4 @@
-"""The one place that talks to torch.library: schemas are written once, in Python; compiled code only implements them."""
+"""The one place that talks to torch.library. Schemas are written once, in Python; compiled code only implements them."""
 
 import math
 
@@ -66,7 +66,9 @@ def reduce(value, reduction, shape, event_ndim):
 
 def input_gradients(grads, inputs, wanted):
     """Gradients of the broadcast shape as those of the inputs; None where none is wanted."""
-    return tuple(sum_to(grad, tensor) if want else None for grad, tensor, want in zip(grads, inputs, wanted))
+    return tuple(
+        sum_to(grad, tensor) if want else None for grad, tensor, want in zip(grads, inputs, wanted, strict=False)
+    )
 
 
 def sum_to(grad, tensor):
@@ -94,8 +96,8 @@ def reference_gradients(function, inputs, wanted, upstream):
         outputs = function(*inputs)
         if isinstance(outputs, torch.Tensor):
             outputs = (outputs,)
-        used = [(out, grad) for out, grad in zip(outputs, upstream) if grad is not None]
-        targets = [tensor for tensor, want in zip(inputs, wanted) if want]
+        used = [(out, grad) for out, grad in zip(outputs, upstream, strict=True) if grad is not None]
+        targets = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
         if not used or not targets:
             return tuple(None for _ in inputs)
         found = iter(

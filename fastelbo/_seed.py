@@ -7,8 +7,10 @@ from fastelbo import _library
 _LOW, _HIGH = -(2**63), 2**63 - 1
 
 
-def _draw(device: torch.device) -> torch.Tensor:
-    return torch.randint(_LOW, _HIGH, (1,), device=device)
+def _draw(device: torch.device, generator=None) -> torch.Tensor:
+    if generator is None and device.type == "cpu":
+        return torch.randint(_LOW, _HIGH, (1,))  # the keywords would cost a quarter of the draw
+    return torch.randint(_LOW, _HIGH, (1,), device=device, generator=generator)
 
 
 # Tagged, so that torch.compile neither merges two draws nor repeats one in the backward.
@@ -18,7 +20,7 @@ _DRAW = _library.define(
     lambda device: torch.empty((1,), dtype=torch.int64, device=device),
     tags=(torch.Tag.nondeterministic_seeded,),
 )
-_library.implement("draw_seed", _draw)
+_library.implement("draw_seed", lambda device: _draw(device))
 
 
 def as_seed(seed, generator, device: torch.device) -> torch.Tensor:
@@ -38,7 +40,7 @@ def as_seed(seed, generator, device: torch.device) -> torch.Tensor:
             raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}")
         if generator.device.type != device.type:
             raise ValueError(f"generator must be on the device of mean, {device}; got {generator.device}")
-        return torch.randint(_LOW, _HIGH, (1,), device=device, generator=generator)
+        return _draw(device, generator)
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int or an int64 tensor; got {seed.dtype}")

@@ -54,7 +54,7 @@ void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t e
     const T* mean = read_tile(args.mean, start, n, mean_tile);
     const T* s = read_tile(args.s, start, n, s_tile);
     const T* d_out = read_tile(args.d_out, start, n, d_out_tile);
-    bool x_grad = args.d_x.data;
+    bool x_grad(args.d_x);
     T* d_x = x_grad ? output(args.d_x, start, n, d_x_tile) : d_x_tile;
     T* d_mean = output(args.d_mean, start, n, d_mean_tile);
     T* d_s = output(args.d_s, start, n, d_s_tile);

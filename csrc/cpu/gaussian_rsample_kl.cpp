@@ -40,7 +40,7 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
     T* z = output(args.z, start, n, z_tile);
     const T* noise = noise_tile.read(args.noise, 0, start, n, args.numel);
     V temperature(args.noise.temperature);
-    if (!args.mean_p.data) {
+    if (!args.mean_p) {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         Spread<V, exponential> q = spread<exponential>(args.scale, load(s_q + i, part));
         V mean = load(mean_q + i, part), std = temperature * q.std;
@@ -88,7 +88,7 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
     T* d_s_q = output(args.d_s_q, start, n, d_s_q_tile);
     sampled.read(args.noise, args.d_z, start, n, args.numel);
     V temperature(args.noise.temperature);
-    if (!args.mean_p.data) {
+    if (!args.mean_p) {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw = load(s_q + i, part), upstream = load(d_kl + i, part);
         Spread<V, exponential> q = spread<exponential>(args.scale, raw);
@@ -100,7 +100,7 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
     } else {
       const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
       const T* s_p = read_tile(args.s_p, start, n, s_p_tile);
-      bool prior = args.d_mean_p.data;
+      bool prior(args.d_mean_p);
       T* d_mean_p = prior ? output(args.d_mean_p, start, n, d_mean_p_tile) : d_mean_p_tile;
       T* d_s_p = prior ? output(args.d_s_p, start, n, d_s_p_tile) : d_s_p_tile;
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
@@ -131,7 +131,7 @@ namespace fastelbo {
 std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
     Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p, std::optional<Tensor> seed,
     std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
-    std::vector<double> scale, std::vector<double> scale_p, int64_t event_ndim, ScalarType out_dtype) {
+    std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim, ScalarType out_dtype) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   Shape out = shape.prepend(num_samples);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
     Tensor d_z, Tensor d_kl, Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
     std::optional<Tensor> seed, std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples,
-    double temperature, std::vector<double> scale, std::vector<double> scale_p, int64_t event_ndim, bool prior_grad) {
+    double temperature, std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim, bool prior_grad) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Tensor d_mean_q = allocate_gradient(shape, mean_q), d_s_q = allocate_gradient(shape, s_q);

@@ -26,8 +26,10 @@ Isa isa();
 constexpr int kTile = 1024;  // elements: six float tiles fit a first-level cache
 constexpr int kMaxDims = 16;
 
-// From the schema's list: kind, clamp_grad, clamp_lo, clamp_hi, soft_clamp, min_std, var_eps, beta.
+// From the schema's list: kind, clamp_grad, clamp_lo, clamp_hi, soft_clamp, min_std, var_eps, beta; trailing defaults are
+// left out.
 Scale parse_scale(const std::vector<double>& values);
+inline Scale parse_scale(const std::optional<std::vector<double>>& values) { return values ? parse_scale(*values) : Scale(); }
 
 enum class Format { f32, f64, bf16, f16 };
 Format format_of(ScalarType dtype);
@@ -50,12 +52,14 @@ struct Shape {
 
 // A tensor as the loops see it: broadcast to the logical shape, with mergeable dimensions merged.
 struct Operand {
-  char* data = nullptr;  // null: no tensor
+  bool given = false;
+  char* data = nullptr;  // null where the tensor is empty, too
   Format format = Format::f32;
   int ndim = 1;
   int64_t size[kMaxDims], stride[kMaxDims];  // in elements
 
   Operand() = default;
+  explicit operator bool() const { return given; }
   // The tensor covers the logical shape less its last `reduced` dimensions, over which it is constant.
   Operand(const Tensor& tensor, const Shape& shape, int64_t reduced = 0);
   Operand(const std::optional<Tensor>& tensor, const Shape& shape);

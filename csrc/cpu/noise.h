@@ -61,7 +61,7 @@ struct NoiseTile {
   T widened[kTile];
 
   const T* read(const Noise& noise, int64_t sample, int64_t start, int n, int64_t numel) {
-    if (noise.given.data) return read_tile(noise.given, sample * numel + start, n, widened);
+    if (noise.given) return read_tile(noise.given, sample * numel + start, n, widened);
     const float* normal = normals(noise.seed, uint32_t(sample), uint64_t(noise.offset + start), n, drawn);
     if constexpr (sizeof(T) == 4) {
       return normal;

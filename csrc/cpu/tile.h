@@ -169,11 +169,11 @@ inline double sum(const double* x, int n) {
 // Passes on a tile of terms, written where output_terms() said: as they are, or as the sums of its rows.
 template <class T>
 inline T* output_terms(const Terms& terms, const Tile& tile, T* scratch) {
-  return terms.elements.data ? output(terms.elements, tile.start, tile.count, scratch) : scratch;
+  return terms.elements ? output(terms.elements, tile.start, tile.count, scratch) : scratch;
 }
 template <class T>
 inline void finish_terms(Terms& terms, const Tiling& tiling, const Tile& tile, const T* values, const T* scratch) {
-  if (terms.elements.data) return finish(terms.elements, tile.start, tile.count, values, scratch);
+  if (terms.elements) return finish(terms.elements, tile.start, tile.count, values, scratch);
   if (tile.rows == 0) {
     terms.partial[tile.row * tiling.chunks_per_row + (tile.start - tile.row * tiling.columns) / kTile] = sum(values, tile.count);
     return;

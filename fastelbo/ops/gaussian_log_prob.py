@@ -7,9 +7,7 @@ from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
 from fastelbo.scale import as_scale
 
 
-def gaussian_log_prob(
-    x, mean, s, *, scale="logvar", event_ndim=None, reduction="none", mask=None, backend=None
-):
+def gaussian_log_prob(x, mean, s, *, scale="logvar", event_ndim=None, reduction="none", mask=None, backend=None):
     r"""Log-density of x under a diagonal Gaussian.
 
     .. math:: \ln N(x; \mu, \sigma^2) = -\tfrac12 \left(\tfrac{x - \mu}{\sigma}\right)^2 - \ln\sigma
