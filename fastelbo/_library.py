@@ -1,4 +1,4 @@
-"""The one place that talks to torch.library. Schemas are written once, in Python; compiled code only implements them."""
+"""The one place that talks to torch.library: schemas are written once, in Python; compiled code implements them."""
 
 import math
 
