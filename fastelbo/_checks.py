@@ -72,7 +72,7 @@ def _mixed_operands(named):
 
 
 def _broadcast(a, b):
-    """The shape to which two shapes broadcast, or None. torch.broadcast_shapes only raises, which tracing cannot catch."""
+    """The shape to which two shapes broadcast, or None (tracing cannot catch what torch.broadcast_shapes raises)."""
     if len(a) < len(b):
         a, b = b, a
     sizes = list(a)
