@@ -1,6 +1,5 @@
 """How a network's raw output becomes a standard deviation."""
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -78,15 +77,14 @@ class Scale:
                 raise TypeError(f"{name} must be a number; got {type(value).__name__}")
             if not ok(value) or (value is not None and not math.isfinite(value)):
                 raise ValueError(f"{name} must be {rule} and finite; got {value!r}")
-        object.__setattr__(self, "clamp_limits", (lo, hi))
+        object.__setattr__(self, "numbers", self._numbers(lo, hi))
 
-    @functools.cached_property
-    def numbers(self) -> "list[float]":
+    def _numbers(self, lo: float, hi: float) -> "list[float]":
         """The parameters as the compiled ops take them (csrc/cpu/host.cpp, parse_scale), trailing defaults left out:
         every number costs a call 50 ns."""
-        numbers = [KINDS.index(self.kind), CLAMP_GRADS.index(self.clamp_grad), *self.clamp_limits]
+        numbers = [KINDS.index(self.kind), CLAMP_GRADS.index(self.clamp_grad), lo, hi]
         numbers += [self.soft_clamp or 0.0, self.min_std, self.var_eps, self.beta]
-        defaults = [None, 0.0, -math.inf, math.inf, 0.0, 0.0, 0.0, 1.0]
+        defaults = [None, 0, -math.inf, math.inf, 0.0, 0.0, 0.0, 1.0]
         while numbers[-1] == defaults[len(numbers) - 1]:
             numbers.pop()
         return [float(number) for number in numbers]
