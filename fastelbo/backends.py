@@ -20,8 +20,6 @@ BACKENDS = {
 # The fastest measured first; "reference" runs wherever torch does.
 _ORDER = {"cpu": ("cpu",)}
 
-_FASTEST: "dict[str, str]" = {}  # by kind of device: found at its first call
-
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 # Read once: a call costs microseconds, and so would reading the environment.
@@ -50,11 +48,16 @@ def why_not(name: str, device: torch.device) -> "str | None":
     return reason
 
 
-def _fastest(device: torch.device) -> str:
-    kind = device.type
-    if kind not in _FASTEST:
-        _FASTEST[kind] = next((name for name in _ORDER.get(kind, ()) if why_not(name, device) is None), "reference")
-    return _FASTEST[kind]
+def fastest() -> "dict[str, str]":
+    """The backend that runs by default, by kind of device."""
+    return {
+        kind: next((name for name in order if why_not(name, torch.device(kind)) is None), "reference")
+        for kind, order in _ORDER.items()
+    }
+
+
+# Found once, at import: a function that is being traced cannot load a library.
+_FASTEST = fastest()
 
 
 def choose(device: torch.device, backend: "str | None" = None, only_reference: "str | None" = None) -> str:
@@ -71,7 +74,7 @@ def choose(device: torch.device, backend: "str | None" = None, only_reference: "
     """
     wanted = backend or OVERRIDE
     if wanted is None:
-        return _fastest(device) if only_reference is None else "reference"
+        return _FASTEST.get(device.type, "reference") if only_reference is None else "reference"
     if wanted not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {wanted!r}")
     if wanted == "reference" or (only_reference is None and why_not(wanted, device) is None):
