@@ -40,10 +40,15 @@ def empty_sample(mean, shape, num_samples, dtype):
     return mean.new_empty((num_samples, *shape), dtype=dtype)
 
 
+def arithmetic(*inputs):
+    """The precision that the ops compute in, and return KL and log-densities in."""
+    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in inputs)
+    return torch.float64 if double else torch.float32
+
+
 def empty_terms(shape, event_ndim, like, inputs):
     """A fake KL or log-density."""
-    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in inputs)
-    dtype = torch.float64 if double else torch.float32
+    dtype = arithmetic(*inputs)
     if event_ndim == 0:
         return empty(shape, dtype, like)
     return like.new_empty(shape[: len(shape) - event_ndim], dtype=dtype)

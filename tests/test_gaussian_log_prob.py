@@ -96,3 +96,11 @@ def test_bad_values_reach_their_sum_and_no_other(backend, value, argument):
     result = fastelbo.gaussian_log_prob(x, mean, logvar, backend=backend)
     assert not result[1].isfinite()
     assert result[[0, 2]].isfinite().all()
+
+
+def test_gradient_of_one_sigma_keeps_its_digits(backend):
+    """The sum over a million elements, which a float32 accumulator would spoil."""
+    x, s = torch.randn(1000, 1003), torch.tensor(-0.3, requires_grad=True)
+    (d_s,) = torch.autograd.grad(fastelbo.gaussian_nll(x, 0.1, s, reduction="sum", backend=backend), s)
+    exact = 0.5 * (1 - (x.double() - float(torch.tensor(0.1))) ** 2 * torch.exp(-s.detach().double())).sum()
+    assert abs(d_s.item() / exact.item() - 1) < 1e-6

@@ -219,12 +219,15 @@ Terms::Terms(const Shape& shape, int64_t event_ndim, ScalarType dtype, const Ten
   if (tiling.chunks_per_row > 1) partial.resize(tiling.tiles());
 }
 
+void store_total(const std::vector<double>& partial, size_t first, size_t count, ScalarType dtype, void* out, int64_t at) {
+  double total = std::accumulate(partial.begin() + first, partial.begin() + first + count, 0.0);
+  if (dtype == ScalarType::Double) static_cast<double*>(out)[at] = total;
+  else static_cast<float*>(out)[at] = float(total);
+}
+
 Tensor Terms::finish(ScalarType dtype, const Tiling& tiling) {
   for (size_t first = 0; first < partial.size(); first += tiling.chunks_per_row) {
-    double total = std::accumulate(&partial[first], &partial[first] + tiling.chunks_per_row, 0.0);
-    int64_t row = first / tiling.chunks_per_row;
-    if (dtype == ScalarType::Double) static_cast<double*>(sums)[row] = total;
-    else static_cast<float*>(sums)[row] = float(total);
+    store_total(partial, first, tiling.chunks_per_row, dtype, sums, first / tiling.chunks_per_row);
   }
   return tensor;
 }

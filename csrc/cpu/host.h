@@ -119,6 +119,9 @@ struct Tiling {
 // Rows of the last event_ndim dimensions, or flat tiles where the op is elementwise.
 Tiling event_tiling(const Shape& shape, int64_t event_ndim);
 
+// out[at] = the sum of `count` partial sums, in order; out is of the arithmetic type.
+void store_total(const std::vector<double>& partial, size_t first, size_t count, ScalarType dtype, void* out, int64_t at);
+
 // An elementwise term, or its sum over each row. Rows longer than a tile go through partial sums, added in order, so
 // that the result depends neither on the number of threads nor on the instruction set.
 struct Terms {
