@@ -22,6 +22,7 @@ import os
 import sys
 import tempfile
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -70,7 +71,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_idx_images(path: Path) -> np.ndarray:
-    """The images of an IDX file, plain or gzipped, as uint8 [N, H, W]."""
+    """The images of an IDX file, plain or gzipped, or of MNIST's in a directory, as uint8 [N, H, W]."""
+    if os.path.isdir(path):
+        path = path / "train-images-idx3-ubyte"
+        path = path if path.exists() else path.with_name(f"{path.name}.gz")
     try:
         raw = path.read_bytes()
         if raw[:2] == b"\x1f\x8b":
@@ -88,16 +92,6 @@ def read_idx_images(path: Path) -> np.ndarray:
     if count < 2 or height * width == 0:
         raise InputError(f"--data: {path} must hold at least 2 images; it has {promised}")
     return np.frombuffer(raw, np.uint8, offset=16).reshape(count, height, width)
-
-
-def find_images(path: Path) -> Path:
-    """The path itself, or the file of MNIST's training images in a directory."""
-    if not os.path.isdir(path):
-        return path
-    for name in ("train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"):
-        if os.path.exists(path / name):
-            return path / name
-    raise InputError(f"--data: {path} is a directory without train-images-idx3-ubyte[.gz]")
 
 
 @dataclass
@@ -122,7 +116,7 @@ def load_data(path: Path | None, seed: int, device: torch.device) -> Data:
 
         images, levels = load_digits().images.astype(np.uint8), 17
     else:
-        images, levels = read_idx_images(find_images(path)), 256
+        images, levels = read_idx_images(path), 256
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     shuffled = torch.from_numpy(images[order.numpy()]).to(device)
     held_out = max(1, len(images) // 6)
@@ -192,6 +186,8 @@ class Training:
     def load(self, path: Path) -> None:
         """Restores what save wrote; the random states last, so that nothing after them draws."""
         try:
+            if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at the checksums
+                raise ValueError(f"wrong checksum of {broken}")
             state = torch.load(path, map_location="cpu", weights_only=True)
             settings = dict(state["settings"])
             if settings == self.settings:
@@ -204,7 +200,8 @@ class Training:
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"--resume: there is no checkpoint {path}") from None
         except Exception as error:  # a damaged file can make torch.load raise nearly anything
-            raise InputError(f"--resume: {path} is damaged, or not of this script: {first_line(error)}") from None
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"--resume: {path} is damaged, or not of this script: {reason}") from None
         for name, value in self.settings.items():
             if settings.get(name) != value:
                 raise InputError(f"--resume: {path} was made with {name} {settings.get(name)}; got {value}")
@@ -318,10 +315,7 @@ def time_ways(ways: list[Callable], rows: int, latent: int, pixels: int, device:
 def compare(batch_size: int, pixels: int, backend: str, device: torch.device) -> None:
     """Prints the times of the three ways on the tensors of this model and on larger ones."""
     ways = {"fastelbo": partial(fused, backend=backend), "eager torch": eager, "torch.distributions": distributions}
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(
-        f"\nBottleneck and loss, forward and backward: backend {backend} on {device}{threads}, torch {torch.__version__}"
-    )
+    print(f"\nBottleneck and loss, forward and backward; backend {backend} on {device}, torch {torch.__version__}")
     print("Microseconds, fastest of many interleaved calls; in brackets, how many times fastelbo's")
     print(f"  {'latents':<10}{'pixels':<10}" + "".join(f"{name:>22}" for name in ways))
     for rows, latent, width in ((batch_size, LATENT, pixels), (4096, 256, 784)):
@@ -339,7 +333,7 @@ def save_grid(
     sheet = torch.cat([torch.cat(list(nn.functional.pad(row, (1, 1, 1, 1), value=0.35)), dim=1) for row in rows])
     height, width = (side + 2 for side in rows[0].shape[1:])
     axes = Figure(figsize=(0.8 * sheet.shape[1] / width, 0.8 * sheet.shape[0] / width)).subplots()
-    axes.imshow(sheet.cpu(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(sheet.cpu().numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title)
     axes.set_xlabel(x_label)
     axes.set_xticks([(index + 0.5) * width - 0.5 for index in range(len(ticks))], ticks)
@@ -354,8 +348,8 @@ def save_curve(path: Path, history: list[tuple[float, float]]) -> None:
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(7, 4)).subplots()
-    labels = ("train (mean over the epoch)", "test (after the epoch)")
-    for label, elbos in zip(labels, zip(*history, strict=True), strict=True):
+    train_elbo, test_elbo = zip(*history, strict=True)
+    for label, elbos in (("train, mean over the epoch", train_elbo), ("test, after the epoch", test_elbo)):
         axes.plot(range(1, len(history) + 1), elbos, label=label, marker="o" if len(history) < 10 else None)
     axes.set(title="Evidence lower bound during training", xlabel="epoch", ylabel="ELBO (nats per image)")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -396,25 +390,16 @@ def save_pictures(output: Path, training: Training, data: Data, backend: str) ->
     save_curve(output / "training_curve.png", training.history)
 
 
-def first_line(error: Exception) -> str:
-    """What torch says in one line, without the pages that sometimes follow."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def check_device(name: str) -> torch.device:
-    """The device, if tensors can live on it and be read back."""
+def choose_device_and_backend(args: argparse.Namespace) -> tuple[torch.device, str]:
+    """The device, if tensors can live on it and be read back; the backend asked for, or the fastest that runs there."""
     try:
-        device = torch.device(name)
+        device = torch.device(args.device)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device: {name!r} cannot be used: {first_line(error)}") from None
-    return device
-
-
-def check_backend(name: str | None, device: torch.device) -> str:
-    """The backend that runs on the device: the one asked for, or the fastest."""
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"--device: {args.device!r} cannot be used: {reason}") from None
     try:
-        return fastelbo.backends.choose(device, name)
+        return device, fastelbo.backends.choose(device, args.backend)
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"--backend: {error}") from None
 
@@ -433,8 +418,7 @@ def run(args: argparse.Namespace) -> None:
     for name, value, lowest in (("epochs", args.epochs, 1), ("batch-size", args.batch_size, 1), ("seed", args.seed, 0)):
         if not lowest <= value < 2**31:
             raise InputError(f"--{name} must be from {lowest} to {2**31 - 1}; got {value}")
-    device = check_device(args.device)
-    backend = check_backend(args.backend, device)
+    device, backend = choose_device_and_backend(args)
     data = load_data(args.data, args.seed, device)
     training = start_training(data, args, device)
     make_output(args.output)
