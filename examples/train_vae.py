@@ -54,8 +54,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description="Train a VAE with a learned decoder sigma on handwritten digits, using the fused ops of fastelbo.",
         epilog="Ctrl-C keeps the checkpoint of the last full epoch; the same command with --resume goes on from it.",
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    backends = list(fastelbo.backends.BACKENDS)
+    device, backends = "cuda" if torch.cuda.is_available() else "cpu", list(fastelbo.backends.BACKENDS)
     idx = "IDX file of images, plain or .gz, or a directory with train-images-idx3-ubyte[.gz]; a sixth is held out"
     add = parser.add_argument
     add("--output", type=Path, default="demo", metavar="DIR", help="for checkpoint and pictures (default: %(default)s)")
@@ -140,8 +139,7 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior, both [N, latent]: halves of one tensor, which the ops read as is."""
-        mean, logvar = self.encoder(x).chunk(2, dim=1)
-        return mean, logvar
+        return self.encoder(x).chunk(2, dim=1)
 
     def decode(self, z: Tensor) -> Tensor:
         """The mean of each pixel."""
@@ -202,9 +200,8 @@ class Training:
         except Exception as error:  # a damaged file can make torch.load raise nearly anything
             reason = str(error).partition("\n")[0]
             raise InputError(f"--resume: {path} is damaged, or not of this script: {reason}") from None
-        for name, value in self.settings.items():
-            if settings.get(name) != value:
-                raise InputError(f"--resume: {path} was made with {name} {settings.get(name)}; got {value}")
+        if settings != self.settings:
+            raise InputError(f"--resume: {path} was made with {settings}; this run has {self.settings}")
 
 
 def start_training(data: Data, args: argparse.Namespace, device: torch.device) -> Training:
@@ -325,15 +322,16 @@ def compare(batch_size: int, pixels: int, backend: str, device: torch.device) ->
 
 
 def save_grid(
-    path: Path, rows: list[Tensor], title: str, labels: Sequence[str] = (), ticks: Sequence[str] = (), x_label: str = ""
+    path: Path, images: Tensor, title: str, labels: Sequence[str] = (), ticks: Sequence[str] = (), x_label: str = ""
 ) -> None:
-    """Draws rows of images [N, H, W] with values in [0, 1] as one labelled picture."""
+    """Draws images [rows, columns, H, W] with values in [0, 1] as one labelled picture."""
     from matplotlib.figure import Figure
 
-    sheet = torch.cat([torch.cat(list(nn.functional.pad(row, (1, 1, 1, 1), value=0.35)), dim=1) for row in rows])
-    height, width = (side + 2 for side in rows[0].shape[1:])
-    axes = Figure(figsize=(0.8 * sheet.shape[1] / width, 0.8 * sheet.shape[0] / width)).subplots()
-    axes.imshow(sheet.cpu().numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    framed = nn.functional.pad(images, (1, 1, 1, 1), value=0.35)
+    rows, columns, height, width = framed.shape
+    sheet = framed.transpose(1, 2).reshape(rows * height, columns * width).cpu().numpy()
+    axes = Figure(figsize=(0.8 * columns, 0.8 * rows * height / width)).subplots()
+    axes.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title)
     axes.set_xlabel(x_label)
     axes.set_xticks([(index + 0.5) * width - 0.5 for index in range(len(ticks))], ticks)
@@ -362,18 +360,15 @@ def save_curve(path: Path, history: list[tuple[float, float]]) -> None:
 def save_pictures(output: Path, training: Training, data: Data, backend: str) -> None:
     """Samples, reconstructions, latent traversal and training curve."""
     model, size, device = training.model, data.test.shape[1:], data.test.device
-
-    def draw(z: Tensor) -> list[Tensor]:
-        return list(model.decode(z.to(device)).unflatten(-1, size))
-
     z = torch.randn(8, 12, LATENT, generator=torch.Generator().manual_seed(EVALUATION_SEED))
-    save_grid(output / "samples.png", draw(z), "Samples: decoder means of latents drawn from the prior")
+    samples = model.decode(z.to(device)).unflatten(-1, size)
+    save_grid(output / "samples.png", samples, "Samples: decoder means of latents drawn from the prior")
 
     columns = min(12, len(data.test))
     shown = data.test[: columns * min(3, len(data.test) // columns)]
     mean, logvar = model.encode((shown.flatten(1) + 0.5) / data.levels)
-    originals, decoded = (shown / (data.levels - 1)).split(columns), model.decode(mean).view_as(shown).split(columns)
-    rows = [row for pair in zip(originals, decoded, strict=True) for row in pair]
+    both = torch.stack((shown / (data.levels - 1), model.decode(mean).view_as(shown)))
+    rows = both.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 1)
     labels = ["original", "reconstruction"] * (len(rows) // 2)
     save_grid(output / "reconstructions.png", rows, "Test images and their reconstructions", labels)
 
@@ -385,8 +380,9 @@ def save_pictures(output: Path, training: Training, data: Data, backend: str) ->
         row[:, dimension] = values
     labels = [f"$z_{{{dimension}}}$, KL {kl[dimension]:.1f} nats" for dimension in used]
     ticks = [f"{value:g}" for value in values.tolist()]
+    rows = model.decode(z.to(device)).unflatten(-1, size)
     title = "Traversal: one latent at a time, the others as in the first test image"
-    save_grid(output / "traversal.png", draw(z), title, labels, ticks, "value of the latent")
+    save_grid(output / "traversal.png", rows, title, labels, ticks, "value of the latent")
     save_curve(output / "training_curve.png", training.history)
 
 
