@@ -26,7 +26,10 @@ def vae():
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are tiny: on a busy machine, threads that wait for each other cost tenfold
     yield module
+    torch.set_num_threads(threads)
     del sys.modules[spec.name]
 
 
@@ -135,8 +138,8 @@ def test_reference_and_cpu_give_the_same_loss_curve(vae):
     assert len(cpu) == 100
     # Both draw the same noise, so only rounding differs. Over 100 steps and seeds 0 to 4 the curves, which fall from 65
     # to about -5, part by 1.9e-5 at most: two to three units in the last place of a loss of 64. The loss crosses zero
-    # on the way, so the bound is absolute: five times that, for other vector widths and matrix libraries. A KL gradient wrong by
-    # one part in 10000 exceeds it sixfold.
+    # on the way, so the bound is absolute: five times that, for other vector widths and matrix libraries. A gradient of
+    # the KL wrong by one part in 10000 exceeds it sixfold.
     torch.testing.assert_close(cpu, reference, rtol=0, atol=1e-4)
     assert (curve("cpu", "--seed", "1") - cpu).abs().max() > 1
 
