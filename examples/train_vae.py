@@ -420,7 +420,7 @@ def run(args: argparse.Namespace) -> None:
     make_output(args.output)
     threads = torch.get_num_threads()
     if args.data is None:
-        torch.set_num_threads(1)  # a second one gains little on 8x8 pixels, and costs tenfold where the cores are busy
+        torch.set_num_threads(1)  # a second gains little on 8x8 pixels, and waits long for its turn on a busy machine
     train(training, data, args.epochs, backend, args.output / CHECKPOINT)
     torch.set_num_threads(threads)
     report(training, data, backend)

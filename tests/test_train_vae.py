@@ -27,7 +27,7 @@ def vae():
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are tiny: on a busy machine, threads that wait for each other cost tenfold
+    torch.set_num_threads(1)  # the tensors are tiny: on a busy machine, threads mostly wait for each other
     yield module
     torch.set_num_threads(threads)
     del sys.modules[spec.name]
