@@ -36,39 +36,46 @@ def _mixed_operands(named):
     anchor_name = next((name for name, value in named.items() if isinstance(value, torch.Tensor)), None)
     if anchor_name is None:
         raise TypeError(f"{' or '.join(named)} must be a tensor; got only numbers")
-    anchor = named[anchor_name]
+    device = named[anchor_name].device
     shape, widest = torch.Size(()), anchor_name
+    dtype = zero_dim_dtype = None  # as in torch, a 0-d tensor promotes only its like
     for name, value in named.items():
-        if value is None:
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
             continue
-        if not isinstance(value, (torch.Tensor, int, float)) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a tensor or a number; got {type(value).__name__}")
         if not isinstance(value, torch.Tensor):
-            continue
+            raise TypeError(f"{name} must be a tensor or a number; got {type(value).__name__}")
         if value.dtype not in _DTYPES:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16; got {value.dtype}")
-        if value.device != anchor.device:
-            raise ValueError(f"{name} must be on the device of {anchor_name}, {anchor.device}; got {value.device}")
-        broadcast = _broadcast(shape, value.shape)
-        if broadcast is None:
-            raise ValueError(f"{name} must broadcast with {widest} of shape {tuple(shape)}; got {tuple(value.shape)}")
-        if broadcast != shape:
-            shape, widest = broadcast, name
-    tensors = [value for value in named.values() if isinstance(value, torch.Tensor)]
-    dtype = tensors[0].dtype
-    for position, value in enumerate(tensors[1:], 1):
-        dtype = _promote(tensors[:position], dtype, value)
+        if value.device != device:
+            raise ValueError(f"{name} must be on the device of {anchor_name}, {device}; got {value.device}")
+        if value.dim() == 0:
+            zero_dim_dtype = _promote(zero_dim_dtype, value.dtype)
+            continue
+        dtype = _promote(dtype, value.dtype)
+        if value.shape != shape:
+            broadcast = _broadcast(shape, value.shape)
+            if broadcast is None:
+                raise ValueError(
+                    f"{name} must broadcast with {widest} of shape {tuple(shape)}; got {tuple(value.shape)}"
+                )
+            if broadcast != shape:
+                shape, widest = broadcast, name
     if len(shape) > _MAX_DIMS:
-        raise ValueError(f"{anchor_name} must have at most {_MAX_DIMS} dimensions; got {len(shape)}")
+        raise ValueError(f"{widest} must have at most {_MAX_DIMS} dimensions; got {len(shape)}")
+    dtype = dtype or zero_dim_dtype
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     made = []
     for value in named.values():
         if isinstance(value, (int, float)):
-            value = torch.full((), value, dtype=arithmetic, device=anchor.device)
+            value = torch.full((), value, dtype=arithmetic, device=device)
         elif value is not None and value.dtype == torch.float64 and arithmetic == torch.float32:
-            value = value.to(arithmetic)  # a 0-d tensor does not promote, as in torch
+            value = value.to(arithmetic)  # it is 0-d: else the arithmetic would be float64
         made.append(value)
     return tuple(made), shape, dtype
+
+
+def _promote(dtype, other):
+    return other if dtype is None or dtype == other else torch.promote_types(dtype, other)
 
 
 def _broadcast(a, b):
@@ -82,15 +89,6 @@ def _broadcast(a, b):
         elif b[d] != 1 and b[d] != sizes[d]:
             return None
     return torch.Size(sizes)
-
-
-def _promote(before, dtype, value):
-    """torch's promotion: dimensioned tensors outrank 0-d ones."""
-    if value.dim() > 0 and all(other.dim() == 0 for other in before):
-        return value.dtype
-    if value.dim() == 0 and any(other.dim() > 0 for other in before):
-        return dtype
-    return torch.promote_types(dtype, value.dtype)
 
 
 def event_ndim(value, shape):
