@@ -144,11 +144,13 @@ class _GaussianRsampleKL(torch.autograd.Function):
 
             grads = _library.reference_gradients(sample_kl, inputs, ctx.needs_input_grad[:4], (d_z, d_kl))
         else:
-            shape = prior_shape(*inputs)
-            if d_z is None:
-                d_z = inputs[0].new_zeros(()).expand(shape if num_samples is None else (num_samples, *shape))
-            if d_kl is None:
-                d_kl = inputs[0].new_zeros(()).expand(shape[: len(shape) - ctx.event_ndim])
+            if d_z is None or d_kl is None:
+                shape = prior_shape(*inputs)
+                zero = inputs[0].new_zeros(())
+                if d_z is None:
+                    d_z = zero.expand(shape if num_samples is None else (num_samples, *shape))
+                else:
+                    d_kl = zero.expand(shape[: len(shape) - ctx.event_ndim])
             prior_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
             grads = _BWD[ctx.backend](
                 d_z,
