@@ -70,63 +70,43 @@ class Case:
     Args:
         op: its name in fastelbo.
         name: the kind of input.
-        inputs: in order, each "parameter" (wants a gradient), "data" (wants none), "scalar" (a 0-d parameter), "zeros".
+        inputs: a letter each: p for a parameter, 0 for a 0-d one, d for data (wants no gradient), z for zeros.
         floor: elements read and written per element, in the forward and in the backward (a row's sum not counted).
-        rivals: functions of the same inputs by name. Those called eager are also compiled.
+        lines: the lines users write, a function of the inputs; also compiled.
+        distributions: the same by torch.distributions.
+        others: further rivals.
         draws: whether the first output is a sample.
+        ours: a function of the inputs and the backend, where that is not simply the op.
     """
 
     op: str
     name: str
-    inputs: tuple[str, ...]
+    inputs: str
     floor: tuple[int, int]
-    rivals: dict[str, Callable] = field(hash=False)
+    lines: Callable | None = None
+    distributions: Callable | None = None
+    others: dict[str, Callable] = field(default_factory=dict)
     draws: bool = False
     ours: Callable | None = None
     sizes: tuple[str, ...] = tuple(SIZES)
     passes: tuple[str, ...] = PASSES
 
 
-def rivals(lines, distributions):
-    return {"eager": lines, "distributions": distributions}
-
-
-PARAMETERS = ("parameter", "parameter")
 CASES = [
-    Case("gaussian_rsample", "", PARAMETERS, (3, 3), rivals(rsample_lines, rsample_distributions), draws=True),
-    Case("gaussian_kl", "standard normal", PARAMETERS, (2, 4), rivals(kl_lines, kl_distributions)),
-    Case("gaussian_kl", "learned prior", 2 * PARAMETERS, (4, 8), rivals(kl_prior_lines, kl_prior_distributions)),
-    Case(
-        "gaussian_rsample_kl",
-        "standard normal",
-        PARAMETERS,
-        (3, 5),
-        rivals(rsample_kl_lines, rsample_kl_distributions),
-        draws=True,
-    ),
-    Case(
-        "gaussian_log_prob",
-        "full scale",
-        ("data", *PARAMETERS),
-        (3, 5),
-        rivals(log_prob_lines, log_prob_distributions),
-    ),
-    Case(
-        "gaussian_log_prob",
-        "scalar scale",
-        ("data", "parameter", "scalar"),
-        (2, 3),
-        rivals(log_prob_lines, log_prob_distributions),
-    ),
-    # mean and s are 0, so that what comes back is the noise itself; the third is what normal_ writes to
-    Case(
+    Case("gaussian_rsample", "", "pp", (3, 3), rsample_lines, rsample_distributions, draws=True),
+    Case("gaussian_kl", "standard normal", "pp", (2, 4), kl_lines, kl_distributions),
+    Case("gaussian_kl", "learned prior", "pppp", (4, 8), kl_prior_lines, kl_prior_distributions),
+    Case("gaussian_rsample_kl", "", "pp", (3, 5), rsample_kl_lines, rsample_kl_distributions, draws=True),
+    Case("gaussian_log_prob", "", "dpp", (3, 5), log_prob_lines, log_prob_distributions),
+    Case("gaussian_log_prob", "scalar scale", "dp0", (2, 3), log_prob_lines, log_prob_distributions),
+    Case(  # mean and s are 0, so that what comes back is the noise itself; the third input is what normal_ writes to
         "gaussian_rsample",
         "normals",
-        ("zeros", "zeros", "data"),
+        "zzd",
         (3, 0),
-        {"randn": lambda mean, s, buffer: torch.randn_like(mean), "normal_": lambda mean, s, buffer: buffer.normal_()},
+        others={"randn": lambda mean, s, to: torch.randn_like(mean), "normal_": lambda mean, s, to: to.normal_()},
         draws=True,
-        ours=lambda mean, s, buffer, backend: fastelbo.gaussian_rsample(mean, s, backend=backend),
+        ours=lambda mean, s, to, backend: fastelbo.gaussian_rsample(mean, s, backend=backend),
         sizes=("medium",),
         passes=("forward",),
     ),
@@ -137,10 +117,9 @@ def make_inputs(case: Case, shape, dtype, device) -> list[torch.Tensor]:
     generator = torch.Generator(device).manual_seed(0)
 
     def make(kind):
-        if kind == "zeros":
-            return torch.zeros(shape, dtype=dtype, device=device).mul_(1)  # written, hence not the kernel's zero page
-        values = torch.randn(() if kind == "scalar" else shape, generator=generator, device=device)
-        return values.to(dtype).requires_grad_(kind != "data")
+        values = torch.randn(() if kind == "0" else shape, generator=generator, device=device)
+        values = values.mul_(0) if kind == "z" else values  # written, hence not the system's one page of zeros
+        return values.to(dtype).requires_grad_(kind in "p0")
 
     return [make(kind) for kind in case.inputs]
 
@@ -158,14 +137,14 @@ def usable_backends(device: torch.device) -> list[str]:
 def contestants(case: Case, backends: list[str], wanted, with_backward: bool) -> dict[str, Callable]:
     """Functions from a case's inputs to its outputs, ours first."""
     ours = case.ours or getattr(fastelbo, case.op)
-    found = {backend: functools.partial(ours, backend=backend) for backend in backends}
-    found |= {name: f for name, f in case.rivals.items() if name in wanted or name not in RIVALS}
-    lines = case.rivals.get("eager")
-    if lines and "compile" in wanted:
-        found["compile"] = torch.compile(lines)
-    if lines and "compile_checkpoint" in wanted and case.draws and with_backward:
-        found["compile_checkpoint"] = torch.compile(lambda *inputs: checkpoint(lines, *inputs, use_reentrant=False))
-    return found
+    lines, rivals = case.lines, {}
+    if lines:
+        rivals = {"eager": lines, "distributions": case.distributions, "compile": torch.compile(lines)}
+    if lines and case.draws and with_backward:
+        recomputing = torch.compile(lambda *inputs: checkpoint(lines, *inputs, use_reentrant=False))
+        rivals["compile_checkpoint"] = recomputing
+    rivals = {name: rivals[name] for name in rivals if name in wanted}
+    return {name: functools.partial(ours, backend=name) for name in backends} | rivals | case.others
 
 
 def bind(function: Callable, inputs, with_backward: bool) -> Callable:
@@ -214,13 +193,13 @@ def check(case: Case, name: str, result, inputs, with_backward: bool) -> None:
         # six standard errors of the mean and of the standard deviation
         assert abs(noise[0].mean()) < 6 / noise[0].numel() ** 0.5, f"{name}: the noise has mean {noise[0].mean()}"
         assert abs(noise[0].std() - 1) < 4.3 / noise[0].numel() ** 0.5, f"{name}: the noise has std {noise[0].std()}"
-    lines = case.rivals.get("eager")
-    if lines is None:
+    if case.lines is None:
         return
-    exact = lines(*exact_inputs, *noise)
+    exact = case.lines(*exact_inputs, *noise)
     exact_grads = torch.autograd.grad(exact, leaves, upstream_like(exact)) if with_backward else ()
     exact = exact if isinstance(exact, tuple) else (exact,)
     assert len(outputs) == len(exact), f"{name}: {len(outputs)} outputs, not {len(exact)}"
     for index, (actual, expected) in enumerate(zip((*outputs, *grads), (*exact, *exact_grads), strict=True)):
+        assert actual.shape == expected.shape, f"{name}: output or gradient {index} is {tuple(actual.shape)}"
         error = (actual - expected).abs().max() / expected.abs().max()
         assert error < TOLERANCE[inputs[0].dtype], f"{name}: output or gradient {index} is off by {error:.1e}"

@@ -57,14 +57,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def git(*arguments: str) -> str:
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
 def commit() -> str:
+    """Of the code that is timed."""
+
+    def git(*arguments):
+        command = ["git", "-C", str(Path(fastelbo.__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
     # rows that are not committed yet do not make a commit dirty
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)results")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
     return git("describe", "--always") + ("-dirty" if changed else "")
 
 
@@ -75,6 +76,7 @@ def cpu_model() -> str:
 
 
 def instruction_set() -> str:
+    """Of the cpu backend, once that is loaded."""
     try:
         return fastelbo.backends.cpu_isa()
     except (AttributeError, RuntimeError):
@@ -92,9 +94,11 @@ def backends(device) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def machine(request, device, backends) -> dict:
-    """The fields of a Row that a session has in common."""
-    return {
+def save(request, device, backends):
+    """Keeps the rows of a case: on disk at once, and for the table."""
+    option = request.config.option
+    path = option.results or rows.RESULTS / f"{device.type}.csv"
+    session = {
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else cpu_model(),
         "threads": torch.get_num_threads(),
         "isa": instruction_set(),
@@ -102,8 +106,17 @@ def machine(request, device, backends) -> dict:
         "fastelbo": fastelbo.__version__,
         "python": platform.python_version(),
         "commit": commit(),
-        "verified": "no" if request.config.option.unverified else "yes",
+        "verified": "no" if option.unverified else "yes",
     }
+
+    def append(found: list[dict]) -> None:
+        now = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+        made = [rows.Row(**session, timestamp=now, **row) for row in found]
+        request.config.stash[ROWS].extend(made)
+        if not option.no_save:
+            rows.append(path, made)
+
+    return append
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +124,7 @@ def broken(request) -> dict[str, str]:
     """Why an op's tests fail, for the ops of this session whose tests do."""
     if request.config.option.unverified:
         return {}
-    ops = sorted({item.callspec.params["case"].op for item in request.session.items if hasattr(item, "callspec")})
+    ops = sorted({item.callspec.params["case"].op for item in request.session.items})
     verdicts = {op: test_failure(op, request.config.rootpath) for op in ops}
     return {op: why for op, why in verdicts.items() if why}
 
@@ -123,22 +136,6 @@ def test_failure(op: str, root: Path) -> str:
     command = [sys.executable, "-m", "pytest", str(path), "-m", "not slow", "-x", "-q", "-p", "no:cacheprovider"]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True)
     return "" if run.returncode == 0 else f"{path} fails:\n{(run.stdout + run.stderr)[-2000:]}"
-
-
-@pytest.fixture(scope="session")
-def save(request, device, machine):
-    """Keeps the rows of a case: on disk at once, and for the table."""
-    path = request.config.option.results or rows.RESULTS / f"{device.type}.csv"
-
-    def append(found: list[dict]) -> None:
-        made = [
-            rows.Row(**machine, timestamp=f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}", **row) for row in found
-        ]
-        request.config.stash[ROWS].extend(made)
-        if not request.config.option.no_save:
-            rows.append(path, made)
-
-    return append
 
 
 def shapes(option) -> list[tuple[str, tuple[int, int]]]:

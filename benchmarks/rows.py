@@ -162,6 +162,7 @@ GOALS = [
     Goal("cuda", DRAWS, BOTH, "over_compile_checkpoint", 1.1, LARGE),
 ]
 
+NOISY = 1.5  # a median so many times the minimum tells of a machine that was doing something else
 COLUMNS = ("op", "pass", "shape", "dtype", "ours", "min us", "eager", "distr", "compile", "ckpt", "of copy", "goals")
 
 
@@ -182,6 +183,8 @@ def _line(row: Row) -> tuple[str, ...]:
     verdicts = [goal.verdict(row) for goal in GOALS if goal.applies(row)]
     if row.verified != "yes":
         verdicts.insert(0, "UNVERIFIED")
+    if row.median_us > NOISY * row.min_us:
+        verdicts.insert(0, f"NOISY: median {row.median_us:.4g}")
     return (
         f"{row.op} {row.case}".strip(),
         "fwd+bwd" if row.pass_ == BOTH else row.pass_,
