@@ -162,29 +162,30 @@ GOALS = [
     Goal("cuda", DRAWS, BOTH, "over_compile_checkpoint", 1.1, LARGE),
 ]
 
-NOISY = 1.5  # a median so many times the minimum tells of a machine that was doing something else
+NOISY = 1.5  # some contestant's median is this many times its minimum: the machine was doing something else
 COLUMNS = ("op", "pass", "shape", "dtype", "ours", "min us", "eager", "distr", "compile", "ckpt", "of copy", "goals")
 
 
 def table(rows: Iterable[Row]) -> str:
     """Our best time of every case, how many times as long each rival takes, and whether the goals are met."""
-    best: dict[tuple, Row] = {}
+    rows, best = list(rows), {}
+    noisy = {row.timed for row in rows if row.median_us > NOISY * row.min_us}
     for row in rows:
         if row.contestant in OURS and (row.timed not in best or row.min_us < best[row.timed].min_us):
             best[row.timed] = row
-    lines = [COLUMNS, *map(_line, best.values())]
+    lines = [COLUMNS, *(_line(row, row.timed in noisy) for row in best.values())]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     return "\n".join(text.rstrip() for text in texts)
 
 
-def _line(row: Row) -> tuple[str, ...]:
+def _line(row: Row, noisy: bool) -> tuple[str, ...]:
     ratios = row.over_eager, row.over_distributions, row.over_compile, row.over_compile_checkpoint
     verdicts = [goal.verdict(row) for goal in GOALS if goal.applies(row)]
     if row.verified != "yes":
         verdicts.insert(0, "UNVERIFIED")
-    if row.median_us > NOISY * row.min_us:
-        verdicts.insert(0, f"NOISY: median {row.median_us:.4g}")
+    if noisy:
+        verdicts.insert(0, "NOISY")
     return (
         f"{row.op} {row.case}".strip(),
         "fwd+bwd" if row.pass_ == BOTH else row.pass_,
