@@ -1,0 +1,199 @@
+"""What the ops keep, allocate and copy."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastelbo
+from fastelbo import Scale
+from fastelbo.testing import gaussian
+
+
+class Op(NamedTuple):
+    """A public op on the cpu backend with its number of tensors; a call returns a tuple."""
+
+    function: object
+    arity: int
+
+    @property
+    def draws(self):
+        return "rsample" in self.function.__name__
+
+    def __call__(self, *inputs, **keywords):
+        if self.draws and not {"seed", "noise"} & keywords.keys():
+            keywords["seed"] = SEED
+        out = self.function(*inputs, backend="cpu", **keywords)
+        return out if isinstance(out, tuple) else (out,)
+
+    def inputs(self, lay_out=lambda x: [x[:, 0], x[:, 1]], shape=(2, 3, 16, 40), dtype=torch.float32):
+        """Mean and scale of each Gaussian from one tensor [B, 2, C, H, W], by a function of it."""
+        q, p = (lay_out(torch.stack(gaussian(shape, seed=seed, dtype=dtype), 1)) for seed in (0, 1))
+        tensors = {2: q, 3: (p[0], *q), 4: (*q, *p)}[self.arity]
+        return [x.detach().requires_grad_() for x in tensors]
+
+
+SEED = torch.tensor([7])
+OPS = {
+    "rsample": Op(fastelbo.gaussian_rsample, 2),
+    "kl": Op(fastelbo.gaussian_kl, 2),
+    "kl-prior": Op(fastelbo.gaussian_kl, 4),
+    "rsample_kl": Op(fastelbo.gaussian_rsample_kl, 2),
+    "rsample_kl-prior": Op(fastelbo.gaussian_rsample_kl, 4),
+    "log_prob": Op(fastelbo.gaussian_log_prob, 3),
+    "nll": Op(fastelbo.gaussian_nll, 3),
+}
+DRAWING = {name: op for name, op in OPS.items() if op.draws}
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+every_drawing_op = pytest.mark.parametrize("op", DRAWING.values(), ids=DRAWING)
+
+# From one tensor [B, 2, C, H, W] to mean and scale.
+LAYOUTS = {
+    "contiguous": lambda x: [half.contiguous() for half in x.unbind(1)],
+    "packed": lambda x: x.flatten(1, 2).chunk(2, 1),
+    "packed-last": lambda x: x.movedim(1, -1).flatten(-2).contiguous().unflatten(-1, (-1, 2)).unbind(-1),
+    "transposed": lambda x: [half.mT.contiguous().mT for half in x.unbind(1)],
+    "channels_last": lambda x: [half.contiguous(memory_format=torch.channels_last) for half in x.unbind(1)],
+    "packed-channels_last": lambda x: x.flatten(1, 2).contiguous(memory_format=torch.channels_last).chunk(2, 1),
+}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+class Recorder(TorchDispatchMode):
+    """The names of all ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is not torch.ops.aten.detach.default:  # a view
+            self.names.append(str(function).removesuffix(".default"))
+        return function(*args, **(kwargs or {}))
+
+
+def upstream(outputs):
+    """Gradients that lie in memory as the outputs do."""
+    return [torch.empty_like(out).copy_(torch.arange(1.0, 1 + out.numel()).cos().reshape(out.shape)) for out in outputs]
+
+
+def allocated(function):
+    """What a call returns, and the sizes of all blocks that torch's allocator gave out meanwhile, the C++ op's included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out = function()
+    events = profile.profiler.kineto_results.events()
+    return out, sorted(event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0)
+
+
+# What is kept
+
+
+def saved(op, inputs, **keywords):
+    """The tensors that autograd keeps, and the outputs."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        outputs = op(*inputs, **keywords)
+    return kept, outputs
+
+
+@every_op
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_kept_but_inputs_and_seed(op, layout, dtype):
+    inputs = op.inputs(LAYOUTS[layout], dtype=dtype)
+    variants = [{}, {"scale": Scale.softplus()}, {"scale": Scale.diffusers()}]
+    if op.function is not fastelbo.gaussian_rsample:
+        variants += [{"event_ndim": 0}, {"reduction": "mean"}]
+    if op.draws:
+        variants += [{"num_samples": 3}, {"out_dtype": torch.float32}]
+    for keywords in variants:
+        kept, outputs = saved(op, inputs, **keywords)
+        for tensor in kept:
+            known = [x for x in (*inputs, *outputs) if x.data_ptr() == tensor.data_ptr()]
+            assert known or tensor is SEED or tensor.data_ptr() == SEED.data_ptr(), tuple(tensor.shape)
+            assert not known or (tensor.shape, tensor.stride()) == (known[0].shape, known[0].stride())
+
+
+@every_drawing_op
+@pytest.mark.parametrize("source", ["int", "default-generator", "given-noise"])
+def test_what_a_draw_keeps(op, source):
+    inputs = op.inputs()
+    noise = torch.randn(inputs[0].shape)
+    keywords = {"int": {"seed": 5}, "default-generator": {"seed": None}, "given-noise": {"noise": noise}}[source]
+    kept, _ = saved(op, inputs, **keywords)
+    others = [x for x in kept if x.data_ptr() not in [y.data_ptr() for y in inputs]]
+    if source == "given-noise":
+        assert [x.data_ptr() for x in others] == [noise.data_ptr()]
+    else:
+        assert [(x.numel(), x.dtype) for x in others] == [(1, torch.int64)]
+
+
+# What is run and allocated
+
+
+def run_names(op):
+    name = f"fastelbo.{op.function.__name__.replace('nll', 'log_prob')}"
+    return f"{name}_fwd", f"{name}_bwd"
+
+
+@every_op
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_kernel_each_way(op, layout, dtype):
+    """No copy, cast or fill beside our op, whatever the strides."""
+    inputs = op.inputs(LAYOUTS[layout], dtype=dtype)
+    with Recorder() as recorder:
+        outputs = op(*inputs)
+    assert recorder.names == [run_names(op)[0]]
+    weights = upstream(outputs)
+    with Recorder() as recorder:
+        torch.autograd.grad(outputs, inputs, weights)
+    assert recorder.names == [run_names(op)[1]]
+
+
+@every_op
+@every_layout
+def test_allocates_its_results_and_nothing_else(op, layout):
+    inputs = op.inputs(LAYOUTS[layout])
+    op(*inputs)  # what is allocated once
+    outputs, blocks = allocated(lambda: op(*inputs))
+    assert blocks == sorted(out.nbytes for out in outputs)
+    weights = upstream(outputs)
+    grads, blocks = allocated(lambda: torch.autograd.grad(outputs, inputs, weights))
+    fresh = [x.nbytes for x in grads if x.data_ptr() not in [w.data_ptr() for w in weights]]
+    assert blocks == sorted(fresh)
+
+
+@every_drawing_op
+def test_samples_do_not_repeat_mean_and_scale(op):
+    inputs = op.inputs()
+    op(*inputs, num_samples=5)
+    outputs, blocks = allocated(lambda: op(*inputs, num_samples=5))
+    assert blocks == sorted(out.nbytes for out in outputs)
+
+
+@every_op
+@every_layout
+def test_layout_changes_no_number(op, layout):
+    """Bit by bit, forward and backward: the same elements in the same order, read from other places."""
+    want = None
+    for name in ("contiguous", layout):
+        inputs = op.inputs(LAYOUTS[name])
+        outputs = op(*inputs)
+        got = *outputs, *torch.autograd.grad(outputs, inputs, upstream(outputs))
+        want = want or got
+        assert all(map(torch.equal, got, want))
+
+
+@every_op
+@every_layout
+def test_results_lie_in_memory_as_the_inputs_do(op, layout):
+    """As torch.empty_like would have them: dense, dimensions in the same order."""
+    inputs = op.inputs(LAYOUTS[layout])
+    keywords = {} if op.function is fastelbo.gaussian_rsample else {"event_ndim": 0}
+    outputs = op(*inputs, **keywords)
+    for out in outputs:
+        assert out.stride() == torch.empty_like(inputs[0]).stride()
+    for grad, x in zip(torch.autograd.grad(outputs, inputs, upstream(outputs)), inputs, strict=True):
+        assert grad.stride() == torch.empty_like(x).stride()

@@ -1,0 +1,620 @@
+"""The ops inside torch: opcheck, compile, export, checkpointing, autocast, torch.func, double backward and threads."""
+
+import copy
+import functools
+import io
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import fastelbo
+from fastelbo import Scale
+from fastelbo.testing import gaussian
+
+assert fastelbo.backends.usable("cpu") is None  # and loads the library
+
+
+class Op(NamedTuple):
+    """A public op with its number of tensors; a call returns a tuple, and has a fixed seed unless told otherwise."""
+
+    function: object
+    arity: int
+
+    @property
+    def draws(self):
+        return "rsample" in self.function.__name__
+
+    def __call__(self, *inputs, seed=7, num_samples=None, **keywords):
+        if self.draws:
+            keywords |= {"seed": seed, "num_samples": num_samples}
+        out = self.function(*inputs, **keywords)
+        return out if isinstance(out, tuple) else (out,)
+
+    def inputs(self, shape=(4, 6), lay_out=lambda index, x: x, requires_grad=True, **keywords):
+        q, p = (gaussian(shape, seed=seed, **keywords) for seed in (0, 1))
+        tensors = {2: q, 3: (p[0], *q), 4: (*q, *p)}[self.arity]
+        return [lay_out(i, x).detach().requires_grad_(requires_grad) for i, x in enumerate(tensors)]
+
+
+OPS = {
+    "rsample": Op(fastelbo.gaussian_rsample, 2),
+    "kl": Op(fastelbo.gaussian_kl, 2),
+    "kl-prior": Op(fastelbo.gaussian_kl, 4),
+    "rsample_kl": Op(fastelbo.gaussian_rsample_kl, 2),
+    "rsample_kl-prior": Op(fastelbo.gaussian_rsample_kl, 4),
+    "log_prob": Op(fastelbo.gaussian_log_prob, 3),
+    "nll": Op(fastelbo.gaussian_nll, 3),
+}
+DRAWING = {name: op for name, op in OPS.items() if op.draws}
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+every_drawing_op = pytest.mark.parametrize("op", DRAWING.values(), ids=DRAWING)
+
+LAYOUTS = {
+    "contiguous": lambda i, x: x,
+    "transposed": lambda i, x: x.mT.contiguous().mT,
+    "packed": lambda i, x: torch.cat([x, -x], 1).chunk(2, 1)[i % 2],
+    "channels_last": lambda i, x: x.contiguous(memory_format=torch.channels_last),
+    "packed-channels_last": lambda i, x: (
+        torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last).chunk(2, 1)[i % 2]
+    ),
+    "mixed": lambda i, x: x.contiguous(memory_format=torch.channels_last) if i % 2 else x,
+    "broadcast": lambda i, x: (x, x[:1, :, :1, :1], x[:, :1], x[0, 0, 0, 0])[i],
+    "expanded": lambda i, x: x[:1].expand_as(x),
+}
+IMAGE = (2, 3, 4, 5)
+
+SCALES = {
+    **{kind: Scale(kind) for kind in fastelbo.scale.KINDS},
+    "softplus-beta": Scale("softplus", beta=2.5),
+    "min_std": Scale("log_std", min_std=0.1),
+    "var_eps": Scale("var", var_eps=0.1),
+    "min_std-var_eps": Scale("softplus", min_std=0.1, var_eps=0.2),
+    "soft_clamp": Scale("logvar", soft_clamp=2.0),
+    "nvae": Scale.nvae(),
+    # away_from_limits keeps values at least 0.1 off; numerical derivatives are blind to the other two outside them
+    "clamp-zero": Scale("logvar", clamp=(-0.5, 0.5)),
+    "clamp-straight_through": Scale("logvar", clamp=(-9.0, 9.0), clamp_grad="straight_through"),
+    "clamp-inward": Scale("logvar", clamp=(-9.0, 9.0), clamp_grad="inward"),
+}
+every_scale = pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+
+
+def away_from_limits(i, x):
+    return torch.where(((x.abs() - 0.5).abs() < 0.1) & (x.abs() < 0.6), x * 1.6, x)
+
+
+def gradients(outputs, inputs, **keywords):
+    """Gradients of a sum with weights that differ from element to element and lie in memory as the outputs do."""
+    weights = [
+        torch.empty_like(out).copy_(torch.arange(1.0, 1 + out.numel()).cos().reshape(out.shape)) for out in outputs
+    ]
+    return torch.autograd.grad(outputs, inputs, weights, **keywords)
+
+
+def results(function, inputs):
+    """Outputs and gradients."""
+    outputs = function(*inputs)
+    return [*(out.detach() for out in outputs), *gradients(outputs, inputs)]
+
+
+def assert_equal(got, want):
+    """The same kernels on the same inputs: the same bits, in tensors of the same strides."""
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+        assert a.dtype == b.dtype
+
+
+def assert_close(got, want):
+    """The same float64 arithmetic in another order: a few dozen roundings of numbers of order 1."""
+    torch.testing.assert_close(tuple(got), tuple(want), rtol=1e-13, atol=1e-13)
+
+
+# The raw ops
+
+
+class Recorder(TorchDispatchMode):
+    """Records the calls of our ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "fastelbo":
+            detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+            self.calls.append((function, detached))
+        return function(*args, **(kwargs or {}))
+
+
+def raw_calls(op, layout, variant):
+    """The forward's call and the backward's, as the public op makes them."""
+    keywords = dict(VARIANTS[variant])
+    dtype = keywords.pop("dtype", torch.float32)
+    inputs = op.inputs(IMAGE, LAYOUTS[layout], dtype=dtype)
+    with Recorder() as recorder:
+        results(lambda *inputs: op(*inputs, **keywords), inputs)
+    assert len(recorder.calls) == 2
+    return recorder.calls
+
+
+VARIANTS = {
+    "plain": {},
+    "elementwise": {"event_ndim": 0, "dtype": torch.bfloat16},
+    "samples": {"num_samples": 3, "dtype": torch.float64, "scale": Scale.nvae()},
+}
+
+
+def variants(op):
+    for name, keywords in VARIANTS.items():
+        if "event_ndim" not in keywords or op.function is not fastelbo.gaussian_rsample:
+            yield name
+
+
+@every_op
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fake_tensors_have_the_strides_of_real_ones(op, layout):
+    for variant in variants(op):
+        for function, args in raw_calls(op, layout, variant):
+            real = function(*args)
+            with FakeTensorMode() as mode:
+                fake = function(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args))
+            if isinstance(real, torch.Tensor):
+                real, fake = (real,), (fake,)
+            for a, b in zip(fake, real, strict=True):
+                assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), (function, variant)
+
+
+@every_op
+@pytest.mark.parametrize(
+    ("variant", "layout"), [("plain", "contiguous"), ("elementwise", "packed-channels_last"), ("samples", "broadcast")]
+)
+def test_opcheck(op, variant, layout):
+    if variant in variants(op):
+        for function, args in raw_calls(op, layout, variant):
+            torch.library.opcheck(function, args)
+
+
+def test_opcheck_of_the_seed():
+    """It draws, so that only what does not compare two calls can be checked."""
+    program = torch.export.export(Module(OPS["rsample"], seed=None), tuple(OPS["rsample"].inputs()))
+    node = next(node for node in program.graph.nodes if "seed" in str(node.target))
+    assert torch.Tag.nondeterministic_seeded in node.target.tags
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(node.target, node.args, node.kwargs, test_utils=tests)
+
+
+# torch.compile
+
+
+def compiled(function, backend="aot_eager", **keywords):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend=backend, **keywords)
+
+
+@every_op
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compile_equals_eager(op, variant):
+    if variant not in variants(op):
+        return
+    keywords = dict(VARIANTS[variant])
+    inputs = op.inputs(IMAGE, LAYOUTS["packed"], dtype=keywords.pop("dtype", torch.float32))
+
+    def function(*inputs):
+        return op(*inputs, **keywords)
+
+    assert_equal(results(compiled(function), inputs), results(function, inputs))
+
+
+@every_op
+@pytest.mark.parametrize("layout", ["transposed", "channels_last", "broadcast", "expanded"])
+def test_compile_layout(op, layout):
+    inputs = op.inputs(IMAGE, LAYOUTS[layout])
+    assert_equal(results(compiled(op), inputs), results(op, inputs))
+
+
+@pytest.mark.parametrize("name", ["rsample_kl-prior", "nll"])
+def test_inductor_equals_eager(name):
+    op = OPS[name]
+    inputs = op.inputs(IMAGE, LAYOUTS["channels_last"])
+    assert_equal(results(compiled(op, backend="inductor"), inputs), results(op, inputs))
+
+
+@every_op
+@pytest.mark.parametrize("dynamic", [True, None], ids=["dynamic", "automatic"])
+def test_compile_dynamic_shapes(op, dynamic):
+    counter = CompileCounterWithBackend("aot_eager")
+    function = compiled(op, backend=counter, dynamic=dynamic)
+    counts = []
+    for batch in (4, 7, 9, 12):
+        inputs = op.inputs((batch, 6))
+        assert_equal(results(function, inputs), results(op, inputs))
+        counts.append(counter.frame_count)
+    assert counts[0 if dynamic else 1] == counts[-1]  # a first batch size may be compiled for alone, a second not
+
+
+CHANGING = {
+    "temperature": [0.5, 0.7, 1.0],
+    "noise_offset": [0, 5, 2**34 + 1, 8],
+    "seed": [0, 5, -1, 2**62],
+    "num_samples": [2, 3, 5],
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+@every_drawing_op
+def test_compile_with_changing_numbers(op, name):
+
+    def function(value):
+        return lambda *inputs: op(*inputs, **{name: value})
+
+    compiled_function = compiled(lambda value, *inputs: function(value)(*inputs))
+    inputs = op.inputs()
+    for value in CHANGING[name]:
+        got = results(functools.partial(compiled_function, value), inputs)
+        assert_equal(got, results(function(value), inputs))
+
+
+@every_drawing_op
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_draws_anew(op, backend):
+    """The noise of the backward is that of the forward: with sigma 1 the gradient of sigma is the noise."""
+    if backend == "inductor" and op.arity == 4:
+        return
+    function = compiled(lambda *inputs: op(*inputs, seed=None, scale="std")[0], backend=backend)
+    mean, std, *prior = [torch.zeros(30, 7), torch.ones(30, 7), torch.zeros(30, 7), torch.ones(30, 7)][: op.arity]
+    std.requires_grad_()
+    draws = []
+    for seed in (1, None, 1):
+        if seed is not None:
+            torch.manual_seed(seed)
+        z = function(mean, std, *prior)
+        assert torch.equal(torch.autograd.grad(z.sum(), std)[0], z)
+        draws.append(z.detach())
+    assert torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[1])
+    assert abs(torch.cat(draws[:2]).std() - 1) < 5 / (2 * 420) ** 0.5  # five standard errors
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
+def test_compile_merges_no_two_draws(backend, requires_grad):
+    """As in two layers, or two samples, of one model."""
+
+    def function(*inputs):
+        return [fastelbo.gaussian_rsample(*inputs) for _ in range(2)]
+
+    a, b = compiled(function, backend=backend)(*OPS["rsample"].inputs(requires_grad=requires_grad))
+    assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("use", ["z", "kl"])
+@pytest.mark.parametrize("name", ["rsample_kl", "rsample_kl-prior"])
+def test_unused_output(name, use):
+    """The gradient is that of the op alone, and the prior's of z is 0."""
+    op, alone = OPS[name], OPS["rsample"] if use == "z" else OPS[name.removeprefix("rsample_")]
+    inputs = op.inputs()
+    want = results(alone, inputs[: alone.arity])
+    for way in (op, compiled(op)):
+        out = way(*inputs)[0 if use == "z" else 1]
+        got = [out.detach(), *gradients([out], inputs, allow_unused=True)]
+        assert_equal(got[: len(want)], want)
+        assert all(zero is None or not zero.any() for zero in got[len(want) :])
+
+
+@every_op
+def test_some_inputs_without_gradient(op):
+    full = results(op, op.inputs())[-op.arity :]
+    for index in range(op.arity):
+        for wanted in ([index], [i for i in range(op.arity) if i != index]):
+            inputs = op.inputs(requires_grad=False)
+            for i in wanted:
+                inputs[i].requires_grad_()
+            for way in (op, compiled(op)) if len(wanted) == 1 else (op,):
+                got = gradients(way(*inputs), [inputs[i] for i in wanted])
+                assert_equal(got, [full[i] for i in wanted])
+
+
+@every_op
+def test_no_gradient_at_all(op):
+    inputs = op.inputs()
+    want = [out.detach() for out in op(*inputs)]
+    with torch.no_grad():
+        assert_equal(op(*inputs), want)
+        assert_equal(compiled(op)(*inputs), want)
+    with torch.inference_mode():
+        assert_equal(op(*inputs), want)
+    assert not any(out.requires_grad for out in op(*op.inputs(requires_grad=False)))
+
+
+# torch.export
+
+
+class Module(torch.nn.Module):
+    def __init__(self, op, **keywords):
+        super().__init__()
+        self.op, self.keywords = op, keywords
+
+    def forward(self, *inputs):
+        return self.op(*inputs, **self.keywords)
+
+
+@every_op
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_export(op, dynamic):
+    shapes = ((({0: torch.export.Dim("batch")},) * op.arity),) if dynamic else None
+    inputs = op.inputs(requires_grad=False)
+    program = torch.export.export(Module(op), tuple(inputs), dynamic_shapes=shapes)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    for exported in (program.module(), torch.export.load(buffer).module()):
+        for batch in (4, 9) if dynamic else (4,):
+            inputs = op.inputs((batch, 6), requires_grad=False)
+            assert_equal(exported(*inputs), op(*inputs))
+
+
+def test_exported_program_draws_anew():
+    op = OPS["rsample_kl"]
+    module = torch.export.export(Module(op, seed=None), tuple(op.inputs(requires_grad=False))).module()
+    z, again = (module(*op.inputs(requires_grad=False))[0] for _ in range(2))
+    assert not torch.equal(z, again)
+
+
+# Checkpointing and autocast
+
+
+@every_drawing_op
+@pytest.mark.parametrize("way", ["reentrant", "non-reentrant", "compiled"])
+def test_checkpoint(op, way):
+    """Noise drawn inside: the recomputation draws it again."""
+
+    def function(*inputs):
+        hidden = [3 * x.tanh() for x in inputs]
+        return op(*hidden, seed=None)
+
+    def checkpointed(*inputs):
+        return checkpoint(function, *inputs, use_reentrant=way == "reentrant")
+
+    plain = function
+    if way == "compiled":
+        checkpointed, plain = compiled(checkpointed), compiled(function)
+    outcomes = []
+    for run in (plain, checkpointed):
+        inputs = op.inputs()
+        torch.manual_seed(3)
+        outputs = run(*inputs)
+        sum(out.cos().sum() for out in outputs).backward()
+        outcomes.append([*outputs, *(x.grad for x in inputs), torch.rand(())])
+    assert_equal(outcomes[1], outcomes[0])
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_leaves_dtypes_alone(op, dtype):
+    inputs = op.inputs(dtype=dtype)
+    want = results(op, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal(results(op, inputs), want)
+        assert_equal(results(compiled(op), inputs), want)
+    z_and_rest = want[: len(op(*inputs))]
+    for position, out in enumerate(z_and_rest):
+        assert out.dtype == (dtype if op.draws and position == 0 else torch.float32)
+
+
+# torch.func and forward-mode
+
+
+def reference(op):
+    """torch.func runs on the reference: it is what results must equal, noise included."""
+    return lambda *inputs, **keywords: op(*inputs, backend="reference", **keywords)
+
+
+@every_op
+def test_vmap(op):
+    inputs = op.inputs((5, 4, 6), dtype=torch.float64, requires_grad=False)
+    got = vmap(op)(*inputs)
+    assert_close(got, map(torch.stack, zip(*(reference(op)(*row) for row in zip(*inputs, strict=True)), strict=True)))
+    first_only = vmap(op, in_dims=(1, *(None,) * (op.arity - 1)), out_dims=1)(inputs[0], *(x[:, 0] for x in inputs[1:]))
+    loop = [reference(op)(inputs[0][:, i], *(x[:, 0] for x in inputs[1:])) for i in range(4)]
+    assert_close(first_only, (torch.stack(rows, 1) for rows in zip(*loop, strict=True)))
+
+
+@every_drawing_op
+def test_vmap_over_seeds(op):
+    inputs = op.inputs(requires_grad=False, dtype=torch.float64)
+    seeds = torch.tensor([3, -4, 2**62])
+    z = vmap(lambda seed: op(*inputs, seed=seed)[0])(seeds)
+    assert_close(z, [reference(op)(*inputs, seed=seed)[0] for seed in seeds])
+
+
+@every_drawing_op
+@pytest.mark.parametrize("num_samples", [None, 3])
+def test_vmap_randomness(op, num_samples):
+    rows = [x[:1].expand(5, -1, -1) for x in op.inputs((5, 4, 6), requires_grad=False)]
+
+    def sample(*row):
+        return op(*row, seed=None, num_samples=num_samples)[0]
+
+    different = vmap(sample, randomness="different")(*rows)
+    assert len({tuple(z.flatten().tolist()) for z in different}) == 5
+    same = vmap(sample, randomness="same")(*rows)
+    assert all(torch.equal(z, same[0]) for z in same)
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(sample, randomness="error")(*rows)
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(sample)(*rows)
+
+
+@every_op
+@every_scale
+def test_grad_and_jvp(op, scale):
+    inputs = op.inputs(dtype=torch.float64, kind=scale.kind, lay_out=away_from_limits)
+    tangents = tuple(
+        torch.arange(float(i), i + x.numel()).reshape(x.shape).sin().double() for i, x in enumerate(inputs)
+    )
+
+    def loss(*inputs):
+        return sum((out * out).sum() for out in op(*inputs, scale=scale))
+
+    value = sum((out * out).sum() for out in reference(op)(*inputs, scale=scale))
+    want = torch.autograd.grad(value, inputs)
+    detached = [x.detach() for x in inputs]
+    assert_close(grad(loss, argnums=tuple(range(op.arity)))(*detached), want)
+    slope = sum((g * t).sum() for g, t in zip(want, tangents, strict=True))
+    assert_close(jvp(loss, tuple(detached), tangents), (value.detach(), slope))
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(detached, tangents, strict=True)]
+        assert_close(forward_ad.unpack_dual(loss(*duals)), (value.detach(), slope))
+
+
+@every_op
+def test_vmap_of_grad(op):
+    inputs = op.inputs((5, 4, 6), dtype=torch.float64)
+
+    def loss(*row):
+        return sum(out.square().sum() for out in op(*row))
+
+    per_example = vmap(grad(loss, argnums=tuple(range(op.arity))))(*(x.detach() for x in inputs))
+    value = sum(out.square().sum() for row in zip(*inputs, strict=True) for out in reference(op)(*row))
+    assert_close(per_example, torch.autograd.grad(value, inputs))
+
+
+class Encoder(torch.nn.Module):
+    def __init__(self, op):
+        super().__init__()
+        self.op, self.linear = op, torch.nn.Linear(3, 6 * op.arity)
+
+    def forward(self, x):
+        return self.op(*self.linear(x).chunk(self.op.arity, -1))
+
+
+@every_op
+def test_functional_call(op):
+    encoder, x = Encoder(op).double(), torch.randn(4, 3, dtype=torch.float64)
+    parameters = dict(encoder.named_parameters())
+
+    def loss(parameters):
+        return sum(out.sum() for out in functional_call(encoder, parameters, (x,)))
+
+    encoder.op = reference(op)
+    encoder.op.arity = op.arity
+    want = torch.autograd.grad(loss(parameters), tuple(parameters.values()))
+    encoder.op = op
+    got = grad(loss)({name: p.detach() for name, p in parameters.items()})
+    assert_close(got.values(), want)
+
+
+# Derivatives in float64
+
+CALLS = {
+    "plain": ((2, 3), {}),
+    "event_ndim-0": ((2, 3), {"event_ndim": 0}),
+    "event_ndim-1": ((2, 3, 2), {"event_ndim": 1}),
+    "mean": ((2, 3), {"reduction": "mean"}),
+    "elementwise-sum": ((2, 3), {"event_ndim": 0, "reduction": "sum"}),
+    "num_samples": ((2, 3), {"num_samples": 3, "temperature": 0.7, "noise_offset": 5}),
+}
+
+
+def check(checker, op, shape, lay_out=lambda i, x: x, scale=SCALES["logvar"], **keywords):
+    if op.function is fastelbo.gaussian_rsample and {"event_ndim", "reduction"} & keywords.keys():
+        return
+    if not op.draws:
+        keywords = {name: value for name, value in keywords.items() if name not in ("temperature", "noise_offset")}
+    inputs = op.inputs(shape, lay_out, dtype=torch.float64, kind=scale.kind)
+    assert checker(lambda *inputs: op(*inputs, scale=scale, **keywords), inputs)
+
+
+@every_op
+@every_scale
+@pytest.mark.parametrize("checker", [torch.autograd.gradcheck, torch.autograd.gradgradcheck], ids=["first", "second"])
+def test_gradcheck_scale(op, scale, checker):
+    check(checker, op, (2, 3), away_from_limits, scale=scale)
+
+
+@every_op
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("checker", [torch.autograd.gradcheck, torch.autograd.gradgradcheck], ids=["first", "second"])
+def test_gradcheck_arguments(op, call, checker):
+    shape, keywords = CALLS[call]
+    check(checker, op, shape, **keywords)
+
+
+@every_op
+@pytest.mark.parametrize("checker", [torch.autograd.gradcheck, torch.autograd.gradgradcheck], ids=["first", "second"])
+@pytest.mark.parametrize("layout", ["transposed", "broadcast"])
+def test_gradcheck_layout(op, layout, checker):
+    check(checker, op, (2, 2, 1, 2), LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("name", ["kl-prior", "rsample_kl-prior"])
+def test_gradcheck_two_scales(name):
+    for checker in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        check(checker, OPS[name], (2, 3), scale=Scale("log_std"), scale_p=Scale("softplus", min_std=0.1))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_second_derivatives_by_formula(backend):
+    """Two derivatives with respect to logvar: of KL exp(logvar) / 2, of z a quarter of z - mean."""
+    mean, logvar = OPS["kl"].inputs(dtype=torch.float64)
+    z, kl = fastelbo.gaussian_rsample_kl(mean, logvar, seed=1, backend=backend)
+    for out, want in ((z, 0.25 * (z - mean)), (kl, 0.5 * logvar.exp())):
+        (first,) = torch.autograd.grad(out.sum(), logvar, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), logvar)
+        # the differentiable backward draws the reference's noise, which is a few float32 ulp from the kernel's
+        rounding = 1e-6 if out is z and backend == "cpu" else 1e-13
+        torch.testing.assert_close(second, want.detach(), rtol=rounding, atol=rounding)
+
+
+@every_op
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_differentiable_backward_gives_the_same_gradient(op, layout, dtype):
+    for num_samples in (None, 3) if op.draws else (None,):
+        inputs = op.inputs(IMAGE, LAYOUTS[layout], dtype=dtype)
+        outputs = op(*inputs, num_samples=num_samples)
+        want = gradients(outputs, inputs, retain_graph=True)
+        got = gradients(outputs, inputs, create_graph=True)
+        for a, b in zip(got, want, strict=True):
+            assert a.requires_grad or op.function is fastelbo.gaussian_rsample
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            # both are right to a few roundings, of each term where a broadcast input's gradient is their sum
+            scale = max(1.0, b.abs().max().item()) * max(1, outputs[0].numel() // a.numel())
+            assert (a - b).abs().max() <= 8 * torch.finfo(dtype).eps * scale
+
+
+# Modules and threads
+
+
+@every_op
+def test_deepcopy_of_a_module_that_ran(op):
+    encoder, x = Encoder(op), torch.randn(4, 3)
+    sum(out.sum() for out in encoder(x)).backward()
+    twin = copy.deepcopy(encoder)
+    assert_equal(
+        results(lambda *_: twin(x), list(twin.parameters())), results(lambda *_: encoder(x), list(encoder.parameters()))
+    )
+
+
+@pytest.mark.parametrize("name", ["rsample_kl-prior", "log_prob"])
+def test_python_threads(name):
+    op = OPS[name]
+
+    def job(seed):
+        inputs = op.inputs((17 + seed, 1001))
+        return results(lambda *inputs: op(*inputs, seed=seed), inputs)
+
+    want = list(map(job, range(24)))
+    with ThreadPoolExecutor(8) as pool:
+        for got, expected in zip(pool.map(job, range(24)), want, strict=True):
+            assert_equal(got, expected)
