@@ -1,5 +1,7 @@
 """Argument checks. Errors have one voice: the argument, the rule, what came. All on metadata, none synchronises."""
 
+import functools
+
 import torch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,7 +40,6 @@ def _mixed_operands(named):
         raise TypeError(f"{' or '.join(named)} must be a tensor; got only numbers")
     device = named[anchor_name].device
     shape, widest = torch.Size(()), anchor_name
-    dtype = zero_dim_dtype = None  # as in torch, a 0-d tensor promotes only its like
     for name, value in named.items():
         if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
             continue
@@ -49,9 +50,7 @@ def _mixed_operands(named):
         if value.device != device:
             raise ValueError(f"{name} must be on the device of {anchor_name}, {device}; got {value.device}")
         if value.dim() == 0:
-            zero_dim_dtype = _promote(zero_dim_dtype, value.dtype)
             continue
-        dtype = _promote(dtype, value.dtype)
         if value.shape != shape:
             broadcast = _broadcast(shape, value.shape)
             if broadcast is None:
@@ -62,7 +61,7 @@ def _mixed_operands(named):
                 shape, widest = broadcast, name
     if len(shape) > _MAX_DIMS:
         raise ValueError(f"{widest} must have at most {_MAX_DIMS} dimensions; got {len(shape)}")
-    dtype = dtype or zero_dim_dtype
+    dtype = promoted(*named.values())
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     made = []
     for value in named.values():
@@ -74,8 +73,11 @@ def _mixed_operands(named):
     return tuple(made), shape, dtype
 
 
-def _promote(dtype, other):
-    return other if dtype is None or dtype == other else torch.promote_types(dtype, other)
+def promoted(*values):
+    """The dtype that torch promotes tensors to (numbers and None have no say, nor has a 0-d tensor beside others)."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    sized = [tensor.dtype for tensor in tensors if tensor.dim() > 0]
+    return functools.reduce(torch.promote_types, sized or [tensor.dtype for tensor in tensors])
 
 
 def _broadcast(a, b):

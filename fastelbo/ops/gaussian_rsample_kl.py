@@ -75,7 +75,7 @@ def gaussian_rsample_kl(
     _checks.noise_arguments(noise, seed, generator, noise_offset, num_samples, temperature, shape, device)
     _checks.out_dtype(out_dtype)
     if out_dtype is None:
-        out_dtype = dtype if mean_p is None else torch.result_type(mean_q, s_q)
+        out_dtype = dtype if mean_p is None else _checks.promoted(mean_q, s_q)
     event_ndim = _checks.event_ndim(event_ndim, shape)
     _checks.reduction(reduction)
     backend = backends.choose(device, backend, backends.only_reference(noise))
