@@ -76,8 +76,8 @@ def _mixed_operands(named):
 def promoted(*values):
     """The dtype that torch promotes tensors to (numbers and None have no say, nor has a 0-d tensor beside others)."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    sized = [tensor.dtype for tensor in tensors if tensor.dim() > 0]
-    return functools.reduce(torch.promote_types, sized or [tensor.dtype for tensor in tensors])
+    dtypes = {tensor.dtype for tensor in tensors if tensor.dim() > 0} or {tensor.dtype for tensor in tensors}
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def _broadcast(a, b):
