@@ -79,7 +79,7 @@ def upstream(outputs):
 
 
 def allocated(function):
-    """What a call returns, and the sizes of all blocks that torch's allocator gave out meanwhile, the C++ op's included."""
+    """What a call returns, and the sizes of all that torch's allocator gave out meanwhile, in C++ too."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         out = function()
     events = profile.profiler.kineto_results.events()
