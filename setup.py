@@ -1,7 +1,7 @@
 """Builds fastelbo's compiled libraries; everything else about the package is in pyproject.toml.
 
-The libraries talk to torch through its stable C interface and to Python not at all, so one build serves every Python and
-every torch from 2.10 on. They are plain shared libraries, loaded with torch.ops.load_library.
+The libraries talk to torch through its stable C interface and to Python not at all, so one build serves every Python
+and every torch from 2.10 on. They are plain shared libraries, loaded with torch.ops.load_library.
 
 Environment:
     CXX       the C++ compiler
@@ -40,7 +40,7 @@ def cpu_library() -> Extension:
         extra_compile_args=[
             "-std=c++17",
             "-O3",
-            "-ffp-contract=off",  # a fused multiply-add only where the source says fma: the same bits from every compiler
+            "-ffp-contract=off",  # fused multiply-add only where the source says so: the same bits everywhere
             "-fno-math-errno",
             "-fno-trapping-math",
             "-fvisibility=hidden",

@@ -1,4 +1,4 @@
-"""Fused kernels that make variational autoencoders, Bayesian layers and PixelCNNs train faster, exactly and reproducibly."""
+"""Fused kernels that make variational autoencoders, Bayesian layers and PixelCNNs train faster and exactly."""
 
 from fastelbo import backends, reference
 from fastelbo.ops.gaussian_kl import gaussian_kl

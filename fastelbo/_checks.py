@@ -1,5 +1,7 @@
 """Argument checks. Errors have one voice: the argument, the rule, what came. All on metadata, none synchronises."""
 
+import functools
+
 import torch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -15,22 +17,20 @@ def operands(**named):
     Returns:
         The tensors (None where None came), their broadcast shape, and the dtype torch promotes them to.
     """
-    first_name, first = next(iter(named.items()))
+    values = tuple(named.values())
+    first = values[0]
     if isinstance(first, torch.Tensor):
         shape, dtype, device = first.shape, first.dtype, first.device
-        for value in named.values():  # the common case: nothing to convert, nothing to broadcast
-            if value is first or value is None:
-                continue
-            if not (
+        for value in values[1:]:  # the common case: nothing to convert, nothing to broadcast
+            if value is not None and not (
                 isinstance(value, torch.Tensor)
                 and value.shape == shape
                 and value.dtype == dtype
                 and value.device == device
             ):
-                break
-        else:
-            if dtype in _DTYPES and len(shape) <= _MAX_DIMS:
-                return tuple(named.values()), shape, dtype
+                return _mixed_operands(named)
+        if dtype in _DTYPES and len(shape) <= _MAX_DIMS:
+            return values, shape, dtype
     return _mixed_operands(named)
 
 
@@ -38,51 +38,59 @@ def _mixed_operands(named):
     anchor_name = next((name for name, value in named.items() if isinstance(value, torch.Tensor)), None)
     if anchor_name is None:
         raise TypeError(f"{' or '.join(named)} must be a tensor; got only numbers")
-    anchor = named[anchor_name]
-    shape, dtype, sized_name = torch.Size(()), None, anchor_name
+    device = named[anchor_name].device
+    shape, widest = torch.Size(()), anchor_name
     for name, value in named.items():
-        if value is None:
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
             continue
-        if not isinstance(value, (torch.Tensor, int, float)) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a tensor or a number; got {type(value).__name__}")
         if not isinstance(value, torch.Tensor):
-            continue
+            raise TypeError(f"{name} must be a tensor or a number; got {type(value).__name__}")
         if value.dtype not in _DTYPES:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16; got {value.dtype}")
-        if value.device != anchor.device:
-            raise ValueError(f"{name} must be on the device of {anchor_name}, {anchor.device}; got {value.device}")
-        try:
-            shape = torch.broadcast_shapes(shape, value.shape)
-        except RuntimeError:
-            raise ValueError(
-                f"{name} must broadcast with {sized_name} of shape {tuple(shape)}; got {tuple(value.shape)}"
-            ) from None
-        if len(value.shape) == len(shape):
-            sized_name = name if tuple(value.shape) == tuple(shape) and sized_name == anchor_name else sized_name
-    tensors = [value for value in named.values() if isinstance(value, torch.Tensor)]
-    dtype = tensors[0].dtype
-    for position, value in enumerate(tensors[1:], 1):
-        dtype = _promote(tensors[:position], dtype, value)
+        if value.device != device:
+            raise ValueError(f"{name} must be on the device of {anchor_name}, {device}; got {value.device}")
+        if value.dim() == 0:
+            continue
+        if value.shape != shape:
+            broadcast = _broadcast(shape, value.shape)
+            if broadcast is None:
+                raise ValueError(
+                    f"{name} must broadcast with {widest} of shape {tuple(shape)}; got {tuple(value.shape)}"
+                )
+            if broadcast != shape:
+                shape, widest = broadcast, name
     if len(shape) > _MAX_DIMS:
-        raise ValueError(f"{anchor_name} must have at most {_MAX_DIMS} dimensions; got {len(shape)}")
+        raise ValueError(f"{widest} must have at most {_MAX_DIMS} dimensions; got {len(shape)}")
+    dtype = promoted(*named.values())
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     made = []
     for value in named.values():
         if isinstance(value, (int, float)):
-            value = torch.full((), value, dtype=arithmetic, device=anchor.device)
+            value = torch.full((), value, dtype=arithmetic, device=device)
         elif value is not None and value.dtype == torch.float64 and arithmetic == torch.float32:
-            value = value.to(arithmetic)  # a 0-d tensor does not promote, as in torch
+            value = value.to(arithmetic)  # it is 0-d: else the arithmetic would be float64
         made.append(value)
     return tuple(made), shape, dtype
 
 
-def _promote(before, dtype, value):
-    """torch's promotion: dimensioned tensors outrank 0-d ones."""
-    if value.dim() > 0 and all(other.dim() == 0 for other in before):
-        return value.dtype
-    if value.dim() == 0 and any(other.dim() > 0 for other in before):
-        return dtype
-    return torch.promote_types(dtype, value.dtype)
+def promoted(*values):
+    """The dtype that torch promotes tensors to (numbers and None have no say, nor has a 0-d tensor beside others)."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    sized = [tensor.dtype for tensor in tensors if tensor.dim() > 0]
+    return functools.reduce(torch.promote_types, sized or [tensor.dtype for tensor in tensors])
+
+
+def _broadcast(a, b):
+    """The shape to which two shapes broadcast, or None (tracing cannot catch what torch.broadcast_shapes raises)."""
+    if len(a) < len(b):
+        a, b = b, a
+    sizes = list(a)
+    for d in range(-len(b), 0):
+        if sizes[d] == 1:
+            sizes[d] = b[d]
+        elif b[d] != 1 and b[d] != sizes[d]:
+            return None
+    return torch.Size(sizes)
 
 
 def event_ndim(value, shape):
@@ -143,11 +151,7 @@ def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperatu
         raise TypeError(f"noise must be a tensor of float32, float64, bfloat16 or float16; got {kind}")
     if noise.device != device:
         raise ValueError(f"noise must be on the device of mean, {device}; got {noise.device}")
-    try:
-        fits = torch.broadcast_shapes(noise.shape, shape) == shape
-    except RuntimeError:
-        fits = False
-    if not fits:
+    if _broadcast(noise.shape, shape) != shape:
         raise ValueError(f"noise must broadcast to the sample's shape {tuple(shape)}; got {tuple(noise.shape)}")
 
 

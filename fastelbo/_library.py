@@ -1,4 +1,4 @@
-"""The one place that talks to torch.library: schemas are written once, in Python; compiled code only implements them."""
+"""The one place that talks to torch.library: schemas are written once, in Python; compiled code implements them."""
 
 import math
 
@@ -40,10 +40,15 @@ def empty_sample(mean, shape, num_samples, dtype):
     return mean.new_empty((num_samples, *shape), dtype=dtype)
 
 
+def arithmetic(*inputs):
+    """The precision that the ops compute in, and return KL and log-densities in."""
+    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in inputs)
+    return torch.float64 if double else torch.float32
+
+
 def empty_terms(shape, event_ndim, like, inputs):
     """A fake KL or log-density."""
-    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in inputs)
-    dtype = torch.float64 if double else torch.float32
+    dtype = arithmetic(*inputs)
     if event_ndim == 0:
         return empty(shape, dtype, like)
     return like.new_empty(shape[: len(shape) - event_ndim], dtype=dtype)
@@ -66,7 +71,9 @@ def reduce(value, reduction, shape, event_ndim):
 
 def input_gradients(grads, inputs, wanted):
     """Gradients of the broadcast shape as those of the inputs; None where none is wanted."""
-    return tuple(sum_to(grad, tensor) if want else None for grad, tensor, want in zip(grads, inputs, wanted))
+    return tuple(
+        sum_to(grad, tensor) if want else None for grad, tensor, want in zip(grads, inputs, wanted, strict=False)
+    )
 
 
 def sum_to(grad, tensor):
@@ -94,8 +101,8 @@ def reference_gradients(function, inputs, wanted, upstream):
         outputs = function(*inputs)
         if isinstance(outputs, torch.Tensor):
             outputs = (outputs,)
-        used = [(out, grad) for out, grad in zip(outputs, upstream) if grad is not None]
-        targets = [tensor for tensor, want in zip(inputs, wanted) if want]
+        used = [(out, grad) for out, grad in zip(outputs, upstream, strict=True) if grad is not None]
+        targets = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
         if not used or not targets:
             return tuple(None for _ in inputs)
         found = iter(

@@ -7,18 +7,21 @@ from fastelbo import _library
 _LOW, _HIGH = -(2**63), 2**63 - 1
 
 
-def _draw(device: torch.device) -> torch.Tensor:
-    return torch.randint(_LOW, _HIGH, (1,), device=device)
+def _draw(device: torch.device, generator=None) -> torch.Tensor:
+    if generator is None and device.type == "cpu":
+        return torch.randint(_LOW, _HIGH, (1,))  # the keywords would cost a quarter of the draw
+    return torch.randint(_LOW, _HIGH, (1,), device=device, generator=generator)
 
 
-# Tagged, so that torch.compile neither merges two draws nor repeats one in the backward.
+# What a traced function calls. Tagged, so that torch.compile does not repeat a draw in the backward. The argument is an
+# uninitialised tensor that nothing reads: torch.compile merges equal calls, tagged or not, but never two torch.empty.
 _DRAW = _library.define(
     "draw_seed",
-    "(Device device) -> Tensor",
-    lambda device: torch.empty((1,), dtype=torch.int64, device=device),
+    "(Tensor fresh) -> Tensor",
+    lambda fresh: fresh.new_empty((1,), dtype=torch.int64),
     tags=(torch.Tag.nondeterministic_seeded,),
 )
-_library.implement("draw_seed", _draw)
+_library.implement("draw_seed", lambda fresh: _draw(fresh.device))
 
 
 def as_seed(seed, generator, device: torch.device) -> torch.Tensor:
@@ -32,13 +35,13 @@ def as_seed(seed, generator, device: torch.device) -> torch.Tensor:
     if seed is None:
         if generator is None:
             if torch.compiler.is_compiling():
-                return _DRAW["cpu"](device)
+                return _DRAW["cpu"](torch.empty((), device=device))
             return _draw(device)
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}")
         if generator.device.type != device.type:
             raise ValueError(f"generator must be on the device of mean, {device}; got {generator.device}")
-        return torch.randint(_LOW, _HIGH, (1,), device=device, generator=generator)
+        return _draw(device, generator)
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int or an int64 tensor; got {seed.dtype}")

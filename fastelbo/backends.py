@@ -4,7 +4,10 @@ import os
 
 import torch
 
-from fastelbo import _extension
+from fastelbo import _extension, _library
+
+_CPU_ISA = _library.define("cpu_isa", "() -> int", lambda: 0)["cpu"]
+_CPU_ISA_NAMES = ("portable", "AVX2", "AVX-512")
 
 #: Every backend, with what it is.
 BACKENDS = {
@@ -32,12 +35,29 @@ def usable(name: str) -> "str | None":
     return f"this version of fastelbo has no {BACKENDS[name]} yet"
 
 
+def cpu_isa() -> str:
+    """The instruction set that the cpu backend's kernels use; the environment's FASTELBO_CPU_ISA may lower it."""
+    return _CPU_ISA_NAMES[_CPU_ISA()]
+
+
 def why_not(name: str, device: torch.device) -> "str | None":
     """None if the backend can run tensors of the device, else why not, in one sentence."""
     reason = usable(name)
     if reason is None and name != "reference" and device.type != _DEVICE[name]:
         reason = f"it runs tensors on {_DEVICE[name]}, these are on {device}"
     return reason
+
+
+def fastest() -> "dict[str, str]":
+    """The backend that runs by default, by kind of device."""
+    return {
+        kind: next((name for name in order if why_not(name, torch.device(kind)) is None), "reference")
+        for kind, order in _ORDER.items()
+    }
+
+
+# Found once, at import: a function that is being traced cannot load a library.
+_FASTEST = fastest()
 
 
 def choose(device: torch.device, backend: "str | None" = None, only_reference: "str | None" = None) -> str:
@@ -54,11 +74,7 @@ def choose(device: torch.device, backend: "str | None" = None, only_reference: "
     """
     wanted = backend or OVERRIDE
     if wanted is None:
-        if only_reference is None:
-            for name in _ORDER.get(device.type, ()):
-                if why_not(name, device) is None:
-                    return name
-        return "reference"
+        return _FASTEST.get(device.type, "reference") if only_reference is None else "reference"
     if wanted not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {wanted!r}")
     if wanted == "reference" or (only_reference is None and why_not(wanted, device) is None):

@@ -7,13 +7,13 @@ template <class V, bool exponential>
 struct Spread {
   V std;         // sigma
   V log_std;     // ln sigma
-  V half_inv;    // sigma^-1/2 where exponential: its square reaches where 1 / sigma overflows
+  V inv_std;     // 1 / sigma where exponential, kept finite: a difference of 0 stays 0
   V d_std;       // d sigma / d s
   V d_logvar;    // d ln sigma^2 / d s
 
   // x / sigma, finite wherever the quotient is.
   FASTELBO_INLINE V divide(V x) const {
-    if constexpr (exponential) return x * half_inv * half_inv;
+    if constexpr (exponential) return x * inv_std;
     else return x / std;
   }
 };
@@ -40,7 +40,8 @@ FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s) {
     V c(scale.kind == Scale::logvar ? 0.5f : 1.0f);
     out.log_std = c * t;
     out.std = exp(out.log_std);
-    out.half_inv = exp(V(-0.5f) * out.log_std);
+    constexpr float largest = std::is_same_v<V, double> ? 709.0f : 88.0f;  // exponents beyond would overflow
+    out.inv_std = exp(min(V(largest), -out.log_std));
     out.d_logvar = V(2) * c * slope;
     out.d_std = out.std * c * slope;
     return out;

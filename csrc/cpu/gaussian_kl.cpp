@@ -33,7 +33,7 @@ void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
     const T* mean_q = read_tile(args.mean_q, start, n, mean_q_tile);
     const T* s_q = read_tile(args.s_q, start, n, s_q_tile);
     T* kl = output_terms(*args.kl, tile, kl_tile);
-    if (!args.mean_p.data) {
+    if (!args.mean_p) {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         store(kl + i, gaussian_kl(load(mean_q + i, part), spread<exponential>(args.scale, load(s_q + i, part))).value, part);
       });
@@ -64,7 +64,7 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
     const T* d_kl = read_tile(args.d_kl, start, n, d_kl_tile);
     T* d_mean_q = output(args.d_mean_q, start, n, d_mean_q_tile);
     T* d_s_q = output(args.d_s_q, start, n, d_s_q_tile);
-    if (!args.mean_p.data) {
+    if (!args.mean_p) {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw = load(s_q + i, part), upstream = load(d_kl + i, part);
         Spread<V, exponential> q = spread<exponential>(args.scale, raw);
@@ -75,7 +75,7 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
     } else {
       const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
       const T* s_p = read_tile(args.s_p, start, n, s_p_tile);
-      bool prior = args.d_mean_p.data;
+      bool prior(args.d_mean_p);
       T* d_mean_p = prior ? output(args.d_mean_p, start, n, d_mean_p_tile) : d_mean_p_tile;
       T* d_s_p = prior ? output(args.d_s_p, start, n, d_s_p_tile) : d_s_p_tile;
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
@@ -103,7 +103,7 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
 namespace fastelbo {
 
 Tensor gaussian_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
-                       std::vector<double> scale, std::vector<double> scale_p, int64_t event_ndim) {
+                       std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Tiling tiling = event_tiling(shape, event_ndim);
@@ -117,7 +117,7 @@ Tensor gaussian_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, 
 // Returns d_mean_q, d_s_q, d_mean_p, d_s_p, each of the full broadcast shape; the last two are empty without prior_grad.
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(
     Tensor d_kl, Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
-    std::vector<double> scale, std::vector<double> scale_p, int64_t event_ndim, bool prior_grad) {
+    std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim, bool prior_grad) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Tensor d_mean_q = allocate_gradient(shape, mean_q), d_s_q = allocate_gradient(shape, s_q);

@@ -12,6 +12,7 @@ struct GaussianLogProb {
   Terms* log_prob;
   Operand d_out;
   Operand d_x, d_mean, d_s;  // no d_x: x needs no gradient
+  double* d_s_partial;       // [tiles], where s is one number: the sums that make up its gradient
 };
 
 }  // namespace fastelbo
@@ -54,10 +55,10 @@ void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t e
     const T* mean = read_tile(args.mean, start, n, mean_tile);
     const T* s = read_tile(args.s, start, n, s_tile);
     const T* d_out = read_tile(args.d_out, start, n, d_out_tile);
-    bool x_grad = args.d_x.data;
+    bool x_grad(args.d_x);
     T* d_x = x_grad ? output(args.d_x, start, n, d_x_tile) : d_x_tile;
     T* d_mean = output(args.d_mean, start, n, d_mean_tile);
-    T* d_s = output(args.d_s, start, n, d_s_tile);
+    T* d_s = args.d_s ? output(args.d_s, start, n, d_s_tile) : d_s_tile;
     V sign(args.sign);
     for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
       V raw = load(s + i, part), upstream = sign * load(d_out + i, part);
@@ -70,7 +71,8 @@ void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t e
     });
     if (x_grad) finish(args.d_x, start, n, d_x, d_x_tile);
     finish(args.d_mean, start, n, d_mean, d_mean_tile);
-    finish(args.d_s, start, n, d_s, d_s_tile);
+    if (args.d_s_partial) args.d_s_partial[index] = sum(d_s, n);
+    else finish(args.d_s, start, n, d_s, d_s_tile);
   }
 }
 
@@ -88,15 +90,23 @@ Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double
   return log_prob.finish(dtype, tiling);
 }
 
-// Returns d_x, d_mean, d_s, each of the full broadcast shape; the first is empty without x_grad.
+// Returns d_x, d_mean, d_s, each of the full broadcast shape, but for an s of one element, whose gradient is summed here.
+// The first is empty without x_grad.
 std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x, Tensor mean, Tensor s, std::vector<double> scale,
                                                          int64_t event_ndim, bool negative, bool x_grad) {
   Shape shape = Shape(x).broadcast(mean).broadcast(s);
-  Tensor d_x = allocate_gradient(shape, x, x_grad), d_mean = allocate_gradient(shape, mean), d_s = allocate_gradient(shape, s);
+  ScalarType dtype = arithmetic_type({&x, &mean, &s});
+  bool one_s = s.numel() == 1;
+  Tensor d_x = allocate_gradient(shape, x, x_grad), d_mean = allocate_gradient(shape, mean);
+  Tensor d_s = one_s ? allocate(Shape(s), dtype) : allocate_gradient(shape, s);
   GaussianLogProb args{{x, shape}, {mean, shape}, {s, shape}, parse_scale(scale), negative ? 1.0 : -1.0, {1, shape.numel()},
-                       nullptr, {d_out, shape, event_ndim}, {}, {d_mean, shape}, {d_s, shape}};
+                       nullptr, {d_out, shape, event_ndim}, {}, {d_mean, shape}, {}, nullptr};
   if (x_grad) args.d_x = {d_x, shape};
-  FASTELBO_RUN(gaussian_log_prob_bwd, arithmetic_type({&x, &mean, &s}), args.scale.exponential(), args, args.tiling.tiles());
+  std::vector<double> partial(one_s ? args.tiling.tiles() : 0);
+  if (one_s) args.d_s_partial = partial.data();
+  else args.d_s = {d_s, shape};
+  FASTELBO_RUN(gaussian_log_prob_bwd, dtype, args.scale.exponential(), args, args.tiling.tiles());
+  if (one_s) store_total(partial, 0, partial.size(), dtype, d_s.data_ptr(), 0);
   return {d_x, d_mean, d_s};
 }
 

@@ -34,8 +34,8 @@ void gaussian_rsample_fwd(const GaussianRsample& args, int64_t begin, int64_t en
     int64_t sample = item % args.noise.samples, out = sample * args.numel + start;
     const T* mean = read_tile(args.mean, start, n, mean_tile);
     const T* s = read_tile(args.s, start, n, s_tile);
-    const T* noise = noise_tile.read(args.noise, sample, start, n, args.numel);
     T* z = output(args.z, out, n, z_tile);
+    const T* noise = noise_tile.read(args.noise, sample, start, n, args.numel);
     V temperature(args.noise.temperature);
     for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
       V std = spread<exponential>(args.scale, load(s + i, part)).std;
@@ -59,7 +59,7 @@ void gaussian_rsample_bwd(const GaussianRsample& args, int64_t begin, int64_t en
     V temperature(args.noise.temperature);
     for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
       V raw = load(s + i, part);
-      V grad = temperature * spread<exponential>(args.scale, raw).d_std * load(sampled.d_z_noise + i, part);
+      V grad = temperature * spread<exponential>(args.scale, raw).d_std * (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part));
       store(d_s + i, clamp_gradient(args.scale, raw, grad), part);
     });
     finish(args.d_s, start, n, d_s, d_s_tile);

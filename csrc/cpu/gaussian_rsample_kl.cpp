@@ -37,30 +37,36 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
     const T* mean_q = read_tile(args.mean_q, start, n, mean_q_tile);
     const T* s_q = read_tile(args.s_q, start, n, s_q_tile);
     T* kl = output_terms(*args.kl, tile, kl_tile);
-    if (!args.mean_p.data) {
+    T* z = output(args.z, start, n, z_tile);
+    const T* noise = noise_tile.read(args.noise, 0, start, n, args.numel);
+    V temperature(args.noise.temperature);
+    if (!args.mean_p) {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         Spread<V, exponential> q = spread<exponential>(args.scale, load(s_q + i, part));
-        store(std_tile + i, q.std, part);
-        store(kl + i, gaussian_kl(load(mean_q + i, part), q).value, part);
+        V mean = load(mean_q + i, part), std = temperature * q.std;
+        store(std_tile + i, std, part);
+        store(z + i, fma(std, load(noise + i, part), mean), part);
+        store(kl + i, gaussian_kl(mean, q).value, part);
       });
     } else {
       const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
       const T* s_p = read_tile(args.s_p, start, n, s_p_tile);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-        V delta = load(mean_q + i, part) - load(mean_p + i, part);
         Spread<V, exponential> q = spread<exponential>(args.scale, load(s_q + i, part)), p = spread<exponential>(args.scale_p, load(s_p + i, part));
-        store(std_tile + i, q.std, part);
-        store(kl + i, gaussian_kl(delta, q, p).value, part);
+        V mean = load(mean_q + i, part), std = temperature * q.std;
+        store(std_tile + i, std, part);
+        store(z + i, fma(std, load(noise + i, part), mean), part);
+        store(kl + i, gaussian_kl(mean - load(mean_p + i, part), q, p).value, part);
       });
     }
     finish_terms(*args.kl, args.tiling, tile, kl, kl_tile);
-    V temperature(args.noise.temperature);
-    for (int64_t sample = 0; sample < args.noise.samples; ++sample) {
+    finish(args.z, start, n, z, z_tile);
+    for (int64_t sample = 1; sample < args.noise.samples; ++sample) {
       int64_t out = sample * args.numel + start;
-      const T* noise = noise_tile.read(args.noise, sample, start, n, args.numel);
-      T* z = output(args.z, out, n, z_tile);
+      noise = noise_tile.read(args.noise, sample, start, n, args.numel);
+      z = output(args.z, out, n, z_tile);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-        store(z + i, fma(temperature * load(std_tile + i, part), load(noise + i, part), load(mean_q + i, part)), part);
+        store(z + i, fma(load(std_tile + i, part), load(noise + i, part), load(mean_q + i, part)), part);
       });
       finish(args.z, out, n, z, z_tile);
     }
@@ -82,19 +88,19 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
     T* d_s_q = output(args.d_s_q, start, n, d_s_q_tile);
     sampled.read(args.noise, args.d_z, start, n, args.numel);
     V temperature(args.noise.temperature);
-    if (!args.mean_p.data) {
+    if (!args.mean_p) {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw = load(s_q + i, part), upstream = load(d_kl + i, part);
         Spread<V, exponential> q = spread<exponential>(args.scale, raw);
         GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part), q);
         store(d_mean_q + i, fma(upstream, kl.d_mean_q, load(sampled.d_z + i, part)), part);
-        V d_s = fma(temperature * q.d_std, load(sampled.d_z_noise + i, part), upstream * (kl.d_logvar_q * q.d_logvar));
+        V d_s = fma(temperature * q.d_std, (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part)), upstream * (kl.d_logvar_q * q.d_logvar));
         store(d_s_q + i, clamp_gradient(args.scale, raw, d_s), part);
       });
     } else {
       const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
       const T* s_p = read_tile(args.s_p, start, n, s_p_tile);
-      bool prior = args.d_mean_p.data;
+      bool prior(args.d_mean_p);
       T* d_mean_p = prior ? output(args.d_mean_p, start, n, d_mean_p_tile) : d_mean_p_tile;
       T* d_s_p = prior ? output(args.d_s_p, start, n, d_s_p_tile) : d_s_p_tile;
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
@@ -103,7 +109,7 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
         GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part) - load(mean_p + i, part), q, p);
         V d_mean = upstream * kl.d_mean_q;
         store(d_mean_q + i, d_mean + load(sampled.d_z + i, part), part);
-        V d_s = fma(temperature * q.d_std, load(sampled.d_z_noise + i, part), upstream * (kl.d_logvar_q * q.d_logvar));
+        V d_s = fma(temperature * q.d_std, (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part)), upstream * (kl.d_logvar_q * q.d_logvar));
         store(d_s_q + i, clamp_gradient(args.scale, raw_q, d_s), part);
         store(d_mean_p + i, -d_mean, part);
         store(d_s_p + i, clamp_gradient(args.scale_p, raw_p, upstream * (kl.d_logvar_p * p.d_logvar)), part);
@@ -125,7 +131,7 @@ namespace fastelbo {
 std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
     Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p, std::optional<Tensor> seed,
     std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
-    std::vector<double> scale, std::vector<double> scale_p, int64_t event_ndim, ScalarType out_dtype) {
+    std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim, ScalarType out_dtype) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   Shape out = shape.prepend(num_samples);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
@@ -143,7 +149,7 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
     Tensor d_z, Tensor d_kl, Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
     std::optional<Tensor> seed, std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples,
-    double temperature, std::vector<double> scale, std::vector<double> scale_p, int64_t event_ndim, bool prior_grad) {
+    double temperature, std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim, bool prior_grad) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Tensor d_mean_q = allocate_gradient(shape, mean_q), d_s_q = allocate_gradient(shape, s_q);

@@ -26,18 +26,19 @@ Isa isa() {
 }
 
 Scale parse_scale(const std::vector<double>& values) {
-  STD_TORCH_CHECK(values.size() == 8, "scale: expected 8 numbers, got ", values.size());
+  STD_TORCH_CHECK(values.size() >= 1 && values.size() <= 8, "scale: expected 1 to 8 numbers, got ", values.size());
+  auto value = [&](size_t i, double otherwise) { return i < values.size() ? values[i] : otherwise; };
   Scale scale;
   scale.kind = Scale::Kind(int(values[0]));
-  scale.clamp_grad = Scale::ClampGrad(int(values[1]));
-  scale.clamp_lo = values[2];
-  scale.clamp_hi = values[3];
-  scale.clamped = std::isfinite(values[2]) || std::isfinite(values[3]);
-  scale.soft_clamp = values[4];
-  scale.min_std = values[5];
-  scale.var_eps = values[6];
-  scale.beta = values[7];
-  scale.log_beta = std::log(values[7]);
+  scale.clamp_grad = Scale::ClampGrad(int(value(1, 0)));
+  scale.clamp_lo = value(2, -INFINITY);
+  scale.clamp_hi = value(3, INFINITY);
+  scale.clamped = std::isfinite(scale.clamp_lo) || std::isfinite(scale.clamp_hi);
+  scale.soft_clamp = value(4, 0);
+  scale.min_std = value(5, 0);
+  scale.var_eps = value(6, 0);
+  scale.beta = value(7, 1);
+  scale.log_beta = std::log(scale.beta);
   return scale;
 }
 
@@ -100,6 +101,7 @@ Shape Shape::drop_trailing(int64_t n) const {
 }
 
 Operand::Operand(const Tensor& tensor, const Shape& shape, int64_t reduced) {
+  given = true;
   data = static_cast<char*>(tensor.data_ptr());
   format = format_of(tensor.scalar_type());
   auto sizes = tensor.sizes(), strides = tensor.strides();
@@ -217,12 +219,15 @@ Terms::Terms(const Shape& shape, int64_t event_ndim, ScalarType dtype, const Ten
   if (tiling.chunks_per_row > 1) partial.resize(tiling.tiles());
 }
 
+void store_total(const std::vector<double>& partial, size_t first, size_t count, ScalarType dtype, void* out, int64_t at) {
+  double total = std::accumulate(partial.begin() + first, partial.begin() + first + count, 0.0);
+  if (dtype == ScalarType::Double) static_cast<double*>(out)[at] = total;
+  else static_cast<float*>(out)[at] = float(total);
+}
+
 Tensor Terms::finish(ScalarType dtype, const Tiling& tiling) {
   for (size_t first = 0; first < partial.size(); first += tiling.chunks_per_row) {
-    double total = std::accumulate(&partial[first], &partial[first] + tiling.chunks_per_row, 0.0);
-    int64_t row = first / tiling.chunks_per_row;
-    if (dtype == ScalarType::Double) static_cast<double*>(sums)[row] = total;
-    else static_cast<float*>(sums)[row] = float(total);
+    store_total(partial, first, tiling.chunks_per_row, dtype, sums, first / tiling.chunks_per_row);
   }
   return tensor;
 }

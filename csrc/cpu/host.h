@@ -26,8 +26,10 @@ Isa isa();
 constexpr int kTile = 1024;  // elements: six float tiles fit a first-level cache
 constexpr int kMaxDims = 16;
 
-// From the schema's list: kind, clamp_grad, clamp_lo, clamp_hi, soft_clamp, min_std, var_eps, beta.
+// From the schema's list: kind, clamp_grad, clamp_lo, clamp_hi, soft_clamp, min_std, var_eps, beta; trailing defaults are
+// left out.
 Scale parse_scale(const std::vector<double>& values);
+inline Scale parse_scale(const std::optional<std::vector<double>>& values) { return values ? parse_scale(*values) : Scale(); }
 
 enum class Format { f32, f64, bf16, f16 };
 Format format_of(ScalarType dtype);
@@ -50,12 +52,14 @@ struct Shape {
 
 // A tensor as the loops see it: broadcast to the logical shape, with mergeable dimensions merged.
 struct Operand {
-  char* data = nullptr;  // null: no tensor
+  bool given = false;
+  char* data = nullptr;  // null where the tensor is empty, too
   Format format = Format::f32;
   int ndim = 1;
   int64_t size[kMaxDims], stride[kMaxDims];  // in elements
 
   Operand() = default;
+  explicit operator bool() const { return given; }
   // The tensor covers the logical shape less its last `reduced` dimensions, over which it is constant.
   Operand(const Tensor& tensor, const Shape& shape, int64_t reduced = 0);
   Operand(const std::optional<Tensor>& tensor, const Shape& shape);
@@ -114,6 +118,9 @@ struct Tiling {
 
 // Rows of the last event_ndim dimensions, or flat tiles where the op is elementwise.
 Tiling event_tiling(const Shape& shape, int64_t event_ndim);
+
+// out[at] = the sum of `count` partial sums, in order; out is of the arithmetic type.
+void store_total(const std::vector<double>& partial, size_t first, size_t count, ScalarType dtype, void* out, int64_t at);
 
 // An elementwise term, or its sum over each row. Rows longer than a tile go through partial sums, added in order, so
 // that the result depends neither on the number of threads nor on the instruction set.

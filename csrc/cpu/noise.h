@@ -61,7 +61,7 @@ struct NoiseTile {
   T widened[kTile];
 
   const T* read(const Noise& noise, int64_t sample, int64_t start, int n, int64_t numel) {
-    if (noise.given.data) return read_tile(noise.given, sample * numel + start, n, widened);
+    if (noise.given) return read_tile(noise.given, sample * numel + start, n, widened);
     const float* normal = normals(noise.seed, uint32_t(sample), uint64_t(noise.offset + start), n, drawn);
     if constexpr (sizeof(T) == 4) {
       return normal;
@@ -72,32 +72,37 @@ struct NoiseTile {
   }
 };
 
-// What a tile's gradient needs of its samples: the sums over them of d_z and of d_z * noise.
+// What a tile's gradient needs of its samples: the sums over them of d_z and of d_z * noise. The second is the product of
+// two arrays, so that a single sample needs no pass of its own.
 template <class T>
 struct SampleGradient {
   NoiseTile<T> noise_tile;
-  T d_z_tile[kTile], noisy[kTile], plain[kTile];
-  double noisy_total[kTile], plain_total[kTile];
+  T d_z_tile[kTile], d_z_total[kTile], noisy_total[kTile], ones[kTile];
+  double sum[kTile], noisy_sum[kTile];
 
-  const T* d_z;        // sum over samples of d_z
-  const T* d_z_noise;  // and of d_z * noise
+  const T *d_z, *noisy, *noisy_factor;
 
   void read(const Noise& noise, const Operand& d_z_operand, int64_t start, int n, int64_t numel) {
+    if (noise.samples == 1) {
+      d_z = noisy = read_tile(d_z_operand, start, n, d_z_tile);
+      noisy_factor = noise_tile.read(noise, 0, start, n, numel);
+      return;
+    }
+    std::fill(sum, sum + n, 0.0);
+    std::fill(noisy_sum, noisy_sum + n, 0.0);
     for (int64_t sample = 0; sample < noise.samples; ++sample) {
-      d_z = read_tile(d_z_operand, sample * numel + start, n, d_z_tile);
+      const T* upstream = read_tile(d_z_operand, sample * numel + start, n, d_z_tile);
       const T* normal = noise_tile.read(noise, sample, start, n, numel);
-      for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA { store(noisy + i, load(d_z + i, part) * load(normal + i, part), part); });
-      d_z_noise = noisy;
-      if (noise.samples == 1) return;
       for (int i = 0; i < n; ++i) {
-        noisy_total[i] = (sample == 0 ? 0 : noisy_total[i]) + noisy[i];
-        plain_total[i] = (sample == 0 ? 0 : plain_total[i]) + d_z[i];
+        sum[i] += upstream[i];
+        noisy_sum[i] += double(upstream[i]) * normal[i];
       }
     }
-    for (int i = 0; i < n; ++i) {
-      noisy[i] = T(noisy_total[i]);
-      plain[i] = T(plain_total[i]);
-    }
-    d_z = plain;
+    std::copy(sum, sum + n, d_z_total);
+    std::copy(noisy_sum, noisy_sum + n, noisy_total);
+    std::fill(ones, ones + n, T(1));
+    d_z = d_z_total;
+    noisy = noisy_total;
+    noisy_factor = ones;
   }
 };

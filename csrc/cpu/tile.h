@@ -144,9 +144,22 @@ inline void finish(const Operand& operand, int64_t start, int n, const T* tile, 
   });
 }
 
+// The sum of `count` accumulators, a power of two.
+template <int count>
+FASTELBO_INLINE float sum_tree(float* lanes) {
+  for (int width = count / 2; width > 0; width /= 2)
+    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+  return lanes[0];
+}
+
 // Sum in a fixed order, the same for every vector length: element i goes to accumulator i % 64, then a tree.
 inline double sum(const float* x, int n) {
-  constexpr int accumulators = 64;
+  constexpr int accumulators = 64, few = 16;
+  if (n <= few) {  // the accumulators beyond would add zeros
+    float lanes[few] = {};
+    for (int j = 0; j < n; ++j) lanes[j] = x[j];
+    return sum_tree<few>(lanes);
+  }
   F32 total[accumulators / kLanes];
   for (F32& part : total) part = F32(0.0f);
   int i = 0;
@@ -156,9 +169,7 @@ inline double sum(const float* x, int n) {
   float lanes[accumulators];
   for (int k = 0; k < accumulators / kLanes; ++k) store(lanes + k * kLanes, total[k], Whole{});
   for (int j = 0; i + j < n; ++j) lanes[j] += x[i + j];
-  for (int width = accumulators / 2; width > 0; width /= 2)
-    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-  return lanes[0];
+  return sum_tree<accumulators>(lanes);
 }
 inline double sum(const double* x, int n) {
   double total = 0;
@@ -169,11 +180,11 @@ inline double sum(const double* x, int n) {
 // Passes on a tile of terms, written where output_terms() said: as they are, or as the sums of its rows.
 template <class T>
 inline T* output_terms(const Terms& terms, const Tile& tile, T* scratch) {
-  return terms.elements.data ? output(terms.elements, tile.start, tile.count, scratch) : scratch;
+  return terms.elements ? output(terms.elements, tile.start, tile.count, scratch) : scratch;
 }
 template <class T>
 inline void finish_terms(Terms& terms, const Tiling& tiling, const Tile& tile, const T* values, const T* scratch) {
-  if (terms.elements.data) return finish(terms.elements, tile.start, tile.count, values, scratch);
+  if (terms.elements) return finish(terms.elements, tile.start, tile.count, values, scratch);
   if (tile.rows == 0) {
     terms.partial[tile.row * tiling.chunks_per_row + (tile.start - tile.row * tiling.columns) / kTile] = sum(values, tile.count);
     return;

@@ -6,6 +6,7 @@ constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // high has
 
 // x = n ln2 + r, |r| <= ln2 / 2: returns n; `rest` is exp(r) - 1 - r.
 FASTELBO_INLINE F32 exp_reduce(F32 x, F32& r, F32& rest) {
+  x = min(F32(89.0f), max(F32(-104.0f), x));  // beyond, exp is inf or 0 all the same; NaN passes through both
   F32 n = round(x * F32(kLog2e));
   r = fma(n, F32(-kLn2High), x);
   r = fma(n, F32(-kLn2Low), r);
@@ -18,15 +19,15 @@ FASTELBO_INLINE F32 exp_reduce(F32 x, F32& r, F32& rest) {
 }
 
 FASTELBO_INLINE F32 exp(F32 x) {
-  // Beyond these limits the result is 0 or inf all the same; NaN passes through both.
-  F32 r, rest, n = exp_reduce(min(F32(89.0f), max(F32(-104.0f), x)), r, rest);
+  F32 r, rest, n = exp_reduce(x, r, rest);
   return times_pow2(r + rest + F32(1.0f), n);
 }
 
-// e = exp(x) - 1, e_minus_x = e - x without cancellation near 0. Above 88, e stays at exp(88): its square is inf as it is.
+// e = exp(x) - 1, e_minus_x = e - x without cancellation near 0; shares its reduction with exp(x). Above 88.3 e is half
+// of what it should be: its square, which all callers want, is inf all the same.
 FASTELBO_INLINE void expm1_parts(F32 x, F32& e, F32& e_minus_x) {
-  F32 r, rest, n = exp_reduce(min(F32(88.0f), max(F32(-30.0f), x)), r, rest);
-  F32 power = pow2(n);
+  F32 r, rest, n = exp_reduce(x, r, rest);
+  F32 power = pow2(min(F32(127.0f), max(F32(-126.0f), n)));
   e = fma(r + rest, power, power - F32(1.0f));
   e_minus_x = select(abs(x) < F32(0.34f), rest, e - x);
 }

@@ -59,10 +59,11 @@ def gaussian_kl(
         >>> fastelbo.gaussian_kl(torch.ones(2, 3), torch.zeros(2, 3))
         tensor([1.5000, 1.5000])
     """
-    _checks.later(free_bits=free_bits, balance=balance, mask=mask)
+    if free_bits is not None or balance is not None or mask is not None:
+        _checks.later(free_bits=free_bits, balance=balance, mask=mask)
     scale = as_scale(scale)
     _checks.prior(mean_p, s_p, scale_p)
-    scale_p = scale if scale_p is None else as_scale(scale_p)
+    scale_p = prior_scale(scale, mean_p, scale_p)
     (mean_q, s_q, mean_p, s_p), shape, _ = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)
     event_ndim = _checks.event_ndim(event_ndim, shape)
     _checks.reduction(reduction)
@@ -79,13 +80,25 @@ def gaussian_kl(
     return _library.reduce(kl, reduction, shape, event_ndim)
 
 
+def prior_scale(scale, mean_p, scale_p):
+    """The Scale of the prior; None for the standard normal."""
+    if mean_p is None:
+        return None
+    return scale if scale_p is None else as_scale(scale_p)
+
+
+def numbers(scale):
+    """A Scale or None as the compiled ops take it."""
+    return None if scale is None else scale.numbers
+
+
 class _GaussianKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, backend):
         ctx.save_for_backward(mean_q, s_q, mean_p, s_p)
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.scale_p, ctx.event_ndim, ctx.backend = scale, scale_p, event_ndim, backend
-        return _FWD[backend](mean_q, s_q, mean_p, s_p, scale.numbers, scale_p.numbers, event_ndim)
+        return _FWD[backend](mean_q, s_q, mean_p, s_p, scale.numbers, numbers(scale_p), event_ndim)
 
     @staticmethod
     def backward(ctx, d_kl):
@@ -95,15 +108,13 @@ class _GaussianKL(torch.autograd.Function):
         if _library.differentiable_backward():
 
             def kl(*inputs):
-                return reference.gaussian_kl(
-                    *inputs, scale=ctx.scale, scale_p=ctx.scale_p, event_ndim=ctx.event_ndim
-                )
+                return reference.gaussian_kl(*inputs, scale=ctx.scale, scale_p=ctx.scale_p, event_ndim=ctx.event_ndim)
 
             grads = _library.reference_gradients(kl, inputs, ctx.needs_input_grad[:4], (d_kl,))
         else:
             prior_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
             grads = _BWD[ctx.backend](
-                d_kl, *inputs, ctx.scale.numbers, ctx.scale_p.numbers, ctx.event_ndim, prior_grad
+                d_kl, *inputs, ctx.scale.numbers, numbers(ctx.scale_p), ctx.event_ndim, prior_grad
             )
             grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad)
         return *grads, None, None, None, None
@@ -135,13 +146,13 @@ def _bwd_fake(d_kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, prior_
 
 _FWD = _library.define(
     "gaussian_kl_fwd",
-    "(Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, float[] scale, float[] scale_p, int event_ndim)"
+    "(Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, float[] scale, float[]? scale_p, int event_ndim)"
     " -> Tensor",
     _fwd_fake,
 )
 _BWD = _library.define(
     "gaussian_kl_bwd",
-    "(Tensor d_kl, Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, float[] scale, float[] scale_p,"
+    "(Tensor d_kl, Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, float[] scale, float[]? scale_p,"
     " int event_ndim, bool prior_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
 )

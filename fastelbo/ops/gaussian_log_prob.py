@@ -7,9 +7,7 @@ from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
 from fastelbo.scale import as_scale
 
 
-def gaussian_log_prob(
-    x, mean, s, *, scale="logvar", event_ndim=None, reduction="none", mask=None, backend=None
-):
+def gaussian_log_prob(x, mean, s, *, scale="logvar", event_ndim=None, reduction="none", mask=None, backend=None):
     r"""Log-density of x under a diagonal Gaussian.
 
     .. math:: \ln N(x; \mu, \sigma^2) = -\tfrac12 \left(\tfrac{x - \mu}{\sigma}\right)^2 - \ln\sigma
@@ -124,7 +122,11 @@ def _fwd_fake(x, mean, s, scale, event_ndim, negative):
 def _bwd_fake(d_out, x, mean, s, scale, event_ndim, negative, x_grad):
     shape = torch.broadcast_shapes(x.shape, mean.shape, s.shape)
     d_x = _library.empty(shape, x.dtype, x) if x_grad else x.new_empty((0,), dtype=torch.float32)
-    return d_x, _library.empty(shape, mean.dtype, mean), _library.empty(shape, s.dtype, s)
+    if s.numel() == 1:
+        d_s = s.new_empty(s.shape, dtype=_library.arithmetic(x, mean, s))
+    else:
+        d_s = _library.empty(shape, s.dtype, s)
+    return d_x, _library.empty(shape, mean.dtype, mean), d_s
 
 
 _FWD = _library.define(

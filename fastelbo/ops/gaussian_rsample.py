@@ -103,9 +103,7 @@ class _GaussianRsample(torch.autograd.Function):
         ctx.mean_shape, ctx.mean_dtype = mean.shape, mean.dtype
         ctx.draw = (noise_offset, num_samples, temperature)
         ctx.scale, ctx.backend = scale, backend
-        return _FWD[backend](
-            mean, s, seed, noise, noise_offset, num_samples, temperature, scale.numbers, out_dtype
-        )
+        return _FWD[backend](mean, s, seed, noise, noise_offset, num_samples, temperature, scale.numbers, out_dtype)
 
     @staticmethod
     def backward(ctx, d_z):

@@ -3,7 +3,7 @@
 import torch
 
 from fastelbo import _checks, _library, _seed, backends, reference
-from fastelbo.ops.gaussian_kl import gradients_fake, prior_shape
+from fastelbo.ops.gaussian_kl import gradients_fake, numbers, prior_scale, prior_shape
 from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
 from fastelbo.scale import as_scale
 
@@ -65,16 +65,17 @@ def gaussian_rsample_kl(
         >>> z.shape, kl
         (torch.Size([2, 3]), tensor([1.5000, 1.5000]))
     """
-    _checks.later(free_bits=free_bits, balance=balance, mask=mask)
+    if free_bits is not None or balance is not None or mask is not None:
+        _checks.later(free_bits=free_bits, balance=balance, mask=mask)
     scale = as_scale(scale)
     _checks.prior(mean_p, s_p, scale_p)
-    scale_p = scale if scale_p is None else as_scale(scale_p)
+    scale_p = prior_scale(scale, mean_p, scale_p)
     (mean_q, s_q, mean_p, s_p), shape, dtype = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)
     device = mean_q.device
     _checks.noise_arguments(noise, seed, generator, noise_offset, num_samples, temperature, shape, device)
     _checks.out_dtype(out_dtype)
     if out_dtype is None:
-        out_dtype = dtype if mean_p is None else torch.result_type(mean_q, s_q)
+        out_dtype = dtype if mean_p is None else _checks.promoted(mean_q, s_q)
     event_ndim = _checks.event_ndim(event_ndim, shape)
     _checks.reduction(reduction)
     backend = backends.choose(device, backend, backends.only_reference(noise))
@@ -116,7 +117,7 @@ class _GaussianRsampleKL(torch.autograd.Function):
         ctx.draw, ctx.scale, ctx.scale_p = draw, scale, scale_p
         ctx.event_ndim, ctx.out_dtype, ctx.backend = event_ndim, out_dtype, backend
         return _FWD[backend](
-            mean_q, s_q, mean_p, s_p, seed, noise, *draw, scale.numbers, scale_p.numbers, event_ndim, out_dtype
+            mean_q, s_q, mean_p, s_p, seed, noise, *draw, scale.numbers, numbers(scale_p), event_ndim, out_dtype
         )
 
     @staticmethod
@@ -143,11 +144,13 @@ class _GaussianRsampleKL(torch.autograd.Function):
 
             grads = _library.reference_gradients(sample_kl, inputs, ctx.needs_input_grad[:4], (d_z, d_kl))
         else:
-            shape = prior_shape(*inputs)
-            if d_z is None:
-                d_z = inputs[0].new_zeros(()).expand(shape if num_samples is None else (num_samples, *shape))
-            if d_kl is None:
-                d_kl = inputs[0].new_zeros(()).expand(shape[: len(shape) - ctx.event_ndim])
+            if d_z is None or d_kl is None:
+                shape = prior_shape(*inputs)
+                zero = inputs[0].new_zeros(())
+                if d_z is None:
+                    d_z = zero.expand(shape if num_samples is None else (num_samples, *shape))
+                else:
+                    d_kl = zero.expand(shape[: len(shape) - ctx.event_ndim])
             prior_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
             grads = _BWD[ctx.backend](
                 d_z,
@@ -157,7 +160,7 @@ class _GaussianRsampleKL(torch.autograd.Function):
                 noise,
                 *ctx.draw,
                 ctx.scale.numbers,
-                ctx.scale_p.numbers,
+                numbers(ctx.scale_p),
                 ctx.event_ndim,
                 prior_grad,
             )
@@ -210,14 +213,14 @@ def _bwd_fake(
 _FWD = _library.define(
     "gaussian_rsample_kl_fwd",
     "(Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, Tensor? seed, Tensor? noise, SymInt noise_offset,"
-    " SymInt? num_samples, float temperature, float[] scale, float[] scale_p, int event_ndim, ScalarType out_dtype)"
+    " SymInt? num_samples, float temperature, float[] scale, float[]? scale_p, int event_ndim, ScalarType out_dtype)"
     " -> (Tensor, Tensor)",
     _fwd_fake,
 )
 _BWD = _library.define(
     "gaussian_rsample_kl_bwd",
     "(Tensor d_z, Tensor d_kl, Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, Tensor? seed, Tensor? noise,"
-    " SymInt noise_offset, SymInt? num_samples, float temperature, float[] scale, float[] scale_p, int event_ndim,"
+    " SymInt noise_offset, SymInt? num_samples, float temperature, float[] scale, float[]? scale_p, int event_ndim,"
     " bool prior_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
 )

@@ -1,4 +1,4 @@
-"""Plain torch: the oracle of every other backend, and where the mathematics is derived. Imports torch and nothing of ours.
+"""Plain torch: the oracle of every other backend, and where the mathematics is derived. Imports nothing of ours.
 
 Slow and exact. Arithmetic is float32 for half-precision inputs, the input's own precision otherwise; everything is
 differentiable to any order and works under torch.func.

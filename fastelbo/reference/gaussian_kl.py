@@ -45,9 +45,7 @@ def reduce(value, event_ndim, reduction):
     return value.mean() if reduction == "mean" else value
 
 
-def gaussian_kl(
-    mean_q, s_q, mean_p=None, s_p=None, *, scale, scale_p=None, event_ndim=None, reduction="none"
-):
+def gaussian_kl(mean_q, s_q, mean_p=None, s_p=None, *, scale, scale_p=None, event_ndim=None, reduction="none"):
     """KL(q || p); see fastelbo.gaussian_kl."""
     scale_p = scale if scale_p is None else scale_p
     mean_q, s_q, mean_p, s_p = arithmetic(mean_q, s_q, mean_p, s_p)

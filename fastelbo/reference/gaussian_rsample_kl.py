@@ -21,7 +21,5 @@ def gaussian_rsample_kl(
     """(z, kl); see fastelbo.gaussian_rsample_kl. ``draw`` are the keywords of gaussian_rsample."""
     shapes = [tensor.shape for tensor in (mean_q, s_q, mean_p, s_p) if tensor is not None]
     z = gaussian_rsample(mean_q.expand(torch.broadcast_shapes(*shapes)), s_q, scale=scale, **draw)
-    kl = gaussian_kl(
-        mean_q, s_q, mean_p, s_p, scale=scale, scale_p=scale_p, event_ndim=event_ndim, reduction=reduction
-    )
+    kl = gaussian_kl(mean_q, s_q, mean_p, s_p, scale=scale, scale_p=scale_p, event_ndim=event_ndim, reduction=reduction)
     return z, kl

@@ -89,8 +89,7 @@ def is_exponential(scale):
 
 
 def standardise(delta, log_std, std, scale):
-    """delta / sigma, finite wherever the quotient is."""
+    """delta / sigma; a difference of 0 stays 0 however small sigma is."""
     if is_exponential(scale):
-        half = torch.exp(-0.5 * log_std)
-        return delta * half * half
+        return delta * torch.exp((-log_std).clamp(max=math.floor(math.log(torch.finfo(std.dtype).max))))
     return delta / std

@@ -1,0 +1,205 @@
+"""What is timed: each op of ours, the lines and torch.distributions calls it replaces, and the bytes it has to move."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch.distributions import Normal, kl_divergence
+from torch.utils.checkpoint import checkpoint
+
+import fastelbo
+
+SIZES = {"tiny": [(8, 16), (128, 10)], "medium": [(4096, 256)], "large": [(65536, 256)]}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PASSES = ("forward", "forward_backward")
+RIVALS = ("eager", "distributions", "compile", "compile_checkpoint", "copy")
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the largest value: is it the same function at all
+LOG_2PI = math.log(2 * math.pi)
+STANDARD_NORMAL = Normal(0.0, 1.0)
+
+
+def rsample_lines(mean, s, noise=None):
+    std = torch.exp(0.5 * s)
+    return mean + std * (torch.randn_like(std) if noise is None else noise)
+
+
+def rsample_distributions(mean, s):
+    return Normal(mean, torch.exp(0.5 * s)).rsample()
+
+
+def kl_lines(mean, s):
+    return -0.5 * torch.sum(1 + s - mean.pow(2) - s.exp(), dim=1)
+
+
+def kl_distributions(mean, s):
+    return kl_divergence(Normal(mean, torch.exp(0.5 * s)), STANDARD_NORMAL).sum(1)
+
+
+def kl_prior_lines(mean_q, s_q, mean_p, s_p):
+    return 0.5 * torch.sum(-1.0 + s_p - s_q + torch.exp(s_q - s_p) + (mean_q - mean_p).pow(2) * torch.exp(-s_p), dim=1)
+
+
+def kl_prior_distributions(mean_q, s_q, mean_p, s_p):
+    q, p = Normal(mean_q, torch.exp(0.5 * s_q)), Normal(mean_p, torch.exp(0.5 * s_p))
+    return kl_divergence(q, p).sum(1)
+
+
+def rsample_kl_lines(mean, s, noise=None):
+    return rsample_lines(mean, s, noise), kl_lines(mean, s)
+
+
+def rsample_kl_distributions(mean, s):
+    q = Normal(mean, torch.exp(0.5 * s))
+    return q.rsample(), kl_divergence(q, STANDARD_NORMAL).sum(1)
+
+
+def log_prob_lines(x, mean, s):
+    return -0.5 * torch.sum(s + (x - mean).pow(2) * torch.exp(-s) + LOG_2PI, dim=1)
+
+
+def log_prob_distributions(x, mean, s):
+    return Normal(mean, torch.exp(0.5 * s)).log_prob(x).sum(1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one kind of input.
+
+    Args:
+        op: its name in fastelbo.
+        name: the kind of input.
+        inputs: a letter each: p for a parameter, 0 for a 0-d one, d for data (wants no gradient), z for zeros.
+        floor: elements read and written per element, in the forward and in the backward (a row's sum not counted).
+        lines: the lines users write, a function of the inputs; also compiled.
+        distributions: the same by torch.distributions.
+        others: further rivals.
+        draws: whether the first output is a sample.
+        ours: a function of the inputs and the backend, where that is not simply the op.
+    """
+
+    op: str
+    name: str
+    inputs: str
+    floor: tuple[int, int]
+    lines: Callable | None = None
+    distributions: Callable | None = None
+    others: dict[str, Callable] = field(default_factory=dict)
+    draws: bool = False
+    ours: Callable | None = None
+    sizes: tuple[str, ...] = tuple(SIZES)
+    passes: tuple[str, ...] = PASSES
+
+
+CASES = [
+    Case("gaussian_rsample", "", "pp", (3, 3), rsample_lines, rsample_distributions, draws=True),
+    Case("gaussian_kl", "standard normal", "pp", (2, 4), kl_lines, kl_distributions),
+    Case("gaussian_kl", "learned prior", "pppp", (4, 8), kl_prior_lines, kl_prior_distributions),
+    Case("gaussian_rsample_kl", "", "pp", (3, 5), rsample_kl_lines, rsample_kl_distributions, draws=True),
+    Case("gaussian_log_prob", "", "dpp", (3, 5), log_prob_lines, log_prob_distributions),
+    Case("gaussian_log_prob", "scalar scale", "dp0", (2, 3), log_prob_lines, log_prob_distributions),
+    Case(  # mean and s are 0, so that what comes back is the noise itself; the third input is what normal_ writes to
+        "gaussian_rsample",
+        "normals",
+        "zzd",
+        (3, 0),
+        others={"randn": lambda mean, s, to: torch.randn_like(mean), "normal_": lambda mean, s, to: to.normal_()},
+        draws=True,
+        ours=lambda mean, s, to, backend: fastelbo.gaussian_rsample(mean, s, backend=backend),
+        sizes=("medium",),
+        passes=("forward",),
+    ),
+]
+
+
+def make_inputs(case: Case, shape, dtype, device) -> list[torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def make(kind):
+        values = torch.randn(() if kind == "0" else shape, generator=generator, device=device)
+        values = values.mul_(0) if kind == "z" else values  # written, hence not the system's one page of zeros
+        return values.to(dtype).requires_grad_(kind in "p0")
+
+    return [make(kind) for kind in case.inputs]
+
+
+def usable_backends(device: torch.device) -> list[str]:
+    """Ours, the fastest first; "reference" is no contestant."""
+    names = [name for name in fastelbo.backends.BACKENDS if name != "reference"]
+    reasons = {name: fastelbo.backends.why_not(name, device) for name in names}
+    if all(reasons.values()):
+        raise RuntimeError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    preferred = fastelbo.backends.choose(device)
+    return sorted((name for name in names if reasons[name] is None), key=lambda name: name != preferred)
+
+
+def contestants(case: Case, backends: list[str], wanted, with_backward: bool) -> dict[str, Callable]:
+    """Functions from a case's inputs to its outputs, ours first."""
+    ours = case.ours or getattr(fastelbo, case.op)
+    lines, rivals = case.lines, {}
+    if lines:
+        rivals = {"eager": lines, "distributions": case.distributions, "compile": torch.compile(lines)}
+    if lines and case.draws and with_backward:
+        recomputing = torch.compile(lambda *inputs: checkpoint(lines, *inputs, use_reentrant=False))
+        rivals["compile_checkpoint"] = recomputing
+    rivals = {name: rivals[name] for name in rivals if name in wanted}
+    return {name: functools.partial(ours, backend=name) for name in backends} | rivals | case.others
+
+
+def bind(function: Callable, inputs, with_backward: bool) -> Callable:
+    """A call without arguments of one pass. The upstream gradients exist before it."""
+    if not with_backward:
+        return lambda: function(*inputs)
+    leaves = [tensor for tensor in inputs if tensor.requires_grad]
+    upstream = upstream_like(function(*inputs))
+
+    def forward_backward():
+        outputs = function(*inputs)
+        return outputs, torch.autograd.grad(outputs, leaves, upstream)
+
+    return forward_backward
+
+
+def upstream_like(outputs):
+    """Gradients of the outputs, positive so that sums of them do not cancel; the same ones for every contestant."""
+    if isinstance(outputs, tuple):
+        return tuple(upstream_like(output) for output in outputs)
+    generator = torch.Generator(outputs.device).manual_seed(1)
+    return torch.rand(outputs.shape, generator=generator, device=outputs.device).to(outputs.dtype)
+
+
+def copy(bytes_moved: int, device) -> Callable:
+    """The ruler: a copy that reads and writes this many bytes in all."""
+    source = torch.ones(max(1, bytes_moved // 8), device=device)
+    destination = torch.ones_like(source)
+    return lambda: destination.copy_(source)
+
+
+def floor_bytes(case: Case, inputs, with_backward: bool) -> int:
+    return sum(case.floor[: 2 if with_backward else 1]) * inputs[0].numel() * inputs[0].element_size()
+
+
+def check(case: Case, name: str, result, inputs, with_backward: bool) -> None:
+    """Raises AssertionError unless a contestant computes what the plain float32 lines do, of its own noise."""
+    outputs, grads = result if with_backward else (result, ())
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    exact_inputs = [tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in inputs]
+    leaves = [tensor for tensor in exact_inputs if tensor.requires_grad]
+    noise = ()
+    if case.draws:
+        mean, s = (tensor.detach() for tensor in exact_inputs[:2])
+        noise = ((outputs[0].detach().float() - mean) * torch.exp(-0.5 * s),)
+        # six standard errors of the mean and of the standard deviation
+        assert abs(noise[0].mean()) < 6 / noise[0].numel() ** 0.5, f"{name}: the noise has mean {noise[0].mean()}"
+        assert abs(noise[0].std() - 1) < 4.3 / noise[0].numel() ** 0.5, f"{name}: the noise has std {noise[0].std()}"
+    if case.lines is None:
+        return
+    exact = case.lines(*exact_inputs, *noise)
+    exact_grads = torch.autograd.grad(exact, leaves, upstream_like(exact)) if with_backward else ()
+    exact = exact if isinstance(exact, tuple) else (exact,)
+    assert len(outputs) == len(exact), f"{name}: {len(outputs)} outputs, not {len(exact)}"
+    for index, (actual, expected) in enumerate(zip((*outputs, *grads), (*exact, *exact_grads), strict=True)):
+        assert actual.shape == expected.shape, f"{name}: output or gradient {index} is {tuple(actual.shape)}"
+        error = (actual - expected).abs().max() / expected.abs().max()
+        assert error < TOLERANCE[inputs[0].dtype], f"{name}: output or gradient {index} is off by {error:.1e}"

@@ -1,0 +1,110 @@
+"""Times every case: ours against all of its rivals, in turns, within one run."""
+
+import gc
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+
+import cases
+import pytest
+import rows
+import torch
+
+SAMPLE_SECONDS = 2e-3  # a sample is as many calls as last this long, or one
+
+
+def clock() -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def sample(call: Callable, loops: int) -> float:
+    """Seconds per call, after one that is not timed, so that all start with caches of their own making."""
+    call()
+    start = clock()
+    for _ in range(loops):
+        call()
+    return (clock() - start) / loops
+
+
+def loops_for(call: Callable) -> int:
+    sample(call, 1)
+    return max(1, math.ceil(SAMPLE_SECONDS / min(sample(call, 3) for _ in range(3))))
+
+
+def measure(benchmark, calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Samples of every call, one of each per round.
+
+    The first call is pytest-benchmark's own, which times it as sample() does; all others have their turn between two of
+    its rounds.
+    """
+    first, *others = calls
+    order = deque(others)
+    loops = {name: loops_for(call) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+
+    def call_first():
+        calls[first]()  # not returned: pytest-benchmark would free it outside of its timing
+
+    def rest_of_round():
+        order.rotate(1)  # nobody always follows the same one
+        for name in order:
+            samples[name].append(sample(calls[name], loops[name]))
+        call_first()
+
+    call_first()
+    benchmark.pedantic(call_first, rounds=rounds, iterations=loops[first], teardown=rest_of_round)
+    if benchmark.stats:
+        samples[first] = benchmark.stats.stats.data
+    return samples
+
+
+@pytest.fixture
+def without_garbage_collection():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.benchmark(timer=clock)
+@pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")  # where the op's tests fail
+@pytest.mark.usefixtures("without_garbage_collection")
+def test_speed(benchmark, case, shape, dtype, pass_, device, backends, broken, save, request):
+    if case.op in broken:
+        pytest.fail(f"not timed, its tests must pass first (or --unverified): {broken[case.op]}", pytrace=False)
+    option = request.config.option
+    with_backward = pass_ == "forward_backward"
+    torch.manual_seed(0)
+    torch._dynamo.reset()  # else a second shape makes torch.compile generate slower code for any shape
+    inputs = cases.make_inputs(case, shape, cases.DTYPES[dtype], device)
+    functions = cases.contestants(case, backends, option.rival or cases.RIVALS, with_backward)
+    calls = {name: cases.bind(function, inputs, with_backward) for name, function in functions.items()}
+    for name, call in calls.items():
+        cases.check(case, name, call(), inputs, with_backward)
+    floor = cases.floor_bytes(case, inputs, with_backward)
+    calls["copy"] = cases.copy(floor, device)
+
+    large = inputs[0].numel() >= 2**24
+    rounds = max(2, option.rounds or (3 if option.quick else 10 if large else 30))
+    samples = measure(benchmark, calls, rounds)
+    if not samples[backends[0]]:
+        return  # --benchmark-disable: contestants were checked and not timed
+    fastest = {name: min(values) for name, values in samples.items()}
+    benchmark.extra_info.update({f"{name}_min_us": 1e6 * value for name, value in fastest.items()})
+    common = {"op": case.op, "case": case.name, "shape": f"{shape[0]}x{shape[1]}", "dtype": dtype, "pass_": pass_}
+    common |= {"bytes": floor, "rounds": rounds}
+    save([common | row(name, samples, fastest, case, backends, inputs[0].numel()) for name in calls])
+
+
+def row(name: str, samples, fastest, case, backends, elements: int) -> dict:
+    """The fields of one contestant's Row that differ from those of the others."""
+    found = {"contestant": name, "fraction_of_copy": fastest["copy"] / fastest[name], **rows.times(samples[name])}
+    if name in backends:
+        rivals = [rival for rival in cases.RIVALS if rival in fastest and rival != "copy"]
+        found |= {f"over_{rival}": fastest[rival] / fastest[name] for rival in rivals}
+    if case.name == "normals" and name != "copy":
+        found["gnormals_per_s"] = elements / fastest[name] / 1e9
+    return found

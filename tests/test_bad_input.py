@@ -1,0 +1,96 @@
+"""Errors have one voice: the argument, the rule, what came. The same on every backend, in eager and while tracing."""
+
+import pytest
+import torch
+
+import fastelbo
+
+M = torch.zeros(8, 32)  # mean
+S = torch.zeros(8, 32)
+
+CASES = [
+    # shapes
+    ("rsample", (M, torch.zeros(8, 16)), {}, ValueError, "s must broadcast with mean of shape (8, 32); got (8, 16)"),
+    ("kl", (M, torch.zeros(3)), {}, ValueError, "s_q must broadcast with mean_q of shape (8, 32); got (3,)"),
+    ("kl", (M, S, torch.zeros(5), S), {}, ValueError, "mean_p must broadcast with mean_q of shape (8, 32); got (5,)"),
+    ("log_prob", (M, torch.zeros(4), S), {}, ValueError, "mean must broadcast with x of shape (8, 32); got (4,)"),
+    ("rsample", (torch.zeros([1] * 16), 0.0), {}, ValueError, "mean must have at most 15 dimensions; got 16"),
+    # dtypes and types
+    ("rsample", (M.long(), S), {}, TypeError, "mean must be float32, float64, bfloat16 or float16; got torch.int64"),
+    ("kl", (M, S.int()), {}, TypeError, "s_q must be float32, float64, bfloat16 or float16; got torch.int32"),
+    ("nll", (M, M.bool(), S), {}, TypeError, "mean must be float32, float64, bfloat16 or float16; got torch.bool"),
+    ("rsample", (M.to(torch.complex64), S), {}, TypeError, "got torch.complex64"),
+    ("rsample", (1.0, 2.0), {}, TypeError, "mean or s must be a tensor; got only numbers"),
+    ("rsample", ([0.0], S), {}, TypeError, "mean must be a tensor or a number; got list"),
+    ("kl", (M, "0"), {}, TypeError, "s_q must be a tensor or a number; got str"),
+    ("rsample", (M, S), {"out_dtype": torch.int64}, TypeError, "out_dtype must be float32"),
+    # devices
+    ("rsample", (M, S.to("meta")), {}, ValueError, "s must be on the device of mean, cpu; got meta"),
+    # scales
+    ("rsample", (M, S), {"scale": "sigma"}, ValueError, "scale must be one of logvar, log_std, std, var, softplus; got 'sigma'"),
+    ("kl", (M, S), {"scale": None}, TypeError, "scale must be a Scale or one of logvar"),
+    ("kl", (M, S), {"scale_p": "std"}, ValueError, "scale_p must come with mean_p and s_p; got it alone"),
+    # priors
+    ("kl", (M, S, M), {}, ValueError, "mean_p and s_p must both be given, or neither; got no s_p"),
+    ("rsample_kl", (M, S, None, S), {}, ValueError, "mean_p and s_p must both be given, or neither; got no mean_p"),
+    # events
+    ("kl", (M, S), {"event_ndim": 3}, ValueError, "event_ndim must be between 0 and 2 for shape (8, 32); got 3"),
+    ("kl", (M, S), {"event_ndim": -1}, ValueError, "event_ndim must be between 0 and 2 for shape (8, 32); got -1"),
+    ("log_prob", (M, M, S), {"event_ndim": 1.0}, TypeError, "event_ndim must be an int or None; got float"),
+    ("kl", (M, S), {"reduction": "batchmean"}, ValueError, "reduction must be none, sum or mean; got 'batchmean'"),
+    # draws
+    ("rsample", (M, S), {"num_samples": 0}, ValueError, "num_samples must be at least 1; got 0"),
+    ("rsample", (M, S), {"num_samples": 2.0}, TypeError, "num_samples must be an int or None; got float"),
+    ("rsample", (M, S), {"temperature": "hot"}, TypeError, "temperature must be a number; got str"),
+    ("rsample", (M, S), {"noise_offset": -4}, ValueError, "noise_offset must be at least 0; got -4"),
+    ("rsample", (M, S), {"noise_offset": 0.5}, TypeError, "noise_offset must be an int; got float"),
+    ("rsample", (M, S), {"noise": torch.zeros(5)}, ValueError, "noise must broadcast to the sample's shape (8, 32); got (5,)"),
+    ("rsample", (M, S), {"noise": torch.zeros(2, 8, 32)}, ValueError, "noise must broadcast to the sample's shape (8, 32)"),
+    ("rsample", (M, S), {"noise": 1.0}, TypeError, "noise must be a tensor of float32"),
+    ("rsample", (M, S), {"noise": M, "seed": 0}, ValueError, "noise must not be given together with seed or generator"),
+    ("rsample", (M, S), {"seed": 0, "generator": torch.Generator()}, ValueError, "seed and generator must not both be given"),
+    ("rsample", (M, S), {"seed": 2**64}, ValueError, "seed must fit in 64 bits; got 18446744073709551616"),
+    ("rsample", (M, S), {"seed": 1.5}, TypeError, "seed must be an int or an int64 tensor; got float"),
+    ("rsample", (M, S), {"seed": torch.zeros(1)}, TypeError, "seed must be an int or an int64 tensor; got torch.float32"),
+    ("rsample", (M, S), {"seed": torch.zeros(2).long()}, ValueError, "seed must have one element; got shape (2,)"),
+    ("rsample", (M, S), {"seed": torch.zeros(1, device="meta").long()}, ValueError, "seed must be on the device of mean, cpu; got meta"),
+    ("rsample", (M, S), {"generator": 3}, TypeError, "generator must be a torch.Generator; got int"),
+    # what comes later
+    ("kl", (M, S), {"free_bits": 0.5}, NotImplementedError, "free_bits is not implemented yet; got 0.5"),
+    ("rsample_kl", (M, S), {"balance": 0.8}, NotImplementedError, "balance is not implemented yet; got 0.8"),
+    ("log_prob", (M, M, S), {"mask": None, "reduction": "all"}, ValueError, "reduction must be none, sum or mean"),
+    ("nll", (M, M, S), {"beta_nll": 0.5}, NotImplementedError, "beta_nll is not implemented yet; got 0.5"),
+]  # fmt: skip
+
+
+def case_id(case):
+    op, _, keywords, error, message = case
+    return f"{op}-{error.__name__}-{message.split(' must')[0].split(' is')[0].replace(' ', '_')[:24]}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_raises(backend, case):
+    op, arguments, keywords, error, message = case
+    with pytest.raises(error) as caught:
+        getattr(fastelbo, f"gaussian_{op}")(*arguments, **keywords, backend=backend)
+    assert message in str(caught.value)
+
+
+def test_generator_of_another_device():
+    class Elsewhere(torch.Generator):
+        device = torch.device("cuda")
+
+    with pytest.raises(ValueError, match="generator must be on the device of mean, cpu; got cuda"):
+        fastelbo.gaussian_rsample(M, S, generator=Elsewhere())
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[19]], ids=case_id)
+def test_raises_the_same_while_tracing(case):
+    op, arguments, keywords, error, message = case
+
+    def call(*arguments):
+        return getattr(fastelbo, f"gaussian_{op}")(*arguments, **keywords)
+
+    with pytest.raises(Exception) as caught:
+        torch.compile(call, backend="eager", fullgraph=True)(*arguments)
+    assert message in str(caught.value)

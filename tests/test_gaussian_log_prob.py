@@ -1,0 +1,106 @@
+"""Log-likelihood: against torch.distributions in float64, error budgets, every shape of scale."""
+
+import math
+
+import pytest
+import torch
+
+import fastelbo
+from fastelbo.testing import assert_within_budget, gaussian, plain_log_prob
+
+SCALES = {"full": (6, 5), "per-channel": (5,), "0-d": ()}
+
+
+@pytest.mark.parametrize("shape", SCALES.values(), ids=SCALES)
+def test_equals_torch_distributions(backend, shape):
+    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    mean = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    std = (torch.rand(shape, dtype=torch.float64) + 0.1).requires_grad_()
+    expected = torch.distributions.Normal(mean, std).log_prob(x).sum(1)
+    actual = fastelbo.gaussian_log_prob(x, mean, std, scale="std", backend=backend)
+    torch.testing.assert_close(actual, expected)
+    upstream = torch.randn_like(expected)
+    for got, want in zip(
+        torch.autograd.grad(actual, (x, mean, std), upstream),
+        torch.autograd.grad(expected, (x, mean, std), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_error_budget(backend, dtype):
+    mean, logvar = gaussian((64, 48), dtype=dtype)
+    x = torch.randn(64, 48).to(dtype)
+
+    def run(function, dtype):
+        arguments = [tensor.to(dtype).requires_grad_() for tensor in (x, mean, logvar)]
+        terms = function(*arguments)
+        return terms.detach(), *torch.autograd.grad(terms.sum(), arguments)
+
+    actual = run(lambda *a: fastelbo.gaussian_log_prob(*a, event_ndim=0, backend=backend), dtype)
+    assert actual[0].dtype == torch.float32
+    for name, *three in zip(
+        ("log_prob", "d_x", "d_mean", "d_s"),
+        actual,
+        run(plain_log_prob, torch.float64),
+        run(plain_log_prob, dtype),
+        strict=True,
+    ):
+        assert_within_budget(*three, name=name)
+
+
+def test_nll_is_its_negative(backend):
+    (mean, logvar), x = gaussian((3, 7)), torch.randn(3, 7)
+    nll = fastelbo.gaussian_nll(x, mean, logvar, backend=backend)
+    assert torch.equal(nll, -fastelbo.gaussian_log_prob(x, mean, logvar, backend=backend))
+
+
+def test_numbers_are_a_unit_decoder(backend):
+    x = torch.randn(4, 9)
+    actual = fastelbo.gaussian_nll(x, 0.0, 1.0, scale="std", backend=backend)
+    torch.testing.assert_close(actual, (0.5 * x**2 + 0.5 * math.log(2 * math.pi)).sum(1))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("event_ndim", [None, 0, 1, 2, 3])
+def test_event_and_reduction(backend, event_ndim, reduction):
+    (mean, logvar), x = gaussian((2, 3, 4)), torch.randn(2, 3, 4)
+    terms = plain_log_prob(x, mean, logvar)
+    dims = 2 if event_ndim is None else event_ndim
+    expected = terms.sum(dim=tuple(range(3 - dims, 3))) if dims else terms
+    expected = expected if reduction == "none" else getattr(expected, reduction)()
+    actual = fastelbo.gaussian_log_prob(x, mean, logvar, event_ndim=event_ndim, reduction=reduction, backend=backend)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_samples_against_one_mean(backend):
+    """K samples [K, B, D] under [B, D], as an importance-weighted bound needs them."""
+    (mean, logvar), z = gaussian((3, 4), requires_grad=True), torch.randn(5, 3, 4)
+    actual = fastelbo.gaussian_log_prob(z, mean, logvar, event_ndim=1, backend=backend)
+    expected = plain_log_prob(z, mean, logvar).sum(-1)
+    torch.testing.assert_close(actual, expected)
+    for got, want in zip(
+        torch.autograd.grad(actual.sum(), (mean, logvar)),
+        torch.autograd.grad(expected.sum(), (mean, logvar)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("argument", ["x", "mean", "s"])
+def test_bad_values_reach_their_sum_and_no_other(backend, value, argument):
+    (mean, logvar), x = gaussian((3, 40)), torch.randn(3, 40)
+    {"x": x, "mean": mean, "s": logvar}[argument][1, 20] = value
+    result = fastelbo.gaussian_log_prob(x, mean, logvar, backend=backend)
+    assert not result[1].isfinite()
+    assert result[[0, 2]].isfinite().all()
+
+
+def test_gradient_of_one_sigma_keeps_its_digits(backend):
+    """The sum over a million elements, which a float32 accumulator would spoil."""
+    x, s = torch.randn(1000, 1003), torch.tensor(-0.3, requires_grad=True)
+    (d_s,) = torch.autograd.grad(fastelbo.gaussian_nll(x, 0.1, s, reduction="sum", backend=backend), s)
+    exact = 0.5 * (1 - (x.double() - float(torch.tensor(0.1))) ** 2 * torch.exp(-s.detach().double())).sum()
+    assert abs(d_s.item() / exact.item() - 1) < 1e-6
