@@ -61,16 +61,17 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 class Recorder(TorchDispatchMode):
-    """The names of all ops that run."""
+    """The names of all ops that run and return tensors, but for views."""
 
     def __init__(self):
         super().__init__()
         self.names = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is not torch.ops.aten.detach.default:  # a view
+        out = function(*args, **(kwargs or {}))
+        if function is not torch.ops.aten.detach.default and isinstance(out, (torch.Tensor, tuple)):
             self.names.append(str(function).removesuffix(".default"))
-        return function(*args, **(kwargs or {}))
+        return out
 
 
 def upstream(outputs):
