@@ -83,6 +83,25 @@ def sum_to(grad, tensor):
     return grad if grad.dtype == tensor.dtype else grad.to(tensor.dtype)
 
 
+@torch.compiler.assume_constant_result
+def transformed() -> bool:
+    """Whether a torch.func transform is under way; in a traced function too, whose guards cover it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def distinct(*tensors):
+    """The tensors; a view in place of one that comes again, because torch.compile traces no Function that gets a tensor
+    twice (a sigma that two Gaussians share)."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(
+        tensor.view_as(tensor)
+        if tensor is not None and any(tensor is other for other in tensors[:position])
+        else tensor
+        for position, tensor in enumerate(tensors)
+    )
+
+
 def differentiable_backward() -> bool:
     """Whether this backward must itself be differentiable (create_graph=True)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -34,7 +34,7 @@ def as_seed(seed, generator, device: torch.device) -> torch.Tensor:
     """
     if seed is None:
         if generator is None:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() and not _library.transformed():
                 return _DRAW["cpu"](torch.empty((), device=device))
             return _draw(device)
         if not isinstance(generator, torch.Generator):

@@ -90,9 +90,7 @@ def only_reference(noise=None) -> "str | None":
     """Why a call must run on the reference, or None."""
     if noise is not None and noise.requires_grad:
         return "only the reference passes a gradient to noise"
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _library.transformed():
         return "torch.func transforms run on the reference"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation runs on the reference"

@@ -76,7 +76,7 @@ def gaussian_kl(
     if s_p is not None:
         s_p, scale_p = clamp_before_broadcast(s_p, shape, scale_p)
     kernel_ndim = _library.kernel_event_ndim(event_ndim, reduction, shape)
-    kl = _GaussianKL.apply(mean_q, s_q, mean_p, s_p, scale, scale_p, kernel_ndim, backend)
+    kl = _GaussianKL.apply(*_library.distinct(mean_q, s_q, mean_p, s_p), scale, scale_p, kernel_ndim, backend)
     return _library.reduce(kl, reduction, shape, event_ndim)
 
 

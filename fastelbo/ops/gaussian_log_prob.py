@@ -82,7 +82,7 @@ def _log_prob(x, mean, s, scale, event_ndim, reduction, backend, negative):
         return function(x, mean, s, scale=scale, event_ndim=event_ndim, reduction=reduction)
     s, scale = clamp_before_broadcast(s, shape, scale)
     kernel_ndim = _library.kernel_event_ndim(event_ndim, reduction, shape)
-    out = _GaussianLogProb.apply(x, mean, s, scale, kernel_ndim, negative, backend)
+    out = _GaussianLogProb.apply(*_library.distinct(x, mean, s), scale, kernel_ndim, negative, backend)
     return _library.reduce(out, reduction, shape, event_ndim)
 
 

@@ -83,7 +83,7 @@ def gaussian_rsample(
         )
     s, scale = clamp_before_broadcast(s, shape, scale)
     return _GaussianRsample.apply(
-        mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype, backend
+        *_library.distinct(mean, s), seed, noise, noise_offset, num_samples, temperature, scale, out_dtype, backend
     )
 
 

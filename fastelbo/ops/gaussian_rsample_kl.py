@@ -104,7 +104,7 @@ def gaussian_rsample_kl(
     kernel_ndim = _library.kernel_event_ndim(event_ndim, reduction, shape)
     draw = (noise_offset, num_samples, temperature)
     z, kl = _GaussianRsampleKL.apply(
-        mean_q, s_q, mean_p, s_p, seed, noise, draw, scale, scale_p, kernel_ndim, out_dtype, backend
+        *_library.distinct(mean_q, s_q, mean_p, s_p), seed, noise, draw, scale, scale_p, kernel_ndim, out_dtype, backend
     )
     return z, _library.reduce(kl, reduction, shape, event_ndim)
 

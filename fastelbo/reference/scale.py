@@ -36,6 +36,12 @@ class _ClampInward(torch.autograd.Function):
         stopped = ((s < ctx.lo) & (grad > 0)) | ((s > ctx.hi) & (grad < 0))
         return torch.where(stopped, 0.0, grad), None, None
 
+
+class _ClampInwardWithTangent(_ClampInward):
+    """Apart, because torch.compile traces no Function that has a jvp."""
+
+    generate_vmap_rule = True
+
     @staticmethod
     def jvp(ctx, tangent, _lo, _hi):
         # A tangent has no descent direction: outside the limits the value does not move.
@@ -49,7 +55,8 @@ def clamp(s, scale):
         return s
     lo, hi = scale.clamp
     if scale.clamp_grad == "inward":
-        return _ClampInward.apply(s, lo, hi)
+        function = _ClampInward if torch.compiler.is_compiling() else _ClampInwardWithTangent
+        return function.apply(s, lo, hi)
     if scale.clamp_grad == "straight_through":
         # s + (clamp(s) - s) would round; select the value, add a zero that carries the gradient
         return s.detach().clamp(lo, hi) + torch.where(s.isfinite(), s - s.detach(), 0.0)
