@@ -8,11 +8,12 @@ struct GaussianLogProb {
   Operand x, mean, s;
   Scale scale;
   double sign;  // of the negative log-likelihood in the result
+  bool one_s;   // s is a single number: what depends on it alone leaves the loop
   Tiling tiling;
   Terms* log_prob;
   Operand d_out;
   Operand d_x, d_mean, d_s;  // no d_x: x needs no gradient
-  double* d_s_partial;       // [tiles], where s is one number: the sums that make up its gradient
+  double* d_s_partial;       // [tiles], where one_s: the sums that make up its gradient
 };
 
 }  // namespace fastelbo
@@ -23,6 +24,20 @@ struct GaussianLogProb {
 
 #ifdef FASTELBO_ISA
 namespace fastelbo::FASTELBO_ISA {
+
+// Calls loop(raw_at, spread_at): functions from a position in the tile to the raw scale there and to what it means.
+template <class T, bool exponential, class Loop>
+FASTELBO_INLINE void with_scale(const GaussianLogProb& args, const T* s, Loop&& loop) {
+  using V = typename VectorOf<T>::type;
+  if (args.one_s) {
+    V raw(*s);
+    Spread<V, exponential> fixed = spread<exponential>(args.scale, raw);
+    loop([&](int, auto) FASTELBO_LAMBDA { return raw; }, [&](V) FASTELBO_LAMBDA { return fixed; });
+  } else {
+    loop([&](int i, auto part) FASTELBO_LAMBDA { return load(s + i, part); },
+         [&](V raw) FASTELBO_LAMBDA { return spread<exponential>(args.scale, raw); });
+  }
+}
 
 template <class T, bool exponential>
 void gaussian_log_prob_fwd(const GaussianLogProb& args, int64_t begin, int64_t end) {
@@ -37,9 +52,11 @@ void gaussian_log_prob_fwd(const GaussianLogProb& args, int64_t begin, int64_t e
     const T* s = read_tile(args.s, start, n, s_tile);
     T* out = output_terms(*args.log_prob, tile, out_tile);
     V sign(args.sign);
-    for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-      V delta = load(x + i, part) - load(mean + i, part);
-      store(out + i, sign * gaussian_nll(delta, spread<exponential>(args.scale, load(s + i, part))).value, part);
+    with_scale<T, exponential>(args, s, [&](auto raw_at, auto spread_at) FASTELBO_LAMBDA {
+      for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+        V delta = load(x + i, part) - load(mean + i, part);
+        store(out + i, sign * gaussian_nll(delta, spread_at(raw_at(i, part))).value, part);
+      });
     });
     finish_terms(*args.log_prob, args.tiling, tile, out, out_tile);
   }
@@ -60,14 +77,16 @@ void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t e
     T* d_mean = output(args.d_mean, start, n, d_mean_tile);
     T* d_s = args.d_s ? output(args.d_s, start, n, d_s_tile) : d_s_tile;
     V sign(args.sign);
-    for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-      V raw = load(s + i, part), upstream = sign * load(d_out + i, part);
-      Spread<V, exponential> p = spread<exponential>(args.scale, raw);
-      GaussianNLL<V> nll = gaussian_nll(load(x + i, part) - load(mean + i, part), p);
-      V d_delta = upstream * nll.d_x;
-      if (x_grad) store(d_x + i, d_delta, part);
-      store(d_mean + i, -d_delta, part);
-      store(d_s + i, clamp_gradient(args.scale, raw, upstream * (nll.d_logvar * p.d_logvar)), part);
+    with_scale<T, exponential>(args, s, [&](auto raw_at, auto spread_at) FASTELBO_LAMBDA {
+      for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+        V raw = raw_at(i, part), upstream = sign * load(d_out + i, part);
+        Spread<V, exponential> p = spread_at(raw);
+        GaussianNLL<V> nll = gaussian_nll(load(x + i, part) - load(mean + i, part), p);
+        V d_delta = upstream * nll.d_x;
+        if (x_grad) store(d_x + i, d_delta, part);
+        store(d_mean + i, -d_delta, part);
+        store(d_s + i, clamp_gradient(args.scale, raw, upstream * (nll.d_logvar * p.d_logvar)), part);
+      });
     });
     if (x_grad) finish(args.d_x, start, n, d_x, d_x_tile);
     finish(args.d_mean, start, n, d_mean, d_mean_tile);
@@ -85,7 +104,8 @@ Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
   Tiling tiling = event_tiling(shape, event_ndim);
   Terms log_prob(shape, event_ndim, dtype, mean, tiling);
-  GaussianLogProb args{{x, shape}, {mean, shape}, {s, shape}, parse_scale(scale), negative ? 1.0 : -1.0, tiling, &log_prob};
+  GaussianLogProb args{{x, shape}, {mean, shape}, {s, shape}, parse_scale(scale), negative ? 1.0 : -1.0,
+                       s.numel() == 1, tiling, &log_prob};
   FASTELBO_RUN(gaussian_log_prob_fwd, dtype, args.scale.exponential(), args, tiling.tiles());
   return log_prob.finish(dtype, tiling);
 }
@@ -99,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
   bool one_s = s.numel() == 1;
   Tensor d_x = allocate_gradient(shape, x, x_grad), d_mean = allocate_gradient(shape, mean);
   Tensor d_s = one_s ? allocate(Shape(s), dtype) : allocate_gradient(shape, s);
-  GaussianLogProb args{{x, shape}, {mean, shape}, {s, shape}, parse_scale(scale), negative ? 1.0 : -1.0, {1, shape.numel()},
+  GaussianLogProb args{{x, shape}, {mean, shape}, {s, shape}, parse_scale(scale), negative ? 1.0 : -1.0, one_s, {1, shape.numel()},
                        nullptr, {d_out, shape, event_ndim}, {}, {d_mean, shape}, {}, nullptr};
   if (x_grad) args.d_x = {d_x, shape};
   std::vector<double> partial(one_s ? args.tiling.tiles() : 0);

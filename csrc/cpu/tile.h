@@ -144,7 +144,7 @@ inline void finish(const Operand& operand, int64_t start, int n, const T* tile, 
   });
 }
 
-// The sum of `count` accumulators, a power of two.
+// The sum of the lanes, a power of two of them, as a tree.
 template <int count>
 FASTELBO_INLINE float sum_tree(float* lanes) {
   for (int width = count / 2; width > 0; width /= 2)
@@ -154,22 +154,35 @@ FASTELBO_INLINE float sum_tree(float* lanes) {
 
 // Sum in a fixed order, the same for every vector length: element i goes to accumulator i % 64, then a tree.
 inline double sum(const float* x, int n) {
-  constexpr int accumulators = 64, few = 16;
+  constexpr int accumulators = 64, few = 16, vectors = accumulators / kLanes;
   if (n <= few) {  // the accumulators beyond would add zeros
     float lanes[few] = {};
     for (int j = 0; j < n; ++j) lanes[j] = x[j];
     return sum_tree<few>(lanes);
   }
-  F32 total[accumulators / kLanes];
+  F32 total[vectors];
   for (F32& part : total) part = F32(0.0f);
   int i = 0;
-  for (; i + accumulators <= n; i += accumulators)
+  for (; i + accumulators <= n; i += accumulators) {
     FASTELBO_UNROLL
-    for (int k = 0; k < accumulators / kLanes; ++k) total[k] = total[k] + load(x + i + k * kLanes, Whole{});
-  float lanes[accumulators];
-  for (int k = 0; k < accumulators / kLanes; ++k) store(lanes + k * kLanes, total[k], Whole{});
-  for (int j = 0; i + j < n; ++j) lanes[j] += x[i + j];
-  return sum_tree<accumulators>(lanes);
+    for (int k = 0; k < vectors; ++k) total[k] = total[k] + load(x + i + k * kLanes, Whole{});
+  }
+  if (i < n) {
+    FASTELBO_UNROLL
+    for (int k = 0; k < vectors; ++k) {
+      int left = std::min(n - i - k * kLanes, kLanes);
+      if (left == kLanes) total[k] = total[k] + load(x + i + k * kLanes, Whole{});
+      else if (left > 0) total[k] = total[k] + load(x + i + k * kLanes, Part{left});
+    }
+  }
+  FASTELBO_UNROLL
+  for (int width = vectors / 2; width > 0; width /= 2) {
+    FASTELBO_UNROLL
+    for (int k = 0; k < width; ++k) total[k] = total[k] + total[k + width];
+  }
+  float lanes[kLanes];
+  store(lanes, total[0], Whole{});
+  return sum_tree<kLanes>(lanes);
 }
 inline double sum(const double* x, int n) {
   double total = 0;
