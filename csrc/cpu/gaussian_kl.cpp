@@ -25,6 +25,7 @@ namespace fastelbo::FASTELBO_ISA {
 template <class T, bool exponential>
 void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
+  const Scale scale = args.scale, scale_p = args.scale_p;  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], kl_tile[kTile];
   for (int64_t index = begin; index < end; ++index) {
     Tile tile = args.tiling[index];
@@ -35,14 +36,14 @@ void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
     T* kl = output_terms(*args.kl, tile, kl_tile);
     if (!args.mean_p) {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-        store(kl + i, gaussian_kl(load(mean_q + i, part), spread<exponential>(args.scale, load(s_q + i, part))).value, part);
+        store(kl + i, gaussian_kl(load(mean_q + i, part), spread<exponential>(scale, load(s_q + i, part))).value, part);
       });
     } else {
       const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
       const T* s_p = read_tile(args.s_p, start, n, s_p_tile);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V delta = load(mean_q + i, part) - load(mean_p + i, part);
-        Spread<V, exponential> q = spread<exponential>(args.scale, load(s_q + i, part)), p = spread<exponential>(args.scale_p, load(s_p + i, part));
+        Spread<V, exponential> q = spread<exponential>(scale, load(s_q + i, part)), p = spread<exponential>(scale_p, load(s_p + i, part));
         store(kl + i, gaussian_kl(delta, q, p).value, part);
       });
     }
@@ -53,6 +54,7 @@ void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
 template <class T, bool exponential>
 void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
+  const Scale scale = args.scale, scale_p = args.scale_p;  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], d_kl_tile[kTile];
   T d_mean_q_tile[kTile], d_s_q_tile[kTile], d_mean_p_tile[kTile], d_s_p_tile[kTile];
   for (int64_t index = begin; index < end; ++index) {
@@ -67,10 +69,10 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
     if (!args.mean_p) {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw = load(s_q + i, part), upstream = load(d_kl + i, part);
-        Spread<V, exponential> q = spread<exponential>(args.scale, raw);
+        Spread<V, exponential> q = spread<exponential>(scale, raw);
         GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part), q);
         store(d_mean_q + i, upstream * kl.d_mean_q, part);
-        store(d_s_q + i, clamp_gradient(args.scale, raw, upstream * (kl.d_logvar_q * q.d_logvar)), part);
+        store(d_s_q + i, clamp_gradient(scale, raw, upstream * (kl.d_logvar_q * q.d_logvar)), part);
       });
     } else {
       const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
@@ -80,13 +82,13 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
       T* d_s_p = prior ? output(args.d_s_p, start, n, d_s_p_tile) : d_s_p_tile;
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw_q = load(s_q + i, part), raw_p = load(s_p + i, part), upstream = load(d_kl + i, part);
-        Spread<V, exponential> q = spread<exponential>(args.scale, raw_q), p = spread<exponential>(args.scale_p, raw_p);
+        Spread<V, exponential> q = spread<exponential>(scale, raw_q), p = spread<exponential>(scale_p, raw_p);
         GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part) - load(mean_p + i, part), q, p);
         V d_mean = upstream * kl.d_mean_q;
         store(d_mean_q + i, d_mean, part);
-        store(d_s_q + i, clamp_gradient(args.scale, raw_q, upstream * (kl.d_logvar_q * q.d_logvar)), part);
+        store(d_s_q + i, clamp_gradient(scale, raw_q, upstream * (kl.d_logvar_q * q.d_logvar)), part);
         store(d_mean_p + i, -d_mean, part);
-        store(d_s_p + i, clamp_gradient(args.scale_p, raw_p, upstream * (kl.d_logvar_p * p.d_logvar)), part);
+        store(d_s_p + i, clamp_gradient(scale_p, raw_p, upstream * (kl.d_logvar_p * p.d_logvar)), part);
       });
       if (prior) {
         finish(args.d_mean_p, start, n, d_mean_p, d_mean_p_tile);

@@ -27,21 +27,22 @@ namespace fastelbo::FASTELBO_ISA {
 
 // Calls loop(raw_at, spread_at): functions from a position in the tile to the raw scale there and to what it means.
 template <class T, bool exponential, class Loop>
-FASTELBO_INLINE void with_scale(const GaussianLogProb& args, const T* s, Loop&& loop) {
+FASTELBO_INLINE void with_scale(const Scale& scale, bool one_s, const T* s, Loop&& loop) {
   using V = typename VectorOf<T>::type;
-  if (args.one_s) {
+  if (one_s) {
     V raw(*s);
-    Spread<V, exponential> fixed = spread<exponential>(args.scale, raw);
+    Spread<V, exponential> fixed = spread<exponential>(scale, raw);
     loop([&](int, auto) FASTELBO_LAMBDA { return raw; }, [&](V) FASTELBO_LAMBDA { return fixed; });
   } else {
     loop([&](int i, auto part) FASTELBO_LAMBDA { return load(s + i, part); },
-         [&](V raw) FASTELBO_LAMBDA { return spread<exponential>(args.scale, raw); });
+         [&](V raw) FASTELBO_LAMBDA { return spread<exponential>(scale, raw); });
   }
 }
 
 template <class T, bool exponential>
 void gaussian_log_prob_fwd(const GaussianLogProb& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
+  const Scale scale = args.scale;  // a copy, which no store to a tensor can change
   T x_tile[kTile], mean_tile[kTile], s_tile[kTile], out_tile[kTile];
   for (int64_t index = begin; index < end; ++index) {
     Tile tile = args.tiling[index];
@@ -52,7 +53,7 @@ void gaussian_log_prob_fwd(const GaussianLogProb& args, int64_t begin, int64_t e
     const T* s = read_tile(args.s, start, n, s_tile);
     T* out = output_terms(*args.log_prob, tile, out_tile);
     V sign(args.sign);
-    with_scale<T, exponential>(args, s, [&](auto raw_at, auto spread_at) FASTELBO_LAMBDA {
+    with_scale<T, exponential>(scale, args.one_s, s, [&](auto raw_at, auto spread_at) FASTELBO_LAMBDA {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V delta = load(x + i, part) - load(mean + i, part);
         store(out + i, sign * gaussian_nll(delta, spread_at(raw_at(i, part))).value, part);
@@ -65,6 +66,7 @@ void gaussian_log_prob_fwd(const GaussianLogProb& args, int64_t begin, int64_t e
 template <class T, bool exponential>
 void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
+  const Scale scale = args.scale;  // a copy, which no store to a tensor can change
   T x_tile[kTile], mean_tile[kTile], s_tile[kTile], d_out_tile[kTile], d_x_tile[kTile], d_mean_tile[kTile], d_s_tile[kTile];
   for (int64_t index = begin; index < end; ++index) {
     auto [start, n, row, rows] = args.tiling[index];
@@ -77,7 +79,7 @@ void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t e
     T* d_mean = output(args.d_mean, start, n, d_mean_tile);
     T* d_s = args.d_s ? output(args.d_s, start, n, d_s_tile) : d_s_tile;
     V sign(args.sign);
-    with_scale<T, exponential>(args, s, [&](auto raw_at, auto spread_at) FASTELBO_LAMBDA {
+    with_scale<T, exponential>(scale, args.one_s, s, [&](auto raw_at, auto spread_at) FASTELBO_LAMBDA {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw = raw_at(i, part), upstream = sign * load(d_out + i, part);
         Spread<V, exponential> p = spread_at(raw);
@@ -85,7 +87,7 @@ void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t e
         V d_delta = upstream * nll.d_x;
         if (x_grad) store(d_x + i, d_delta, part);
         store(d_mean + i, -d_delta, part);
-        store(d_s + i, clamp_gradient(args.scale, raw, upstream * (nll.d_logvar * p.d_logvar)), part);
+        store(d_s + i, clamp_gradient(scale, raw, upstream * (nll.d_logvar * p.d_logvar)), part);
       });
     });
     if (x_grad) finish(args.d_x, start, n, d_x, d_x_tile);

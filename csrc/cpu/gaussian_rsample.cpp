@@ -27,6 +27,7 @@ namespace fastelbo::FASTELBO_ISA {
 template <class T, bool exponential>
 void gaussian_rsample_fwd(const GaussianRsample& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
+  const Scale scale = args.scale;  // a copy, which no store to a tensor can change
   T mean_tile[kTile], s_tile[kTile], z_tile[kTile];
   NoiseTile<T> noise_tile;
   for (int64_t item = begin; item < end; ++item) {
@@ -38,7 +39,7 @@ void gaussian_rsample_fwd(const GaussianRsample& args, int64_t begin, int64_t en
     const T* noise = noise_tile.read(args.noise, sample, start, n, args.numel);
     V temperature(args.noise.temperature);
     for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-      V std = spread<exponential>(args.scale, load(s + i, part)).std;
+      V std = spread<exponential>(scale, load(s + i, part)).std;
       store(z + i, fma(temperature * std, load(noise + i, part), load(mean + i, part)), part);
     });
     finish(args.z, out, n, z, z_tile);
@@ -49,6 +50,7 @@ void gaussian_rsample_fwd(const GaussianRsample& args, int64_t begin, int64_t en
 template <class T, bool exponential>
 void gaussian_rsample_bwd(const GaussianRsample& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
+  const Scale scale = args.scale;  // a copy, which no store to a tensor can change
   T s_tile[kTile], d_s_tile[kTile];
   SampleGradient<T> sampled;
   for (int64_t tile = begin; tile < end; ++tile) {
@@ -59,8 +61,8 @@ void gaussian_rsample_bwd(const GaussianRsample& args, int64_t begin, int64_t en
     V temperature(args.noise.temperature);
     for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
       V raw = load(s + i, part);
-      V grad = temperature * spread<exponential>(args.scale, raw).d_std * (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part));
-      store(d_s + i, clamp_gradient(args.scale, raw, grad), part);
+      V grad = temperature * spread<exponential>(scale, raw).d_std * (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part));
+      store(d_s + i, clamp_gradient(scale, raw, grad), part);
     });
     finish(args.d_s, start, n, d_s, d_s_tile);
   }

@@ -28,6 +28,7 @@ namespace fastelbo::FASTELBO_ISA {
 template <class T, bool exponential>
 void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
+  const Scale scale = args.scale, scale_p = args.scale_p;  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], z_tile[kTile], std_tile[kTile], kl_tile[kTile];
   NoiseTile<T> noise_tile;
   for (int64_t index = begin; index < end; ++index) {
@@ -42,7 +43,7 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
     V temperature(args.noise.temperature);
     if (!args.mean_p) {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-        Spread<V, exponential> q = spread<exponential>(args.scale, load(s_q + i, part));
+        Spread<V, exponential> q = spread<exponential>(scale, load(s_q + i, part));
         V mean = load(mean_q + i, part), std = temperature * q.std;
         store(std_tile + i, std, part);
         store(z + i, fma(std, load(noise + i, part), mean), part);
@@ -52,7 +53,7 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
       const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
       const T* s_p = read_tile(args.s_p, start, n, s_p_tile);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-        Spread<V, exponential> q = spread<exponential>(args.scale, load(s_q + i, part)), p = spread<exponential>(args.scale_p, load(s_p + i, part));
+        Spread<V, exponential> q = spread<exponential>(scale, load(s_q + i, part)), p = spread<exponential>(scale_p, load(s_p + i, part));
         V mean = load(mean_q + i, part), std = temperature * q.std;
         store(std_tile + i, std, part);
         store(z + i, fma(std, load(noise + i, part), mean), part);
@@ -76,6 +77,7 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
 template <class T, bool exponential>
 void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
+  const Scale scale = args.scale, scale_p = args.scale_p;  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], d_kl_tile[kTile];
   T d_mean_q_tile[kTile], d_s_q_tile[kTile], d_mean_p_tile[kTile], d_s_p_tile[kTile];
   SampleGradient<T> sampled;
@@ -91,11 +93,11 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
     if (!args.mean_p) {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw = load(s_q + i, part), upstream = load(d_kl + i, part);
-        Spread<V, exponential> q = spread<exponential>(args.scale, raw);
+        Spread<V, exponential> q = spread<exponential>(scale, raw);
         GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part), q);
         store(d_mean_q + i, fma(upstream, kl.d_mean_q, load(sampled.d_z + i, part)), part);
         V d_s = fma(temperature * q.d_std, (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part)), upstream * (kl.d_logvar_q * q.d_logvar));
-        store(d_s_q + i, clamp_gradient(args.scale, raw, d_s), part);
+        store(d_s_q + i, clamp_gradient(scale, raw, d_s), part);
       });
     } else {
       const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
@@ -105,14 +107,14 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
       T* d_s_p = prior ? output(args.d_s_p, start, n, d_s_p_tile) : d_s_p_tile;
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw_q = load(s_q + i, part), raw_p = load(s_p + i, part), upstream = load(d_kl + i, part);
-        Spread<V, exponential> q = spread<exponential>(args.scale, raw_q), p = spread<exponential>(args.scale_p, raw_p);
+        Spread<V, exponential> q = spread<exponential>(scale, raw_q), p = spread<exponential>(scale_p, raw_p);
         GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part) - load(mean_p + i, part), q, p);
         V d_mean = upstream * kl.d_mean_q;
         store(d_mean_q + i, d_mean + load(sampled.d_z + i, part), part);
         V d_s = fma(temperature * q.d_std, (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part)), upstream * (kl.d_logvar_q * q.d_logvar));
-        store(d_s_q + i, clamp_gradient(args.scale, raw_q, d_s), part);
+        store(d_s_q + i, clamp_gradient(scale, raw_q, d_s), part);
         store(d_mean_p + i, -d_mean, part);
-        store(d_s_p + i, clamp_gradient(args.scale_p, raw_p, upstream * (kl.d_logvar_p * p.d_logvar)), part);
+        store(d_s_p + i, clamp_gradient(scale_p, raw_p, upstream * (kl.d_logvar_p * p.d_logvar)), part);
       });
       if (prior) {
         finish(args.d_mean_p, start, n, d_mean_p, d_mean_p_tile);

@@ -17,13 +17,6 @@ FASTELBO_INLINE void for_each_vector(int n, F&& f) {
   if (i < n) f(i, Part{n - i});
 }
 
-// Calls f(true) or f(false) as a constant: whether every scale is exponential, which needs no branch in the loop.
-template <class F>
-FASTELBO_INLINE void specialise(bool exponential, F&& f) {
-  if (exponential) f(std::true_type{});
-  else f(std::false_type{});
-}
-
 inline float half_to_float(uint16_t bits) {
 #if defined(FASTELBO_AVX2) || defined(FASTELBO_AVX512)
   return _cvtsh_ss(bits);
@@ -54,18 +47,28 @@ struct AsBF16 {
 };
 struct AsF16 { using Stored = uint16_t; static float get(uint16_t x) { return half_to_float(x); } static uint16_t put(float x) { return float_to_half(x); } };
 
-template <class Format, class T>
-inline void gather(const char* data, int64_t offset, int64_t stride, int n, T* to) {
-  auto from = reinterpret_cast<const typename Format::Stored*>(data) + offset;
-  if (stride == 1) for (int i = 0; i < n; ++i) to[i] = T(Format::get(from[i]));
-  else if (stride == 0) { T value = T(Format::get(*from)); for (int i = 0; i < n; ++i) to[i] = value; }
-  else for (int i = 0; i < n; ++i) to[i] = T(Format::get(from[i * stride]));
+template <class F>
+inline void with_format(Format format, F&& f) {
+  switch (format) {
+    case Format::f32: return f(AsF32{});
+    case Format::f64: return f(AsF64{});
+    case Format::bf16: return f(AsBF16{});
+    case Format::f16: return f(AsF16{});
+  }
 }
-template <class Format, class T>
+
+template <class As, class T>
+inline void gather(const char* data, int64_t offset, int64_t stride, int n, T* to) {
+  auto from = reinterpret_cast<const typename As::Stored*>(data) + offset;
+  if (stride == 1) for (int i = 0; i < n; ++i) to[i] = T(As::get(from[i]));
+  else if (stride == 0) { T value = T(As::get(*from)); for (int i = 0; i < n; ++i) to[i] = value; }
+  else for (int i = 0; i < n; ++i) to[i] = T(As::get(from[i * stride]));
+}
+template <class As, class T>
 inline void scatter(char* data, int64_t offset, int64_t stride, int n, const T* from) {
-  auto to = reinterpret_cast<typename Format::Stored*>(data) + offset;
-  if (stride == 1) for (int i = 0; i < n; ++i) to[i] = Format::put(from[i]);
-  else for (int i = 0; i < n; ++i) to[i * stride] = Format::put(from[i]);
+  auto to = reinterpret_cast<typename As::Stored*>(data) + offset;
+  if (stride == 1) for (int i = 0; i < n; ++i) to[i] = As::put(from[i]);
+  else for (int i = 0; i < n; ++i) to[i * stride] = As::put(from[i]);
 }
 
 // Calls f(memory offset, stride, count, position in the tile) for each run of the tile along the innermost dimension.
@@ -115,12 +118,7 @@ template <class T>
 inline const T* read_tile(const Operand& operand, int64_t start, int n, T* scratch) {
   if (const T* direct = in_place<T>(operand, start, n)) return direct;
   for_each_run(operand, start, n, [&](int64_t offset, int64_t stride, int count, int at) {
-    switch (operand.format) {
-      case Format::f32: return gather<AsF32>(operand.data, offset, stride, count, scratch + at);
-      case Format::f64: return gather<AsF64>(operand.data, offset, stride, count, scratch + at);
-      case Format::bf16: return gather<AsBF16>(operand.data, offset, stride, count, scratch + at);
-      case Format::f16: return gather<AsF16>(operand.data, offset, stride, count, scratch + at);
-    }
+    with_format(operand.format, [&](auto format) { gather<decltype(format)>(operand.data, offset, stride, count, scratch + at); });
   });
   return scratch;
 }
@@ -135,12 +133,7 @@ template <class T>
 inline void finish(const Operand& operand, int64_t start, int n, const T* tile, const T* scratch) {
   if (tile != scratch) return;
   for_each_run(operand, start, n, [&](int64_t offset, int64_t stride, int count, int at) {
-    switch (operand.format) {
-      case Format::f32: return scatter<AsF32>(operand.data, offset, stride, count, tile + at);
-      case Format::f64: return scatter<AsF64>(operand.data, offset, stride, count, tile + at);
-      case Format::bf16: return scatter<AsBF16>(operand.data, offset, stride, count, tile + at);
-      case Format::f16: return scatter<AsF16>(operand.data, offset, stride, count, tile + at);
-    }
+    with_format(operand.format, [&](auto format) { scatter<decltype(format)>(operand.data, offset, stride, count, tile + at); });
   });
 }
 
