@@ -40,6 +40,7 @@ def cpu_library() -> Extension:
         extra_compile_args=[
             "-std=c++17",
             "-O3",
+            "-g0",  # Python may have been built with -g, which makes the library five times as large
             "-ffp-contract=off",  # fused multiply-add only where the source says so: the same bits everywhere
             "-fno-math-errno",
             "-fno-trapping-math",
