@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,3 +96,17 @@ def test_instruction_set_can_be_lowered(isa):
         "import fastelbo; fastelbo.backends.usable('cpu'); print(fastelbo.backends.cpu_isa())", FASTELBO_CPU_ISA=isa
     )
     assert lowered == ("portable" if isa == "portable" or best == "portable" else "AVX2")
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_ops_pass_their_tests_on_lesser_processors(isa):
+    names = ("gaussian_kl", "gaussian_log_prob", "gaussian_rsample", "gaussian_rsample_kl", "scale")
+    files = [Path(__file__).with_name(f"test_{name}.py") for name in names]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "cpu", "-p", "no:cacheprovider", *files],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FASTELBO_CPU_ISA": isa},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
