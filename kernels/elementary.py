@@ -1,0 +1,136 @@
+"""Elementary functions to about 1 ulp in float32, by the polynomials of csrc/common; float64 takes Triton's own.
+
+Triton's float32 exp is an approximation whose error grows with the argument, and its libdevice functions do not run in
+the interpreter.
+"""
+
+import triton
+import triton.language as tl
+
+_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+_LN2_HIGH: tl.constexpr = tl.constexpr(0.693359375)  # 9 bits: n * high is exact
+_LN2_LOW: tl.constexpr = tl.constexpr(-2.12194440e-4)
+_MAGIC: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer
+
+
+@triton.jit
+def at_most(x, limit):
+    """min(x, limit) that keeps NaN."""
+    return tl.minimum(x, tl.full(x.shape, limit, x.dtype), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def at_least(x, limit):
+    """max(x, limit) that keeps NaN."""
+    return tl.maximum(x, tl.full(x.shape, limit, x.dtype), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _reduce(x):
+    """x = n ln2 + r, |r| <= ln2 / 2: returns r, exp(r) - 1 - r and 2^(n - 1), which never overflows."""
+    x = at_most(at_least(x, -87.0), 89.0)  # beyond, exp is 0 or inf
+    # n lands in the low bits, with the exponent's bias on it
+    shifted = tl.fma(x, _LOG2E, _MAGIC + 126.0)
+    n = shifted - (_MAGIC + 126.0)
+    half_power = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+    r = tl.fma(n, -_LN2_HIGH, x)
+    r = tl.fma(n, -_LN2_LOW, r)
+    q = tl.fma(r, 0.001392692677, 0.008363774046)
+    q = tl.fma(q, r, 0.0416665487)
+    q = tl.fma(q, r, 0.1666657329)
+    q = tl.fma(q, r, 0.5)
+    return r, r * r * q, half_power
+
+
+@triton.jit
+def exp(x):
+    """exp(x); 0 below -87, where float32 is about to run out of normal numbers."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        r, rest, half_power = _reduce(x)
+        return tl.fma(r + rest, half_power, half_power) * 2.0
+
+
+@triton.jit
+def expm1_parts(x):
+    """exp(x) - 1, and exp(x) - 1 - x without cancellation near 0; shares its reduction with exp(x). Above 88.3 the first is
+    half of what it should be: its square, which all callers want, is inf all the same."""
+    if x.dtype == tl.float64:
+        series = tl.full(x.shape, 1.0, x.dtype)
+        for k in tl.static_range(15, 2, -1):
+            series = 1.0 + series * x / k
+        near = 0.5 * x * x * series
+        far = tl.exp(x) - 1.0
+        small = tl.abs(x) < 0.34
+        return tl.where(small, near + x, far), tl.where(small, near, far - x)
+    else:
+        r, rest, half_power = _reduce(x)
+        power = tl.minimum(half_power * 2.0, 1.7014118346046923e38)
+        e = tl.fma(r + rest, power, power - 1.0)
+        return e, tl.where(tl.abs(x) < 0.34, rest, e - x)
+
+
+@triton.jit
+def log(x):
+    """ln x."""
+    return tl.log(x)
+
+
+@triton.jit
+def log1p(x):
+    """ln(1 + x) for x > -1."""
+    u = 1.0 + x
+    return log(u) + (x - (u - 1.0)) / u
+
+
+@triton.jit
+def tanh(x):
+    """tanh x."""
+    t, _ = expm1_parts(-2.0 * tl.abs(x))  # in [-1, 0]
+    y = -t / (t + 2.0)
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def log_of_uniform(x):
+    """ln x of a positive normal float32."""
+    # x = m 2^e with m in [1/sqrt2, sqrt2)
+    shifted = x.to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F3504F3)
+    e = ((shifted >> 23) - 127).to(tl.float32)
+    f = ((shifted & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    q = tl.fma(f, 0.06971611828, -0.1147973388)
+    q = tl.fma(q, f, 0.1168541983)
+    q = tl.fma(q, f, -0.1242568716)
+    q = tl.fma(q, f, 0.1424905807)
+    q = tl.fma(q, f, -0.1666780263)
+    q = tl.fma(q, f, 0.2000071555)
+    q = tl.fma(q, f, -0.2499999702)
+    q = tl.fma(q, f, 0.3333333135)
+    square = f * f
+    tail = tl.fma(q * f, square, e * _LN2_LOW)
+    tail = tl.fma(square, -0.5, tail)
+    return tl.fma(e, _LN2_HIGH, f + tail)
+
+
+@triton.jit
+def sincos_2pi(u):
+    """sin(2 pi u) and cos(2 pi u) of a float32 in [0, 1], which is reduced exactly."""
+    shifted = tl.fma(u, 4.0, _MAGIC)
+    quadrant = shifted.to(tl.int32, bitcast=True)  # in the low bits
+    f = tl.fma(shifted - _MAGIC, -0.25, u)  # |f| <= 1/8
+    t = f * f
+    s = tl.fma(t, -75.40148163, 81.59253693)
+    s = tl.fma(s, t, -41.34166336)
+    s = tl.fma(s, t, 6.283185482) * f
+    c = tl.fma(t, 59.42402267, -85.44882202)
+    c = tl.fma(c, t, 64.9393692)
+    c = tl.fma(c, t, -19.73920822)
+    c = tl.fma(c, t, 1.0)
+    odd = (quadrant & 1) != 0
+    sine = tl.where(odd, c, s).to(tl.int32, bitcast=True)
+    cosine = tl.where(odd, s, c).to(tl.int32, bitcast=True)
+    # sine is negative in quadrants 2 and 3, cosine in 1 and 2
+    sine ^= (quadrant & 2) << 30
+    cosine ^= ((quadrant + 1) & 2) << 30
+    return sine.to(tl.float32, bitcast=True), cosine.to(tl.float32, bitcast=True)

@@ -1,0 +1,122 @@
+"""How a kernel sees its tensors: a tile of some rows and columns, whose elements it loads, stores, draws and sums.
+
+An operand comes as (pointer, row strides, column strides), one stride for each dimension; none at all where it is constant
+over the rows or the columns, so that what depends on a row alone is loaded and computed once a row (plan.py). Rows and
+columns follow the logical order, whatever the memory's: an element's index in its draw is row * columns + column.
+"""
+
+import triton
+import triton.language as tl
+from fastelbo.kernels import philox
+
+
+@triton.jit
+def start(splits, R: tl.constexpr):
+    """The rows [R, 1] of this program, and which of the splits of their columns is its."""
+    program = tl.program_id(0)
+    return (program // splits).to(tl.int64) * R + tl.arange(0, R)[:, None], program % splits
+
+
+@triton.jit
+def window(row, rows, first, columns, shift, row_sizes, column_sizes, C: tl.constexpr):
+    """The elements of a tile: C columns of its rows from `first` - `shift` on, where shift is [R, 1] or None."""
+    lane = tl.arange(0, C)[None, :].to(tl.int64)
+    if shift is None:
+        return row, row < rows, first, lane, lane < columns - first, row_sizes, column_sizes
+    else:
+        lane = lane - shift
+        return row, row < rows, first, lane, (lane + first >= 0) & (lane < columns - first), row_sizes, column_sizes
+
+
+@triton.jit
+def _offsets(index, sizes, strides):
+    """Memory offsets of logical indices along some dimensions."""
+    found = index * 0
+    for d in tl.static_range(len(strides) - 1, 0, -1):
+        found += (index % sizes[d]) * strides[d]
+        index = index // sizes[d]
+    return found + index * strides[0]
+
+
+@triton.jit
+def _place(operand, window, VECTOR: tl.constexpr):
+    """Pointers to the window's elements and their mask: [R, C], or of size 1 along what the operand is constant over."""
+    row, row_mask, first, lane, lane_mask, row_sizes, column_sizes = window
+    pointer = operand[0]
+    if len(operand[1]) > 0:
+        pointer += tl.multiple_of(_offsets(row, row_sizes, operand[1]), [VECTOR, VECTOR])
+    if len(operand[2]) == 1:
+        pointer += first * operand[2][0] + lane * operand[2][0]
+    elif len(operand[2]) > 1:
+        pointer += _offsets(first + lane, column_sizes, operand[2])
+    if len(operand[2]) == 0:
+        if len(operand[1]) == 0:
+            return pointer + tl.zeros([1, 1], tl.int32), tl.full([1, 1], True, tl.int1)
+        else:
+            return pointer, row_mask
+    elif len(operand[1]) == 0:
+        return pointer, lane_mask
+    else:
+        return pointer, row_mask & lane_mask
+
+
+@triton.jit
+def load(operand, window, T: tl.constexpr, VECTOR: tl.constexpr):
+    """An operand's elements in the type T; None for None."""
+    if operand is None:
+        return None
+    else:
+        pointer, mask = _place(operand, window, VECTOR)
+        return tl.load(pointer, mask=mask, other=0).to(T)
+
+
+@triton.jit
+def store(operand, window, values, VECTOR: tl.constexpr):
+    """Writes a window's elements."""
+    pointer, mask = _place(operand, window, VECTOR)
+    tl.store(pointer, values.to(operand[0].dtype.element_ty), mask=mask & window[1] & window[4])
+
+
+@triton.jit
+def of_sample(operand, stride, sample):
+    """The operand of one Monte-Carlo sample; stride None: there is but one."""
+    if stride is None:
+        return operand
+    else:
+        return operand[0] + tl.cast(sample, tl.int64) * stride, operand[1], operand[2]
+
+
+@triton.jit
+def noise_shift(row, columns, noise_offset, ALIGNED: tl.constexpr):
+    """By how much a row's windows start early, [R, 1], so that they start on a block of four normals; None where all do."""
+    if ALIGNED:
+        return None
+    else:
+        return (noise_offset + row * columns) & 3
+
+
+@triton.jit
+def draw(draws, sample, window, shift, columns, T: tl.constexpr, VECTOR: tl.constexpr, APPROXIMATE: tl.constexpr):
+    """The noise of a window in one sample, drawn or given. draws: (seed pointer, noise, its sample stride, offset)."""
+    seed, noise, stride, noise_offset = draws
+    if noise is not None:
+        return load(of_sample(noise, stride, sample), window, T, VECTOR)
+    else:
+        row, _, first, lane, _, _, _ = window
+        begin = noise_offset + row * columns + first
+        if shift is not None:
+            begin -= shift
+        block = (begin >> 2) + tl.arange(0, lane.shape[1] // 4)[None, :]
+        return philox.normals(tl.load(seed), block, sample, APPROXIMATE).to(T)
+
+
+@triton.jit
+def inside(terms, window):
+    """Terms, and 0 outside of the window."""
+    return tl.where(window[1] & window[4], terms, 0.0)
+
+
+@triton.jit
+def store_sums(sums, total, row, rows, splits, split):
+    """Writes the sums of a total's rows [R, C] to sums [rows, splits]."""
+    tl.store(sums + row * splits + split, tl.sum(total, axis=1, keep_dims=True), mask=row < rows)
