@@ -54,12 +54,14 @@ def exp(x):
 
 @triton.jit
 def expm1_parts(x):
-    """exp(x) - 1, and exp(x) - 1 - x without cancellation near 0; shares its reduction with exp(x). Above 88.3 the first is
-    half of what it should be: its square, which all callers want, is inf all the same."""
+    """exp(x) - 1, and exp(x) - 1 - x without cancellation near 0; shares its reduction with exp(x).
+
+    Above 88.3 the first is half of what it should be: its square, which all callers want, is inf all the same.
+    """
     if x.dtype == tl.float64:
         series = tl.full(x.shape, 1.0, x.dtype)
         for k in tl.static_range(15, 2, -1):
-            series = 1.0 + series * x / k
+            series = 1.0 + series * x * (1.0 / k)
         near = 0.5 * x * x * series
         far = tl.exp(x) - 1.0
         small = tl.abs(x) < 0.34
@@ -90,47 +92,3 @@ def tanh(x):
     t, _ = expm1_parts(-2.0 * tl.abs(x))  # in [-1, 0]
     y = -t / (t + 2.0)
     return tl.where(x < 0, -y, y)
-
-
-@triton.jit
-def log_of_uniform(x):
-    """ln x of a positive normal float32."""
-    # x = m 2^e with m in [1/sqrt2, sqrt2)
-    shifted = x.to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F3504F3)
-    e = ((shifted >> 23) - 127).to(tl.float32)
-    f = ((shifted & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
-    q = tl.fma(f, 0.06971611828, -0.1147973388)
-    q = tl.fma(q, f, 0.1168541983)
-    q = tl.fma(q, f, -0.1242568716)
-    q = tl.fma(q, f, 0.1424905807)
-    q = tl.fma(q, f, -0.1666780263)
-    q = tl.fma(q, f, 0.2000071555)
-    q = tl.fma(q, f, -0.2499999702)
-    q = tl.fma(q, f, 0.3333333135)
-    square = f * f
-    tail = tl.fma(q * f, square, e * _LN2_LOW)
-    tail = tl.fma(square, -0.5, tail)
-    return tl.fma(e, _LN2_HIGH, f + tail)
-
-
-@triton.jit
-def sincos_2pi(u):
-    """sin(2 pi u) and cos(2 pi u) of a float32 in [0, 1], which is reduced exactly."""
-    shifted = tl.fma(u, 4.0, _MAGIC)
-    quadrant = shifted.to(tl.int32, bitcast=True)  # in the low bits
-    f = tl.fma(shifted - _MAGIC, -0.25, u)  # |f| <= 1/8
-    t = f * f
-    s = tl.fma(t, -75.40148163, 81.59253693)
-    s = tl.fma(s, t, -41.34166336)
-    s = tl.fma(s, t, 6.283185482) * f
-    c = tl.fma(t, 59.42402267, -85.44882202)
-    c = tl.fma(c, t, 64.9393692)
-    c = tl.fma(c, t, -19.73920822)
-    c = tl.fma(c, t, 1.0)
-    odd = (quadrant & 1) != 0
-    sine = tl.where(odd, c, s).to(tl.int32, bitcast=True)
-    cosine = tl.where(odd, s, c).to(tl.int32, bitcast=True)
-    # sine is negative in quadrants 2 and 3, cosine in 1 and 2
-    sine ^= (quadrant & 2) << 30
-    cosine ^= ((quadrant + 1) & 2) << 30
-    return sine.to(tl.float32, bitcast=True), cosine.to(tl.float32, bitcast=True)

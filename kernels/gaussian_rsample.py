@@ -56,12 +56,12 @@ def _fwd(
     seed, noise, noise_stride, noise_offset, samples, temperature: "fp64",
     rows, columns, row_sizes, column_sizes, splits,
     SCALE: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr, APPROXIMATE: tl.constexpr, VECTOR: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     columns = columns.to(tl.int64) * VECTOR
     row, split = tile.start(splits, R)
     shift = tile.noise_shift(row, columns, noise_offset, ALIGNED)
-    window = tile.window(row, rows, split.to(tl.int64) * C, columns, shift, row_sizes, column_sizes, C)
+    window = tile.window(row, rows, split.to(tl.int64) * C, columns, shift, row_sizes, column_sizes, C, EVEN)
     std = tl.full([1, 1], temperature, T) * scales.spread(tile.load(s, window, T, VECTOR), SCALE)[0]
     store_samples(
         z, z_stride, tile.load(mean, window, T, VECTOR), std, (seed, noise, noise_stride, noise_offset), samples,
@@ -75,12 +75,12 @@ def _bwd(
     seed, noise, noise_stride, noise_offset, samples, temperature: "fp64",
     rows, columns, row_sizes, column_sizes, splits,
     SCALE: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr, APPROXIMATE: tl.constexpr, VECTOR: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     columns = columns.to(tl.int64) * VECTOR
     row, split = tile.start(splits, R)
     shift = tile.noise_shift(row, columns, noise_offset, ALIGNED)
-    window = tile.window(row, rows, split.to(tl.int64) * C, columns, shift, row_sizes, column_sizes, C)
+    window = tile.window(row, rows, split.to(tl.int64) * C, columns, shift, row_sizes, column_sizes, C, EVEN)
     _, noisy = sample_gradients(
         d_z, d_z_stride, (seed, noise, noise_stride, noise_offset), samples,
         window, shift, columns, T, VECTOR, APPROXIMATE,
@@ -93,14 +93,15 @@ def _bwd(
 def gaussian_rsample_fwd(z, mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype):
     """Fills z; the arguments of the op's schema."""
     samples = [plan.of_sample(tensor, num_samples) for tensor in (z, noise)]
-    found = plan.plan(0, mean, s, *samples, noise_offset=noise_offset)
+    dtype = _library.arithmetic(mean, s)
+    found = plan.plan(0, mean, s, *samples, tile=plan.tile_size(dtype, scale), noise_offset=noise_offset)
     if found is None:
         return
     mean, s, z_operand, noise_operand = found.operands
     found.launch(
         _fwd, mean, s, z_operand, plan.sample_stride(z, num_samples),
         seed, noise_operand, plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
-        SCALE=plan.numbers(scale), T=plan.arithmetic(mean[0], s[0]), ALIGNED=found.aligned,
+        SCALE=plan.numbers(scale), T=plan.TYPES[dtype], ALIGNED=found.aligned,
         APPROXIMATE=approximate(z.dtype),
     )  # fmt: skip
 
@@ -108,13 +109,14 @@ def gaussian_rsample_fwd(z, mean, s, seed, noise, noise_offset, num_samples, tem
 def gaussian_rsample_bwd(d_s, d_z, s, seed, noise, noise_offset, num_samples, temperature, scale):
     """Fills d_s; the arguments of the op's schema."""
     samples = [plan.of_sample(tensor, num_samples) for tensor in (d_z, noise)]
-    found = plan.plan(0, s, d_s, *samples, noise_offset=noise_offset)
+    dtype = _library.arithmetic(s, d_z)
+    found = plan.plan(0, s, d_s, *samples, tile=plan.tile_size(dtype, scale), noise_offset=noise_offset)
     if found is None:
         return
     s, d_s, d_z_operand, noise_operand = found.operands
     found.launch(
         _bwd, d_z_operand, plan.sample_stride(d_z, num_samples), s, d_s,
         seed, noise_operand, plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
-        SCALE=plan.numbers(scale), T=plan.arithmetic(s[0], d_z), ALIGNED=found.aligned,
+        SCALE=plan.numbers(scale), T=plan.TYPES[dtype], ALIGNED=found.aligned,
         APPROXIMATE=approximate(d_z.dtype),
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from fastelbo import _library
 from fastelbo.kernels import plan, tile
 from fastelbo.kernels import scale as scales
 from fastelbo.kernels.gaussian_kl import kl_terms, load_gaussians
@@ -16,7 +17,7 @@ def _fwd(
     seed, noise, noise_stride, noise_offset, samples, temperature: "fp64",
     rows, columns, row_sizes, column_sizes, splits,
     SCALE: tl.constexpr, SCALE_P: tl.constexpr, SUM: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr,
-    APPROXIMATE: tl.constexpr, VECTOR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr,
+    APPROXIMATE: tl.constexpr, VECTOR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     columns = columns.to(tl.int64) * VECTOR
     row, split = tile.start(splits, R)
@@ -24,7 +25,7 @@ def _fwd(
     total = tl.zeros([R, C], T)
     for step in range(STEPS):
         first = (split * STEPS + step).to(tl.int64) * C
-        window = tile.window(row, rows, first, columns, shift, row_sizes, column_sizes, C)
+        window = tile.window(row, rows, first, columns, shift, row_sizes, column_sizes, C, EVEN)
         mean_q, _, q, mean_p, _, p = load_gaussians(gaussians, window, SCALE, SCALE_P, T, VECTOR)
         store_samples(
             z, z_stride, mean_q, tl.full([1, 1], temperature, T) * q[0], (seed, noise, noise_stride, noise_offset), samples,
@@ -46,12 +47,12 @@ def _bwd(
     seed, noise, noise_stride, noise_offset, samples, temperature: "fp64",
     rows, columns, row_sizes, column_sizes, splits,
     SCALE: tl.constexpr, SCALE_P: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr, APPROXIMATE: tl.constexpr,
-    VECTOR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr,
+    VECTOR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     columns = columns.to(tl.int64) * VECTOR
     row, split = tile.start(splits, R)
     shift = tile.noise_shift(row, columns, noise_offset, ALIGNED)
-    window = tile.window(row, rows, split.to(tl.int64) * C, columns, shift, row_sizes, column_sizes, C)
+    window = tile.window(row, rows, split.to(tl.int64) * C, columns, shift, row_sizes, column_sizes, C, EVEN)
     mean_q, s_q, q, mean_p, s_p, p = load_gaussians(gaussians, window, SCALE, SCALE_P, T, VECTOR)
     sampled, noisy = sample_gradients(
         d_z, d_z_stride, (seed, noise, noise_stride, noise_offset), samples,
@@ -75,8 +76,9 @@ def gaussian_rsample_kl_fwd(
     z, kl = results
     samples = [plan.of_sample(tensor, num_samples) for tensor in (z, noise)]
     found = plan.plan(
-        event_ndim, mean_q, s_q, mean_p, s_p, None if event_ndim else kl, *samples, noise_offset=noise_offset
-    )
+        event_ndim, mean_q, s_q, mean_p, s_p, None if event_ndim else kl, *samples,
+        tile=plan.tile_size(kl.dtype, scale, scale_p), noise_offset=noise_offset,
+    )  # fmt: skip
     if found is None:
         return kl.zero_()
     *gaussians, elements, z_operand, noise_operand = found.operands
@@ -98,15 +100,17 @@ def gaussian_rsample_kl_bwd(
     """Fills d_mean_q, d_s_q and, with prior_grad, d_mean_p and d_s_p; the arguments of the op's schema."""
     wanted = gradients if prior_grad else (*gradients[:2], None, None)
     samples = [plan.of_sample(tensor, num_samples) for tensor in (d_z, noise)]
+    dtype = _library.arithmetic(mean_q, s_q, mean_p, s_p)
     found = plan.plan(
-        0, plan.of_event(d_kl, event_ndim), mean_q, s_q, mean_p, s_p, *wanted, *samples, noise_offset=noise_offset
-    )
+        0, plan.of_event(d_kl, event_ndim), mean_q, s_q, mean_p, s_p, *wanted, *samples,
+        tile=plan.tile_size(dtype, scale, scale_p), noise_offset=noise_offset,
+    )  # fmt: skip
     if found is None:
         return
     found.launch(
         _bwd, found.operands[0], found.operands[1:5], found.operands[5:9],
         found.operands[9], plan.sample_stride(d_z, num_samples),
         seed, found.operands[10], plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
-        SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), T=plan.arithmetic(mean_q, s_q, mean_p, s_p),
+        SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), T=plan.TYPES[dtype],
         ALIGNED=found.aligned, APPROXIMATE=approximate(d_z.dtype),
     )  # fmt: skip

@@ -2,7 +2,11 @@
 
 import triton
 import triton.language as tl
-from fastelbo.kernels import elementary
+
+from fastelbo import _library
+
+_INTERPRETED: tl.constexpr = tl.constexpr(_library.INTERPRETED)  # the interpreter knows no instructions
+_MAGIC: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, which lands in the low bits
 
 
 @triton.jit
@@ -50,21 +54,53 @@ def _uniform(word):
 
 
 @triton.jit
-def _approximate(x, INSTRUCTION: tl.constexpr):
-    return tl.inline_asm_elementwise(INSTRUCTION + ".approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+def _instruction(x, NAME: tl.constexpr):
+    return tl.inline_asm_elementwise(NAME + ".approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def _log2(x):
+    if _INTERPRETED:
+        return tl.log2(x)
+    else:
+        return _instruction(x, "lg2")
+
+
+@triton.jit
+def _radius(u):
+    """sqrt(-2 ln u)."""
+    # lg2.approx is off by 2^-22 near 1, where the logarithm itself is small: there a series in 1 - u, which is exact
+    v = 1.0 - u
+    near = tl.fma(v, 0.4, 0.5)
+    near = tl.fma(near, v, 0.6666666667)
+    near = tl.fma(near, v, 1.0)
+    near = tl.fma(near, v, 2.0) * v
+    return tl.sqrt(tl.where(v < 0.0625, near, _log2(u) * -1.3862943611198906))
 
 
 @triton.jit
 def _box_muller(u0, u1, APPROXIMATE: tl.constexpr):
     if APPROXIMATE:
-        # lg2.approx is off by 2^-22 near 1, where it may come out positive
-        r = _approximate(tl.maximum(_approximate(u0, "lg2") * -1.3862943611198906, 0.0), "sqrt")
+        r = tl.sqrt(tl.maximum(_log2(u0) * -1.3862943611198906, 0.0))
         angle = u1 * 6.283185307179586
-        return r * _approximate(angle, "cos"), r * _approximate(angle, "sin")
+        return r * _instruction(angle, "cos"), r * _instruction(angle, "sin")
     else:
-        r = tl.sqrt_rn(-2.0 * elementary.log_of_uniform(u0))
-        sine, cosine = elementary.sincos_2pi(u1)
-        return r * cosine, r * sine
+        r = _radius(u0)
+        # u1 = half_turns / 2 + f, |f| <= 1/4: an odd number of half turns changes both signs
+        half_turns = tl.fma(u1, 2.0, _MAGIC)
+        r = (r.to(tl.int32, bitcast=True) ^ (half_turns.to(tl.int32, bitcast=True) << 31)).to(tl.float32, bitcast=True)
+        f = tl.fma(half_turns - _MAGIC, -0.5, u1)
+        t = f * f
+        # minimax polynomials of sin(2 pi f) / f and cos(2 pi f), to 7e-9 and 5e-8
+        s = tl.fma(t, 39.76161575317383, -76.5813980102539)
+        s = tl.fma(s, t, 81.60248565673828)
+        s = tl.fma(s, t, -41.34168243408203)
+        s = tl.fma(s, t, 6.2831854820251465) * f
+        c = tl.fma(t, 56.24238204956055, -85.2403335571289)
+        c = tl.fma(c, t, 64.9345932006836)
+        c = tl.fma(c, t, -19.739171981811523)
+        c = tl.fma(c, t, 0.9999999403953552)
+        return r * c, r * s
 
 
 @triton.jit

@@ -10,11 +10,11 @@ import triton.language as tl
 
 from fastelbo import _library
 
-# Elements of a program: 16 for each thread of 4 warps. An interpreted program costs milliseconds, so there a few large
-# ones must do.
-TILE = 2**14 if _library.INTERPRETED else 2**11
-# A row longer than this is summed by several programs; their sums are added in float64.
-MAX_SUMMED = 4 * TILE
+# Elements of a program at most: 16 for each thread of 4 warps, which still fit its registers. An interpreted program costs
+# milliseconds, so there a few large ones must do.
+_TILE = 2**14 if _library.INTERPRETED else 2**11
+# A row longer than so many tiles is summed by several programs; their sums are added in float64.
+_SUMMED_TILES = 4
 
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -29,7 +29,7 @@ class Layout(NamedTuple):
     columns: int
     row_sizes: "tuple[int, ...]"
     column_sizes: "tuple[int, ...]"
-    strides: "tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]"  # (row strides, column strides) of each tensor
+    strides: tuple  # (row strides, column strides) of each tensor, as kernels take them (tile.py)
     vector: int  # consecutive elements that lie side by side: divides all sizes and strides
 
 
@@ -63,7 +63,7 @@ def _layout(event_ndim, *tensors) -> Layout:
     for k in range(len(tensors)):
         row_steps, column_steps = (tuple(steps[k] for _, steps in part) for part in parts)
         row_steps, column_steps = row_steps if any(row_steps) else (), column_steps if any(column_steps) else ()
-        found.append((row_steps, column_steps))
+        found.append((row_steps, None if column_steps == (1,) else column_steps))
         if column_steps:
             divisible += (*row_steps, *column_steps[:-1])
     return Layout(math.prod(row_sizes), columns, row_sizes, column_sizes, tuple(found), math.gcd(16, *divisible))
@@ -80,13 +80,25 @@ class Grid(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def _grid(rows, columns, summed) -> Grid:
-    width = min(TILE, max(4, triton.next_power_of_2(columns)))
-    height = min(TILE // width, triton.next_power_of_2(rows))
+def _grid(rows, columns, summed, tile) -> Grid:
+    width = min(tile, max(4, triton.next_power_of_2(columns)))
+    height = min(tile // width, triton.next_power_of_2(rows))
     tiles = triton.cdiv(columns, width)
-    steps = min(tiles, MAX_SUMMED // width) if summed else 1
+    steps = min(tiles, _SUMMED_TILES * tile // width) if summed else 1
     splits = triton.cdiv(tiles, steps)
     return Grid(height, width, steps, splits, triton.cdiv(rows, height) * splits)
+
+
+def tile_size(dtype: torch.dtype, *scales) -> int:
+    """How many elements a program takes whose kernel computes in the dtype, with Scales as the schemas carry them or None:
+    fewer where an element needs more registers."""
+    if _library.INTERPRETED:
+        return _TILE
+    if dtype == torch.float64:
+        return _TILE // 4
+    scales = [numbers(scale) for scale in scales if scale is not None]
+    plain = all(kind <= 1 and min_std == 0 and var_eps == 0 for kind, _, _, _, _, min_std, var_eps, _ in scales)
+    return _TILE if plain and len(scales) == 1 else _TILE // 2
 
 
 def of_sample(tensor, num_samples):
@@ -114,6 +126,7 @@ class Plan(NamedTuple):
         between versions of Triton."""
         found, cut = self.layout, self.grid
         vector = found.vector if self.aligned else 1
+        even = self.aligned and found.rows % cut.R == 0 and found.columns % (cut.C * cut.steps * cut.splits) == 0
         kernel[(cut.programs,)](
             *arguments,
             found.rows,
@@ -126,6 +139,7 @@ class Plan(NamedTuple):
             R=cut.R,
             C=cut.C,
             STEPS=cut.steps,
+            EVEN=even,
             num_warps=4,
             enable_fp_fusion=False,
         )
@@ -135,12 +149,13 @@ class Plan(NamedTuple):
         return out if self.grid.splits == 1 else out.new_empty((self.layout.rows, self.grid.splits))
 
 
-def plan(event_ndim, *tensors, noise_offset=None) -> "Plan | None":
+def plan(event_ndim, *tensors, tile, noise_offset=None) -> "Plan | None":
     """How a kernel walks tensors that broadcast to one shape; None where there is nothing to walk.
 
     Args:
         event_ndim: how many trailing dimensions a kernel sums; 0: none.
         tensors: tensors, None, or what of_sample and of_event return.
+        tile: elements of a program.
         noise_offset: for kernels that draw.
     """
     views = [
@@ -155,12 +170,9 @@ def plan(event_ndim, *tensors, noise_offset=None) -> "Plan | None":
         None if tensor is None else (tensor, *strides)
         for (tensor, _, _), strides in zip(views, found.strides, strict=True)
     )
-    return Plan(operands, found, _grid(found.rows, found.columns + (0 if aligned else 3), event_ndim > 0), aligned)
-
-
-def arithmetic(*tensors):
-    """The type that a kernel computes in."""
-    return TYPES[_library.arithmetic(*tensors)]
+    if not aligned or found.vector == 1:
+        tile //= 2  # every element has an address of its own
+    return Plan(operands, found, _grid(found.rows, found.columns + (0 if aligned else 3), event_ndim > 0, tile), aligned)
 
 
 def add_sums(out, sums) -> None:

@@ -1,4 +1,4 @@
-"""From raw values to standard deviations, as csrc/common/scale.h has it. A SCALE is tile.numbers() of a fastelbo.Scale."""
+"""From raw values to standard deviations, as in csrc/common/scale.h. A SCALE is what plan.numbers() makes of a Scale."""
 
 import triton
 import triton.language as tl
@@ -40,15 +40,7 @@ def _limit(s, SCALE: tl.constexpr):
 
 @triton.jit
 def spread(s, SCALE: tl.constexpr):
-    """sigma, ln sigma, d sigma / d s and d ln sigma^2 / d s of raw values; None for None."""
-    if s is None:
-        return None
-    else:
-        return _spread(s, SCALE)
-
-
-@triton.jit
-def _spread(s, SCALE: tl.constexpr):
+    """sigma, ln sigma, d sigma / d s and d ln sigma^2 / d s of raw values."""
     t, slope = _limit(s, SCALE)
     if SCALE[0] == _LOGVAR:
         log_std = 0.5 * t

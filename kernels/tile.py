@@ -1,8 +1,9 @@
 """How a kernel sees its tensors: a tile of some rows and columns, whose elements it loads, stores, draws and sums.
 
-An operand comes as (pointer, row strides, column strides), one stride for each dimension; none at all where it is constant
-over the rows or the columns, so that what depends on a row alone is loaded and computed once a row (plan.py). Rows and
-columns follow the logical order, whatever the memory's: an element's index in its draw is row * columns + column.
+An operand comes as (pointer, row strides, column strides), one stride for each dimension (plan.py). The strides are () where
+it is constant over them, so that what depends on a row alone is loaded and computed once a row; column strides are None where
+columns lie side by side. Rows and columns follow the logical order, whatever the memory's: an element's index in its draw is
+row * columns + column.
 """
 
 import triton
@@ -18,56 +19,58 @@ def start(splits, R: tl.constexpr):
 
 
 @triton.jit
-def window(row, rows, first, columns, shift, row_sizes, column_sizes, C: tl.constexpr):
-    """The elements of a tile: C columns of its rows from `first` - `shift` on, where shift is [R, 1] or None."""
-    lane = tl.arange(0, C)[None, :].to(tl.int64)
-    if shift is None:
+def window(row, rows, first, columns, shift, row_sizes, column_sizes, C: tl.constexpr, EVEN: tl.constexpr):
+    """The elements of a tile: C columns of its rows from `first` - `shift` on, where shift is [R, 1] or None.
+
+    Returns its rows, their mask, `first`, its columns counted from there, their mask, and the sizes of all dimensions. EVEN
+    promises that all of it lies inside.
+    """
+    lane = tl.arange(0, C)[None, :]
+    if EVEN:
+        whole = tl.full([1, 1], True, tl.int1)
+        return row, whole, first, lane, whole, row_sizes, column_sizes
+    elif shift is None:
         return row, row < rows, first, lane, lane < columns - first, row_sizes, column_sizes
     else:
-        lane = lane - shift
+        lane = lane - shift.to(tl.int32)
         return row, row < rows, first, lane, (lane + first >= 0) & (lane < columns - first), row_sizes, column_sizes
 
 
 @triton.jit
-def _offsets(index, sizes, strides):
-    """Memory offsets of logical indices along some dimensions."""
+def _offsets(index, sizes, strides, DIVISOR: tl.constexpr):
+    """Memory offsets of logical indices along some dimensions; the strides are multiples of DIVISOR."""
     found = index * 0
     for d in tl.static_range(len(strides) - 1, 0, -1):
-        found += (index % sizes[d]) * strides[d]
+        found += (index % sizes[d]) * (strides[d] // DIVISOR)
         index = index // sizes[d]
-    return found + index * strides[0]
+    # the compiler can tell what this is divisible by, and so how wide a load may be
+    return (found + index * (strides[0] // DIVISOR)) * DIVISOR
 
 
 @triton.jit
 def _place(operand, window, VECTOR: tl.constexpr):
     """Pointers to the window's elements and their mask: [R, C], or of size 1 along what the operand is constant over."""
     row, row_mask, first, lane, lane_mask, row_sizes, column_sizes = window
-    pointer = operand[0]
-    if len(operand[1]) > 0:
-        pointer += tl.multiple_of(_offsets(row, row_sizes, operand[1]), [VECTOR, VECTOR])
-    if len(operand[2]) == 1:
-        pointer += first * operand[2][0] + lane * operand[2][0]
-    elif len(operand[2]) > 1:
-        pointer += _offsets(first + lane, column_sizes, operand[2])
-    if len(operand[2]) == 0:
-        if len(operand[1]) == 0:
-            return pointer + tl.zeros([1, 1], tl.int32), tl.full([1, 1], True, tl.int1)
-        else:
-            return pointer, row_mask
-    elif len(operand[1]) == 0:
-        return pointer, lane_mask
+    pointer, row_strides, column_strides = operand
+    if column_strides is None:
+        if len(row_strides) > 0:
+            pointer += _offsets(row, row_sizes, row_strides, VECTOR)
+        return pointer + first + lane, row_mask & lane_mask
+    elif len(column_strides) > 0:
+        if len(row_strides) > 0:
+            pointer += _offsets(row, row_sizes, row_strides, 1)
+        return pointer + _offsets(first + lane, column_sizes, column_strides, 1), row_mask & lane_mask
+    elif len(row_strides) > 0:
+        return pointer + _offsets(row, row_sizes, row_strides, 1), row_mask
     else:
-        return pointer, row_mask & lane_mask
+        return pointer + tl.zeros([1, 1], tl.int32), tl.full([1, 1], True, tl.int1)
 
 
 @triton.jit
 def load(operand, window, T: tl.constexpr, VECTOR: tl.constexpr):
-    """An operand's elements in the type T; None for None."""
-    if operand is None:
-        return None
-    else:
-        pointer, mask = _place(operand, window, VECTOR)
-        return tl.load(pointer, mask=mask, other=0).to(T)
+    """An operand's elements in the type T."""
+    pointer, mask = _place(operand, window, VECTOR)
+    return tl.load(pointer, mask=mask, other=0).to(T)
 
 
 @triton.jit
