@@ -128,10 +128,13 @@ def sum_to(grad, tensor):
     return grad if grad.dtype == tensor.dtype else grad.to(tensor.dtype)
 
 
-@torch.compiler.assume_constant_result
 def transformed() -> bool:
     """Whether a torch.func transform is under way; in a traced function too, whose guards cover it."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# What torch.compiler.assume_constant_result does, which would also import torch._dynamo and Triton.
+transformed._dynamo_marked_constant = True
 
 
 def distinct(*tensors):

@@ -74,6 +74,15 @@ def expm1_parts(x):
 
 
 @triton.jit
+def sqrt(x):
+    """The square root, correctly rounded."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
 def log(x):
     """ln x."""
     return tl.log(x)

@@ -10,9 +10,21 @@ from fastelbo import _library
 
 
 def approximate(dtype: torch.dtype) -> bool:
-    """Whether a sample of this dtype may come from the processor's approximate functions: its rounding hides what they are
-    off by. Forward and backward decide alike, so that their noise is the same to the last bit. The interpreter has none."""
+    """Whether a sample of this dtype may come from the processor's approximate sine and cosine.
+
+    The rounding of half precision hides what they are off by. Forward and backward decide alike, so that their noise is
+    the same to the last bit. The interpreter has no such functions.
+    """
     return dtype in (torch.bfloat16, torch.float16) and not _library.INTERPRETED
+
+
+@triton.jit
+def heat(std, temperature, HEATED: tl.constexpr):
+    """A standard deviation times the temperature, unless that is 1."""
+    if HEATED:
+        return std * tl.full([1, 1], temperature, std.dtype)
+    else:
+        return std
 
 
 @triton.jit
@@ -55,14 +67,14 @@ def _fwd(
     mean, s, z, z_stride,  # mean, s: [rows, columns]; z: the same for each sample
     seed, noise, noise_stride, noise_offset, samples, temperature: "fp64",
     rows, columns, row_sizes, column_sizes, splits,
-    SCALE: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr, APPROXIMATE: tl.constexpr, VECTOR: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
+    SCALE: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr, APPROXIMATE: tl.constexpr, HEATED: tl.constexpr,
+    VECTOR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     columns = columns.to(tl.int64) * VECTOR
     row, split = tile.start(splits, R)
     shift = tile.noise_shift(row, columns, noise_offset, ALIGNED)
     window = tile.window(row, rows, split.to(tl.int64) * C, columns, shift, row_sizes, column_sizes, C, EVEN)
-    std = tl.full([1, 1], temperature, T) * scales.spread(tile.load(s, window, T, VECTOR), SCALE)[0]
+    std = heat(scales.spread(tile.load(s, window, T, VECTOR), SCALE)[0], temperature, HEATED)
     store_samples(
         z, z_stride, tile.load(mean, window, T, VECTOR), std, (seed, noise, noise_stride, noise_offset), samples,
         window, shift, columns, T, VECTOR, APPROXIMATE,
@@ -74,8 +86,8 @@ def _bwd(
     d_z, d_z_stride, s, d_s,  # s, d_s: [rows, columns]; d_z: the same for each sample
     seed, noise, noise_stride, noise_offset, samples, temperature: "fp64",
     rows, columns, row_sizes, column_sizes, splits,
-    SCALE: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr, APPROXIMATE: tl.constexpr, VECTOR: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
+    SCALE: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr, APPROXIMATE: tl.constexpr, HEATED: tl.constexpr,
+    VECTOR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     columns = columns.to(tl.int64) * VECTOR
     row, split = tile.start(splits, R)
@@ -86,7 +98,7 @@ def _bwd(
         window, shift, columns, T, VECTOR, APPROXIMATE,
     )  # fmt: skip
     raw = tile.load(s, window, T, VECTOR)
-    d_std = tl.full([1, 1], temperature, T) * scales.spread(raw, SCALE)[2]
+    d_std = heat(scales.spread(raw, SCALE)[2], temperature, HEATED)
     tile.store(d_s, window, scales.clamp_gradient(raw, d_std * noisy, SCALE), VECTOR)
 
 
@@ -102,7 +114,7 @@ def gaussian_rsample_fwd(z, mean, s, seed, noise, noise_offset, num_samples, tem
         _fwd, mean, s, z_operand, plan.sample_stride(z, num_samples),
         seed, noise_operand, plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
         SCALE=plan.numbers(scale), T=plan.TYPES[dtype], ALIGNED=found.aligned,
-        APPROXIMATE=approximate(z.dtype),
+        APPROXIMATE=approximate(z.dtype), HEATED=temperature != 1,
     )  # fmt: skip
 
 
@@ -118,5 +130,5 @@ def gaussian_rsample_bwd(d_s, d_z, s, seed, noise, noise_offset, num_samples, te
         _bwd, d_z_operand, plan.sample_stride(d_z, num_samples), s, d_s,
         seed, noise_operand, plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
         SCALE=plan.numbers(scale), T=plan.TYPES[dtype], ALIGNED=found.aligned,
-        APPROXIMATE=approximate(d_z.dtype),
+        APPROXIMATE=approximate(d_z.dtype), HEATED=temperature != 1,
     )  # fmt: skip

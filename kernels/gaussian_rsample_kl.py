@@ -6,7 +6,7 @@ from fastelbo import _library
 from fastelbo.kernels import plan, tile
 from fastelbo.kernels import scale as scales
 from fastelbo.kernels.gaussian_kl import kl_terms, load_gaussians
-from fastelbo.kernels.gaussian_rsample import approximate, sample_gradients, store_samples
+from fastelbo.kernels.gaussian_rsample import approximate, heat, sample_gradients, store_samples
 
 
 @triton.jit(do_not_specialize=plan.PLAIN)
@@ -17,7 +17,7 @@ def _fwd(
     seed, noise, noise_stride, noise_offset, samples, temperature: "fp64",
     rows, columns, row_sizes, column_sizes, splits,
     SCALE: tl.constexpr, SCALE_P: tl.constexpr, SUM: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr,
-    APPROXIMATE: tl.constexpr, VECTOR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
+    APPROXIMATE: tl.constexpr, HEATED: tl.constexpr, VECTOR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     columns = columns.to(tl.int64) * VECTOR
     row, split = tile.start(splits, R)
@@ -28,7 +28,7 @@ def _fwd(
         window = tile.window(row, rows, first, columns, shift, row_sizes, column_sizes, C, EVEN)
         mean_q, _, q, mean_p, _, p = load_gaussians(gaussians, window, SCALE, SCALE_P, T, VECTOR)
         store_samples(
-            z, z_stride, mean_q, tl.full([1, 1], temperature, T) * q[0], (seed, noise, noise_stride, noise_offset), samples,
+            z, z_stride, mean_q, heat(q[0], temperature, HEATED), (seed, noise, noise_stride, noise_offset), samples,
             window, shift, columns, T, VECTOR, APPROXIMATE,
         )  # fmt: skip
         terms, _, _, _ = kl_terms(mean_q, q, mean_p, p, SCALE, SCALE_P)
@@ -47,7 +47,7 @@ def _bwd(
     seed, noise, noise_stride, noise_offset, samples, temperature: "fp64",
     rows, columns, row_sizes, column_sizes, splits,
     SCALE: tl.constexpr, SCALE_P: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr, APPROXIMATE: tl.constexpr,
-    VECTOR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
+    HEATED: tl.constexpr, VECTOR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     columns = columns.to(tl.int64) * VECTOR
     row, split = tile.start(splits, R)
@@ -61,7 +61,7 @@ def _bwd(
     upstream = tile.load(d_kl, window, T, VECTOR)
     _, d_mean, d_logvar_q, d_logvar_p = kl_terms(mean_q, q, mean_p, p, SCALE, SCALE_P)
     tile.store(gradients[0], window, tl.fma(upstream, d_mean, sampled), VECTOR)
-    d_s = tl.fma(tl.full([1, 1], temperature, T) * q[2], noisy, upstream * (d_logvar_q * q[3]))
+    d_s = tl.fma(heat(q[2], temperature, HEATED), noisy, upstream * (d_logvar_q * q[3]))
     tile.store(gradients[1], window, scales.clamp_gradient(s_q, d_s, SCALE), VECTOR)
     if gradients[2] is not None:
         tile.store(gradients[2], window, -(upstream * d_mean), VECTOR)
@@ -87,7 +87,7 @@ def gaussian_rsample_kl_fwd(
         _fwd, tuple(gaussians), out, z_operand, plan.sample_stride(z, num_samples),
         seed, noise_operand, plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
         SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), SUM=elements is None, T=plan.TYPES[kl.dtype],
-        ALIGNED=found.aligned, APPROXIMATE=approximate(z.dtype),
+        ALIGNED=found.aligned, APPROXIMATE=approximate(z.dtype), HEATED=temperature != 1,
     )  # fmt: skip
     if elements is None:
         plan.add_sums(kl, out)
@@ -112,5 +112,5 @@ def gaussian_rsample_kl_bwd(
         found.operands[9], plan.sample_stride(d_z, num_samples),
         seed, found.operands[10], plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
         SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), T=plan.TYPES[dtype],
-        ALIGNED=found.aligned, APPROXIMATE=approximate(d_z.dtype),
+        ALIGNED=found.aligned, APPROXIMATE=approximate(d_z.dtype), HEATED=temperature != 1,
     )  # fmt: skip

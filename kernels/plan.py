@@ -63,7 +63,7 @@ def _layout(event_ndim, *tensors) -> Layout:
     for k in range(len(tensors)):
         row_steps, column_steps = (tuple(steps[k] for _, steps in part) for part in parts)
         row_steps, column_steps = row_steps if any(row_steps) else (), column_steps if any(column_steps) else ()
-        found.append((row_steps, None if column_steps == (1,) else column_steps))
+        found.append((row_steps, None if column_steps == (1,) or columns == 1 else column_steps))
         if column_steps:
             divisible += (*row_steps, *column_steps[:-1])
     return Layout(math.prod(row_sizes), columns, row_sizes, column_sizes, tuple(found), math.gcd(16, *divisible))

@@ -56,7 +56,7 @@ def spread(s, SCALE: tl.constexpr):
         d_std = tl.full(s.shape, 1.0, s.dtype)
     elif SCALE[0] == _VAR:
         log_std = 0.5 * elementary.log(t)
-        std = tl.sqrt_rn(t)
+        std = elementary.sqrt(t)
         d_std = 0.5 / std
     else:
         tl.static_assert(SCALE[0] == _SOFTPLUS)
@@ -73,7 +73,7 @@ def spread(s, SCALE: tl.constexpr):
             std += SCALE[5]
             if SCALE[6] > 0:
                 shifted = std
-                std = tl.sqrt_rn(tl.fma(shifted, shifted, tl.full(s.shape, SCALE[6], s.dtype)))
+                std = elementary.sqrt(tl.fma(shifted, shifted, tl.full(s.shape, SCALE[6], s.dtype)))
                 d_std *= shifted / std
             log_std = elementary.log(std)
         d_std *= slope

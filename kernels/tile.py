@@ -8,7 +8,10 @@ row * columns + column.
 
 import triton
 import triton.language as tl
+from fastelbo import _library
 from fastelbo.kernels import philox
+
+_INTERPRETED: tl.constexpr = tl.constexpr(_library.INTERPRETED)
 
 
 @triton.jit
@@ -77,7 +80,17 @@ def load(operand, window, T: tl.constexpr, VECTOR: tl.constexpr):
 def store(operand, window, values, VECTOR: tl.constexpr):
     """Writes a window's elements."""
     pointer, mask = _place(operand, window, VECTOR)
+    if _INTERPRETED and operand[0].dtype.element_ty == tl.bfloat16:
+        values = _round_to_bfloat16(values)
     tl.store(pointer, values.to(operand[0].dtype.element_ty), mask=mask & window[1] & window[4])
+
+
+@triton.jit
+def _round_to_bfloat16(x):
+    """To the nearest, in float32: the interpreter's own conversion cuts bits off."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit

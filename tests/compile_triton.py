@@ -27,15 +27,6 @@ _library.INTERPRETED = False
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-# keywords of the public op, shape, dtype
-CASES = {
-    "float32": ({}, (4096, 256), torch.float32),
-    "bfloat16": ({}, (4096, 256), torch.bfloat16),
-    "float64": ({}, (64, 256), torch.float64),
-    "softplus": ({"scale": fastelbo.Scale.softplus()}, (4096, 256), torch.float32),
-    "ragged": ({}, (4096, 31), torch.float32),
-    "long": ({}, (2, 100_000), torch.float32),
-}
 OPS = {
     "gaussian_rsample": (fastelbo.gaussian_rsample, 2),
     "gaussian_kl": (fastelbo.gaussian_kl, 2),
@@ -43,6 +34,19 @@ OPS = {
     "gaussian_rsample_kl": (fastelbo.gaussian_rsample_kl, 2),
     "gaussian_rsample_kl-prior": (fastelbo.gaussian_rsample_kl, 4),
     "gaussian_log_prob": (fastelbo.gaussian_log_prob, 3),
+}
+WIDEST = ("gaussian_rsample_kl-prior", "gaussian_log_prob")  # between them they call all there is
+
+# keywords of the public op, shape, dtype, and the ops it is compiled for
+CASES = {
+    "float32": ({}, (4096, 256), torch.float32, OPS),
+    "bfloat16": ({}, (4096, 256), torch.bfloat16, OPS),
+    "float16": ({}, (4096, 256), torch.float16, WIDEST),
+    "float64": ({}, (64, 256), torch.float64, WIDEST),
+    "softplus": ({"scale": fastelbo.Scale.softplus()}, (4096, 256), torch.float32, WIDEST),
+    "ragged": ({}, (4096, 31), torch.float32, WIDEST),
+    "long": ({}, (2, 100_000), torch.float32, WIDEST),
+    "samples": ({"num_samples": 8}, (512, 256), torch.float32, WIDEST[:1]),
 }
 
 
@@ -87,10 +91,10 @@ def main(capability: int) -> None:
         (kernel.__name__, kernel.warmup(*args, grid=grid, **options), options)
     )
     found = {}
-    for op, (function, arity) in OPS.items():
-        for case, (keywords, shape, dtype) in CASES.items():
+    for case, (keywords, shape, dtype, ops) in CASES.items():
+        for op in ops:
             compiled.clear()
-            run(function, arity, keywords, shape, dtype)
+            run(*OPS[op], keywords, shape, dtype)
             for name, kernel, options in compiled:
                 elements = options["R"] * options["C"] // (32 * options["num_warps"])
                 found[f"{op}{name}-{case}"] = {**resources(kernel), "elements": elements}
