@@ -21,7 +21,8 @@ last. Every stage has its own time limit, and a stage that fails does not keep l
   --out DIR          where rows (cuda.csv, memory_cuda.csv) are appended and the log is put; default: benchmarks/results
   --commit ID        of the checkout, where git cannot tell
 
-Environment: PYTHON (default python3), TORCH_CUDA_ARCH_LIST (default: only the GPU's own), MAX_JOBS.
+Environment: PYTHON (default python3), CUDA_HOME (default /usr/local/cuda), TORCH_CUDA_ARCH_LIST (default: only the GPU's
+own), MAX_JOBS.
 
 Exit status: 0 all well; 1 some stage failed; 2 nothing was done, because this machine has no GPU, no nvcc or too little
 free GPU memory, or the arguments are wrong.
@@ -34,7 +35,7 @@ refuse() {
 }
 
 MEMORY_GIB=12 # what the eager rival allocates at most at 2^26 elements, with its copies
-LIMIT=525     # seconds for everything
+LIMIT=515     # seconds for everything
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 quick= build=1 tests=1 sanitizer=1 benchmarks=1 wheel= out=$root/benchmarks/results commit=${FASTELBO_COMMIT:-}
@@ -82,9 +83,7 @@ if free < float(sys.argv[1]):
 PY
 ) || refuse "$python cannot look for a GPU"
 [ -z "$reason" ] || refuse "$reason"
-for folder in "${CUDA_HOME:-}" /usr/local/cuda; do
-    [ -z "$folder" ] || [ ! -d "$folder/bin" ] || PATH=$PATH:$folder/bin
-done
+[ ! -d "${CUDA_HOME-/usr/local/cuda}/bin" ] || PATH=$PATH:${CUDA_HOME-/usr/local/cuda}/bin
 if [ -n "$build" ] && [ -z "$wheel" ] && ! command -v nvcc >/dev/null; then
     refuse "there is no nvcc to build the CUDA C++ kernels with (--wheel FILE or --skip-build does without)"
 fi
@@ -205,10 +204,10 @@ workers=()
 if "$python" -c 'import xdist' 2>/dev/null; then
     workers=(-n 8 --dist worksteal) # most of the time goes to compiling kernels, on the host
 fi
-pytest=("$python" -m pytest -q -p no:cacheprovider)
+pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
 verdict=(--unverified)
 if [ -n "$tests" ]; then
-    stage "tests that need a GPU" 90 250 "${pytest[@]}" -m "not slow" tests/test_gpu.py
+    stage "tests that need a GPU" 90 250 "${pytest[@]}" -m "not slow" --maxfail 50 tests/test_gpu.py
     if [ -z "$quick" ]; then
         stage "tests" 150 230 "${pytest[@]}" -m "not slow" "${workers[@]}" --ignore tests/test_gpu.py \
             --junitxml "$scratch/tests.xml" tests
