@@ -28,11 +28,12 @@ def at_least(x, limit):
 
 @triton.jit
 def _reduce(x):
-    """x = n ln2 + r, |r| <= ln2 / 2: returns r, exp(r) - 1 - r and 2^n, which is 0 below the normal numbers.
+    """x = n ln2 + r, |r| <= ln2 / 2: returns x, r, exp(r) - 1 - r and 2^n, which is 0 below the normal numbers.
 
-    From _LARGEST on, where n would be 128, it is that of _LARGEST.
+    From _LARGEST on, where n would be 128, all are those of _LARGEST.
     """
-    x = at_most(at_least(x, -88.0), _LARGEST)
+    limited = at_most(x, _LARGEST)
+    x = at_least(limited, -88.0)
     # n lands in the low bits, with the exponent's bias on it
     shifted = tl.fma(x, _LOG2E, _MAGIC + 127.0)
     n = shifted - (_MAGIC + 127.0)
@@ -43,7 +44,7 @@ def _reduce(x):
     q = tl.fma(q, r, 0.0416665487)
     q = tl.fma(q, r, 0.1666657329)
     q = tl.fma(q, r, 0.5)
-    return r, r * r * q, power
+    return limited, r, r * r * q, power
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def exp(x):
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
-        r, rest, power = _reduce(x)
+        _, r, rest, power = _reduce(x)
         return tl.where(x > _LARGEST, float("inf"), tl.fma(r + rest, power, power))
 
 
@@ -71,9 +72,9 @@ def expm1_parts(x):
         small = tl.abs(x) < 0.34
         return tl.where(small, near + x, far), tl.where(small, near, far - x)
     else:
-        r, rest, power = _reduce(x)
+        limited, r, rest, power = _reduce(x)
         e = tl.fma(r + rest, power, power - 1.0)
-        return e, tl.where(tl.abs(x) < 0.34, rest, e - x)
+        return e, tl.where(tl.abs(x) < 0.34, rest, e - limited)
 
 
 @triton.jit
