@@ -1,4 +1,4 @@
-"""What the Triton kernels can reach on an H200, predicted from their machine code: no GPU is needed, nothing is measured.
+"""What the Triton kernels can reach on an H200, predicted from their machine code: needs no GPU, measures nothing.
 
     python benchmarks/bounds.py
 
