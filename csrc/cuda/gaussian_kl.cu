@@ -21,9 +21,9 @@ template <class Access, bool exponential, Prior prior>
 __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_kl_fwd_kernel(const __grid_constant__ GaussianKLArgs<Access> args) {
   using V = typename Access::Value;
   constexpr int n = Access::width;
-  Thread thread(args.work);
+  Thread<typename Access::Index> thread(args.work);
   V total = 0;
-  for (int64_t group = thread.first; group < thread.end; group += thread.lanes) {
+  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
     V mean_q[n], s_q[n], kl[n];
     Access::load(args.mean_q, args.layout, place, mean_q);
@@ -49,8 +49,8 @@ template <class Access, bool exponential, Prior prior>
 __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_kl_bwd_kernel(const __grid_constant__ GaussianKLArgs<Access> args) {
   using V = typename Access::Value;
   constexpr int n = Access::width;
-  Thread thread(args.work);
-  for (int64_t group = thread.first; group < thread.end; group += thread.lanes) {
+  Thread<typename Access::Index> thread(args.work);
+  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
     V mean_q[n], s_q[n], upstream[n];
     Access::load(args.mean_q, args.layout, place, mean_q);
@@ -99,7 +99,7 @@ Tensor gaussian_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, 
   Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
   Terms kl(shape, event_ndim, dtype, mean_q);
   View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape);
-  Plan plan(shape, event_ndim, dtype, scale.exponential() && scale_p.exponential(), std::nullopt,
+  Plan plan(shape, event_ndim, dtype, {scale, scale_p}, std::nullopt, std::nullopt,
             {&mean_q_view, &s_q_view, &mean_p_view, &s_p_view, &kl.elements});
   kl.make_room(plan);
   dispatch(plan, [&](auto access, auto exponential) {
@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(
   GaussianGradients grads(shape, mean_q, s_q, mean_p, s_p, prior_grad);
   View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape);
   View d_kl_view = View::of_term(d_kl, shape, event_ndim);
-  Plan plan(shape, 0, dtype, scale.exponential() && scale_p.exponential(), std::nullopt,
+  Plan plan(shape, 0, dtype, {scale, scale_p}, std::nullopt, std::nullopt,
             {&mean_q_view, &s_q_view, &mean_p_view, &s_p_view, &d_kl_view, &grads.d_mean_q_view, &grads.d_s_q_view,
              &grads.d_mean_p_view, &grads.d_s_p_view});
   dispatch(plan, [&](auto access, auto exponential) {

@@ -24,9 +24,9 @@ template <class Access, bool exponential>
 __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_log_prob_fwd_kernel(const __grid_constant__ GaussianLogProb<Access> args) {
   using V = typename Access::Value;
   constexpr int n = Access::width;
-  Thread thread(args.work);
+  Thread<typename Access::Index> thread(args.work);
   V total = 0;
-  for (int64_t group = thread.first; group < thread.end; group += thread.lanes) {
+  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
     V x[n], mean[n], s[n];
     Access::load(args.x, args.layout, place, x);
@@ -44,9 +44,9 @@ template <class Access, bool exponential>
 __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_log_prob_bwd_kernel(const __grid_constant__ GaussianLogProb<Access> args) {
   using V = typename Access::Value;
   constexpr int n = Access::width;
-  Thread thread(args.work);
+  Thread<typename Access::Index> thread(args.work);
   V total = 0;
-  for (int64_t group = thread.first; group < thread.end; group += thread.lanes) {
+  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
     V x[n], mean[n], s[n], upstream[n];
     Access::load(args.x, args.layout, place, x);
@@ -85,7 +85,7 @@ Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double
   Terms log_prob(shape, event_ndim, dtype, mean);
   View x_view(x, shape), mean_view(mean, shape), s_view(s, shape);
   s_view.repeats = true;
-  Plan plan(shape, event_ndim, dtype, scale.exponential(), std::nullopt, {&x_view, &mean_view, &s_view, &log_prob.elements});
+  Plan plan(shape, event_ndim, dtype, {scale}, std::nullopt, std::nullopt, {&x_view, &mean_view, &s_view, &log_prob.elements});
   log_prob.make_room(plan);
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
   s_view.repeats = true;
   if (x_grad) d_x_view = View(d_x, shape);
   if (!one_s) d_s_view = View(d_s, shape);
-  Plan plan(shape, 0, dtype, scale.exponential(), std::nullopt,
+  Plan plan(shape, 0, dtype, {scale}, std::nullopt, std::nullopt,
             {&x_view, &mean_view, &s_view, &d_out_view, &d_x_view, &d_mean_view, &d_s_view});
   std::optional<Tensor> partial;
   if (one_s) partial = allocate(Shape{plan.work.blocks}, ScalarType::Double, device);

@@ -20,9 +20,9 @@ template <class Access, bool exponential>
 __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_fwd_kernel(const __grid_constant__ GaussianRsample<Access> args) {
   using V = typename Access::Value;
   constexpr int n = Access::width;
-  Thread thread(args.work);
+  Thread<typename Access::Index> thread(args.work);
   const PhiloxKeys<uint32_t> keys = args.draw.keys();
-  for (int64_t group = thread.first; group < thread.end; group += thread.lanes) {
+  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
     V mean[n], std[n], noise[n], z[n];
     Access::load(args.mean, args.layout, place, mean);
@@ -43,9 +43,9 @@ template <class Access, bool exponential>
 __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_bwd_kernel(const __grid_constant__ GaussianRsample<Access> args) {
   using V = typename Access::Value;
   constexpr int n = Access::width;
-  Thread thread(args.work);
+  Thread<typename Access::Index> thread(args.work);
   const PhiloxKeys<uint32_t> keys = args.draw.keys();
-  for (int64_t group = thread.first; group < thread.end; group += thread.lanes) {
+  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
     V s[n], d_z[n], noise[n], noisy[n] = {};
     Access::load(args.s, args.layout, place, s);
@@ -77,7 +77,7 @@ Tensor gaussian_rsample_fwd(Tensor mean, Tensor s, std::optional<Tensor> seed, s
   Scale scale = parse_scale(scale_numbers);
   View mean_view(mean, shape), s_view(s, shape), z_view = View::of_samples(z, shape, num_samples);
   View noise_view = View::of_samples(noise, shape, num_samples);
-  Plan plan(shape, 0, arithmetic_type({&mean, &s}), scale.exponential(), noise ? std::nullopt : std::optional(noise_offset),
+  Plan plan(shape, 0, arithmetic_type({&mean, &s}), {scale}, noise ? std::nullopt : std::optional(noise_offset), num_samples,
             {&mean_view, &s_view, &z_view, &noise_view});
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
@@ -99,7 +99,7 @@ Tensor gaussian_rsample_bwd(Tensor d_z, Tensor s, std::optional<Tensor> seed, st
   Scale scale = parse_scale(scale_numbers);
   View s_view(s, shape), d_s_view(d_s, shape), d_z_view = View::of_samples(d_z, shape, num_samples);
   View noise_view = View::of_samples(noise, shape, num_samples);
-  Plan plan(shape, 0, arithmetic_type({&d_z, &s}), scale.exponential(), noise ? std::nullopt : std::optional(noise_offset),
+  Plan plan(shape, 0, arithmetic_type({&d_z, &s}), {scale}, noise ? std::nullopt : std::optional(noise_offset), num_samples,
             {&s_view, &d_s_view, &d_z_view, &noise_view});
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);

@@ -24,10 +24,10 @@ template <class Access, bool exponential, Prior prior>
 __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_kl_fwd_kernel(const __grid_constant__ GaussianRsampleKL<Access> args) {
   using V = typename Access::Value;
   constexpr int n = Access::width;
-  Thread thread(args.work);
+  Thread<typename Access::Index> thread(args.work);
   const PhiloxKeys<uint32_t> keys = args.draw.keys();
   V total = 0;
-  for (int64_t group = thread.first; group < thread.end; group += thread.lanes) {
+  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
     V mean_q[n], std[n], kl[n];
     Access::load(args.mean_q, args.layout, place, mean_q);
@@ -67,9 +67,9 @@ template <class Access, bool exponential, Prior prior>
 __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_kl_bwd_kernel(const __grid_constant__ GaussianRsampleKL<Access> args) {
   using V = typename Access::Value;
   constexpr int n = Access::width;
-  Thread thread(args.work);
+  Thread<typename Access::Index> thread(args.work);
   const PhiloxKeys<uint32_t> keys = args.draw.keys();
-  for (int64_t group = thread.first; group < thread.end; group += thread.lanes) {
+  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
     V mean_q[n], s_q[n], upstream[n], sampled[n] = {}, noisy[n] = {};  // the sums over samples of d_z and of d_z * noise
     Access::load(args.mean_q, args.layout, place, mean_q);
@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
   Terms kl(shape, event_ndim, dtype, mean_q);
   View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape);
   View z_view = View::of_samples(z, shape, num_samples), noise_view = View::of_samples(noise, shape, num_samples);
-  Plan plan(shape, event_ndim, dtype, scale.exponential() && scale_p.exponential(), noise ? std::nullopt : std::optional(noise_offset),
+  Plan plan(shape, event_ndim, dtype, {scale, scale_p}, noise ? std::nullopt : std::optional(noise_offset), num_samples,
             {&mean_q_view, &s_q_view, &mean_p_view, &s_p_view, &z_view, &noise_view, &kl.elements});
   kl.make_room(plan);
   dispatch(plan, [&](auto access, auto exponential) {
@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
   View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape);
   View d_z_view = View::of_samples(d_z, shape, num_samples), noise_view = View::of_samples(noise, shape, num_samples);
   View d_kl_view = View::of_term(d_kl, shape, event_ndim);
-  Plan plan(shape, 0, dtype, scale.exponential() && scale_p.exponential(), noise ? std::nullopt : std::optional(noise_offset),
+  Plan plan(shape, 0, dtype, {scale, scale_p}, noise ? std::nullopt : std::optional(noise_offset), num_samples,
             {&mean_q_view, &s_q_view, &mean_p_view, &s_p_view, &d_z_view, &noise_view, &d_kl_view, &grads.d_mean_q_view,
              &grads.d_s_q_view, &grads.d_mean_p_view, &grads.d_s_p_view});
   dispatch(plan, [&](auto access, auto exponential) {

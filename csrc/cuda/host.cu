@@ -100,9 +100,15 @@ device::Work spread(int64_t rows, int64_t groups, bool summed) {
 
 }  // namespace
 
-Plan::Plan(const Shape& shape, int64_t event_ndim, ScalarType dtype, bool exponential, std::optional<int64_t> noise_offset,
-           std::initializer_list<View*> views)
-    : dtype(dtype), exponential(exponential) {
+Plan::Plan(const Shape& shape, int64_t event_ndim, ScalarType dtype, std::initializer_list<Scale> scales,
+           std::optional<int64_t> noise_offset, std::optional<int64_t> num_samples, std::initializer_list<View*> views)
+    : dtype(dtype), exponential(true), clamped(false) {
+  packed = true;
+  for (const Scale& scale : scales) {
+    exponential &= scale.exponential();
+    clamped |= scale.clamped;
+    packed &= scale.exponential() && scale.soft_clamp == 0;
+  }
   std::copy(shape.size, shape.size + shape.ndim, layout.size);
   layout.drawn = noise_offset.has_value();
   layout.noise_offset = noise_offset.value_or(0);
@@ -124,25 +130,30 @@ Plan::Plan(const Shape& shape, int64_t event_ndim, ScalarType dtype, bool expone
     layout.columns = product(layout.size, outer, end);
   };
   divide(layout.outer);
-  packed = can_pack(views);
+  packed = packed && can_pack(views, num_samples.value_or(1));
   if (!packed && !event_ndim && layout.columns < 32) divide(0);  // rows so short would leave threads idle
   layout.wide = layout.rows > INT32_MAX || layout.columns > INT32_MAX;
   if (!layout.wide)
     for (int d = 0; d < end; ++d) layout.divisor[d] = device::Divisor(uint32_t(std::max<int64_t>(layout.size[d], 1)));
 
-  int64_t width = packed && format != Format::f32 ? 8 : 4, shift = 0;  // shift: elements before a row in its first Philox block
+  int64_t width = packed && format != Format::f32 ? 8 : 4;
+  layout.vectors = uint32_t(layout.columns / width);
+  layout.first_block = uint64_t(layout.noise_offset) / 4;
+  int64_t shift = 0;  // shift: elements before a row in its first Philox block
   if (layout.drawn) shift = layout.rows == 1 || layout.columns % 4 == 0 ? layout.noise_offset % 4 : 3;
   work = spread(layout.rows, layout.columns ? (layout.columns + shift + width - 1) / width : 0, event_ndim > 0);
   if (!event_ndim && layout.columns == 0) work.blocks = 0;  // no elements, and no sums of none
 }
 
-bool Plan::can_pack(std::initializer_list<View*> views) {
-  if (!exponential || dtype != ScalarType::Float || layout.outer > 1 || layout.inner != 1 || layout.columns == 0) return false;
+bool Plan::can_pack(std::initializer_list<View*> views, int64_t samples) {
+  if (dtype != ScalarType::Float || layout.outer > 1 || layout.inner != 1 || layout.columns == 0) return false;
   bool found = false;
   for (const View* view : views)
     if (view->given && !view->term && !found) format = view->format, found = true;
   int64_t bytes = format == Format::f32 ? 4 : 2;
   if (layout.columns % (16 / bytes) || (layout.drawn && layout.noise_offset % 4)) return false;
+  auto fits = [&](int64_t elements) { return elements * bytes / 16 <= INT32_MAX; };
+  if (!fits(layout.rows * layout.columns)) return false;
   for (const View* view : views) {
     if (!view->given) continue;
     if (view->format != (view->term ? Format::f32 : format) || view->format == Format::f64) return false;
@@ -150,7 +161,9 @@ bool Plan::can_pack(std::initializer_list<View*> views) {
     if (step == 0 && view->repeats) continue;
     auto aligned = [](int64_t address) { return address % 16 == 0; };
     if (step != 1 || !aligned(int64_t(view->data)) || !aligned(view->sample_stride * size)) return false;
-    if (layout.outer && !aligned(view->stride[0] * size)) return false;
+    int64_t row_stride = layout.outer ? view->stride[0] : 0;
+    if (!aligned(row_stride * size)) return false;
+    if (!fits((samples - 1) * view->sample_stride + (layout.rows - 1) * row_stride + layout.columns)) return false;
   }
   return true;
 }

@@ -34,28 +34,31 @@ struct Plan {
   device::Layout layout;
   device::Work work;
   ScalarType dtype;             // of the arithmetic
-  bool exponential;
+  bool exponential, clamped;    // of the scales: all, any
   bool packed = false;
   Format format = Format::f32;  // of the operands that are no terms, where packed
 
   // The last event_ndim dimensions are summed. noise_offset: where noise is drawn, which ties elements to their order.
-  Plan(const Shape& shape, int64_t event_ndim, ScalarType dtype, bool exponential, std::optional<int64_t> noise_offset,
-       std::initializer_list<View*> views);
+  Plan(const Shape& shape, int64_t event_ndim, ScalarType dtype, std::initializer_list<Scale> scales,
+       std::optional<int64_t> noise_offset, std::optional<int64_t> num_samples, std::initializer_list<View*> views);
 
  private:
-  bool can_pack(std::initializer_list<View*> views);
+  bool can_pack(std::initializer_list<View*> views, int64_t samples);
 };
 
 template <class Access>
 typename Access::Operand operand(const View& view, const Plan& plan) {
   typename Access::Operand out;
   out.data = view.data;
-  out.sample_stride = view.sample_stride;
   if constexpr (Access::packed) {
     out.row_stride = plan.layout.outer ? view.stride[0] : 0;
+    int64_t vector = view.format == Format::f32 ? 4 : 8;
+    out.row_vectors = uint32_t(out.row_stride / vector);
+    out.sample_vectors = uint32_t(view.sample_stride / vector);
     out.repeats = view.stride[plan.layout.outer] == 0;
   } else {
     out.format = view.format;
+    out.sample_stride = view.sample_stride;
     std::copy(view.stride, view.stride + kMaxDims, out.stride);
   }
   return out;
@@ -68,14 +71,21 @@ device::Draw<Access> draw(const std::optional<Tensor>& seed, const View& noise, 
           typename Access::Value(temperature), sample.format == Format::bf16 || sample.format == Format::f16};
 }
 
+template <bool clamped, class F>
+void dispatch_packed(const Plan& plan, F& f) {
+  using device::Packed;
+  if (plan.format == Format::f32) f(Packed<Format::f32, clamped>(), std::true_type());
+  else if (plan.format == Format::bf16) f(Packed<Format::bf16, clamped>(), std::true_type());
+  else f(Packed<Format::f16, clamped>(), std::true_type());
+}
+
 // Calls f(an access, whether all scales are exponential), both as types. Scales that are not take the strided kernels,
 // exponential ones mostly the packed.
 template <class F>
 void dispatch(const Plan& plan, F&& f) {
   if (plan.packed) {
-    if (plan.format == Format::f32) f(device::Packed<Format::f32>(), std::true_type());
-    else if (plan.format == Format::bf16) f(device::Packed<Format::bf16>(), std::true_type());
-    else f(device::Packed<Format::f16>(), std::true_type());
+    if (plan.clamped) dispatch_packed<true>(plan, f);
+    else dispatch_packed<false>(plan, f);
   } else if (plan.dtype == ScalarType::Double) {
     if (plan.exponential) f(device::Strided<double>(), std::true_type());
     else f(device::Strided<double>(), std::false_type());

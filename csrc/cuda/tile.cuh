@@ -28,6 +28,9 @@ struct Layout {
   int64_t rows = 1, columns = 0;
   int64_t noise_offset = 0;
   bool drawn = false;  // noise is: groups lie on Philox blocks
+  // For Packed: columns in vectors, and the Philox block of the first element.
+  uint32_t vectors = 0;
+  uint64_t first_block = 0;
   // For Strided: the dimensions that make up a row's index, then those that make up a column's.
   int outer = 0, inner = 0;
   int64_t size[kMaxDims] = {};
@@ -44,8 +47,9 @@ struct Work {
 };
 
 // What one thread does: groups first, first + lanes, ... below end.
+template <class Index>
 struct Thread {
-  int64_t row, first, end;
+  Index row, first, end;
   int lanes;
   uint32_t split;
 
@@ -53,11 +57,11 @@ struct Thread {
     lanes = 1 << work.lanes_log2;
     uint32_t row_block = work.splits.divide(blockIdx.x);
     split = blockIdx.x - row_block * work.splits.divisor;
-    row = int64_t(row_block) * (kThreads >> work.lanes_log2) + (threadIdx.x >> work.lanes_log2);
-    int64_t span = int64_t(work.steps) << work.lanes_log2, start = split * span;
+    row = Index(row_block) * (kThreads >> work.lanes_log2) + (threadIdx.x >> work.lanes_log2);
+    Index span = Index(work.steps) << work.lanes_log2, start = split * span, groups = Index(work.groups);
     first = start + (threadIdx.x & (lanes - 1));
-    end = start + span < work.groups ? start + span : work.groups;
-    if (row >= work.rows) end = first;
+    end = start + span < groups ? start + span : groups;
+    if (row >= Index(work.rows)) end = first;
   }
 };
 
@@ -69,7 +73,7 @@ FASTELBO_INLINE double sum_lanes(double x, int lanes) {
     __shared__ double warps[kThreads / 32];
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
     __syncthreads();
-    if (threadIdx.x % lanes == 0) {
+    if ((threadIdx.x & (lanes - 1)) == 0) {
       FASTELBO_ROLLED
       for (int warp = 1; warp < lanes / 32; ++warp) x += warps[threadIdx.x / 32 + warp];
     }
@@ -93,10 +97,11 @@ struct Sums {
   V* out;           // [rows]; null where the terms are stored element by element
   double* partial;  // [rows, splits], where there are several
 
-  FASTELBO_INLINE void store(const Work& work, const Thread& thread, V x) const {
+  template <class Index>
+  FASTELBO_INLINE void store(const Work& work, const Thread<Index>& thread, V x) const {
     double total = sum_lanes(x, thread.lanes);
-    if (thread.row >= work.rows || threadIdx.x % thread.lanes) return;
-    if (work.splits.divisor > 1) partial[thread.row * work.splits.divisor + thread.split] = total;
+    if (thread.row >= Index(work.rows) || (threadIdx.x & (thread.lanes - 1))) return;
+    if (work.splits.divisor > 1) partial[int64_t(thread.row) * work.splits.divisor + thread.split] = total;
     else out[thread.row] = V(total);
   }
 };
@@ -104,33 +109,37 @@ struct Sums {
 FASTELBO_INLINE float bf16_to_float(uint32_t bits) { return as_float(int32_t(bits << 16)); }
 
 // An exponential scale without a soft clamp, which is what packed kernels take.
+template <bool is_clamped>
 struct PlainScale : ScaleKinds {
   Kind kind;
   ClampGrad clamp_grad;
-  bool clamped;
+  static constexpr bool clamped = is_clamped;
   float clamp_lo, clamp_hi;
   static constexpr float soft_clamp = 0, inv_soft_clamp = 0;
 
   explicit PlainScale(const fastelbo::Scale& scale)
-      : kind(scale.kind), clamp_grad(scale.clamp_grad), clamped(scale.clamped), clamp_lo(float(scale.clamp_lo)), clamp_hi(float(scale.clamp_hi)) {}
+      : kind(scale.kind), clamp_grad(scale.clamp_grad), clamp_lo(float(scale.clamp_lo)), clamp_hi(float(scale.clamp_hi)) {}
 };
 
-template <Format format>
+// Offsets are 32-bit, in vectors: the host sees to it that they fit.
+template <Format format, bool clamped>
 struct Packed {
   using Value = float;
-  using Scale = PlainScale;
+  using Index = uint32_t;
+  using Scale = PlainScale<clamped>;
   static constexpr bool packed = true;
-  static constexpr int blocks = format == Format::f32 ? 4 : 3;  // that a multiprocessor holds at least
+  static constexpr int blocks = format == Format::f32 ? 4 : 2;  // that a multiprocessor holds at least
   static constexpr int width = format == Format::f32 ? 4 : 8;
 
   struct Operand {
     char* data = nullptr;  // [K, rows, columns]; null where not given
-    int64_t row_stride = 0, sample_stride = 0;  // in elements
-    bool repeats = false;  // one value a row
+    uint32_t row_vectors = 0, sample_vectors = 0;  // strides
+    int64_t row_stride = 0;  // in elements, which need not make whole vectors where there is
+    bool repeats = false;    // one value a row
   };
 
   struct Place {
-    int64_t row, column;
+    uint32_t row, group;
     uint64_t block;
 
     FASTELBO_INLINE bool inside(int) const { return true; }
@@ -138,18 +147,21 @@ struct Packed {
 
   static FASTELBO_INLINE constexpr bool approximate(bool) { return format != Format::f32; }
 
-  static FASTELBO_INLINE Place place(const Layout& layout, int64_t row, int64_t group) {
-    int64_t column = group * width;
-    return {row, column, uint64_t(layout.noise_offset + row * layout.columns + column) / 4};
+  static FASTELBO_INLINE Place place(const Layout& layout, uint32_t row, uint32_t group) {
+    return {row, group, layout.first_block + uint64_t(row * layout.vectors + group) * (width / 4)};
+  }
+
+  static FASTELBO_INLINE char* address(const Operand& operand, const Place& place, int64_t sample) {
+    return operand.data + 16 * uint64_t(uint32_t(sample) * operand.sample_vectors + place.row * operand.row_vectors + place.group);
   }
 
   static FASTELBO_INLINE void load(const Operand& operand, const Layout&, const Place& place, float (&out)[width], int64_t sample = 0) {
-    int64_t at = sample * operand.sample_stride + place.row * operand.row_stride + place.column;
+    const char* from = address(operand, place, sample);
     if constexpr (format == Format::f32) {
-      float4 v = *reinterpret_cast<const float4*>(operand.data + 4 * at);
+      float4 v = *reinterpret_cast<const float4*>(from);
       out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
     } else {
-      uint4 v = *reinterpret_cast<const uint4*>(operand.data + 2 * at);
+      uint4 v = *reinterpret_cast<const uint4*>(from);
       const uint32_t pair[4] = {v.x, v.y, v.z, v.w};
       FASTELBO_UNROLL
       for (int i = 0; i < 4; ++i) {
@@ -165,9 +177,9 @@ struct Packed {
   }
 
   static FASTELBO_INLINE void store(const Operand& operand, const Layout&, const Place& place, const float (&x)[width], int64_t sample = 0) {
-    int64_t at = sample * operand.sample_stride + place.row * operand.row_stride + place.column;
+    char* to = address(operand, place, sample);
     if constexpr (format == Format::f32) {
-      *reinterpret_cast<float4*>(operand.data + 4 * at) = {x[0], x[1], x[2], x[3]};
+      *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
     } else {
       uint32_t pair[4];
       FASTELBO_UNROLL
@@ -175,7 +187,7 @@ struct Packed {
         if constexpr (format == Format::bf16) pair[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
         else pair[i] = pack_f16(x[2 * i], x[2 * i + 1]);
       }
-      *reinterpret_cast<uint4*>(operand.data + 2 * at) = {pair[0], pair[1], pair[2], pair[3]};
+      *reinterpret_cast<uint4*>(to) = {pair[0], pair[1], pair[2], pair[3]};
     }
   }
 
@@ -202,12 +214,12 @@ struct Packed {
     }
     FASTELBO_UNROLL
     for (int i = 0; i < width; i += 4) {
-      float4 v = *reinterpret_cast<const float4*>(row + place.column + i);
+      float4 v = *reinterpret_cast<const float4*>(row + place.group * uint64_t(width) + i);
       out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
     }
   }
   static FASTELBO_INLINE void store_term(const Operand& operand, const Layout&, const Place& place, const float (&x)[width]) {
-    float* row = reinterpret_cast<float*>(operand.data) + place.row * operand.row_stride + place.column;
+    float* row = reinterpret_cast<float*>(operand.data) + place.row * operand.row_stride + place.group * uint64_t(width);
     FASTELBO_UNROLL
     for (int i = 0; i < width; i += 4) *reinterpret_cast<float4*>(row + i) = {x[i], x[i + 1], x[i + 2], x[i + 3]};
   }
@@ -216,6 +228,7 @@ struct Packed {
 template <class T>
 struct Strided {
   using Value = T;
+  using Index = int64_t;
   using Scale = ScaleOf<T>;
   static constexpr bool packed = false;
   static constexpr int blocks = sizeof(T) == 4 ? 2 : 1;  // that a multiprocessor holds at least; without it, registers spill

@@ -44,6 +44,11 @@ FASTELBO_INLINE float cos_approx(float a) { float y; asm("cos.approx.ftz.f32 %0,
 // Two values to two halves, `low` in the low bits; rounded to nearest.
 FASTELBO_INLINE uint32_t pack_bf16(float low, float high) { uint32_t y; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low)); return y; }
 FASTELBO_INLINE uint32_t pack_f16(float low, float high) { uint32_t y; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low)); return y; }
+// One instruction; of a 64-bit product in C++ the compiler makes two.
+FASTELBO_INLINE void multiply_wide(uint32_t a, uint32_t constant, uint32_t& high, uint32_t& low) {
+  asm("{ .reg .u64 product; mul.wide.u32 product, %2, %3; mov.b64 {%1, %0}, product; }" : "=r"(high), "=r"(low) : "r"(a), "r"(constant));
+}
+
 FASTELBO_INLINE float f16_to_float(uint16_t a) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(a)); return y; }
 #endif
 
@@ -74,12 +79,6 @@ FASTELBO_INLINE float half_pow2(Integral n) { return as_float(int32_t(uint32_t(a
 // 2^n, n limited to 127.
 FASTELBO_INLINE float pow2(Integral n) { return fminf(2.0f * half_pow2(n), 0x1p127f); }
 FASTELBO_INLINE float times_pow2(float x, Integral n) { return x * half_pow2(n) * 2.0f; }
-
-FASTELBO_INLINE void multiply_wide(uint32_t a, uint32_t constant, uint32_t& high, uint32_t& low) {
-  uint64_t product = uint64_t(a) * constant;
-  high = uint32_t(product >> 32);
-  low = uint32_t(product);
-}
 
 #include "../common/elementary.h"
 #include "../common/philox.h"

@@ -135,6 +135,12 @@ namespace fastelbo::device {
 inline float min(float a, float b) { return a != a || b != b ? NAN : a < b ? a : b; }
 inline float max(float a, float b) { return a != a || b != b ? NAN : a > b ? a : b; }
 
+inline void multiply_wide(uint32_t a, uint32_t constant, uint32_t& high, uint32_t& low) {
+  uint64_t product = uint64_t(a) * constant;
+  high = uint32_t(product >> 32);
+  low = uint32_t(product);
+}
+
 inline float rsqrt_approx(float a) { return std::nextafter(1 / std::sqrt(a), 0.0f); }
 inline float sqrt_approx(float a) { return std::sqrt(a); }
 inline float log2_approx(float a) { return std::log2(a); }
