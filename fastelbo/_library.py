@@ -18,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def define(name: str, schema: str, fake) -> "dict[str, torch._ops.OpOverload]":
     """Defines an op with a kernel per backend; returns what each backend calls.
 
-    The Triton kernel of <op>_fwd is the function of that name in fastelbo.kernels.<op>: it takes the results to fill in,
+    The Triton kernel of <op>_fwd is the function of that name in fastelbo.kernels.<op>: it takes the results to fill,
     which `fake` has allocated, and the op's arguments.
 
     Args:

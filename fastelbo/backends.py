@@ -14,8 +14,8 @@ _CPU_ISA_NAMES = ("portable", "AVX2", "AVX-512")
 BACKENDS = {
     "reference": "plain torch",
     "cpu": "C++ with AVX2, AVX-512 or portable vectors",
-    "triton": "Triton kernels",
-    "cuda": "CUDA C++ kernels",
+    "triton": "Triton kernels, checked in Triton's interpreter; no GPU has run them yet",
+    "cuda": "CUDA C++ kernels, compiled; no GPU has run them yet",
 }
 
 # The fastest first; "reference" runs wherever torch does. On GPUs that is still a guess: no row has been measured.
@@ -45,6 +45,13 @@ def _triton_missing() -> "str | None":
         return "triton is not installed: pip install triton"
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
         return f"triton is {version}, and fastelbo needs {'.'.join(map(str, _OLDEST_TRITON))} or newer"
+    return None
+
+
+def no_device(name: str) -> "str | None":
+    """None if a device that the backend runs on is there, else a sentence."""
+    if name != "reference" and _DEVICE[name] == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU"
     return None
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LN2_HIGH: tl.constexpr = tl.constexpr(0.693359375)  # 9 bits: n * high is exact
 _LN2_LOW: tl.constexpr = tl.constexpr(-2.12194440e-4)
+_LARGEST: tl.constexpr = tl.constexpr(88.37)
 _MAGIC: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer
 
 
@@ -27,36 +28,40 @@ def at_least(x, limit):
 
 @triton.jit
 def _reduce(x):
-    """x = n ln2 + r, |r| <= ln2 / 2: returns r, exp(r) - 1 - r and 2^(n - 1), which never overflows."""
-    x = at_most(at_least(x, -87.0), 89.0)  # beyond, exp is 0 or inf
+    """x = n ln2 + r, |r| <= ln2 / 2: returns x, r, exp(r) - 1 - r and 2^n, which is 0 below the normal numbers.
+
+    From _LARGEST on, where n would be 128, all are those of _LARGEST.
+    """
+    limited = at_most(x, _LARGEST)
+    x = at_least(limited, -88.0)
     # n lands in the low bits, with the exponent's bias on it
-    shifted = tl.fma(x, _LOG2E, _MAGIC + 126.0)
-    n = shifted - (_MAGIC + 126.0)
-    half_power = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
+    shifted = tl.fma(x, _LOG2E, _MAGIC + 127.0)
+    n = shifted - (_MAGIC + 127.0)
+    power = (shifted.to(tl.int32, bitcast=True) << 23).to(tl.float32, bitcast=True)
     r = tl.fma(n, -_LN2_HIGH, x)
     r = tl.fma(n, -_LN2_LOW, r)
     q = tl.fma(r, 0.001392692677, 0.008363774046)
     q = tl.fma(q, r, 0.0416665487)
     q = tl.fma(q, r, 0.1666657329)
     q = tl.fma(q, r, 0.5)
-    return r, r * r * q, half_power
+    return limited, r, r * r * q, power
 
 
 @triton.jit
 def exp(x):
-    """exp(x); 0 below -87, where float32 is about to run out of normal numbers."""
+    """exp(x); 0 from -87.7 down and inf from 88.37 up, half an octave before float32 runs out of normal numbers."""
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
-        r, rest, half_power = _reduce(x)
-        return tl.fma(r + rest, half_power, half_power) * 2.0
+        _, r, rest, power = _reduce(x)
+        return tl.where(x > _LARGEST, float("inf"), tl.fma(r + rest, power, power))
 
 
 @triton.jit
 def expm1_parts(x):
     """exp(x) - 1, and exp(x) - 1 - x without cancellation near 0; shares its reduction with exp(x).
 
-    Above 88.3 the first is half of what it should be: its square, which all callers want, is inf all the same.
+    Above 88.37 both stay what they are there: the square of the first, which all callers want, is inf all the same.
     """
     if x.dtype == tl.float64:
         series = tl.full(x.shape, 1.0, x.dtype)
@@ -67,10 +72,9 @@ def expm1_parts(x):
         small = tl.abs(x) < 0.34
         return tl.where(small, near + x, far), tl.where(small, near, far - x)
     else:
-        r, rest, half_power = _reduce(x)
-        power = tl.minimum(half_power * 2.0, 1.7014118346046923e38)
+        limited, r, rest, power = _reduce(x)
         e = tl.fma(r + rest, power, power - 1.0)
-        return e, tl.where(tl.abs(x) < 0.34, rest, e - x)
+        return e, tl.where(tl.abs(x) < 0.34, rest, e - limited)
 
 
 @triton.jit

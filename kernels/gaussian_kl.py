@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from fastelbo import _library
 from fastelbo.kernels import elementary, plan, tile
 from fastelbo.kernels import scale as scales
@@ -9,7 +10,7 @@ from fastelbo.kernels import scale as scales
 
 @triton.jit
 def _ratio_terms(h):
-    """(exp(2h) - 1) / 2, and that less h without cancellation: what a ratio exp(h) of standard deviations costs in KL."""
+    """(exp(2h) - 1) / 2, and that less h without cancellation: what a ratio exp(h) of two sigmas costs in KL."""
     e, e_minus_h = elementary.expm1_parts(h)
     half_e = 0.5 * e
     return tl.fma(half_e, e, e), tl.fma(half_e, e, e_minus_h)
@@ -60,7 +61,7 @@ def _fwd(
     total = tl.zeros([R, C], T)
     for step in range(STEPS):
         first = (split * STEPS + step).to(tl.int64) * C
-        window = tile.window(row, rows, first, columns, None, row_sizes, column_sizes, C, EVEN)
+        window = tile.window(row, rows, first, columns, 0, row_sizes, column_sizes, C, EVEN)
         mean_q, _, q, mean_p, _, p = load_gaussians(gaussians, window, SCALE, SCALE_P, T, VECTOR)
         terms, _, _, _ = kl_terms(mean_q, q, mean_p, p, SCALE, SCALE_P)
         if SUM:
@@ -73,28 +74,31 @@ def _fwd(
 
 @triton.jit(do_not_specialize=plan.PLAIN)
 def _bwd(
-    d_kl, gaussians, gradients,  # d_kl; mean_q, s_q, mean_p, s_p; d_mean_q, d_s_q, d_mean_p, d_s_p: [rows, columns]
+    d_kl, gaussians,  # d_kl; mean_q, s_q, mean_p, s_p: [rows, columns]
+    gradients,  # d_mean_q, d_s_q, and d_mean_p, d_s_p where wanted: [rows, columns]
     rows, columns, row_sizes, column_sizes, splits,
-    SCALE: tl.constexpr, SCALE_P: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr,
+    SCALE: tl.constexpr, SCALE_P: tl.constexpr, PRIOR_GRAD: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     columns = columns.to(tl.int64) * VECTOR
     row, split = tile.start(splits, R)
-    window = tile.window(row, rows, split.to(tl.int64) * C, columns, None, row_sizes, column_sizes, C, EVEN)
+    window = tile.window(row, rows, split.to(tl.int64) * C, columns, 0, row_sizes, column_sizes, C, EVEN)
     mean_q, s_q, q, mean_p, s_p, p = load_gaussians(gaussians, window, SCALE, SCALE_P, T, VECTOR)
     upstream = tile.load(d_kl, window, T, VECTOR)
     _, d_mean, d_logvar_q, d_logvar_p = kl_terms(mean_q, q, mean_p, p, SCALE, SCALE_P)
     d_mean *= upstream
     tile.store(gradients[0], window, d_mean, VECTOR)
     tile.store(gradients[1], window, scales.clamp_gradient(s_q, upstream * (d_logvar_q * q[3]), SCALE), VECTOR)
-    if gradients[2] is not None:
+    if PRIOR_GRAD:
         tile.store(gradients[2], window, -d_mean, VECTOR)
         tile.store(gradients[3], window, scales.clamp_gradient(s_p, upstream * (d_logvar_p * p[3]), SCALE_P), VECTOR)
 
 
 def gaussian_kl_fwd(kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim):
     """Fills kl; the arguments of the op's schema."""
-    found = plan.plan(event_ndim, mean_q, s_q, mean_p, s_p, None if event_ndim else kl, tile=plan.tile_size(kl.dtype, scale, scale_p))
+    found = plan.plan(
+        event_ndim, mean_q, s_q, mean_p, s_p, None if event_ndim else kl, tile=plan.tile_size(kl.dtype, scale, scale_p)
+    )
     if found is None:
         return kl.zero_()
     *gaussians, elements = found.operands
@@ -118,6 +122,6 @@ def gaussian_kl_bwd(gradients, d_kl, mean_q, s_q, mean_p, s_p, scale, scale_p, e
     if found is None:
         return
     found.launch(
-        _bwd, found.operands[0], found.operands[1:5], found.operands[5:],
-        SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), T=plan.TYPES[dtype],
+        _bwd, found.operands[0], found.operands[1:5], tuple(filter(None, found.operands[5:])),
+        SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), PRIOR_GRAD=prior_grad, T=plan.TYPES[dtype],
     )  # fmt: skip

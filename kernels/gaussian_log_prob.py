@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from fastelbo import _library
 from fastelbo.kernels import plan, tile
 from fastelbo.kernels import scale as scales
@@ -20,7 +21,7 @@ def _fwd(
     total = tl.zeros([R, C], T)
     for step in range(STEPS):
         first = (split * STEPS + step).to(tl.int64) * C
-        window = tile.window(row, rows, first, columns, None, row_sizes, column_sizes, C, EVEN)
+        window = tile.window(row, rows, first, columns, 0, row_sizes, column_sizes, C, EVEN)
         p = scales.spread(tile.load(s, window, T, VECTOR), SCALE)
         r = scales.divide(tile.load(x, window, T, VECTOR) - tile.load(mean, window, T, VECTOR), p, SCALE)
         terms = tl.fma(0.5 * r, r, p[1] + 0.9189385332046727)  # ln(2 pi) / 2
@@ -39,12 +40,12 @@ def _bwd(
     d_out, x, mean, s, d_x, d_mean, d_s,  # [rows, columns]
     d_s_sums,  # [programs]: the sums that make up the gradient of a single s, in place of d_s
     rows, columns, row_sizes, column_sizes, splits,
-    SCALE: tl.constexpr, NEGATIVE: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
+    SCALE: tl.constexpr, NEGATIVE: tl.constexpr, X_GRAD: tl.constexpr, ONE_S: tl.constexpr, T: tl.constexpr,
+    VECTOR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     columns = columns.to(tl.int64) * VECTOR
     row, split = tile.start(splits, R)
-    window = tile.window(row, rows, split.to(tl.int64) * C, columns, None, row_sizes, column_sizes, C, EVEN)
+    window = tile.window(row, rows, split.to(tl.int64) * C, columns, 0, row_sizes, column_sizes, C, EVEN)
     upstream = tile.load(d_out, window, T, VECTOR)
     if not NEGATIVE:
         upstream = -upstream
@@ -52,14 +53,14 @@ def _bwd(
     p = scales.spread(raw, SCALE)
     r = scales.divide(tile.load(x, window, T, VECTOR) - tile.load(mean, window, T, VECTOR), p, SCALE)
     d_delta = upstream * scales.divide(r, p, SCALE)
-    if d_x is not None:
+    if X_GRAD:
         tile.store(d_x, window, d_delta, VECTOR)
     tile.store(d_mean, window, -d_delta, VECTOR)
     d_raw = scales.clamp_gradient(raw, upstream * (0.5 * tl.fma(-r, r, 1.0) * p[3]), SCALE)
-    if d_s is not None:
-        tile.store(d_s, window, d_raw, VECTOR)
-    else:
+    if ONE_S:
         tl.store(d_s_sums + tl.program_id(0), tl.sum(tile.inside(d_raw, window)))
+    else:
+        tile.store(d_s, window, d_raw, VECTOR)
 
 
 def gaussian_log_prob_fwd(out, x, mean, s, scale, event_ndim, negative):
@@ -92,7 +93,8 @@ def gaussian_log_prob_bwd(gradients, d_out, x, mean, s, scale, event_ndim, negat
         return
     sums = d_s.new_empty(found.grid.programs) if one_s else None
     found.launch(
-        _bwd, *found.operands, sums, SCALE=plan.numbers(scale), NEGATIVE=negative, T=plan.TYPES[dtype]
-    )
+        _bwd, *found.operands, sums,
+        SCALE=plan.numbers(scale), NEGATIVE=negative, X_GRAD=x_grad, ONE_S=one_s, T=plan.TYPES[dtype],
+    )  # fmt: skip
     if one_s:
         plan.add_sums(d_s, sums)

@@ -3,10 +3,10 @@
 import torch
 import triton
 import triton.language as tl
-from fastelbo.kernels import plan, tile
-from fastelbo.kernels import scale as scales
 
 from fastelbo import _library
+from fastelbo.kernels import plan, tile
+from fastelbo.kernels import scale as scales
 
 
 def approximate(dtype: torch.dtype) -> bool:
@@ -30,33 +30,33 @@ def heat(std, temperature, HEATED: tl.constexpr):
 @triton.jit
 def store_samples(
     z, z_stride, mean, std, draws, samples, window, shift, columns,
-    T: tl.constexpr, VECTOR: tl.constexpr, APPROXIMATE: tl.constexpr,
+    T: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     """Writes mean + std * noise of every sample."""
     if z_stride is None:
-        noise = tile.draw(draws, 0, window, shift, columns, T, VECTOR, APPROXIMATE)
+        noise = tile.draw(draws, 0, window, shift, columns, T, VECTOR, ALIGNED, APPROXIMATE)
         tile.store(z, window, tl.fma(std, noise, mean), VECTOR)
     else:
         for sample in range(samples):
-            noise = tile.draw(draws, sample, window, shift, columns, T, VECTOR, APPROXIMATE)
-            tile.store(tile.of_sample(z, z_stride, sample), window, tl.fma(std, noise, mean), VECTOR)
+            noise = tile.draw(draws, sample, window, shift, columns, T, VECTOR, ALIGNED, APPROXIMATE)
+            tile.store(z, window, tl.fma(std, noise, mean), VECTOR, tile.sample_start(sample, z_stride))
 
 
 @triton.jit
 def sample_gradients(
     d_z, d_z_stride, draws, samples, window, shift, columns,
-    T: tl.constexpr, VECTOR: tl.constexpr, APPROXIMATE: tl.constexpr,
+    T: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
     """The sums over all samples of d_z and of d_z * noise."""
     if d_z_stride is None:
         upstream = tile.load(d_z, window, T, VECTOR)
-        return upstream, upstream * tile.draw(draws, 0, window, shift, columns, T, VECTOR, APPROXIMATE)
+        return upstream, upstream * tile.draw(draws, 0, window, shift, columns, T, VECTOR, ALIGNED, APPROXIMATE)
     else:
         total = tl.zeros([window[0].shape[0], window[3].shape[1]], T)
         noisy = total
         for sample in range(samples):
-            upstream = tile.load(tile.of_sample(d_z, d_z_stride, sample), window, T, VECTOR)
-            noise = tile.draw(draws, sample, window, shift, columns, T, VECTOR, APPROXIMATE)
+            upstream = tile.load(d_z, window, T, VECTOR, tile.sample_start(sample, d_z_stride))
+            noise = tile.draw(draws, sample, window, shift, columns, T, VECTOR, ALIGNED, APPROXIMATE)
             total += upstream
             noisy = tl.fma(upstream, noise, noisy)
         return total, noisy
@@ -72,12 +72,12 @@ def _fwd(
 ):  # fmt: skip
     columns = columns.to(tl.int64) * VECTOR
     row, split = tile.start(splits, R)
-    shift = tile.noise_shift(row, columns, noise_offset, ALIGNED)
-    window = tile.window(row, rows, split.to(tl.int64) * C, columns, shift, row_sizes, column_sizes, C, EVEN)
+    shift = tile.noise_shift(row, columns, noise_offset)
+    window = tile.window(row, rows, split.to(tl.int64) * C, columns, shift, row_sizes, column_sizes, C, EVEN, ALIGNED)
     std = heat(scales.spread(tile.load(s, window, T, VECTOR), SCALE)[0], temperature, HEATED)
     store_samples(
         z, z_stride, tile.load(mean, window, T, VECTOR), std, (seed, noise, noise_stride, noise_offset), samples,
-        window, shift, columns, T, VECTOR, APPROXIMATE,
+        window, shift, columns, T, VECTOR, ALIGNED, APPROXIMATE,
     )  # fmt: skip
 
 
@@ -91,11 +91,11 @@ def _bwd(
 ):  # fmt: skip
     columns = columns.to(tl.int64) * VECTOR
     row, split = tile.start(splits, R)
-    shift = tile.noise_shift(row, columns, noise_offset, ALIGNED)
-    window = tile.window(row, rows, split.to(tl.int64) * C, columns, shift, row_sizes, column_sizes, C, EVEN)
+    shift = tile.noise_shift(row, columns, noise_offset)
+    window = tile.window(row, rows, split.to(tl.int64) * C, columns, shift, row_sizes, column_sizes, C, EVEN, ALIGNED)
     _, noisy = sample_gradients(
         d_z, d_z_stride, (seed, noise, noise_stride, noise_offset), samples,
-        window, shift, columns, T, VECTOR, APPROXIMATE,
+        window, shift, columns, T, VECTOR, ALIGNED, APPROXIMATE,
     )  # fmt: skip
     raw = tile.load(s, window, T, VECTOR)
     d_std = heat(scales.spread(raw, SCALE)[2], temperature, HEATED)

@@ -6,7 +6,8 @@ import triton.language as tl
 from fastelbo import _library
 
 _INTERPRETED: tl.constexpr = tl.constexpr(_library.INTERPRETED)  # the interpreter knows no instructions
-_MAGIC: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, which lands in the low bits
+# 1.5 * 2^23: adding it rounds to an integer, which lands in the low bits
+_MAGIC: tl.constexpr = tl.constexpr(12582912.0)
 
 
 @triton.jit

@@ -10,8 +10,8 @@ import triton.language as tl
 
 from fastelbo import _library
 
-# Elements of a program at most: 16 for each thread of 4 warps, which still fit its registers. An interpreted program costs
-# milliseconds, so there a few large ones must do.
+# Elements of a program at most: 16 for each thread of 4 warps, which still fit its registers. An interpreted program
+# costs milliseconds, so there a few large ones must do.
 _TILE = 2**14 if _library.INTERPRETED else 2**11
 # A row longer than so many tiles is summed by several programs; their sums are added in float64.
 _SUMMED_TILES = 4
@@ -35,8 +35,7 @@ class Layout(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _layout(event_ndim, *tensors) -> Layout:
-    """The Layout of tensors given as (shape, strides). The last event_ndim dimensions are the columns; where it is 0 any
-    cut will do."""
+    """The Layout of tensors given as (shape, strides); the last event_ndim dimensions are columns, any if that is 0."""
     rank = max(len(shape) for shape, _ in tensors)
     sizes, strides = [1] * rank, []
     for shape, steps in tensors:
@@ -90,8 +89,12 @@ def _grid(rows, columns, summed, tile) -> Grid:
 
 
 def tile_size(dtype: torch.dtype, *scales) -> int:
-    """How many elements a program takes whose kernel computes in the dtype, with Scales as the schemas carry them or None:
-    fewer where an element needs more registers."""
+    """How many elements a program takes: fewer where an element needs more registers.
+
+    Args:
+        dtype: that the kernel computes in.
+        scales: of its Gaussians, as the schemas carry them; None for no Gaussian.
+    """
     if _library.INTERPRETED:
         return _TILE
     if dtype == torch.float64:
@@ -172,7 +175,9 @@ def plan(event_ndim, *tensors, tile, noise_offset=None) -> "Plan | None":
     )
     if not aligned or found.vector == 1:
         tile //= 2  # every element has an address of its own
-    return Plan(operands, found, _grid(found.rows, found.columns + (0 if aligned else 3), event_ndim > 0, tile), aligned)
+    return Plan(
+        operands, found, _grid(found.rows, found.columns + (0 if aligned else 3), event_ndim > 0, tile), aligned
+    )
 
 
 def add_sums(out, sums) -> None:

@@ -1,7 +1,8 @@
-"""From raw values to standard deviations, as in csrc/common/scale.h. A SCALE is what plan.numbers() makes of a Scale."""
+"""From raw values to standard deviations, as in csrc/common/scale.h; a SCALE is what plan.numbers() makes of one."""
 
 import triton
 import triton.language as tl
+
 from fastelbo.kernels import elementary
 
 _INFINITY: tl.constexpr = tl.constexpr(float("inf"))

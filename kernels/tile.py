@@ -1,13 +1,14 @@
 """How a kernel sees its tensors: a tile of some rows and columns, whose elements it loads, stores, draws and sums.
 
-An operand comes as (pointer, row strides, column strides), one stride for each dimension (plan.py). The strides are () where
-it is constant over them, so that what depends on a row alone is loaded and computed once a row; column strides are None where
-columns lie side by side. Rows and columns follow the logical order, whatever the memory's: an element's index in its draw is
-row * columns + column.
+An operand comes as (pointer, row strides, column strides), one stride for each dimension (plan.py). The strides are ()
+where it is constant over them, so that what depends on a row alone is loaded and computed once a row; column strides
+are None where columns lie side by side. Rows and columns follow the logical order, whatever the memory's: an element's
+index in its draw is row * columns + column.
 """
 
 import triton
 import triton.language as tl
+
 from fastelbo import _library
 from fastelbo.kernels import philox
 
@@ -22,17 +23,20 @@ def start(splits, R: tl.constexpr):
 
 
 @triton.jit
-def window(row, rows, first, columns, shift, row_sizes, column_sizes, C: tl.constexpr, EVEN: tl.constexpr):
-    """The elements of a tile: C columns of its rows from `first` - `shift` on, where shift is [R, 1] or None.
+def window(
+    row, rows, first, columns, shift, row_sizes, column_sizes,
+    C: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr = True,
+):  # fmt: skip
+    """The elements of a tile: C columns of its rows from `first` on, or from `first` - `shift` on where not ALIGNED.
 
-    Returns its rows, their mask, `first`, its columns counted from there, their mask, and the sizes of all dimensions. EVEN
-    promises that all of it lies inside.
+    Returns its rows, their mask, `first`, its columns counted from there, their mask, and the sizes of all dimensions.
+    EVEN promises that all of it lies inside.
     """
     lane = tl.arange(0, C)[None, :]
     if EVEN:
         whole = tl.full([1, 1], True, tl.int1)
         return row, whole, first, lane, whole, row_sizes, column_sizes
-    elif shift is None:
+    elif ALIGNED:
         return row, row < rows, first, lane, lane < columns - first, row_sizes, column_sizes
     else:
         lane = lane - shift.to(tl.int32)
@@ -51,10 +55,11 @@ def _offsets(index, sizes, strides, DIVISOR: tl.constexpr):
 
 
 @triton.jit
-def _place(operand, window, VECTOR: tl.constexpr):
-    """Pointers to the window's elements and their mask: [R, C], or of size 1 along what the operand is constant over."""
+def _place(operand, start, window, VECTOR: tl.constexpr):
+    """Pointers to the window's elements and their mask: [R, C], of size 1 along what the operand is constant over."""
     row, row_mask, first, lane, lane_mask, row_sizes, column_sizes = window
     pointer, row_strides, column_strides = operand
+    pointer += start
     if column_strides is None:
         if len(row_strides) > 0:
             pointer += _offsets(row, row_sizes, row_strides, VECTOR)
@@ -70,16 +75,16 @@ def _place(operand, window, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def load(operand, window, T: tl.constexpr, VECTOR: tl.constexpr):
-    """An operand's elements in the type T."""
-    pointer, mask = _place(operand, window, VECTOR)
+def load(operand, window, T: tl.constexpr, VECTOR: tl.constexpr, start=0):
+    """A window's elements in the type T, from an operand whose first element lies at `start`."""
+    pointer, mask = _place(operand, start, window, VECTOR)
     return tl.load(pointer, mask=mask, other=0).to(T)
 
 
 @triton.jit
-def store(operand, window, values, VECTOR: tl.constexpr):
+def store(operand, window, values, VECTOR: tl.constexpr, start=0):
     """Writes a window's elements."""
-    pointer, mask = _place(operand, window, VECTOR)
+    pointer, mask = _place(operand, start, window, VECTOR)
     if _INTERPRETED and operand[0].dtype.element_ty == tl.bfloat16:
         values = _round_to_bfloat16(values)
     tl.store(pointer, values.to(operand[0].dtype.element_ty), mask=mask & window[1] & window[4])
@@ -94,33 +99,33 @@ def _round_to_bfloat16(x):
 
 
 @triton.jit
-def of_sample(operand, stride, sample):
-    """The operand of one Monte-Carlo sample; stride None: there is but one."""
+def sample_start(sample, stride):
+    """Where a Monte-Carlo sample starts; stride None: there is but one."""
     if stride is None:
-        return operand
+        return 0
     else:
-        return operand[0] + tl.cast(sample, tl.int64) * stride, operand[1], operand[2]
+        return tl.cast(sample, tl.int64) * stride
 
 
 @triton.jit
-def noise_shift(row, columns, noise_offset, ALIGNED: tl.constexpr):
-    """By how much a row's windows start early, [R, 1], so that they start on a block of four normals; None where all do."""
-    if ALIGNED:
-        return None
-    else:
-        return (noise_offset + row * columns) & 3
+def noise_shift(row, columns, noise_offset):
+    """By how much a row's windows must start early, [R, 1], to start on a block of four normals."""
+    return (noise_offset + row * columns) & 3
 
 
 @triton.jit
-def draw(draws, sample, window, shift, columns, T: tl.constexpr, VECTOR: tl.constexpr, APPROXIMATE: tl.constexpr):
+def draw(
+    draws, sample, window, shift, columns,
+    T: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr, APPROXIMATE: tl.constexpr,
+):  # fmt: skip
     """The noise of a window in one sample, drawn or given. draws: (seed pointer, noise, its sample stride, offset)."""
     seed, noise, stride, noise_offset = draws
     if noise is not None:
-        return load(of_sample(noise, stride, sample), window, T, VECTOR)
+        return load(noise, window, T, VECTOR, sample_start(sample, stride))
     else:
         row, _, first, lane, _, _, _ = window
         begin = noise_offset + row * columns + first
-        if shift is not None:
+        if not ALIGNED:
             begin -= shift
         block = (begin >> 2) + tl.arange(0, lane.shape[1] // 4)[None, :]
         return philox.normals(tl.load(seed), block, sample, APPROXIMATE).to(T)

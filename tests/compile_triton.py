@@ -87,8 +87,8 @@ def resources(compiled) -> dict:
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(NamedTarget(capability))
     compiled = []
-    triton.JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **options: compiled.append(
-        (kernel.__name__, kernel.warmup(*args, grid=grid, **options), options)
+    triton.JITFunction.__getitem__ = lambda kernel, grid: (
+        lambda *args, **options: compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **options), options))
     )
     found = {}
     for case, (keywords, shape, dtype, ops) in CASES.items():

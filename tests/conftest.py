@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+# ruff: noqa: E402
 GPU = torch.cuda.is_available()
 if not GPU:  # Triton's interpreter runs the kernels on the CPU; read when they are imported
     os.environ["TRITON_INTERPRET"] = "1"

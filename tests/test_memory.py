@@ -83,8 +83,8 @@ def upstream(outputs):
     return [torch.empty_like(out).copy_(torch.arange(1.0, 1 + out.numel()).cos().reshape(out.shape)) for out in outputs]
 
 
-# torch's profiler sees what the CPU allocates, and an interpreted kernel allocates as it likes. tests/test_gpu.py has the
-# same for GPUs.
+# torch's profiler sees what the CPU allocates, and an interpreted kernel allocates as it likes. tests/test_gpu.py has
+# the same for GPUs.
 allocations_of_the_cpu = pytest.mark.parametrize("kernels", ["cpu"], indirect=True)
 
 
