@@ -71,9 +71,8 @@ def find_nvcc() -> "str | None":
         sys.exit(f"FASTELBO_CUDA must be auto, 0 or 1; got {wanted!r}")
     if wanted == "0":
         return None
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    path = os.pathsep.join([f"{home}/bin" for home in homes if home] + [os.environ.get("PATH", "")])
-    nvcc = shutil.which("nvcc", path=path)
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    nvcc = shutil.which("nvcc", path=f"{home}/bin{os.pathsep}{os.environ.get('PATH', '')}")
     if nvcc is None and wanted == "1":
         sys.exit("FASTELBO_CUDA=1, but nvcc is neither in CUDA_HOME nor on the PATH")
     if nvcc is None:
@@ -151,17 +150,16 @@ class BuildLibraries(build_ext):
             self.spawn([*nvcc, *extension.extra_compile_args, "-c", source, "-o", out])
             return out
 
-        # The library must find the symbols of whatever libtorch_cuda.so is loaded, and torch without CUDA has none to
-        # link against: an empty library of that name stands in. cudart is linked in: torch's own may be of another CUDA.
+        # The library takes its symbols from whatever libtorch_cuda.so is loaded, and torch without CUDA has none to
+        # link against: an empty library of that name stands in. cudart is linked in: torch's may be of another CUDA.
         folder.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
         stub, name = folder / "stub.cpp", "libtorch_cuda.so"
         stub.write_text("")
         self.spawn([*nvcc, "-shared", "-cudart=none", f"-Xlinker=-soname={name}", str(stub), "-o", str(folder / name)])
-        self.spawn(
-            [*nvcc, "-shared", "-cudart=static", *self.in_parallel(compile_one, extension.sources), "-o", str(library)]
-            + [f"-L{TORCH / 'lib'}", "-Xlinker=--no-as-needed", str(folder / name), "-ltorch_cpu", "-lc10"]
-        )
+        objects = self.in_parallel(compile_one, extension.sources)
+        libraries = [f"-L{TORCH / 'lib'}", "-Xlinker=--no-as-needed", str(folder / name), "-ltorch_cpu", "-lc10"]
+        self.spawn([*nvcc, "-shared", "-cudart=static", *objects, *libraries, "-o", str(library)])
 
     def in_parallel(self, function, items):
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:

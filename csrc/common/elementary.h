@@ -22,22 +22,22 @@ FASTELBO_INLINE Integral exp_reduce(F32 x, F32& r, F32& rest) {
 FASTELBO_INLINE F32 exp(F32 x) {
   F32 r, rest;
   Integral n = exp_reduce(x, r, rest);
-  return times_pow2(r + rest + F32(1.0f), n);
+  return times_pow2_from_1(r + rest, n);
 }
 
-// e = exp(x) - 1, e_minus_x = e - x without cancellation near 0; shares its reduction with exp(x). Above 88.3 e is half
-// of what it should be: its square, which all callers want, is inf all the same.
-FASTELBO_INLINE void expm1_parts(F32 x, F32& e, F32& e_minus_x) {
+// With e = exp(x) - 1: half_e = e / 2, which cannot overflow before x leaves what exp_reduce takes, and e_minus_x = e - x
+// without cancellation near 0; shares its reduction with exp(x).
+FASTELBO_INLINE void expm1_parts(F32 x, F32& half_e, F32& e_minus_x) {
   F32 r, rest;
-  F32 power = pow2(exp_reduce(x, r, rest));
-  e = fma(r + rest, power, power - F32(1.0f));
-  e_minus_x = select(abs(x) < F32(0.34f), rest, e - x);
+  F32 half_power = half_pow2(exp_reduce(x, r, rest));
+  half_e = fma(r + rest, half_power, half_power - F32(0.5f));
+  e_minus_x = select(abs(x) < F32(0.34f), rest, fma(F32(2.0f), half_e, -x));
 }
 
 FASTELBO_INLINE F32 expm1(F32 x) {
-  F32 e, e_minus_x;
-  expm1_parts(x, e, e_minus_x);
-  return e;
+  F32 half_e, e_minus_x;
+  expm1_parts(x, half_e, e_minus_x);
+  return half_e + half_e;
 }
 
 // ln of a positive normal finite number.
@@ -109,8 +109,9 @@ FASTELBO_INLINE double expm1(double a) { return std::expm1(a); }
 FASTELBO_INLINE double log(double a) { return std::log(a); }
 FASTELBO_INLINE double log1p(double a) { return std::log1p(a); }
 FASTELBO_INLINE double tanh(double a) { return std::tanh(a); }
-FASTELBO_INLINE void expm1_parts(double x, double& e, double& e_minus_x) {
-  e = std::expm1(x);
+FASTELBO_INLINE void expm1_parts(double x, double& half_e, double& e_minus_x) {
+  double e = std::expm1(x);
+  half_e = 0.5 * e;
   e_minus_x = e - x;
   if (std::fabs(x) < 0.34) {
     double series = 1;

@@ -11,9 +11,9 @@ struct RatioTerms {
   V half_expm1, gap;
 
   FASTELBO_INLINE explicit RatioTerms(V h) {
-    V e, e_minus_h;
-    expm1_parts(h, e, e_minus_h);
-    V half_e = V(0.5f) * e;
+    V half_e, e_minus_h;
+    expm1_parts(h, half_e, e_minus_h);
+    V e = half_e + half_e;
     half_expm1 = fma(half_e, e, e);
     gap = fma(half_e, e, e_minus_h);
   }

@@ -106,13 +106,14 @@ FASTELBO_INLINE I32 low_bits(Integral n) { return to_int(n.value); }
 
 constexpr float kExpLowest = -104.0f;  // exp is 0 below
 
-// 2^n, n limited to [-126, 127].
-FASTELBO_INLINE F32 pow2(Integral n) {
-  return as_float((to_int(min(F32(127.0f), max(F32(-126.0f), n.value))) + 127) << 23);
+// 2^(n - 1), n limited to [-125, 128].
+FASTELBO_INLINE F32 half_pow2(Integral n) {
+  return as_float((to_int(min(F32(128.0f), max(F32(-125.0f), n.value))) + 126) << 23);
 }
 
-// x 2^n, rounded once where the result is subnormal.
-FASTELBO_INLINE F32 times_pow2(F32 x, Integral n) {
+// (1 + x) 2^n, rounded once more where the result is subnormal.
+FASTELBO_INLINE F32 times_pow2_from_1(F32 x, Integral n) {
+  x = x + F32(1.0f);
 #if defined(FASTELBO_AVX512)
   return F32((NativeF)_mm512_scalef_ps((__m512)x.v, (__m512)n.value.v));
 #else

@@ -29,12 +29,13 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_fwd
     Access::load(args.s, args.layout, place, std);
     FASTELBO_UNROLL
     for (int i = 0; i < n; ++i) std[i] = args.draw.temperature * spread<exponential>(args.scale, std[i]).std;
-    for (int64_t sample = 0; sample < args.draw.samples; ++sample) {
+    uint32_t sample = 0;
+    do {
       args.draw.read(keys, args.layout, place, sample, noise);
       FASTELBO_UNROLL
       for (int i = 0; i < n; ++i) z[i] = fma(std[i], noise[i], mean[i]);
       Access::store(args.z, args.layout, place, z, sample);
-    }
+    } while (++sample < args.draw.samples);
   }
 }
 
@@ -49,12 +50,13 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_bwd
     auto place = Access::place(args.layout, thread.row, group);
     V s[n], d_z[n], noise[n], noisy[n] = {};
     Access::load(args.s, args.layout, place, s);
-    for (int64_t sample = 0; sample < args.draw.samples; ++sample) {
+    uint32_t sample = 0;
+    do {
       Access::load(args.d_z, args.layout, place, d_z, sample);
       args.draw.read(keys, args.layout, place, sample, noise);
       FASTELBO_UNROLL
       for (int i = 0; i < n; ++i) noisy[i] = fma(d_z[i], noise[i], noisy[i]);
-    }
+    } while (++sample < args.draw.samples);
     FASTELBO_UNROLL
     for (int i = 0; i < n; ++i) {
       V grad = args.draw.temperature * spread<exponential>(args.scale, s[i]).d_std * noisy[i];

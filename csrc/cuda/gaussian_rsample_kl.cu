@@ -52,13 +52,14 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_kl_
     }
     if (args.kl.data) Access::store_term(args.kl, args.layout, place, kl);
     else total += sum_inside<Access>(place, kl);
-    for (int64_t sample = 0; sample < args.draw.samples; ++sample) {
+    uint32_t sample = 0;
+    do {
       V z[n];
       args.draw.read(keys, args.layout, place, sample, z);
       FASTELBO_UNROLL
       for (int i = 0; i < n; ++i) z[i] = fma(std[i], z[i], mean_q[i]);
       Access::store(args.z, args.layout, place, z, sample);
-    }
+    } while (++sample < args.draw.samples);
   }
   if (!args.kl.data) args.sums.store(args.work, thread, total);
 }
@@ -75,7 +76,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_kl_
     Access::load(args.mean_q, args.layout, place, mean_q);
     Access::load(args.s_q, args.layout, place, s_q);
     Access::load_term(args.d_kl, args.layout, place, upstream);
-    for (int64_t sample = 0; sample < args.draw.samples; ++sample) {
+    uint32_t sample = 0;
+    do {
       V d_z[n], noise[n];
       Access::load(args.d_z, args.layout, place, d_z, sample);
       args.draw.read(keys, args.layout, place, sample, noise);
@@ -84,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_kl_
         sampled[i] += d_z[i];
         noisy[i] = fma(d_z[i], noise[i], noisy[i]);
       }
-    }
+    } while (++sample < args.draw.samples);
     if (!has_prior<prior>(args.mean_p)) {
       FASTELBO_UNROLL
       for (int i = 0; i < n; ++i) {

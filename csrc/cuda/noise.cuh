@@ -36,7 +36,7 @@ struct Draw {
 
   const int64_t* seed;  // [1], on the device: read there, so that nothing waits for it
   typename Access::Operand given;  // [K, rows, columns]
-  int64_t samples;      // K
+  uint32_t samples;     // K, at least 1
   V temperature;
   bool approximate;     // the sample is stored in half precision; forward and backward agree on it
 

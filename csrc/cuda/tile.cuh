@@ -49,12 +49,11 @@ struct Work {
 // What one thread does: groups first, first + lanes, ... below end.
 template <class Index>
 struct Thread {
-  Index row, first, end;
-  int lanes;
+  Index row, first, end, lanes;
   uint32_t split;
 
   FASTELBO_INLINE explicit Thread(const Work& work) {
-    lanes = 1 << work.lanes_log2;
+    lanes = Index(1) << work.lanes_log2;
     uint32_t row_block = work.splits.divide(blockIdx.x);
     split = blockIdx.x - row_block * work.splits.divisor;
     row = Index(row_block) * (kThreads >> work.lanes_log2) + (threadIdx.x >> work.lanes_log2);
@@ -62,6 +61,9 @@ struct Thread {
     first = start + (threadIdx.x & (lanes - 1));
     end = start + span < groups ? start + span : groups;
     if (row >= Index(work.rows)) end = first;
+    keep(row);
+    keep(end);
+    keep(lanes);
   }
 };
 
@@ -99,7 +101,7 @@ struct Sums {
 
   template <class Index>
   FASTELBO_INLINE void store(const Work& work, const Thread<Index>& thread, V x) const {
-    double total = sum_lanes(x, thread.lanes);
+    double total = sum_lanes(x, int(thread.lanes));
     if (thread.row >= Index(work.rows) || (threadIdx.x & (thread.lanes - 1))) return;
     if (work.splits.divisor > 1) partial[int64_t(thread.row) * work.splits.divisor + thread.split] = total;
     else out[thread.row] = V(total);

@@ -31,6 +31,10 @@ FASTELBO_INLINE double fma(double a, double b, double c) { return ::fma(a, b, c)
 FASTELBO_INLINE float sqrt(float a) { return sqrtf(a); }
 
 #if defined(__CUDACC__)
+// Keeps a value in its register: in a loop the compiler would rather work it out again from where it came.
+FASTELBO_INLINE void keep(uint32_t& a) { asm volatile("" : "+r"(a)); }
+FASTELBO_INLINE void keep(int64_t&) {}
+
 // NaN stays NaN, which fminf and fmaxf would drop.
 FASTELBO_INLINE float min(float a, float b) { float y; asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b)); return y; }
 FASTELBO_INLINE float max(float a, float b) { float y; asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b)); return y; }
@@ -76,9 +80,11 @@ constexpr float kExpLowest = -87.0f;  // exp is 0 below, where float32 is about 
 
 // 2^(n - 1), which never overflows; 0 for n = -126. The shift drops what is above the exponent.
 FASTELBO_INLINE float half_pow2(Integral n) { return as_float(int32_t(uint32_t(as_int(n.shifted)) << 23) + (126 << 23)); }
-// 2^n, n limited to 127.
-FASTELBO_INLINE float pow2(Integral n) { return fminf(2.0f * half_pow2(n), 0x1p127f); }
-FASTELBO_INLINE float times_pow2(float x, Integral n) { return x * half_pow2(n) * 2.0f; }
+// (1 + x) 2^n.
+FASTELBO_INLINE float times_pow2_from_1(float x, Integral n) {
+  float half_power = half_pow2(n);
+  return 2.0f * fma(x, half_power, half_power);
+}
 
 #include "../common/elementary.h"
 #include "../common/philox.h"

@@ -132,6 +132,9 @@ inline int32_t __float_as_int(float a) {
 
 namespace fastelbo::device {
 
+inline void keep(uint32_t&) {}
+inline void keep(int64_t&) {}
+
 inline float min(float a, float b) { return a != a || b != b ? NAN : a < b ? a : b; }
 inline float max(float a, float b) { return a != a || b != b ? NAN : a > b ? a : b; }
 

@@ -1,0 +1,169 @@
+"""The CUDA library as nvcc made it: what its kernels take of a GPU, read off the machine code, and what it links to."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "fastelbo" / "_cuda.so"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+# A block has 256 threads and a multiprocessor 65536 registers, so these are 4, 2, 2 and 1 blocks at a time, as
+# csrc/cuda/tile.cuh asks of the compiler. Half-precision kernels have twice the elements of a 16-byte vector at hand.
+MOST_REGISTERS = {"packed f32": 64, "packed half": 128, "strided f32": 128, "strided f64": 255}
+
+# Per element, of gaussian_rsample_kl's packed forward with a standard normal prior and no clamp: the instructions of
+# the loop over vectors of 16 bytes, less the branches that a sample from a seed with a summed KL does not take. The
+# goal was 40, from a prototype with an inexact KL and approximate normals.
+MOST_INSTRUCTIONS = {"f32": 81, "bf16": 56}
+
+
+@functools.cache
+def cuobjdump():
+    try:
+        import triton
+
+        found = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    except ImportError:
+        found = Path("/nonexistent")
+    return str(found) if found.exists() else shutil.which("cuobjdump")
+
+
+@pytest.fixture(scope="module")
+def built():
+    if not LIBRARY.exists():
+        pytest.skip("fastelbo/_cuda.so is not there: no nvcc when fastelbo was built, or FASTELBO_CUDA=0")
+    return LIBRARY
+
+
+def dump(library, option, architecture):
+    if cuobjdump() is None:
+        pytest.skip("no cuobjdump, neither Triton's nor CUDA's")
+    command = [cuobjdump(), option, "-arch", architecture, library]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def kernels(library, architecture):
+    """Name to (resources, instructions with their addresses) of each kernel; none if the library has no such code."""
+    found = {}
+    for name, usage in re.findall(r"Function (\S+):\n(.*)", dump(library, "-res-usage", architecture)):
+        found[name] = {key: int(value) for key, value in re.findall(r"(\w+)(?:\[\d\])?:(\d+)", usage)}, []
+    for name, body in re.findall(
+        r"Function : (\S+)\n(.*?)(?=Function : |\Z)", dump(library, "-sass", architecture), re.S
+    ):
+        found[name][1].extend(
+            (int(at, 16), code.strip()) for at, code in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", body, re.M)
+        )
+    return found
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def code(built, request):
+    found = kernels(built, request.param)
+    if not found:
+        pytest.skip(f"TORCH_CUDA_ARCH_LIST left {request.param} out")
+    return found
+
+
+def kind(name):
+    if "Strided" in name:
+        return "strided f64" if "StridedId" in name else "strided f32"
+    if "Packed" in name:
+        return "packed f32" if "FormatE0E" in name else "packed half"
+    return "strided f32"  # the sums of partial sums
+
+
+def test_every_kernel_is_there(code):
+    # 3 packed formats, clamped or not, and 4 strided; with and without a prior where there may be one; both directions
+    assert len(code) == 2 * (2 * (6 * 2 + 4) + 2 * (6 + 4)) + 2
+
+
+def test_nothing_goes_to_local_memory(code):
+    for name, (usage, instructions) in code.items():
+        assert usage["STACK"] == usage["LOCAL"] == 0, name
+        assert not [text for _, text in instructions if re.search(r"\b(LDL|STL)\b", text)], name
+
+
+def test_registers(code):
+    for name, (usage, _) in code.items():
+        assert usage["REG"] <= MOST_REGISTERS[kind(name)], f"{name} takes {usage['REG']}"
+
+
+def test_packed_kernels_read_and_write_16_bytes_at_a_time(code):
+    for name, (_, instructions) in code.items():
+        if "Packed" not in name:
+            continue
+        loads = [text for _, text in instructions if "LDG" in text]
+        # those of 4 or 2 bytes are repeated values, that of 8 is the seed
+        assert len([text for text in loads if ".128" in text]) >= 2, name
+        narrow = [text for text in loads if ".128" not in text]
+        assert len(narrow) <= 2, f"{name}: {narrow}"
+        stores = [text for _, text in instructions if "STG" in text]
+        assert "kl_fwd" in name or "log_prob" in name or all(".128" in text for text in stores), name
+
+
+def executed(instructions):
+    """How many instructions one turn of the outer loop of a packed gaussian_rsample_kl forward takes."""
+    branches = [
+        (at, int(found[1], 16), text)
+        for at, text in instructions
+        if (found := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text))
+    ]
+    start, end = max(((to, at) for at, to, _ in branches if to < at), key=lambda loop: loop[1] - loop[0])
+    loop = [(at, text) for at, text in instructions if start <= at <= end]
+    # Given noise and elementwise terms are read and written in stretches that end with an unconditional jump ahead.
+    skipped = set()
+    for at, to, text in branches:
+        if start <= at <= end and to > at and not text.startswith("@"):
+            entry = max(b for b, t, code in branches if b < at and code.startswith("@") and at < t <= to)
+            stretch = [text for a, text in loop if entry < a <= at]
+            assert any(name in text for text in stretch for name in ("LDG", "STG")), stretch
+            assert not any("MUFU" in text for text in stretch), stretch
+            skipped |= {a for a, _ in loop if entry < a <= at}
+    return len(loop) - len(skipped)
+
+
+@pytest.mark.parametrize(("dtype", "format", "width"), [("f32", 0, 4), ("bf16", 2, 8)])
+def test_instructions_of_a_sample_and_its_kl(code, dtype, format, width):
+    pattern = rf"gaussian_rsample_kl_fwd_kernel.*PackedILNS_6FormatE{format}ELb0.*PriorE0"
+    ((_, instructions),) = [kernel for name, kernel in code.items() if re.search(pattern, name)]
+    assert executed(instructions) / width <= MOST_INSTRUCTIONS[dtype]
+
+
+def test_links_against_libtorch_cuda_and_neither_cudart_nor_python(built):
+    if shutil.which("readelf") is None:
+        pytest.skip("no readelf")
+    dynamic = subprocess.run(["readelf", "-d", built], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
+    assert "libtorch_cuda.so" in needed
+    assert not [name for name in needed if "cudart" in name or "python" in name], needed
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"FASTELBO_CUDA": "yes"}, "FASTELBO_CUDA must be auto, 0 or 1; got 'yes'"),
+        ({"FASTELBO_CUDA": "1", "PATH": "/nonexistent"}, "nvcc is neither in CUDA_HOME nor on the PATH"),
+        ({"FASTELBO_CUDA": "auto", "PATH": "/nonexistent"}, "no nvcc, so the CUDA kernels are left out"),
+        ({"TORCH_CUDA_ARCH_LIST": "7.5"}, "TORCH_CUDA_ARCH_LIST must list numbers from 8.0 on"),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_build_says_what_is_wrong(environment, message, tmp_path):
+    """Asked for its name, setup.py decides what it would build, and builds nothing."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    if "PATH" not in environment:
+        nvcc.touch(mode=0o755)
+    environment = {**os.environ, "CUDA_HOME": str(tmp_path), "CUDA_PATH": "", **environment}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--name"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert message in done.stdout + done.stderr
