@@ -146,9 +146,10 @@ class BuildLibraries(build_ext):
         nvcc = [NVCC, f"-ccbin={os.environ['CXX']}"] if os.environ.get("CXX") else [NVCC]
 
         def compile_one(source):
-            out = str(folder / Path(source).with_suffix(".o").name)
-            self.spawn([*nvcc, *extension.extra_compile_args, "-c", source, "-o", out])
-            return out
+            out = folder / Path(source).with_suffix(".o")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self.spawn([*nvcc, *extension.extra_compile_args, "-c", source, "-o", str(out)])
+            return str(out)
 
         # The library takes its symbols from whatever libtorch_cuda.so is loaded, and torch without CUDA has none to
         # link against: an empty library of that name stands in. cudart is linked in: torch's may be of another CUDA.

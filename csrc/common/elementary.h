@@ -5,9 +5,11 @@
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // high has 9 bits: n * high is exact
 
+constexpr float kExpHighest = 89.0f;
+
 // x = n ln2 + r, |r| <= ln2 / 2: returns n; `rest` is exp(r) - 1 - r.
 FASTELBO_INLINE Integral exp_reduce(F32 x, F32& r, F32& rest) {
-  x = min(F32(89.0f), max(F32(kExpLowest), x));  // beyond, exp is inf or 0 all the same; NaN passes through both
+  x = max(F32(kExpLowest), min(F32(kExpHighest), x));  // beyond, exp is 0 or inf all the same; NaN passes through both
   Integral n = round_product(x, kLog2e);
   r = fma(n.value, F32(-kLn2High), x);
   r = fma(n.value, F32(-kLn2Low), r);
@@ -31,7 +33,7 @@ FASTELBO_INLINE void expm1_parts(F32 x, F32& half_e, F32& e_minus_x) {
   F32 r, rest;
   F32 half_power = half_pow2(exp_reduce(x, r, rest));
   half_e = fma(r + rest, half_power, half_power - F32(0.5f));
-  e_minus_x = select(abs(x) < F32(0.34f), rest, fma(F32(2.0f), half_e, -x));
+  e_minus_x = select(abs(x) < F32(0.34f), rest, fma(F32(2.0f), half_e, -min(F32(kExpHighest), x)));  // infinity must not meet infinity
 }
 
 FASTELBO_INLINE F32 expm1(F32 x) {
@@ -112,7 +114,7 @@ FASTELBO_INLINE double tanh(double a) { return std::tanh(a); }
 FASTELBO_INLINE void expm1_parts(double x, double& half_e, double& e_minus_x) {
   double e = std::expm1(x);
   half_e = 0.5 * e;
-  e_minus_x = e - x;
+  e_minus_x = e - (x < 1e300 ? x : 1e300);  // infinity must not meet infinity
   if (std::fabs(x) < 0.34) {
     double series = 1;
     for (int k = 15; k >= 3; --k) series = 1 + series * x / k;
