@@ -5,6 +5,7 @@ from fastelbo.ops.gaussian_kl import gaussian_kl
 from fastelbo.ops.gaussian_log_prob import gaussian_log_prob, gaussian_nll
 from fastelbo.ops.gaussian_rsample import gaussian_rsample
 from fastelbo.ops.gaussian_rsample_kl import gaussian_rsample_kl
+from fastelbo.ops.masked_conv2d import causal_conv2d, conv_mask2d, masked_conv2d
 from fastelbo.scale import Scale
 from fastelbo.version import __version__
 
@@ -12,10 +13,13 @@ __all__ = [
     "Scale",
     "__version__",
     "backends",
+    "causal_conv2d",
+    "conv_mask2d",
     "gaussian_kl",
     "gaussian_log_prob",
     "gaussian_nll",
     "gaussian_rsample",
     "gaussian_rsample_kl",
+    "masked_conv2d",
     "reference",
 ]
