@@ -157,12 +157,15 @@ template <class T> struct WideOf;
 template <> struct WideOf<float> {
   using type = F32;
   static constexpr int lanes = kLanes;
+  // x - 0 is x, and compiles to a broadcast; 0 + x, which F32(x) is, turns -0 into 0 and costs an addition
+  static FASTELBO_INLINE F32 all(float x) { return F32(x - NativeF{}); }
   static FASTELBO_INLINE F32 get(const float* from) { return load(from, Whole{}); }
   static FASTELBO_INLINE void put(float* to, F32 a) { store(to, a, Whole{}); }
 };
 template <> struct WideOf<double> {
   using type = F64;
   static constexpr int lanes = kLanes / 2;
+  static FASTELBO_INLINE F64 all(double x) { return F64(x - NativeD{}); }
   static FASTELBO_INLINE F64 get(const double* from) { return F64(*(const UnalignedD*)from); }
   static FASTELBO_INLINE void put(double* to, F64 a) { *(UnalignedD*)to = a.v; }
 };
@@ -247,7 +250,7 @@ inline void conv_tile(const T* in, const int32_t* offsets, int64_t pairs, const 
     for (int v = 0; v < vectors; ++v) x[v] = Wide::get(from + v * Wide::lanes);
     FASTELBO_UNROLL
     for (int m = 0; m < kBlock; ++m) {
-      V w(weights[m]);
+      V w = Wide::all(weights[m]);
       FASTELBO_UNROLL
       for (int v = 0; v < vectors; ++v) total[m][v] = fma(w, x[v], total[m][v]);
     }
@@ -476,7 +479,7 @@ inline void weight_tile(const T* in, const int32_t* offsets, const T* dz, int64_
       for (int v = 0; v < kChannelVectors; ++v) d[v] = Wide::get(dz + v * Wide::lanes);
       FASTELBO_UNROLL
       for (int m = 0; m < kPairs; ++m) {
-        V x(from[m][i]);
+        V x = Wide::all(from[m][i]);
         FASTELBO_UNROLL
         for (int v = 0; v < kChannelVectors; ++v) total[m][v] = fma(x, d[v], total[m][v]);
       }
