@@ -19,7 +19,7 @@ enum class Activation { none, relu, elu, tanh_sigmoid, glu };
 struct Image {
   char* data = nullptr;
   Format format = Format::f32;
-  int64_t stride[4] = {};  // in elements; the last two are 0 for a value per channel
+  int64_t stride[4] = {};  // in elements
   explicit operator bool() const { return data != nullptr; }
   int64_t at(int64_t n, int64_t c, int64_t row) const { return n * stride[0] + c * stride[1] + row * stride[2]; }
 };
@@ -96,6 +96,7 @@ struct ConvArgs {
   Mask mask;
   int64_t band, bands;  // rows in a band, bands in an image
   Image input, bias, cond, residual, y, kept;
+  int64_t cond_ndim = 0;  // 2 for a class, 4 for an image
   Image weight;         // strides of out, in, row, column
   Planes planes;        // of the input
   Direction forward;
@@ -232,16 +233,16 @@ inline void pack_input(const ConvArgs& args, int64_t n, int64_t first, int64_t r
   });
 }
 
-// kBlock output channels of vectors * lanes neighbouring pixels.
+// kBlock output channels of vectors * lanes neighbouring pixels, on top of a constant for each channel.
 template <class T, int vectors>
-inline void conv_tile(const T* in, const int32_t* offsets, int64_t pairs, const T* weights, T* out, int64_t pitch) {
+inline void conv_tile(const T* in, const int32_t* offsets, int64_t pairs, const T* weights, const T* constants, T* out, int64_t pitch) {
   using Wide = WideOf<T>;
   using V = typename Wide::type;
   V total[kBlock][vectors];
   FASTELBO_UNROLL
   for (int m = 0; m < kBlock; ++m) {
     FASTELBO_UNROLL
-    for (int v = 0; v < vectors; ++v) total[m][v] = V(T(0));
+    for (int v = 0; v < vectors; ++v) total[m][v] = Wide::all(constants[m]);
   }
   for (int64_t k = 0; k < pairs; ++k, weights += kBlock) {
     const T* from = in + offsets[k];
@@ -264,18 +265,19 @@ inline void conv_tile(const T* in, const int32_t* offsets, int64_t pairs, const 
 
 // A block of output channels over all pixels of a band: out[kBlock][pitch].
 template <class T>
-inline void conv_band(const T* in, const int32_t* offsets, int64_t pairs, const T* weights, int64_t positions, T* out, int64_t pitch) {
+inline void conv_band(const T* in, const int32_t* offsets, int64_t pairs, const T* weights, const T* constants,
+                      int64_t positions, T* out, int64_t pitch) {
   constexpr int lanes = WideOf<T>::lanes;
   for (int64_t p = 0; p < positions;) {
     int64_t left = (positions - p + lanes - 1) / lanes;  // vectors; four are two and two, not three and one
     if (left >= 3 && left != 4) {
-      conv_tile<T, 3>(in + p, offsets, pairs, weights, out + p, pitch);
+      conv_tile<T, 3>(in + p, offsets, pairs, weights, constants, out + p, pitch);
       p += 3 * lanes;
     } else if (left >= 2) {
-      conv_tile<T, 2>(in + p, offsets, pairs, weights, out + p, pitch);
+      conv_tile<T, 2>(in + p, offsets, pairs, weights, constants, out + p, pitch);
       p += 2 * lanes;
     } else {
-      conv_tile<T, 1>(in + p, offsets, pairs, weights, out + p, pitch);
+      conv_tile<T, 1>(in + p, offsets, pairs, weights, constants, out + p, pitch);
       p += lanes;
     }
   }
@@ -325,64 +327,73 @@ inline T value_at(const Image& image, int64_t offset) {
   return value;
 }
 
-// What follows the convolution, for one row of one output channel; z[half] is the row before the bias.
+// Vectors that cover n elements, and those that they cover in all. Rows in scratch are that long, with zeros at the end.
 template <class T>
-inline void finish_row(const ConvArgs& args, int64_t n, int64_t c, int64_t row, T* const* z, T* scratch) {
+FASTELBO_INLINE int64_t covered(int64_t n) {
+  constexpr int lanes = VectorOf<T>::lanes;
+  return (n + lanes - 1) / lanes * lanes;
+}
+template <class T, class F>
+FASTELBO_INLINE void for_covered(int64_t n, F&& f) {
+  for (int64_t i = 0; i < n; i += VectorOf<T>::lanes) f(i);
+}
+
+template <class T>
+inline void write_rows(const Image& image, int64_t n, int64_t c, int64_t first, int64_t rows, int64_t columns, const T* from, int64_t pitch) {
+  for (int64_t row = 0; row < rows; ++row) write_row(image, image.at(n, c, first + row), int(columns), from + row * pitch);
+}
+
+// Adds rows of an image; past the end of a row it adds zeros to the gap, and to the next row.
+template <class T>
+inline void add_rows(const Image& image, int64_t n, int64_t c, int64_t first, int64_t rows, int64_t columns, T* to, int64_t pitch, T* scratch) {
+  zero(scratch + columns, covered<T>(columns) - columns);
+  for (int64_t row = 0; row < rows; ++row, to += pitch) {
+    read_row(image, image.at(n, c, first + row), int(columns), scratch);
+    for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA { store(to + i, load(to + i, Whole{}) + load(scratch + i, Whole{}), Whole{}); });
+  }
+}
+
+// What follows the sum over taps and the bias, for the rows of one output channel: z[half], gaps and all.
+template <class T>
+inline void finish_channel(const ConvArgs& args, int64_t n, int64_t c, int64_t first, int64_t rows, T* const* z, T* scratch) {
   using V = typename VectorOf<T>::type;
-  int columns = int(args.columns);
+  int64_t columns = args.columns, pitch = args.planes.pitch, positions = args.planes.positions(rows);
   bool gated = args.gated();
   for (int h = 0; h < (gated ? 2 : 1); ++h) {
     int64_t channel = c + h * args.y_channels;
-    T constant = args.bias ? value_at<T>(args.bias, channel * args.bias.stride[1]) : T(0);
-    const T* image = nullptr;
-    if (args.cond && args.cond.stride[3] == 0 && args.cond.stride[2] == 0) {
-      constant += value_at<T>(args.cond, args.cond.at(n, channel, 0));
-    } else if (args.cond) {
-      read_row(args.cond, args.cond.at(n, channel, row), columns, scratch);
-      image = scratch;
-    }
-    if (image) {
-      for_each_vector<T>(columns, [&](int i, auto part) FASTELBO_LAMBDA {
-        store(z[h] + i, load(z[h] + i, part) + V(constant) + load(image + i, part), part);
-      });
-    } else if (args.bias || args.cond) {
-      for_each_vector<T>(columns, [&](int i, auto part) FASTELBO_LAMBDA { store(z[h] + i, load(z[h] + i, part) + V(constant), part); });
-    }
-    if (args.kept && gated) write_row(args.kept, args.kept.at(n, channel, row), columns, z[h]);
+    if (args.cond && args.cond_ndim == 4) add_rows(args.cond, n, channel, first, rows, columns, z[h], pitch, scratch);
+    if (args.kept && gated) write_rows(args.kept, n, channel, first, rows, columns, z[h], pitch);
   }
   T* y = z[0];
-  const V zero(0.0f);
+  const V none(0.0f);
   switch (args.activation) {
     case Activation::none: break;
     case Activation::relu:
-      for_each_vector<T>(columns, [&](int i, auto part) FASTELBO_LAMBDA {
-        V a = load(y + i, part);
-        store(y + i, select(a < zero, zero, a), part);
+      for_covered<T>(positions, [&](int64_t i) FASTELBO_LAMBDA {
+        V a = load(y + i, Whole{});
+        store(y + i, select(a < none, none, a), Whole{});
       });
       break;
     case Activation::elu:
-      for_each_vector<T>(columns, [&](int i, auto part) FASTELBO_LAMBDA {
-        V a = load(y + i, part);
-        store(y + i, select(a > zero, a, expm1(a)), part);
+      for_covered<T>(positions, [&](int64_t i) FASTELBO_LAMBDA {
+        V a = load(y + i, Whole{});
+        store(y + i, select(a > none, a, expm1(a)), Whole{});
       });
       break;
     case Activation::tanh_sigmoid:
-      for_each_vector<T>(columns, [&](int i, auto part) FASTELBO_LAMBDA {
-        store(y + i, tanh(load(y + i, part)) * sigmoid(load(z[1] + i, part)), part);
+      for_covered<T>(positions, [&](int64_t i) FASTELBO_LAMBDA {
+        store(y + i, tanh(load(y + i, Whole{})) * sigmoid(load(z[1] + i, Whole{})), Whole{});
       });
       break;
     case Activation::glu:
-      for_each_vector<T>(columns, [&](int i, auto part) FASTELBO_LAMBDA {
-        store(y + i, load(y + i, part) * sigmoid(load(z[1] + i, part)), part);
+      for_covered<T>(positions, [&](int64_t i) FASTELBO_LAMBDA {
+        store(y + i, load(y + i, Whole{}) * sigmoid(load(z[1] + i, Whole{})), Whole{});
       });
       break;
   }
-  if (args.kept && !gated) write_row(args.kept, args.kept.at(n, c, row), columns, y);
-  if (args.residual) {
-    read_row(args.residual, args.residual.at(n, c, row), columns, scratch);
-    for_each_vector<T>(columns, [&](int i, auto part) FASTELBO_LAMBDA { store(y + i, load(y + i, part) + load(scratch + i, part), part); });
-  }
-  write_row(args.y, args.y.at(n, c, row), columns, y);
+  if (args.kept && !gated) write_rows(args.kept, n, c, first, rows, columns, y, pitch);
+  if (args.residual) add_rows(args.residual, n, c, first, rows, columns, y, pitch, scratch);
+  write_rows(args.y, n, c, first, rows, columns, y, pitch);
 }
 
 template <class T>
@@ -396,21 +407,25 @@ void masked_conv2d_fwd(const ConvArgs& args, int64_t begin, int64_t end) {
   const Planes& planes = args.planes;
   const Direction& forward = args.forward;
   int64_t pitch = planes.positions(args.band) + kVectors * WideOf<T>::lanes;
-  ScratchOf<T> in(args.in_channels * planes.size), z(forward.halves * kBlock * pitch), row_scratch(args.columns);
+  ScratchOf<T> in(args.in_channels * planes.size), z(forward.halves * kBlock * pitch), row_scratch(args.columns + kVectors * WideOf<T>::lanes);
   for (int64_t task = begin; task < end; ++task) {
     int64_t n = task / args.bands, first = task % args.bands * args.band, rows = std::min(args.band, args.rows - first);
     pack_input(args, n, first, rows, in.get());
     for (int64_t u = 0; u < forward.units(); ++u) {
-      for (int h = 0; h < forward.halves; ++h)
-        conv_band(in.get() + planes.first(), forward.offsets(u), forward.pairs(u),
-                  static_cast<const T*>(args.packed) + forward.weights_of(u, h), planes.positions(rows),
-                  z.get() + h * kBlock * pitch, pitch);
-      for (int m = 0; m < kBlock && forward.channel(u, m) >= 0; ++m) {
-        for (int64_t row = 0; row < rows; ++row) {
-          T* line = z.get() + m * pitch + row * planes.pitch;
-          T* lines[2] = {line, line + kBlock * pitch};
-          finish_row(args, n, forward.channel(u, m), first + row, lines, row_scratch.get());
+      for (int h = 0; h < forward.halves; ++h) {
+        T constants[kBlock] = {};
+        for (int m = 0; m < kBlock && forward.channel(u, m) >= 0; ++m) {
+          int64_t channel = forward.channel(u, m) + h * forward.half;
+          if (args.bias) constants[m] = value_at<T>(args.bias, channel * args.bias.stride[0]);
+          if (args.cond && args.cond_ndim == 2) constants[m] += value_at<T>(args.cond, args.cond.at(n, channel, 0));
         }
+        conv_band(in.get() + planes.first(), forward.offsets(u), forward.pairs(u),
+                  static_cast<const T*>(args.packed) + forward.weights_of(u, h), constants, planes.positions(rows),
+                  z.get() + h * kBlock * pitch, pitch);
+      }
+      for (int m = 0; m < kBlock && forward.channel(u, m) >= 0; ++m) {
+        T* planes_of_channel[2] = {z.get() + m * pitch, z.get() + (kBlock + m) * pitch};
+        finish_channel(args, n, forward.channel(u, m), first, rows, planes_of_channel, row_scratch.get());
       }
     }
   }
@@ -418,43 +433,87 @@ void masked_conv2d_fwd(const ConvArgs& args, int64_t begin, int64_t end) {
 
 // The gradient before the activation, for one row of one output channel: d[half].
 template <class T>
-inline void activation_gradient(const ConvArgs& args, int64_t n, int64_t c, int64_t row, T* const* d, T* scratch) {
+inline void activation_gradient(const ConvArgs& args, int64_t n, int64_t c, int64_t row, T* const* d, T* scratch, int64_t pitch) {
   using V = typename VectorOf<T>::type;
   int columns = int(args.columns);
-  T *a = scratch, *b = scratch + columns;
-  read_row(args.d_y, args.d_y.at(n, c, row), columns, d[0]);
-  if (args.activation == Activation::none) return;
+  if (args.activation == Activation::none) return read_row(args.d_y, args.d_y.at(n, c, row), columns, d[0]);
+  T *up = scratch, *a = up + pitch, *b = a + pitch;  // both of up and a, or of up and b, become the results
+  read_row(args.d_y, args.d_y.at(n, c, row), columns, up);
   read_row(args.kept, args.kept.at(n, c, row), columns, a);
   if (args.gated()) read_row(args.kept, args.kept.at(n, c + args.y_channels, row), columns, b);
-  const V zero(0.0f), one(1.0f);
+  const V none(0.0f), one(1.0f);
   switch (args.activation) {
     case Activation::none: break;
     case Activation::relu:
-      for_each_vector<T>(columns, [&](int i, auto part) FASTELBO_LAMBDA {
-        store(d[0] + i, select(load(a + i, part) > zero, load(d[0] + i, part), zero), part);
+      for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA {
+        store(up + i, select(load(a + i, Whole{}) > none, load(up + i, Whole{}), none), Whole{});
       });
       break;
     case Activation::elu:
-      for_each_vector<T>(columns, [&](int i, auto part) FASTELBO_LAMBDA {
-        V y = load(a + i, part), up = load(d[0] + i, part);
-        store(d[0] + i, select(y > zero, up, up * (y + one)), part);
+      for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA {
+        V y = load(a + i, Whole{}), g = load(up + i, Whole{});
+        store(up + i, select(y > none, g, g * (y + one)), Whole{});
       });
       break;
     case Activation::tanh_sigmoid:
-      for_each_vector<T>(columns, [&](int i, auto part) FASTELBO_LAMBDA {
-        V t = tanh(load(a + i, part)), s = sigmoid(load(b + i, part)), up = load(d[0] + i, part);
-        store(d[0] + i, up * s * (one - t * t), part);
-        store(d[1] + i, up * t * s * (one - s), part);
+      for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA {
+        V t = tanh(load(a + i, Whole{})), s = sigmoid(load(b + i, Whole{})), g = load(up + i, Whole{});
+        store(up + i, g * s * (one - t * t), Whole{});
+        store(b + i, g * t * s * (one - s), Whole{});
       });
       break;
     case Activation::glu:
-      for_each_vector<T>(columns, [&](int i, auto part) FASTELBO_LAMBDA {
-        V s = sigmoid(load(b + i, part)), up = load(d[0] + i, part);
-        store(d[0] + i, up * s, part);
-        store(d[1] + i, up * load(a + i, part) * s * (one - s), part);
+      for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA {
+        V s = sigmoid(load(b + i, Whole{})), g = load(up + i, Whole{});
+        store(up + i, g * s, Whole{});
+        store(b + i, g * load(a + i, Whole{}) * s * (one - s), Whole{});
       });
       break;
   }
+  for (int i = 0; i < columns; ++i) d[0][i] = up[i];
+  if (args.gated())
+    for (int i = 0; i < columns; ++i) d[1][i] = b[i];
+}
+
+// to[position][channel] of lanes channels, from planes; zeros for channels that are not there.
+template <class T, int lanes>
+inline void transpose(const T* from, int64_t stride, int64_t channels, int64_t columns, T* to) {
+  if (channels < lanes) zero(to, columns * lanes);
+  int64_t c = 0;
+#if defined(FASTELBO_AVX2) || defined(FASTELBO_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    for (; c + 8 <= std::min<int64_t>(channels, lanes); c += 8) {
+      const T* line = from + c * stride;
+      int64_t i = 0;
+      for (; i + 8 <= columns; i += 8) {
+        __m256 r[8], s[8];
+        FASTELBO_UNROLL
+        for (int k = 0; k < 8; ++k) r[k] = _mm256_loadu_ps(line + k * stride + i);
+        FASTELBO_UNROLL
+        for (int k = 0; k < 8; k += 2) {
+          s[k] = _mm256_unpacklo_ps(r[k], r[k + 1]);
+          s[k + 1] = _mm256_unpackhi_ps(r[k], r[k + 1]);
+        }
+        FASTELBO_UNROLL
+        for (int k = 0; k < 8; k += 4) {
+          r[k] = _mm256_shuffle_ps(s[k], s[k + 2], 0x44);
+          r[k + 1] = _mm256_shuffle_ps(s[k], s[k + 2], 0xee);
+          r[k + 2] = _mm256_shuffle_ps(s[k + 1], s[k + 3], 0x44);
+          r[k + 3] = _mm256_shuffle_ps(s[k + 1], s[k + 3], 0xee);
+        }
+        FASTELBO_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          _mm256_storeu_ps(to + (i + k) * lanes + c, _mm256_permute2f128_ps(r[k], r[k + 4], 0x20));
+          _mm256_storeu_ps(to + (i + k + 4) * lanes + c, _mm256_permute2f128_ps(r[k], r[k + 4], 0x31));
+        }
+      }
+      for (; i < columns; ++i)
+        for (int k = 0; k < 8; ++k) to[i * lanes + c + k] = line[k * stride + i];
+    }
+  }
+#endif
+  for (; c < std::min<int64_t>(channels, lanes); ++c)
+    for (int64_t i = 0; i < columns; ++i) to[i * lanes + c] = from[c * stride + i];
 }
 
 // The products of kPairs inputs, given by their offsets, with a block of output channels, summed over rows of pixels.
@@ -492,6 +551,14 @@ inline void weight_tile(const T* in, const int32_t* offsets, const T* dz, int64_
   }
 }
 
+// The sum of a plane, whose gaps are zeros.
+template <class T>
+inline double sum_plane(const T* from, int64_t positions) {
+  double total = 0;
+  for (int64_t p = 0; p < positions; p += kTile) total += sum(from + p, int(std::min<int64_t>(kTile, positions - p)));
+  return total;
+}
+
 constexpr int64_t kWeightPositions = 256;  // pixels whose gradients, transposed, stay in the first-level cache
 
 template <class T, bool>
@@ -502,10 +569,13 @@ void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
   int64_t pitch = d_planes.positions(args.band) + kVectors * WideOf<T>::lanes;
   int64_t blocks = (args.z_channels + lanes - 1) / lanes;
   int64_t rows_at_once = std::max<int64_t>(1, std::min(kWeightPositions / args.columns, args.band));
-  ScratchOf<T> dz(args.z_channels * d_planes.size), row_scratch(2 * args.columns);
+  int64_t row_pitch = covered<T>(args.columns);
+  ScratchOf<T> dz(args.z_channels * d_planes.size), row_scratch(3 * row_pitch);
+  zero(row_scratch.get(), 3 * row_pitch);
   ScratchOf<T> in(args.partial ? args.in_channels * planes.size : 0);
   ScratchOf<T> transposed(args.partial ? rows_at_once * args.columns * lanes : 0);
   ScratchOf<T> d_in(args.d_input ? kBlock * pitch : 0);
+  const T no_constants[kBlock] = {};
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     T* partial = args.partial ? static_cast<T*>(args.partial) + chunk * blocks * args.pairs * lanes : nullptr;
     if (partial) zero(partial, blocks * args.pairs * lanes);
@@ -515,28 +585,23 @@ void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
         for (int64_t c = 0; c < args.y_channels; ++c) {
           T* line = dz.get() + c * d_planes.size + d_planes.front + i * d_planes.pitch;
           T* lines[2] = {line, line + args.y_channels * d_planes.size};
-          activation_gradient(args, n, c, row, lines, row_scratch.get());
+          activation_gradient(args, n, c, row, lines, row_scratch.get(), row_pitch);
         }
       });
       if (args.d_cond || args.sums_wanted) {
         for (int64_t c = 0; c < args.z_channels; ++c) {
           const T* line = dz.get() + c * d_planes.size + d_planes.first();
-          double total = 0;
-          for (int64_t row = 0; row < rows; ++row, line += d_planes.pitch) {
-            if (args.d_cond) write_row(args.d_cond, args.d_cond.at(n, c, first + row), int(args.columns), line);
-            total += sum(line, int(args.columns));
-          }
-          if (args.sums_wanted) args.sums[unit * args.z_channels + c] = total;
+          if (args.d_cond) write_rows(args.d_cond, n, c, first, rows, args.columns, line, d_planes.pitch);
+          if (args.sums_wanted) args.sums[unit * args.z_channels + c] = sum_plane(line, d_planes.positions(rows));
         }
       }
       if (args.d_input) {
         for (int64_t u = 0; u < backward.units(); ++u) {
           conv_band(dz.get() + d_planes.first(), backward.offsets(u), backward.pairs(u),
-                    static_cast<const T*>(args.d_packed) + backward.weights_of(u, 0), d_planes.positions(rows), d_in.get(), pitch);
+                    static_cast<const T*>(args.d_packed) + backward.weights_of(u, 0), no_constants, d_planes.positions(rows),
+                    d_in.get(), pitch);
           for (int m = 0; m < kBlock && backward.channel(u, m) >= 0; ++m)
-            for (int64_t row = 0; row < rows; ++row)
-              write_row(args.d_input, args.d_input.at(n, backward.channel(u, m), first + row), int(args.columns),
-                        d_in.get() + m * pitch + row * d_planes.pitch);
+            write_rows(args.d_input, n, backward.channel(u, m), first, rows, args.columns, d_in.get() + m * pitch, d_planes.pitch);
         }
       }
       if (partial) {
@@ -544,13 +609,10 @@ void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
         for (int64_t row = 0; row < rows; row += rows_at_once) {
           int64_t some = std::min(rows_at_once, rows - row);
           for (int64_t block = 0; block < blocks; ++block) {
-            for (int64_t lane = 0; lane < lanes; ++lane) {
-              int64_t c = block * lanes + lane;
-              T* to = transposed.get() + lane;
-              const T* line = dz.get() + c * d_planes.size + d_planes.first() + row * d_planes.pitch;
-              for (int64_t r = 0; r < some; ++r, line += d_planes.pitch)
-                for (int64_t i = 0; i < args.columns; ++i, to += lanes) *to = c < args.z_channels ? line[i] : T(0);
-            }
+            const T* line = dz.get() + block * lanes * d_planes.size + d_planes.first() + row * d_planes.pitch;
+            for (int64_t r = 0; r < some; ++r)
+              transpose<T, lanes>(line + r * d_planes.pitch, d_planes.size, args.z_channels - block * lanes, args.columns,
+                                  transposed.get() + r * args.columns * lanes);
             for (int64_t pair = 0; pair < args.pairs; pair += kPairs)
               weight_tile(in.get() + planes.first() + row * planes.pitch, args.pair_offsets(pair), transposed.get(), some,
                           args.columns, planes.pitch, partial + (block * args.pairs + pair) * lanes);
@@ -710,7 +772,8 @@ struct Constants {
 };
 
 constexpr int64_t kBandElements = 1 << 16;  // of all planes of a band: 256 KiB of a second-level cache
-constexpr int64_t kTasks = 32;              // enough for any number of threads that a small batch can use
+constexpr int64_t kTasks = 16;              // enough for any number of threads that a small batch can use
+constexpr int64_t kChunkPixels = 1024;      // of a share of the weight gradient: fewer, and adding the shares shows
 
 // The rows in a band depend on shapes only, so that results do not depend on the number of threads.
 int64_t band_rows(int64_t n, int64_t rows, int64_t columns, int64_t channels, int64_t reach) {
@@ -754,9 +817,9 @@ std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::o
   args.y = image_of(y);
   if (keep) args.kept = image_of(kept);
   args.residual = image_of(residual);
-  args.cond = image_of(cond);  // a class has two strides, and zeros after them
+  args.cond = image_of(cond);
+  if (cond) args.cond_ndim = int64_t(cond->sizes().size());
   args.bias = image_of(bias);
-  args.bias.stride[1] = args.bias.stride[0];
   args.forward = direction_of(args.mask, args.z_channels, args.in_channels, args.planes, int(constants.block), args.gated(), 1);
   Tensor packed = allocate(args.forward.weights, dtype);
   args.packed = packed.data_ptr();
@@ -795,7 +858,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
     args.d_packed = d_packed.data_ptr();
     run_tasks(FASTELBO_CONV_LOOP(conv_pack_backward, dtype), args, args.backward.units());
   }
-  args.chunks = std::min(args.units(), kTasks);
+  args.chunks = std::min(args.units(), 4 * kTasks);
   int64_t taps = args.taps();
   if (want_weight) {
     args.d_weight = image_of(d_weight);
@@ -810,8 +873,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
     }
     args.pair_offset.resize(args.pairs, 0);
     int64_t blocks = (args.z_channels + constants.lanes - 1) / constants.lanes, share = blocks * args.pairs * constants.lanes;
-    constexpr int64_t most = int64_t(1) << 24;  // elements of all shares
-    args.chunks = std::min(args.chunks, std::max<int64_t>(most / std::max<int64_t>(share, 1), 4));
+    int64_t most = std::max<int64_t>(args.n * args.rows * args.columns / kChunkPixels, 4);
+    args.chunks = std::min(args.chunks, most);
     partial = allocate(args.chunks * share, dtype);
     args.partial = count ? partial.data_ptr() : nullptr;
   }
