@@ -1,6 +1,6 @@
 """Fused kernels that make variational autoencoders, Bayesian layers and PixelCNNs train faster and exactly."""
 
-from fastelbo import backends, reference
+from fastelbo import backends, nn, reference
 from fastelbo.ops.gaussian_kl import gaussian_kl
 from fastelbo.ops.gaussian_log_prob import gaussian_log_prob, gaussian_nll
 from fastelbo.ops.gaussian_rsample import gaussian_rsample
@@ -21,5 +21,6 @@ __all__ = [
     "gaussian_rsample",
     "gaussian_rsample_kl",
     "masked_conv2d",
+    "nn",
     "reference",
 ]
