@@ -32,7 +32,9 @@ class _CausalConv2d(nn.Conv2d):
         dtype,
     ):
         self._mask_options = {}  # nn.Conv2d's constructor resets the parameters
-        super().__init__(in_channels, out_channels, stored_size, dilation=dilation, bias=bias, device=device, dtype=dtype)
+        super().__init__(
+            in_channels, out_channels, stored_size, dilation=dilation, bias=bias, device=device, dtype=dtype
+        )
         self.k = kernel_size
         self.mask_type, self.channel_groups, self.group_order = mask_type, channel_groups, group_order
         self.activation, self.backend = activation, backend
@@ -44,7 +46,9 @@ class _CausalConv2d(nn.Conv2d):
 
     def live_taps(self):
         """The mask of the weight: bool, of its shape, True where a tap is live."""
-        return self._crop(op.conv_mask2d(self.out_channels, self.in_channels, self.k, self.mask_type, **self._mask_options))
+        return self._crop(
+            op.conv_mask2d(self.out_channels, self.in_channels, self.k, self.mask_type, **self._mask_options)
+        )
 
     def _crop(self, full):
         """Of a k x k kernel what this module stores."""
@@ -73,15 +77,13 @@ class _CausalConv2d(nn.Conv2d):
             if weight.shape == live.shape and not weight.is_meta:
                 if dropped or bool((weight[~live] != 0).any()):
                     warnings.warn(
-                        f"{type(self).__name__}: the state_dict's weight is not 0 at dead taps; they are set to 0, as the "
-                        "convolution never reads them",
+                        f"{type(self).__name__}: the state_dict's weight is not 0 at dead taps; they are set to 0, as "
+                        "the convolution never reads them",
                         stacklevel=2,
                     )
                 weight = torch.where(live, weight, 0)
             state_dict[name] = weight
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
-        )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
 
     def _dropped(self, full):
         """Whether cropping a k x k kernel loses anything that is not 0."""
@@ -378,13 +380,13 @@ class HorizontalStackConv2d(_CausalConv2d):
 class GatedMaskedConv2d(nn.Module):
     """A block of the Gated PixelCNN: two stacks of gated convolutions, which together have no blind spot.
 
-    The vertical stack v reads the rows above, the horizontal stack h what lies left in the pixel's own row and, through a
-    1 x 1 link, what v has read. h alone leads to the output of a network. Both start from the image:
+    The vertical stack v reads the rows above, the horizontal stack h what lies left in the pixel's own row and, through
+    a 1 x 1 link, what v has read. h alone leads to the output of a network. Both start from the image:
     ``v, h = first(x, x)``.
 
     Two conventions keep the pixel's own row, which v could read, from h. ``link="shift"``: v reads its own row and the
-    link shifts it down by one (the paper's). ``link="mask-first-layer"``: the network's first block has mask A in v too,
-    and the link stays in place. All blocks of a network must follow the same.
+    link shifts it down by one (the paper's). ``link="mask-first-layer"``: the network's first block has mask A in v
+    too, and the link stays in place. All blocks of a network must follow the same.
 
     Args:
         in_channels, out_channels: of both stacks; C_out is what remains after the gate.

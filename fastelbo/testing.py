@@ -87,22 +87,22 @@ def assert_causal(
 ):
     """Asserts that a network's output at a pixel depends on nothing that comes later in raster order.
 
-    Two proofs. By gradients, in float64: the output at a pixel, weighted at random, has gradient exactly 0 with respect to
-    every later pixel. By poison: with NaN in every later pixel, the output at the pixel stays what it was, which gradients
-    that vanish by chance, and products of NaN with zero weights, do not.
+    Two proofs. By gradients, in float64: the output at a pixel, weighted at random, has gradient exactly 0 with
+    respect to every later pixel. By poison: with NaN in every later pixel the output at the pixel stays what it was,
+    which finds what a gradient that vanishes by chance hides, and products with weights of 0.
 
     The module is tested in evaluation mode, on a copy in float64; it is left as it was.
 
     Args:
         module: a callable from an image [N, C, H, W] to [N, C', H, W], or to a tuple whose last is that.
         in_shape: (C, H, W) or (N, C, H, W). Small images do, if larger than the receptive field in part.
-        out_channels_per_channel: the output holds the channels of every group so many at a time (256 logits of R, then of
-            G, then of B, as from contiguous channels); None where they are ordered as group_order says.
+        out_channels_per_channel: the output holds the channels of every group so many at a time (256 logits of R, then
+            of G, then of B, as from contiguous channels); None where they are ordered as group_order says.
         channel_groups: G; with more than one, an output channel may read, in its own pixel, only inputs of the groups
             before its own (the same group too, unless strict).
         group_order: "interleaved" or "contiguous": of the input's channels, and of the output's.
-        strict: whether the network must not see the pixel itself (True for a whole network, whose first layer has mask A;
-            False for a layer or block with mask B).
+        strict: whether the network must not see the pixel itself (True for a whole network, whose first layer has mask
+            A; False for a layer or block with mask B).
         poison: whether to try NaN; False for networks that compute statistics over the whole image.
         pixels: (row, column) pairs to test; all where None.
         seed: of the images and weights.

@@ -59,7 +59,9 @@ def lines(x, weight, bias=None, *, mask, dilation=1, activation=None, cond=None,
     return z if residual is None else z + residual
 
 
-def operands(n=2, c=6, o=12, h=5, w=7, k=3, *, activation=None, cond="class", residual=True, dtype=torch.float64, seed=0):
+def operands(
+    n=2, c=6, o=12, h=5, w=7, k=3, *, activation=None, cond="class", residual=True, dtype=torch.float64, seed=0
+):
     """input, weight, bias, cond and residual; the weights small enough that activations stay off their limits."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -134,7 +136,7 @@ def test_what_surrounds_the_convolution(conv_backend, activation, cond, residual
 
 
 @pytest.mark.parametrize("dilation", [1, 2, 5])
-@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 3), (8, 8), (5, 33)], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 3), (5, 33)], ids=str)
 @pytest.mark.parametrize("k", [3, 7])
 def test_sizes_and_dilations(conv_backend, size, dilation, k):
     """Non-square images, and such that are smaller than the kernel; channels that fill no vector."""
@@ -212,8 +214,8 @@ def test_gradcheck(conv_backend, activation, mask_type, groups):
         keywords = {"mask_type": mask_type, "channel_groups": groups, "activation": activation, "cond": cond}
         return fastelbo.masked_conv2d(x, weight, bias, residual=residual, backend=conv_backend, **keywords)
 
-    assert torch.autograd.gradcheck(function, tensors)
-    assert torch.autograd.gradgradcheck(function, tensors)
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
 def test_only_wanted_gradients(conv_backend):
@@ -221,9 +223,7 @@ def test_only_wanted_gradients(conv_backend):
     tensors = operands(activation="tanh_sigmoid")
     keywords = {"mask_type": "B", "activation": "tanh_sigmoid", "backend": conv_backend}
     every = outputs_and_gradients(fastelbo.masked_conv2d, tensors, **keywords)[1:]
-    for wanted in itertools.product([False, True], repeat=5):
-        if not any(wanted):
-            continue
+    for wanted in [subset for subset in itertools.product([False, True], repeat=5) if sum(subset) in (1, 4)]:
         leaves = [t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
         y = fastelbo.masked_conv2d(*leaves[:3], cond=leaves[3], residual=leaves[4], **keywords)
         y.backward(torch.arange(1.0, 1 + y.numel(), dtype=torch.float64).cos().reshape(y.shape))
@@ -248,7 +248,7 @@ def test_future_pixels_reach_nothing(conv_backend, mask_type, dilation, bad):
     x, weight, bias, *_ = operands(1, 3, 9, 6, 7, 5, cond=None, residual=False)
     keywords = {"mask_type": mask_type, "dilation": dilation, "backend": conv_backend}
     clean = fastelbo.masked_conv2d(x, weight, bias, **keywords)
-    for row, column in itertools.product(range(6), range(7)):
+    for row, column in itertools.product((0, 2, 3, 5), (0, 1, 3, 6)):
         later = later_pixels(6, 7, row, column, mask_type == "A")
         y = fastelbo.masked_conv2d(x.masked_fill(later, bad), weight, bias, **keywords)
         past = ~later_pixels(6, 7, row, column, own=False)  # this output and all before it
@@ -414,9 +414,7 @@ def test_checkpoint(conv_backend):
     def recomputed(*args, **keywords):
         return checkpoint(function, *args, use_reentrant=False, **keywords)
 
-    for a, b in zip(
-        outputs_and_gradients(recomputed, tensors), outputs_and_gradients(function, tensors), strict=True
-    ):
+    for a, b in zip(outputs_and_gradients(recomputed, tensors), outputs_and_gradients(function, tensors), strict=True):
         assert torch.equal(a, b)
 
 
@@ -430,7 +428,7 @@ def test_functional_transforms_run_on_the_reference():
     for i in range(2):
         leaf = weight.clone().requires_grad_()
         torch.testing.assert_close(per_example[i], torch.autograd.grad(loss(leaf, x[i]), leaf)[0])
-    with pytest.raises(NotImplementedError, match="torch.func transforms run on the reference"):
+    with pytest.raises(NotImplementedError, match=r"torch\.func transforms run on the reference"):
         vmap(lambda image: fastelbo.masked_conv2d(image, weight, mask_type="B", backend="cpu"))(x)
 
 

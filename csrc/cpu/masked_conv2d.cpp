@@ -839,10 +839,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   args.d_y = image_of(d_y);
   args.kept = image_of(kept);
   args.d_planes = Planes(args.columns, args.band, args.planes.gap, 0, want_input ? mask.up : 0, constants.slack);
-  Tensor none = allocate(0, stored);
-  Tensor d_input = want_input ? allocate(Shape(input), stored, input) : none;
-  Tensor d_weight = want_weight ? allocate(Shape(weight), stored, weight) : none;
-  Tensor d_cond = cond_ndim == 4 ? allocate_image(args.n, args.z_channels, input) : none;
+  Tensor d_input = want_input ? allocate(Shape(input), stored, input) : allocate(0, stored);
+  Tensor d_weight = want_weight ? allocate(Shape(weight), stored, weight) : allocate(0, stored);
+  Tensor d_bias = allocate(want_bias ? args.z_channels : 0, stored);
+  Tensor d_cond = cond_ndim == 4   ? allocate_image(args.n, args.z_channels, input)
+                  : cond_ndim == 2 ? allocate({args.n, args.z_channels}, {args.z_channels, 1}, stored)
+                                   : allocate(0, stored);
   if (cond_ndim == 4) args.d_cond = image_of(d_cond);
   std::vector<double> sums;
   if (want_bias || cond_ndim == 2) {
@@ -850,12 +852,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
     args.sums_wanted = true;
     args.sums = sums.data();
   }
-  Tensor d_packed = none, partial = none;
+  std::optional<Tensor> d_packed, partial;
   if (want_input) {
     args.d_input = image_of(d_input);
     args.backward = direction_of(mask, args.in_channels, args.z_channels, args.d_planes, int(constants.block), false, -1);
     d_packed = allocate(args.backward.weights, dtype);
-    args.d_packed = d_packed.data_ptr();
+    args.d_packed = d_packed->data_ptr();
     run_tasks(FASTELBO_CONV_LOOP(conv_pack_backward, dtype), args, args.backward.units());
   }
   args.chunks = std::min(args.units(), 4 * kTasks);
@@ -876,7 +878,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
     int64_t most = std::max<int64_t>(args.n * args.rows * args.columns / kChunkPixels, 4);
     args.chunks = std::min(args.chunks, most);
     partial = allocate(args.chunks * share, dtype);
-    args.partial = count ? partial.data_ptr() : nullptr;
+    args.partial = count ? partial->data_ptr() : nullptr;
   }
   run_tasks(FASTELBO_CONV_LOOP(masked_conv2d_bwd, dtype), args, args.chunks);
   if (args.partial) run_tasks(FASTELBO_CONV_LOOP(conv_reduce_weight, dtype), args, args.z_channels);
@@ -894,15 +896,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
       }
     }
   };
-  Tensor d_bias = none;
-  if (want_bias) {
-    d_bias = allocate(args.z_channels, stored);
-    store_sums(d_bias, 1);
-  }
-  if (cond_ndim == 2) {
-    d_cond = allocate({args.n, args.z_channels}, {args.z_channels, 1}, stored);
-    store_sums(d_cond, args.n);
-  }
+  if (want_bias) store_sums(d_bias, 1);
+  if (cond_ndim == 2) store_sums(d_cond, args.n);
   return {d_input, d_weight, d_bias, d_cond};
 }
 

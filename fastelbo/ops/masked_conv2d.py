@@ -31,9 +31,9 @@ def masked_conv2d(
     .. math:: y = f\Big(b + c + \sum_{(i,j) \text{ live}} w_{ij}\, x_{r+(i-h)d,\,col+(j-h)d}\Big) + \text{residual},
               \qquad h = \lfloor k/2 \rfloor
 
-    Live are the h rows above the kernel's centre, what lies left of the centre in its own row, and for mask B the centre
-    itself. Dead taps are never read, and get gradient exactly 0: NaN or inf in a dead weight or in a future pixel
-    reaches no output. Outside of the image the input counts as 0; the output has the image's size.
+    Live are the h rows above the kernel's centre, what lies left of the centre in its own row, and for mask B the
+    centre itself. Dead taps are never read, and get gradient exactly 0: NaN or inf in a dead weight or in a future
+    pixel reaches no output. Outside of the image the input counts as 0; the output has the image's size.
 
     With G channel groups (3 for the colours of a pixel) the channels of a pixel come in G groups, one after the other:
     at the centre, B reads the channels with g_in <= g_out, and A those with g_in < g_out. Channel c of C belongs to
@@ -261,7 +261,7 @@ def _check_tensors(input, weight, bias, cond, residual=None):
 
 
 def _run(input, weight, bias, cond, residual, options, backend):
-    mask_type, stack, dilation, groups, order, activation = options
+    _, _, dilation, groups, order, activation = options
     gated = activation in GATES
     _one_of("activation", activation, (None, *ACTIVATIONS))
     _positive_int("dilation", dilation)
@@ -432,18 +432,18 @@ def _bwd_fake(
     )
 
 
-# kept: before the activation for a gate, after it (and before the residual) else; empty without `keep`. An activation of
-# "" is none. cond_ndim: the dimensions of the cond that wants a gradient, 0 for none.
+# kept: before the activation for a gate, after it (and before the residual) else; empty without `keep`. An activation
+# of "" is none. cond_ndim: the dimensions of the cond that wants a gradient, 0 for none.
 _FWD = _library.define(
     "masked_conv2d_fwd",
-    "(Tensor input, Tensor weight, Tensor? bias, Tensor? cond, Tensor? residual, str mask_type, str stack, int dilation,"
-    " int channel_groups, str group_order, str activation, bool keep) -> (Tensor y, Tensor kept)",
+    "(Tensor input, Tensor weight, Tensor? bias, Tensor? cond, Tensor? residual, str mask_type, str stack,"
+    " int dilation, int channel_groups, str group_order, str activation, bool keep) -> (Tensor y, Tensor kept)",
     _fwd_fake,
 )
 _BWD = _library.define(
     "masked_conv2d_bwd",
-    "(Tensor d_y, Tensor input, Tensor weight, Tensor? kept, str mask_type, str stack, int dilation, int channel_groups,"
-    " str group_order, str activation, bool want_input, bool want_weight, bool want_bias, int cond_ndim)"
-    " -> (Tensor d_input, Tensor d_weight, Tensor d_bias, Tensor d_cond)",
+    "(Tensor d_y, Tensor input, Tensor weight, Tensor? kept, str mask_type, str stack, int dilation,"
+    " int channel_groups, str group_order, str activation, bool want_input, bool want_weight, bool want_bias,"
+    " int cond_ndim) -> (Tensor d_input, Tensor d_weight, Tensor d_bias, Tensor d_cond)",
     _bwd_fake,
 )

@@ -1,14 +1,14 @@
 r"""Masked (autoregressive) convolutions.
 
 An image is generated in raster order. The output at row r and column c may read the rows above and, in row r, what lies
-to the left; mask B reads the pixel (r, c) itself too, mask A does not. A k x k kernel then has live taps in the k//2 rows
-above its centre and left of the centre in its own row, and the convolution is a sum of three dense ones,
+to the left; mask B reads the pixel (r, c) itself too, mask A does not. A k x k kernel then has live taps in the k//2
+rows above its centre and left of the centre in its own row, and the convolution is a sum of three dense ones,
 
 .. math:: y_{rc} = \sum_{i<h,\,j} w_{ij} x_{r+(i-h)d,\,c+(j-h)d} + \sum_{j<h} w_{hj} x_{r,\,c+(j-h)d} + w_{hh} x_{rc},
           \qquad h = \lfloor k/2 \rfloor,
 
-none of which reads a dead tap or a future pixel. That is how it is computed here: a product with a mask of zeros has the
-same value only as long as every weight and pixel is finite. Channel groups (colours) are generated in turn within a
+none of which reads a dead tap or a future pixel. That is how it is computed here: a product with a mask of zeros has
+the same value only as long as every weight and pixel is finite. Channel groups (colours) are generated in turn within a
 pixel; they limit the last term to the pairs of channels with g_in <= g_out (B) or g_in < g_out (A).
 """
 
