@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp) setup.py pyproject.toml constraints.txt
+SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu) setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow bench lint clean

@@ -4,11 +4,15 @@ The libraries talk to torch through its stable C interface and to Python not at 
 and every torch from 2.10 on. They are plain shared libraries, loaded with torch.ops.load_library.
 
 Environment:
-    CXX       the C++ compiler
-    MAX_JOBS  how many files to compile at a time; the number of processors if unset
+    CXX                   the C++ compiler
+    MAX_JOBS              how many files to compile at a time; the number of processors if unset
+    FASTELBO_CUDA         auto (the default): CUDA kernels where nvcc is found; 1: fail without it; 0: none
+    TORCH_CUDA_ARCH_LIST  GPUs to compile for, 8.0 or newer; "8.0;9.0;10.0+PTX" if unset
 """
 
 import os
+import re
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,11 +33,17 @@ TORCH = Path(torch.__file__).parent
 TORCH_TARGET = "0x020a000000000000"  # 2.10: the oldest torch whose stable interface has all we call
 
 
+def sources(*patterns: str) -> "list[str]":
+    """Of csrc, the largest first: they take longest."""
+    found = {path for pattern in patterns for path in Path("csrc").glob(pattern)}
+    return [str(path) for path in sorted(found, key=lambda path: (-path.stat().st_size, path))]
+
+
 def cpu_library() -> Extension:
     return Extension(
         "fastelbo._cpu",
-        sources=sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
-        depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+        sources=sources("common/*.cpp", "cpu/*.cpp"),
+        depends=sources("*/*.h"),
         include_dirs=[str(TORCH / "include")],
         library_dirs=[str(TORCH / "lib")],
         libraries=["torch_cpu", "c10"],
@@ -54,6 +64,54 @@ def cpu_library() -> Extension:
     )
 
 
+def find_nvcc() -> "str | None":
+    """nvcc, whether or not a GPU is visible: containers and CI have none."""
+    wanted = os.environ.get("FASTELBO_CUDA") or "auto"
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"FASTELBO_CUDA must be auto, 0 or 1; got {wanted!r}")
+    if wanted == "0":
+        return None
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    path = os.pathsep.join([f"{home}/bin" for home in homes if home] + [os.environ.get("PATH", "")])
+    nvcc = shutil.which("nvcc", path=path)
+    if nvcc is None and wanted == "1":
+        sys.exit("FASTELBO_CUDA=1, but nvcc is neither in CUDA_HOME nor on the PATH")
+    if nvcc is None:
+        print("fastelbo: no nvcc, so the CUDA kernels are left out")
+    return nvcc
+
+
+def gpu_targets() -> "list[str]":
+    """nvcc's options for TORCH_CUDA_ARCH_LIST."""
+    options = []
+    for arch in re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX"):
+        found = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+        if not found or int(found[1]) < 8:
+            sys.exit(f"TORCH_CUDA_ARCH_LIST must list numbers from 8.0 on, as in 8.0;9.0+PTX; got {arch!r}")
+        number = found[1] + found[2]
+        kinds = ["sm", "compute"] if found[3] else ["sm"]
+        options += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
+    return options
+
+
+def cuda_library() -> Extension:
+    return Extension(
+        "fastelbo._cuda",
+        sources=sources("cuda/*.cu", "common/*.cpp"),
+        depends=sources("*/*.h", "cuda/*.cuh"),
+        extra_compile_args=[
+            *gpu_targets(),
+            "-std=c++17",
+            "-O3",
+            "-fmad=false",  # fused only where the source says so: forward and backward draw the same noise
+            "-Xcompiler=-fPIC,-fvisibility=hidden,-g0",
+            f"-I{TORCH / 'include'}",
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+            "-DUSE_CUDA",
+        ],
+    )
+
+
 class BuildLibraries(build_ext):
     def run(self):
         for extension in self.extensions:
@@ -68,18 +126,46 @@ class BuildLibraries(build_ext):
         return []
 
     def build_extension(self, extension):
+        if extension.name == "fastelbo._cuda":
+            return self.build_cuda(extension)
         compile_one = self.compiler.compile
 
         def compile_all(sources, **options):
-            jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-            with ThreadPoolExecutor(jobs) as pool:
-                return [o for objects in pool.map(lambda s: compile_one([s], **options), sources) for o in objects]
+            return [o for objects in self.in_parallel(lambda s: compile_one([s], **options), sources) for o in objects]
 
         self.compiler.compile = compile_all
         try:
             super().build_extension(extension)
         finally:
             self.compiler.compile = compile_one
+
+    def build_cuda(self, extension):
+        library, folder = Path(self.get_ext_fullpath(extension.name)), Path(self.build_temp, "cuda")
+        newest = max(Path(file).stat().st_mtime for file in [*extension.sources, *extension.depends, __file__])
+        if library.exists() and library.stat().st_mtime > newest and not self.force:
+            return
+        nvcc = [NVCC, f"-ccbin={os.environ['CXX']}"] if os.environ.get("CXX") else [NVCC]
+
+        def compile_one(source):
+            out = str(folder / Path(source).with_suffix(".o").name)
+            self.spawn([*nvcc, *extension.extra_compile_args, "-c", source, "-o", out])
+            return out
+
+        # The library must find the symbols of whatever libtorch_cuda.so is loaded, and torch without CUDA has none to
+        # link against: an empty library of that name stands in. cudart is linked in: torch's own may be of another CUDA.
+        folder.mkdir(parents=True, exist_ok=True)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        stub, name = folder / "stub.cpp", "libtorch_cuda.so"
+        stub.write_text("")
+        self.spawn([*nvcc, "-shared", "-cudart=none", f"-Xlinker=-soname={name}", str(stub), "-o", str(folder / name)])
+        self.spawn(
+            [*nvcc, "-shared", "-cudart=static", *self.in_parallel(compile_one, extension.sources), "-o", str(library)]
+            + [f"-L{TORCH / 'lib'}", "-Xlinker=--no-as-needed", str(folder / name), "-ltorch_cpu", "-lc10"]
+        )
+
+    def in_parallel(self, function, items):
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            return list(pool.map(function, items))
 
 
 class Wheel(bdist_wheel):
@@ -91,9 +177,11 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+NVCC = find_nvcc()
+
 setup(
     packages=["fastelbo", "fastelbo.ops", "fastelbo.reference", "fastelbo.kernels"],
     package_dir={"fastelbo.kernels": "kernels"},
-    ext_modules=[cpu_library()],
+    ext_modules=[cpu_library(), *([cuda_library()] if NVCC else [])],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
 )

@@ -11,13 +11,67 @@ from torch.utils.checkpoint import checkpoint
 
 import fastelbo
 
-SIZES = {"tiny": [(8, 16), (128, 10)], "medium": [(4096, 256)], "large": [(65536, 256)]}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PASSES = ("forward", "forward_backward")
+PASSES = ("forward", "backward", "forward_backward")
 RIVALS = ("eager", "distributions", "compile", "compile_checkpoint", "copy")
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the largest value: is it the same function at all
+SUMMED = ("gaussian_kl", "gaussian_rsample_kl", "gaussian_log_prob")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shapes of one class, and what is timed on them."""
+
+    shapes: tuple[tuple[int, int], ...]
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    passes: tuple[str, ...] = ("forward", "forward_backward")
+    timings: tuple[str, ...] = ("host",)  # as in rows.Row
+    rivals: tuple[str, ...] = RIVALS
+    # of a case and a dtype: a compilation takes seconds, and time on a GPU is short
+    compiles: Callable[["Case", str], bool] = lambda case, dtype: True
+    ops: tuple[str, ...] = ()  # all
+    quick: bool = True
+
+
+def never(case, dtype):
+    return False
+
+
+# The most telling first: what comes last is lost where time runs out.
+SIZES = {
+    "cpu": {
+        "tiny": Size(((8, 16), (128, 10))),
+        "medium": Size(((4096, 256),)),
+        "large": Size(((65536, 256),), quick=False),
+    },
+    "cuda": {
+        "large": Size(
+            ((65536, 1024),),
+            passes=PASSES,
+            timings=("events",),
+            compiles=lambda case, dtype: dtype == "float32" or case.draws,  # where a goal is held against it
+            quick=False,
+        ),
+        "rows": Size(  # as many elements in events of other lengths
+            tuple((2**26 // columns, columns) for columns in (1, 3, 31, 64, 257, 4096, 100_000)),
+            passes=("forward", "backward"),
+            timings=("events",),
+            rivals=(),
+            ops=("gaussian_kl", "gaussian_rsample_kl", "gaussian_log_prob"),
+            quick=False,
+        ),
+        "tiny": Size(
+            ((8, 16), (128, 10)),
+            ("float32",),
+            timings=("host", "graph"),
+            compiles=lambda case, dtype: case.op == "gaussian_rsample_kl",
+        ),
+        "medium": Size(((4096, 256),), timings=("events",), compiles=never),
+        "64MB": Size(((65536, 256),), ("float32",), PASSES, ("events",), compiles=never, quick=False),
+    },
+}
 LOG_2PI = math.log(2 * math.pi)
 STANDARD_NORMAL = Normal(0.0, 1.0)
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the largest value: is it the same function at all
 
 
 def rsample_lines(mean, s, noise=None):
@@ -71,11 +125,12 @@ class Case:
         op: its name in fastelbo.
         name: the kind of input.
         inputs: a letter each: p for a parameter, 0 for a 0-d one, d for data (wants no gradient), z for zeros.
-        floor: elements read and written per element, in the forward and in the backward (a row's sum not counted).
+        floor: elements read and written per element, in the forward and in the backward.
         lines: the lines users write, a function of the inputs; also compiled.
         distributions: the same by torch.distributions.
         others: further rivals.
         draws: whether the first output is a sample.
+        sums: float32 sums of a row that the forward writes and the backward reads the gradient of.
         ours: a function of the inputs and the backend, where that is not simply the op.
     """
 
@@ -87,18 +142,19 @@ class Case:
     distributions: Callable | None = None
     others: dict[str, Callable] = field(default_factory=dict)
     draws: bool = False
+    sums: int = 0
     ours: Callable | None = None
-    sizes: tuple[str, ...] = tuple(SIZES)
+    sizes: tuple[str, ...] = ()  # all
     passes: tuple[str, ...] = PASSES
 
 
 CASES = [
     Case("gaussian_rsample", "", "pp", (3, 3), rsample_lines, rsample_distributions, draws=True),
-    Case("gaussian_kl", "standard normal", "pp", (2, 4), kl_lines, kl_distributions),
-    Case("gaussian_kl", "learned prior", "pppp", (4, 8), kl_prior_lines, kl_prior_distributions),
-    Case("gaussian_rsample_kl", "", "pp", (3, 5), rsample_kl_lines, rsample_kl_distributions, draws=True),
-    Case("gaussian_log_prob", "", "dpp", (3, 5), log_prob_lines, log_prob_distributions),
-    Case("gaussian_log_prob", "scalar scale", "dp0", (2, 3), log_prob_lines, log_prob_distributions),
+    Case("gaussian_kl", "standard normal", "pp", (2, 4), kl_lines, kl_distributions, sums=1),
+    Case("gaussian_kl", "learned prior", "pppp", (4, 8), kl_prior_lines, kl_prior_distributions, sums=1),
+    Case("gaussian_rsample_kl", "", "pp", (3, 5), rsample_kl_lines, rsample_kl_distributions, draws=True, sums=1),
+    Case("gaussian_log_prob", "", "dpp", (3, 5), log_prob_lines, log_prob_distributions, sums=1),
+    Case("gaussian_log_prob", "scalar scale", "dp0", (2, 3), log_prob_lines, log_prob_distributions, sums=1),
     Case(  # mean and s are 0, so that what comes back is the noise itself; the third input is what normal_ writes to
         "gaussian_rsample",
         "normals",
@@ -107,10 +163,64 @@ CASES = [
         others={"randn": lambda mean, s, to: torch.randn_like(mean), "normal_": lambda mean, s, to: to.normal_()},
         draws=True,
         ours=lambda mean, s, to, backend: fastelbo.gaussian_rsample(mean, s, backend=backend),
-        sizes=("medium",),
+        sizes=("medium", "64MB"),
         passes=("forward",),
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One case on one shape and dtype, one pass of it, and how it is timed."""
+
+    case: Case
+    shape: tuple[int, int]
+    dtype: str
+    pass_: str
+    timing: str
+    rivals: tuple[str, ...]
+
+    def __str__(self):
+        rows, columns = self.shape
+        return "-".join((self.case.op, self.case.name, f"{rows}x{columns}", self.dtype, self.pass_, self.timing))
+
+
+def timed(device: str, sizes=(), ops=(), dtypes=(), rivals=(), quick=False) -> list[Timed]:
+    """What is to be timed on a kind of device.
+
+    Args:
+        device: "cpu" or "cuda".
+        sizes: names of SIZES, or shapes as "4096x256", which come with every dtype, pass and rival; default: all.
+        ops, dtypes, rivals: default: all.
+        quick: leave out what takes long, unless `sizes` names it.
+    """
+    known = SIZES[device]
+    chosen = {name: size_of(device, name) for name in sizes or known if sizes or known[name].quick or not quick}
+    return [
+        Timed(case, shape, dtype, pass_, timing, rivals_of(case, dtype, size, rivals or RIVALS))
+        for name, size in chosen.items()
+        for case in CASES
+        if case.op in (ops or case.op) and case.op in (size.ops or case.op)
+        if not case.sizes or name in case.sizes or name not in known
+        for shape in size.shapes
+        for dtype in size.dtypes
+        if dtype in (dtypes or dtype)
+        for pass_ in size.passes
+        if pass_ in case.passes
+        for timing in size.timings
+    ]
+
+
+def size_of(device: str, name: str) -> Size:
+    if name in SIZES[device]:
+        return SIZES[device][name]
+    shape = tuple(map(int, name.split("x")))
+    return Size((shape,)) if device == "cpu" else Size((shape,), passes=PASSES, timings=("events",))
+
+
+def rivals_of(case: Case, dtype: str, size: Size, wanted) -> tuple[str, ...]:
+    compiles = size.compiles(case, dtype)
+    return tuple(name for name in size.rivals if name in wanted and (compiles or not name.startswith("compile")))
 
 
 def make_inputs(case: Case, shape, dtype, device) -> list[torch.Tensor]:
@@ -127,6 +237,8 @@ def make_inputs(case: Case, shape, dtype, device) -> list[torch.Tensor]:
 def usable_backends(device: torch.device) -> list[str]:
     """Ours, the fastest first; "reference" is no contestant."""
     names = [name for name in fastelbo.backends.BACKENDS if name != "reference"]
+    if device.type == "cpu":
+        names.remove("triton")  # its interpreter is for tests
     reasons = {name: fastelbo.backends.why_not(name, device) for name in names}
     if all(reasons.values()):
         raise RuntimeError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
@@ -134,31 +246,44 @@ def usable_backends(device: torch.device) -> list[str]:
     return sorted((name for name in names if reasons[name] is None), key=lambda name: name != preferred)
 
 
-def contestants(case: Case, backends: list[str], wanted, with_backward: bool) -> dict[str, Callable]:
+def contestants(case: Case, backends: list[str], wanted, pass_: str, timing: str = "host") -> dict[str, Callable]:
     """Functions from a case's inputs to its outputs, ours first."""
     ours = case.ours or getattr(fastelbo, case.op)
     lines, rivals = case.lines, {}
     if lines:
         rivals = {"eager": lines, "distributions": case.distributions, "compile": torch.compile(lines)}
-    if lines and case.draws and with_backward:
+    if lines and case.draws and pass_ == "forward_backward":
         recomputing = torch.compile(lambda *inputs: checkpoint(lines, *inputs, use_reentrant=False))
         rivals["compile_checkpoint"] = recomputing
+    if timing == "graph":
+        rivals.pop("distributions", None)  # its checks of values wait for the GPU, which no graph can
+    if pass_ == "backward":
+        # a compiled backward gives its saved tensors away, and can run but once
+        rivals = {name: rival for name, rival in rivals.items() if not name.startswith("compile")}
     rivals = {name: rivals[name] for name in rivals if name in wanted}
     return {name: functools.partial(ours, backend=name) for name in backends} | rivals | case.others
 
 
-def bind(function: Callable, inputs, with_backward: bool) -> Callable:
-    """A call without arguments of one pass. The upstream gradients exist before it."""
-    if not with_backward:
+def bind(function: Callable, inputs, pass_: str) -> Callable:
+    """A call without arguments of one pass. What comes before that pass exists before the call."""
+    if pass_ == "forward":
         return lambda: function(*inputs)
     leaves = [tensor for tensor in inputs if tensor.requires_grad]
-    upstream = upstream_like(function(*inputs))
+    outputs = function(*inputs)
+    upstream = upstream_like(outputs)
+    if pass_ == "backward":
+        return functools.partial(backward, outputs, leaves, upstream)
 
     def forward_backward():
         outputs = function(*inputs)
         return outputs, torch.autograd.grad(outputs, leaves, upstream)
 
     return forward_backward
+
+
+def backward(outputs, leaves, upstream):
+    """Gradients, as often as one likes."""
+    return outputs, torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
 
 
 def upstream_like(outputs):
@@ -176,12 +301,17 @@ def copy(bytes_moved: int, device) -> Callable:
     return lambda: destination.copy_(source)
 
 
-def floor_bytes(case: Case, inputs, with_backward: bool) -> int:
-    return sum(case.floor[: 2 if with_backward else 1]) * inputs[0].numel() * inputs[0].element_size()
+def floor_bytes(case: Case, inputs, pass_: str) -> int:
+    """What a pass has to read and write: each input and each result once."""
+    forward, backward = case.floor
+    elements = {"forward": forward, "backward": backward, "forward_backward": forward + backward}[pass_]
+    sums = case.sums * len(inputs[0]) * 4 * (2 if pass_ == "forward_backward" else 1)
+    return elements * inputs[0].numel() * inputs[0].element_size() + sums
 
 
-def check(case: Case, name: str, result, inputs, with_backward: bool) -> None:
+def check(case: Case, name: str, result, inputs, pass_: str) -> None:
     """Raises AssertionError unless a contestant computes what the plain float32 lines do, of its own noise."""
+    with_backward = pass_ != "forward"
     outputs, grads = result if with_backward else (result, ())
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     exact_inputs = [tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in inputs]

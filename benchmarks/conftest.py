@@ -1,12 +1,15 @@
 """Options of `pytest benchmarks`, and what its cases share: the machine, the tests' verdict, where rows go."""
 
 import ctypes
+import importlib.metadata
+import os
 import platform
 import re
 import subprocess
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ import rows
 
 import fastelbo
 
-ROWS = pytest.StashKey[list]()
+ROWS, MEMORY_ROWS = pytest.StashKey[list](), pytest.StashKey[list]()
 
 
 def pytest_addoption(parser):
@@ -26,19 +29,21 @@ def pytest_addoption(parser):
     add = group.addoption
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--op", action="append", choices=sorted({case.op for case in cases.CASES}), help="repeatable; default: all")
-    add("--shape", action="append", metavar="SIZE", help=f"{', '.join(cases.SIZES)} or a shape as 4096x256; repeatable")
+    sizes = ", ".join(dict.fromkeys(name for sizes in cases.SIZES.values() for name in sizes))
+    add("--shape", action="append", metavar="SIZE", help=f"{sizes} or a shape as 4096x256; repeatable; default: all")
     add("--dtype", action="append", choices=tuple(cases.DTYPES), help="repeatable; default: all")
     add("--rival", action="append", choices=cases.RIVALS, help="repeatable; default: all; copy always runs")
     add("--threads", type=int, help="of torch; default: torch's own choice")
     add("--rounds", type=int, help="samples of each contestant; default: 30, large 10")
     add("--quick", action="store_true", help="3 rounds, nothing large: to see that everything works")
     add("--no-save", action="store_true", help="append no rows to the results")
-    add("--results", type=Path, metavar="PATH", help="CSV file; default: benchmarks/results/<device>.csv")
+    add("--results", type=Path, metavar="DIR", default=rows.RESULTS, help="of <device>.csv and memory_<device>.csv")
     add("--unverified", action="store_true", help="time ops without running their tests; the rows say so")
+    add("--verdict", type=Path, metavar="XML", help="pytest's --junitxml of the ops' tests, run just before")
 
 
 def pytest_configure(config):
-    config.stash[ROWS] = []
+    config.stash[ROWS], config.stash[MEMORY_ROWS] = [], []
     config.option.benchmark_quiet = True  # our table replaces pytest-benchmark's; --benchmark-verbose brings it back
     if config.option.threads:
         torch.set_num_threads(config.option.threads)
@@ -58,15 +63,17 @@ def keep_freed_memory() -> None:
 
 
 def commit() -> str:
-    """Of the code that is timed."""
+    """Of the code that is timed; the environment's FASTELBO_COMMIT where that was installed without its history."""
 
     def git(*arguments):
         command = ["git", "-C", str(Path(fastelbo.__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
+    if os.environ.get("FASTELBO_COMMIT"):
+        return os.environ["FASTELBO_COMMIT"]
     # rows that are not committed yet do not make a commit dirty
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
-    return git("describe", "--always") + ("-dirty" if changed else "")
+    return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 
 def cpu_model() -> str:
@@ -83,9 +90,19 @@ def instruction_set() -> str:
         return ""
 
 
+def triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 @pytest.fixture(scope="session")
 def device(request) -> torch.device:
-    return torch.device(request.config.option.device)
+    name = request.config.option.device
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.exit("--device cuda needs a GPU, and torch finds none", returncode=2)
+    return torch.device(name)
 
 
 @pytest.fixture(scope="session")
@@ -94,27 +111,52 @@ def backends(device) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def save(request, device, backends):
-    """Keeps the rows of a case: on disk at once, and for the table."""
-    option = request.config.option
-    path = option.results or rows.RESULTS / f"{device.type}.csv"
-    session = {
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else cpu_model(),
-        "threads": torch.get_num_threads(),
-        "isa": instruction_set(),
+def session(device, backends) -> dict:
+    """What all rows of a session have in common; each kind of row takes the fields it has."""
+    on_gpu = device.type == "cuda"
+    return {
+        "machine": torch.cuda.get_device_name() if on_gpu else cpu_model(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda if on_gpu else "",
+        "triton": triton_version() if on_gpu else "",
         "fastelbo": fastelbo.__version__,
         "python": platform.python_version(),
         "commit": commit(),
+    }
+
+
+def now() -> str:
+    return f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+
+
+@pytest.fixture(scope="session")
+def save(request, device, session, backends):
+    """Keeps the rows of a case: on disk at once, and for the table."""
+    option = request.config.option
+    speed = {
+        "threads": torch.get_num_threads(),
+        "isa": instruction_set(),
         "verified": "no" if option.unverified else "yes",
     }
 
     def append(found: list[dict]) -> None:
-        now = f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
-        made = [rows.Row(**session, timestamp=now, **row) for row in found]
+        made = [rows.Row(**session, **speed, timestamp=now(), **row) for row in found]
         request.config.stash[ROWS].extend(made)
         if not option.no_save:
-            rows.append(path, made)
+            rows.append(option.results / f"{device.type}.csv", made)
+
+    return append
+
+
+@pytest.fixture(scope="session")
+def save_memory(request, device, session):
+    option = request.config.option
+
+    def append(found: list[dict]) -> None:
+        made = [rows.MemoryRow(**session, timestamp=now(), **row) for row in found]
+        request.config.stash[MEMORY_ROWS].extend(made)
+        if not option.no_save:
+            rows.append(option.results / f"memory_{device.type}.csv", made)
 
     return append
 
@@ -122,10 +164,15 @@ def save(request, device, backends):
 @pytest.fixture(scope="session")
 def broken(request) -> dict[str, str]:
     """Why an op's tests fail, for the ops of this session whose tests do."""
-    if request.config.option.unverified:
+    option = request.config.option
+    if option.unverified:
         return {}
-    ops = sorted({item.callspec.params["case"].op for item in request.session.items})
-    verdicts = {op: test_failure(op, request.config.rootpath) for op in ops}
+    params = (getattr(item, "callspec", None) for item in request.session.items)
+    ops = sorted({found.params["timed"].case.op for found in params if found and "timed" in found.params})
+    if option.verdict:
+        verdicts = {op: recorded_failure(op, option.verdict) for op in ops}
+    else:
+        verdicts = {op: test_failure(op, request.config.rootpath) for op in ops}
     return {op: why for op, why in verdicts.items() if why}
 
 
@@ -138,27 +185,35 @@ def test_failure(op: str, root: Path) -> str:
     return "" if run.returncode == 0 else f"{path} fails:\n{(run.stdout + run.stderr)[-2000:]}"
 
 
-def shapes(option) -> list[tuple[str, tuple[int, int]]]:
-    """Sizes and shapes to time; a shape of the user's own comes as both."""
-    sizes = option.shape or [name for name in cases.SIZES if not (option.quick and name == "large")]
-    return [(size, shape) for size in sizes for shape in cases.SIZES.get(size) or [tuple(map(int, size.split("x")))]]
+def recorded_failure(op: str, verdict: Path) -> str:
+    """Why an op counts as failing by the record of a run of its tests."""
+    if not verdict.exists():
+        return f"{verdict} does not exist: the tests were not run to their end"
+    ran = [
+        case for case in ElementTree.parse(verdict).iter("testcase") if f"test_{op}" in case.get("classname").split(".")
+    ]
+    failed = [case.get("name") for case in ran if case.find("failure") is not None or case.find("error") is not None]
+    if failed:
+        return f"{len(failed)} of its {len(ran)} tests fail in {verdict}, first {failed[0]}"
+    passed = [case for case in ran if case.find("skipped") is None]
+    return "" if passed else f"none of its tests ran in {verdict}"
 
 
 def pytest_generate_tests(metafunc):
     option = metafunc.config.option
-    parameters = [
-        pytest.param(case, shape, dtype, pass_, id=f"{case.op}-{case.name}-{shape[0]}x{shape[1]}-{dtype}-{pass_}")
-        for case in cases.CASES
-        if case.op in (option.op or case.op)
-        for size, shape in shapes(option)
-        if size in case.sizes or size not in cases.SIZES
-        for dtype in option.dtype or cases.DTYPES
-        for pass_ in case.passes
-    ]
-    metafunc.parametrize(("case", "shape", "dtype", "pass_"), parameters)
+    if "timed" in metafunc.fixturenames:
+        found = cases.timed(option.device, option.shape, option.op, option.dtype, option.rival, option.quick)
+        metafunc.parametrize("timed", found, ids=map(str, found))
+    if "differentiable" in metafunc.fixturenames:
+        found = [case for case in cases.CASES if case.lines and case.op in (option.op or case.op)]
+        metafunc.parametrize("differentiable", found, ids=[f"{case.op}-{case.name}" for case in found])
+        metafunc.parametrize("dtype", option.dtype or (["float32"] if option.device == "cuda" else cases.DTYPES))
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if found := config.stash[ROWS]:
         terminalreporter.section("ours, and how many times as long each rival takes")
         terminalreporter.write_line(rows.table(found))
+    if found := config.stash[MEMORY_ROWS]:
+        terminalreporter.section("bytes per element: kept for the backward, and allocated at most in both passes")
+        terminalreporter.write_line(rows.memory_table(found))

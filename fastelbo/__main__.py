@@ -33,7 +33,7 @@ def report() -> str:
         lines.append(f"  cuda:{index}    {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
     lines += ["", "backends"]
     for name, description in backends.BACKENDS.items():
-        reason = backends.usable(name)
+        reason = backends.usable(name) or backends.no_device(name)
         if name == "cpu" and reason is None:
             description = f"C++, {backends.cpu_isa()}"
         lines.append(f"  {name:<9} {description if reason is None else 'not usable: ' + reason}")

@@ -15,8 +15,11 @@ def load(name: str) -> "str | None":
 
 
 def _load(path: Path) -> "str | None":
+    needs = "nvcc" if path.name == "_cuda.so" else "a C++ compiler"
     if not path.exists():
-        return f"{path.name} was not built: install fastelbo with a C++ compiler present (pip install .)"
+        return f"{path.name} was not built: install fastelbo with {needs} present (pip install .)"
+    if path.name == "_cuda.so" and torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:

@@ -1,24 +1,69 @@
 """The one place that talks to torch.library: schemas are written once, in Python; compiled code implements them."""
 
+import functools
+import importlib
 import math
+import os
 
 import torch
 
+# Two namespaces, so that Triton and CUDA C++ can both run tensors of one device.
 _library = torch.library.Library("fastelbo", "DEF")
+_triton_library = torch.library.Library("fastelbo_triton", "DEF")
+
+#: Triton's interpreter runs the Triton kernels on the CPU, slowly: for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def define(name: str, schema: str, fake, tags=()) -> "dict[str, torch._ops.OpOverload]":
-    """Defines the op fastelbo::<name>; returns what each backend calls.
+def define(name: str, schema: str, fake) -> "dict[str, torch._ops.OpOverload]":
+    """Defines an op with a kernel per backend; returns what each backend calls.
+
+    The Triton kernel of <op>_fwd is the function of that name in fastelbo.kernels.<op>: it takes the results to fill,
+    which `fake` has allocated, and the op's arguments.
 
     Args:
-        name: the op's name.
+        name: <op>_fwd or <op>_bwd.
         schema: its arguments and returns, without the name.
-        fake: what it returns on tensors without data; the same argument names as the schema.
+        fake: allocates what it returns; the same argument names as the schema.
+    """
+    compiled, triton = _define(_library, name, schema, fake), _define(_triton_library, name, schema, fake)
+    _triton_library.impl(name, functools.partial(_run_triton, name, fake), "CPU" if INTERPRETED else "CUDA")
+    return {"cpu": compiled, "cuda": compiled, "triton": triton}
+
+
+def define_helper(name: str, schema: str, fake, tags=()) -> "torch._ops.OpOverload":
+    """Defines an op that is the same for every backend.
+
+    Args:
+        name, schema, fake: as in define.
         tags: torch.Tag values.
     """
-    _library.define(f"{name}{schema}", tags=tags)
-    torch.library.register_fake(f"fastelbo::{name}", fake, lib=_library)
-    return {"cpu": getattr(torch.ops.fastelbo, name).default}
+    return _define(_library, name, schema, fake, tags)
+
+
+def _define(library, name, schema, fake, tags=()):
+    library.define(f"{name}{schema}", tags=tags)
+    torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+    return getattr(getattr(torch.ops, library.ns), name).default
+
+
+@functools.cache
+def _triton_kernel(name):
+    return getattr(importlib.import_module(f"fastelbo.kernels.{name.rpartition('_')[0]}"), name)
+
+
+def _run_triton(name, fake, *arguments):
+    results = fake(*arguments)
+    device = (results if isinstance(results, torch.Tensor) else results[0]).device
+    try:
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                _triton_kernel(name)(results, *arguments)
+        else:
+            _triton_kernel(name)(results, *arguments)
+    except Exception as error:
+        raise RuntimeError(f"{name} failed in Triton on {device}: {error}") from error
+    return results
 
 
 def implement(name: str, function) -> None:
@@ -83,10 +128,13 @@ def sum_to(grad, tensor):
     return grad if grad.dtype == tensor.dtype else grad.to(tensor.dtype)
 
 
-@torch.compiler.assume_constant_result
 def transformed() -> bool:
     """Whether a torch.func transform is under way; in a traced function too, whose guards cover it."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# What torch.compiler.assume_constant_result does, which would also import torch._dynamo and Triton.
+transformed._dynamo_marked_constant = True
 
 
 def distinct(*tensors):

@@ -15,7 +15,7 @@ def _draw(device: torch.device, generator=None) -> torch.Tensor:
 
 # What a traced function calls. Tagged, so that torch.compile does not repeat a draw in the backward. The argument is an
 # uninitialised tensor that nothing reads: torch.compile merges equal calls, tagged or not, but never two torch.empty.
-_DRAW = _library.define(
+_DRAW = _library.define_helper(
     "draw_seed",
     "(Tensor fresh) -> Tensor",
     lambda fresh: fresh.new_empty((1,), dtype=torch.int64),
@@ -35,7 +35,7 @@ def as_seed(seed, generator, device: torch.device) -> torch.Tensor:
     if seed is None:
         if generator is None:
             if torch.compiler.is_compiling() and not _library.transformed():
-                return _DRAW["cpu"](torch.empty((), device=device))
+                return _DRAW(torch.empty((), device=device))
             return _draw(device)
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}")

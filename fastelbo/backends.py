@@ -1,38 +1,58 @@
 """Which implementation runs: chosen once, in the public function."""
 
+import importlib.metadata
 import os
 
 import torch
 
 from fastelbo import _extension, _library
 
-_CPU_ISA = _library.define("cpu_isa", "() -> int", lambda: 0)["cpu"]
+_CPU_ISA = _library.define_helper("cpu_isa", "() -> int", lambda: 0)
 _CPU_ISA_NAMES = ("portable", "AVX2", "AVX-512")
 
 #: Every backend, with what it is.
 BACKENDS = {
     "reference": "plain torch",
     "cpu": "C++ with AVX2, AVX-512 or portable vectors",
-    "triton": "Triton kernels",
-    "cuda": "CUDA C++ kernels",
+    "triton": "Triton kernels, checked in Triton's interpreter; no GPU has run them yet",
+    "cuda": "CUDA C++ kernels, compiled; no GPU has run them yet",
 }
 
-# The fastest measured first; "reference" runs wherever torch does.
-_ORDER = {"cpu": ("cpu",)}
+# The fastest first; "reference" runs wherever torch does. On GPUs that is still a guess: no row has been measured.
+_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 
-_DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+_DEVICE = {"cpu": "cpu", "triton": "cpu" if _library.INTERPRETED else "cuda", "cuda": "cuda"}
+
+_OLDEST_TRITON = (3, 6)
 
 # Read once: a call costs microseconds, and so would reading the environment.
 OVERRIDE = os.environ.get("FASTELBO_BACKEND") or None
 
 
 def usable(name: str) -> "str | None":
-    """None if the backend can run here at all, else why not, in one sentence."""
+    """None if the backend is installed, else why it is not, in one sentence."""
     if name == "reference":
         return None
-    if name == "cpu":
-        return _extension.load("cpu")
-    return f"this version of fastelbo has no {BACKENDS[name]} yet"
+    if name == "triton":
+        return _triton_missing()
+    return _extension.load(name)
+
+
+def _triton_missing() -> "str | None":
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton is not installed: pip install triton"
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
+        return f"triton is {version}, and fastelbo needs {'.'.join(map(str, _OLDEST_TRITON))} or newer"
+    return None
+
+
+def no_device(name: str) -> "str | None":
+    """None if a device that the backend runs on is there, else a sentence."""
+    if name != "reference" and _DEVICE[name] == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return None
 
 
 def cpu_isa() -> str:
@@ -42,7 +62,7 @@ def cpu_isa() -> str:
 
 def why_not(name: str, device: torch.device) -> "str | None":
     """None if the backend can run tensors of the device, else why not, in one sentence."""
-    reason = usable(name)
+    reason = _MISSING[name]
     if reason is None and name != "reference" and device.type != _DEVICE[name]:
         reason = f"it runs tensors on {_DEVICE[name]}, these are on {device}"
     return reason
@@ -57,6 +77,7 @@ def fastest() -> "dict[str, str]":
 
 
 # Found once, at import: a function that is being traced cannot load a library.
+_MISSING = {name: usable(name) for name in BACKENDS}
 _FASTEST = fastest()
 
 

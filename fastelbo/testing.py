@@ -17,7 +17,7 @@ def gaussian(shape, *, kind="logvar", dtype=torch.float32, seed=0, requires_grad
         requires_grad: of both.
 
     Returns:
-        (mean, s).
+        (mean, s), on torch's default device; the same values on each.
 
     Example:
         >>> mean, s = fastelbo.testing.gaussian((2, 3), kind="std")
@@ -25,7 +25,8 @@ def gaussian(shape, *, kind="logvar", dtype=torch.float32, seed=0, requires_grad
         True
     """
     generator = torch.Generator().manual_seed(seed)
-    mean, s = torch.randn((2, *shape), generator=generator, dtype=torch.float64)
+    values = torch.randn((2, *shape), generator=generator, dtype=torch.float64, device="cpu")
+    mean, s = values.to(torch.get_default_device())
     if kind in ("std", "var"):
         s = torch.exp(0.5 * s)
     return tuple(tensor.to(dtype).requires_grad_(requires_grad) for tensor in (mean, s))

@@ -1,17 +1,43 @@
 """Fixtures that every test shares."""
 
+import contextlib
+import os
+
 import pytest
 import torch
 
+# ruff: noqa: E402
+GPU = torch.cuda.is_available()
+if not GPU:  # Triton's interpreter runs the kernels on the CPU; read when they are imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import fastelbo
 
+DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda" if GPU else "cpu", "cuda": "cuda"}
+RUNNABLE = [name for name, device in DEVICES.items() if GPU or device == "cpu"]
 
-@pytest.fixture(params=["reference", "cpu"])
-def backend(request):
-    """Every backend that can run on this machine's CPU; "cpu" must."""
-    reason = fastelbo.backends.usable(request.param)
+
+@contextlib.contextmanager
+def at_home(name):
+    """With torch's default device the one that a backend is for."""
+    reason = fastelbo.backends.usable(name)
     assert reason is None, reason
-    return request.param
+    with torch.device(DEVICES[name]):
+        yield name
+
+
+@pytest.fixture(params=RUNNABLE)
+def backend(request):
+    """Every backend that this machine can run, at home."""
+    with at_home(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=[name for name in RUNNABLE if name != "reference"])
+def kernels(request):
+    """Every backend with kernels of its own that this machine can run, at home."""
+    with at_home(request.param) as name:
+        yield name
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """The choice of a backend, its override, and the report of python -m fastelbo."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ def test_automatic_choice_is_the_compiled_library():
 
 
 def test_explicit_choice_never_falls_back():
-    with pytest.raises(NotImplementedError, match=r"backend 'cuda' cannot run this input \(cuda: this version"):
+    with pytest.raises(NotImplementedError, match=r"backend 'cuda' cannot run this input \(cuda: "):
         backends.choose(CPU, "cuda")
     with pytest.raises(
         NotImplementedError, match="cpu: it runs tensors on cpu, these are on meta; reference: can run it"
@@ -55,11 +56,38 @@ def test_environment_overrides_the_default_only():
 def test_missing_library_leaves_the_reference(monkeypatch, tmp_path):
     monkeypatch.setattr(_extension, "__file__", str(tmp_path / "_extension.py"))
     monkeypatch.setattr(_extension, "_FAILURES", {})
+    monkeypatch.setattr(backends, "_MISSING", {name: backends.usable(name) for name in ("cpu", "triton", "cuda")})
     assert "was not built" in backends.usable("cpu")
-    assert backends.fastest() == {"cpu": "reference"}
+    assert backends.fastest()["cpu"] == "reference"
     (tmp_path / "_cpu.so").write_bytes(b"not a library")
     monkeypatch.setattr(_extension, "_FAILURES", {})
     assert "_cpu.so does not load with torch" in backends.usable("cpu")
+
+
+def test_gpus_take_triton_until_rows_say_otherwise():
+    code = "import torch, fastelbo; print(fastelbo.backends.choose(torch.device('cuda')))"
+    assert run(code, TRITON_INTERPRET="0") == "triton"
+
+
+@pytest.mark.parametrize(("version", "reason"), [(None, "triton is not installed"), ("3.5.1", "needs 3.6 or newer")])
+def test_triton_that_is_missing_or_old(monkeypatch, version, reason):
+    def find(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", find)
+    assert reason in backends.usable("triton")
+
+
+@pytest.mark.skipif(backends.why_not("triton", CPU) is not None, reason="Triton runs on this machine's GPU")
+def test_a_failing_launch_names_its_op(monkeypatch):
+    def fail(*arguments):
+        raise ValueError("no such kernel")
+
+    monkeypatch.setattr(fastelbo._library, "_triton_kernel", lambda name: fail)
+    with pytest.raises(RuntimeError, match="gaussian_kl_fwd failed in Triton on cpu: no such kernel"):
+        fastelbo.gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 3), backend="triton")
 
 
 def test_report_names_every_backend():

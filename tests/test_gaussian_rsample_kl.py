@@ -12,7 +12,11 @@ from fastelbo.testing import gaussian
 @pytest.mark.parametrize("num_samples", [None, 3])
 @pytest.mark.parametrize("shape", [(5, 33), (3, 4, 50), (2, 3000), (2, 5000)], ids=str)
 def test_equals_the_two_ops(backend, dtype, prior, num_samples, shape):
-    """Bit for bit forward; the gradients are rounded once where the two ops' are rounded and added."""
+    """Bit for bit forward; the gradients are rounded once where the two ops' are rounded and added.
+
+    On a GPU a row that starts inside a block of four normals is read from the block's start: its KL is then summed in
+    another order.
+    """
     inputs = [*gaussian(shape, dtype=dtype), *(gaussian(shape, dtype=dtype, seed=1) if prior else ())]
     inputs = [tensor.requires_grad_() for tensor in inputs]
     draw = {"seed": 11, "num_samples": num_samples, "backend": backend}
@@ -20,7 +24,10 @@ def test_equals_the_two_ops(backend, dtype, prior, num_samples, shape):
     z_alone = fastelbo.gaussian_rsample(*inputs[:2], **draw)
     kl_alone = fastelbo.gaussian_kl(*inputs, backend=backend)
     assert torch.equal(z, z_alone)
-    assert torch.equal(kl, kl_alone)
+    if backend in ("reference", "cpu") or shape[-1] % 4 == 0:
+        assert torch.equal(kl, kl_alone)
+    else:
+        torch.testing.assert_close(kl, kl_alone, rtol=4 * torch.finfo(kl.dtype).eps, atol=0)
     upstream = torch.randn_like(z), torch.randn_like(kl)
     eps = torch.finfo(dtype).eps
     for got, want in zip(
@@ -47,7 +54,7 @@ def test_temperature_does_not_touch_the_kl(backend):
     mean, logvar = gaussian((4, 9))
     z, kl = fastelbo.gaussian_rsample_kl(mean, logvar, seed=1, temperature=0.0, backend=backend)
     assert torch.equal(z, mean)
-    assert torch.equal(kl, fastelbo.gaussian_kl(mean, logvar, backend=backend))
+    assert torch.equal(kl, fastelbo.gaussian_rsample_kl(mean, logvar, seed=1, backend=backend)[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

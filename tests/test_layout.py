@@ -14,7 +14,13 @@ OPS = sorted(path.stem for path in (ROOT / "fastelbo" / "ops").glob("*.py") if p
 
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_is_files_of_one_name(op):
-    for place in ("fastelbo/reference/{}.py", "csrc/cpu/{}.cpp", "tests/test_{}.py"):
+    for place in (
+        "fastelbo/reference/{}.py",
+        "csrc/cpu/{}.cpp",
+        "csrc/cuda/{}.cu",
+        "kernels/{}.py",
+        "tests/test_{}.py",
+    ):
         assert (ROOT / place.format(op)).exists(), place.format(op)
     assert op in fastelbo.__all__
 

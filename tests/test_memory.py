@@ -12,7 +12,7 @@ from fastelbo.testing import gaussian
 
 
 class Op(NamedTuple):
-    """A public op on the cpu backend with its number of tensors; a call returns a tuple."""
+    """A public op on the backend under test with its number of tensors; a call returns a tuple."""
 
     function: object
     arity: int
@@ -23,8 +23,8 @@ class Op(NamedTuple):
 
     def __call__(self, *inputs, **keywords):
         if self.draws and not {"seed", "noise"} & keywords.keys():
-            keywords["seed"] = SEED
-        out = self.function(*inputs, backend="cpu", **keywords)
+            keywords["seed"] = Op.seed
+        out = self.function(*inputs, backend=Op.backend, **keywords)
         return out if isinstance(out, tuple) else (out,)
 
     def inputs(self, lay_out=lambda x: [x[:, 0], x[:, 1]], shape=(2, 3, 16, 40), dtype=torch.float32):
@@ -34,7 +34,11 @@ class Op(NamedTuple):
         return [x.detach().requires_grad_() for x in tensors]
 
 
-SEED = torch.tensor([7])
+@pytest.fixture(autouse=True)
+def on_kernels(kernels):
+    Op.backend, Op.seed = kernels, torch.tensor([7])
+
+
 OPS = {
     "rsample": Op(fastelbo.gaussian_rsample, 2),
     "kl": Op(fastelbo.gaussian_kl, 2),
@@ -79,6 +83,11 @@ def upstream(outputs):
     return [torch.empty_like(out).copy_(torch.arange(1.0, 1 + out.numel()).cos().reshape(out.shape)) for out in outputs]
 
 
+# torch's profiler sees what the CPU allocates, and an interpreted kernel allocates as it likes. tests/test_gpu.py has
+# the same for GPUs.
+allocations_of_the_cpu = pytest.mark.parametrize("kernels", ["cpu"], indirect=True)
+
+
 def allocated(function):
     """What a call returns, and the sizes of all blocks that torch gave out meanwhile, to the C++ op too."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -112,7 +121,7 @@ def test_nothing_kept_but_inputs_and_seed(op, layout, dtype):
         kept, outputs = saved(op, inputs, **keywords)
         for tensor in kept:
             known = [x for x in (*inputs, *outputs) if x.data_ptr() == tensor.data_ptr()]
-            assert known or tensor is SEED or tensor.data_ptr() == SEED.data_ptr(), tuple(tensor.shape)
+            assert known or tensor.data_ptr() == Op.seed.data_ptr(), tuple(tensor.shape)
             assert not known or (tensor.shape, tensor.stride()) == (known[0].shape, known[0].stride())
 
 
@@ -134,7 +143,8 @@ def test_what_a_draw_keeps(op, source):
 
 
 def run_names(op):
-    name = f"fastelbo.{op.function.__name__.replace('nll', 'log_prob')}"
+    namespace = "fastelbo_triton" if Op.backend == "triton" else "fastelbo"
+    name = f"{namespace}.{op.function.__name__.replace('nll', 'log_prob')}"
     return f"{name}_fwd", f"{name}_bwd"
 
 
@@ -153,6 +163,7 @@ def test_one_kernel_each_way(op, layout, dtype):
     assert recorder.names == [run_names(op)[1]]
 
 
+@allocations_of_the_cpu
 @every_op
 @every_layout
 def test_allocates_its_results_and_nothing_else(op, layout):
@@ -166,6 +177,7 @@ def test_allocates_its_results_and_nothing_else(op, layout):
     assert blocks == sorted(fresh)
 
 
+@allocations_of_the_cpu
 @every_drawing_op
 def test_samples_do_not_repeat_mean_and_scale(op):
     inputs = op.inputs()

@@ -24,7 +24,6 @@ OFFSETS = [0, 1, 2, 3, 4, 1021, 2**33 + 7, 2**34 - 4098, 2**34 - 2, 2**34 + 5, 2
 # The two ops that draw, as functions that return z.
 SAMPLERS = [fastelbo.gaussian_rsample, lambda *args, **keywords: fastelbo.gaussian_rsample_kl(*args, **keywords)[0]]
 
-every_backend = pytest.mark.parametrize("backend", ["reference", "cpu"])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 
 
@@ -64,6 +63,11 @@ def draw(n, seed, *, dtype=torch.float32, **keywords):
     return fastelbo.gaussian_rsample(zeros, ones, scale="std", seed=seed, **keywords)
 
 
+def rng_state():
+    """Of the generator that seeds are drawn from."""
+    return torch.cuda.get_rng_state() if torch.get_default_device().type == "cuda" else torch.get_rng_state()
+
+
 def ulp(exact):
     """The spacing of float32 at each number."""
     return torch.from_numpy(numpy.spacing(exact.abs().float().numpy())).double()
@@ -72,7 +76,7 @@ def ulp(exact):
 def assert_few_ulp(actual, exact):
     """log, sin and cos differ between implementations: docs/noise.md promises a few ulp, and no more. The absolute part
     is for normals near 0, where sin and cos of a rounded angle lose relative accuracy."""
-    error = (actual.double() - exact).abs()
+    error = (actual.double().cpu() - exact).abs()
     assert (error <= (8 * ulp(exact)).clamp(min=1e-6)).all(), error.max()
 
 
@@ -108,19 +112,17 @@ def test_philox_equals_python_integers():
 # The normals
 
 
-@every_backend
 @pytest.mark.parametrize("seed", SEEDS)
 def test_normals_equal_the_definition(backend, seed):
     for offset in OFFSETS:
         exact = definition(seed, 4099, first=offset)
         got = draw(4099, seed, noise_offset=offset, backend=backend)
-        if backend == "cpu":
+        if backend != "reference":
             assert_few_ulp(got, exact)
         else:  # it too rounds once from float64, whose log, sin and cos may differ in their last bit
             assert ((got.double() - exact).abs() <= ulp(exact)).all(), offset
 
 
-@every_backend
 def test_sample_index_is_the_third_counter_word(backend):
     seed, offset, n = -7, 2**34 - 6, 1030
     z = draw(n, seed, num_samples=5, noise_offset=offset, backend=backend)
@@ -147,7 +149,6 @@ def test_normals_at_the_ends_of_the_uniform():
 # What the noise does not depend on
 
 
-@every_backend
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 5, 63, 1023, 1024, 1025, 4097])
 def test_size(backend, size):
     whole = draw(5000, 11, backend=backend)
@@ -172,7 +173,6 @@ def inputs(shape=(3, 5, 6, 37), dtype=torch.float32):
     return gaussian(shape, dtype=dtype)
 
 
-@every_backend
 @every_dtype
 @pytest.mark.parametrize("of", ["mean", "s", "both"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -184,7 +184,6 @@ def test_layout(backend, dtype, layout, of):
         assert torch.equal(op(*laid_out, seed=9, noise_offset=3, backend=backend), want)
 
 
-@every_backend
 def test_expanded(backend):
     mean, s = inputs()
     rows, column = mean[:1].expand(3, -1, -1, -1), s[:, :1].expand(-1, 5, -1, -1)
@@ -218,7 +217,6 @@ def test_thread_count(threads, num_samples):
         assert all(map(torch.equal, result, results[0]))
 
 
-@every_backend
 @pytest.mark.parametrize("start", [0, 2**34 - 2049], ids=["0", "across-2^34"])
 @pytest.mark.parametrize("num_samples", [None, 2])
 @pytest.mark.parametrize("sizes", [(1, 2, 3, 5, 7, 1006, 1024, 2049), (4096,), (1,) * 9, (2047, 2, 0, 999)], ids=str)
@@ -232,23 +230,27 @@ def test_shards_make_the_whole(backend, start, num_samples, sizes):
     assert torch.equal(torch.cat(shards, -1), whole)
 
 
-@every_backend
 @every_dtype
 def test_dtype(backend, dtype):
     """One stream for all: float64 is the float32 normal widened, a half result is the float32 result rounded."""
     noise = draw(1000, 3, backend=backend)
-    assert torch.equal(draw(1000, 3, dtype=dtype, backend=backend), noise.to(dtype))
+    drawn = draw(1000, 3, dtype=dtype, backend=backend)
+    if dtype.itemsize > 2 or drawn.device.type == "cpu":
+        assert torch.equal(drawn, noise.to(dtype))
     mean, s = inputs(dtype=dtype)
     z = fastelbo.gaussian_rsample(mean, s, seed=3, backend=backend)
     assert z.dtype == dtype
     if dtype.itemsize == 2:
         in_float = fastelbo.gaussian_rsample(mean.float(), s.float(), seed=3, backend=backend)
-        assert torch.equal(z, in_float.to(dtype))
+        if z.device.type == "cpu":
+            assert torch.equal(z, in_float.to(dtype))
+        else:  # GPUs draw it by approximate functions, so that the rounding may go the other way
+            unit = torch.finfo(dtype).eps
+            torch.testing.assert_close(z, in_float.to(dtype), rtol=unit, atol=unit)
         kept = fastelbo.gaussian_rsample(mean, s, seed=3, out_dtype=torch.float32, backend=backend)
         assert torch.equal(kept, in_float)
 
 
-@every_backend
 @pytest.mark.parametrize("seed", SEEDS)
 def test_ways_to_write_a_seed(backend, seed):
     want = draw(100, seed, backend=backend)
@@ -259,7 +261,6 @@ def test_ways_to_write_a_seed(backend, seed):
     assert not torch.equal(draw(100, signed ^ 2**40, backend=backend), want)
 
 
-@every_backend
 @pytest.mark.parametrize("kind", fastelbo.scale.KINDS)
 @pytest.mark.parametrize("prior", [False, True], ids=["standard-normal", "learned-prior"])
 def test_the_fused_op_gives_the_same_numbers(backend, kind, prior):
@@ -268,7 +269,11 @@ def test_the_fused_op_gives_the_same_numbers(backend, kind, prior):
     draw = {"seed": 3, "num_samples": 2, "noise_offset": 77, "temperature": 0.7}
     z, kl = fastelbo.gaussian_rsample_kl(*q, *p, scale=kind, backend=backend, **draw)
     assert torch.equal(z, fastelbo.gaussian_rsample(*q, scale=kind, backend=backend, **draw))
-    assert torch.equal(kl, fastelbo.gaussian_kl(*q, *p, scale=kind, backend=backend))
+    kl_alone = fastelbo.gaussian_kl(*q, *p, scale=kind, backend=backend)
+    if backend in ("reference", "cpu"):
+        assert torch.equal(kl, kl_alone)
+    else:  # rows that start inside a block of four normals are summed from the block's start: in another order
+        torch.testing.assert_close(kl, kl_alone, rtol=4 * torch.finfo(kl.dtype).eps, atol=0)
 
 
 ISA_SCRIPT = """
@@ -323,7 +328,6 @@ def test_portable_agrees_with_vectors(run_on_isa):
 # The backward draws the same noise again
 
 
-@every_backend
 @every_dtype
 @pytest.mark.parametrize("size", [1, 1023, 4101])
 def test_backward_draws_the_same_noise(backend, dtype, size):
@@ -342,7 +346,6 @@ def test_backward_sums_the_samples():
     assert torch.equal(d_std, z.detach().double().sum(0).float())  # seven float32 numbers add up exactly enough
 
 
-@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_gradient_of_logvar(backend, dtype):
     mean, logvar = gaussian((33, 129), dtype=dtype)
@@ -360,7 +363,6 @@ def test_gradient_of_logvar(backend, dtype):
 # Temperature, noise of the caller, and where the seed comes from
 
 
-@every_backend
 @every_dtype
 def test_temperature(backend, dtype):
     mean, s = inputs(dtype=dtype)
@@ -373,12 +375,11 @@ def test_temperature(backend, dtype):
     assert torch.equal(torch.autograd.grad(z.sum(), std)[0], z)
 
 
-@every_backend
 @pytest.mark.parametrize("num_samples", [None, 3])
 def test_given_noise_is_used_and_nothing_drawn(backend, num_samples):
     mean, s = (tensor.requires_grad_() for tensor in inputs())
     noise = draw(tuple(mean.shape), 6, num_samples=num_samples, backend=backend)
-    state = torch.get_rng_state()
+    state = rng_state()
     for op in SAMPLERS:
         results = []
         for way in ({"noise": noise}, {"noise": LAYOUTS["channels-last"](noise)} if num_samples is None else {}, {}):
@@ -386,10 +387,9 @@ def test_given_noise_is_used_and_nothing_drawn(backend, num_samples):
             results.append((z, *torch.autograd.grad(z.sum(), (mean, s))))
         for result in results[1:]:
             assert all(map(torch.equal, result, results[0]))
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(rng_state(), state)
 
 
-@every_backend
 @pytest.mark.parametrize("op", ["gaussian_rsample", "gaussian_rsample_kl"])
 def test_seed_from_torch_generator(backend, op):
     def call(**keywords):
@@ -405,13 +405,13 @@ def test_seed_from_torch_generator(backend, op):
         call()
     assert torch.equal(call(), second)
 
-    state = torch.get_rng_state()
-    generator = torch.Generator().manual_seed(1)
+    state = rng_state()
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     from_generator = call(generator=generator)
     assert torch.equal(from_generator, first)  # seeded alike, the default generator gave the same
     assert torch.equal(call(generator=generator), second)
     call(seed=5)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(rng_state(), state)
 
 
 # Statistics over 10^8 draws

@@ -146,15 +146,15 @@ class Recorder(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "fastelbo":
+        if function.namespace in ("fastelbo", "fastelbo_triton"):
             detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
             self.calls.append((function, detached))
         return function(*args, **(kwargs or {}))
 
 
-def raw_calls(op, layout, variant):
+def raw_calls(op, layout, variant, backend):
     """The forward's call and the backward's, as the public op makes them."""
-    keywords = dict(VARIANTS[variant])
+    keywords = {**VARIANTS[variant], "backend": backend}
     dtype = keywords.pop("dtype", torch.float32)
     inputs = op.inputs(IMAGE, LAYOUTS[layout], dtype=dtype)
     with Recorder() as recorder:
@@ -165,8 +165,8 @@ def raw_calls(op, layout, variant):
 
 @every_op_and_variant
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_fake_tensors_have_the_strides_of_real_ones(op, variant, layout):
-    for function, args in raw_calls(op, layout, variant):
+def test_fake_tensors_have_the_strides_of_real_ones(op, variant, layout, kernels):
+    for function, args in raw_calls(op, layout, variant, kernels):
         real = function(*args)
         with FakeTensorMode() as mode:
             fake = function(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args))
@@ -177,9 +177,9 @@ def test_fake_tensors_have_the_strides_of_real_ones(op, variant, layout):
 
 
 @every_op_and_variant
-def test_opcheck(op, variant):
+def test_opcheck(op, variant, kernels):
     layout = {"plain": "contiguous", "elementwise": "packed-channels_last", "samples": "broadcast"}[variant]
-    for function, args in raw_calls(op, layout, variant):
+    for function, args in raw_calls(op, layout, variant, kernels):
         torch.library.opcheck(function, args)
 
 

@@ -3,7 +3,7 @@
 //
 // The files of common/, but for scale_params.h, are templates over the type of one value: a float, a double or a vector of
 // them. The includer supplies the elementary functions by overload and includes the file inside its own namespace (once per
-// instruction set on the CPU, once in CUDA), so there is no include guard.
+// instruction set on the CPU, once for CUDA), so there is no include guard.
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57;  // multipliers
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9, kPhiloxW1 = 0xBB67AE85;  // Weyl increments of the key
@@ -49,8 +49,8 @@ FASTELBO_INLINE V uniform(V word) {
 // Two uniforms to two independent normals: n0 = r cos(2 pi u1), n1 = r sin(2 pi u1), r = sqrt(-2 ln u0).
 template <class V>
 FASTELBO_INLINE void box_muller(V u0, V u1, V& n0, V& n1) {
-  // u0 rounds to 1 at most, where an approximate logarithm may come out above 0: hence the max.
-  V r = sqrt(max(V(0.0f), V(-2.0f) * log_normalised(u0)));
+  // u0 rounds to 1 at most, where an approximate logarithm may come out above 0.
+  V r = sqrt_of_positive_part(V(-2.0f) * log_normalised(u0));
   V sine, cosine;
   sincos_2pi(u1, sine, cosine);
   n0 = r * cosine;

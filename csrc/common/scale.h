@@ -19,20 +19,20 @@ struct Spread {
 };
 
 // The raw value limited by clamp and soft_clamp; NaN stays NaN. *slope is d t / d s inside the clamp.
-template <class V>
+template <class V, class Scale>
 FASTELBO_INLINE V limit(const Scale& scale, V s, V* slope) {
   V t = s;
   if (scale.clamped) t = min(V(scale.clamp_hi), max(V(scale.clamp_lo), s));
   *slope = V(1);
   if (scale.soft_clamp > 0) {
-    V ratio = tanh(t * V(1 / scale.soft_clamp));
+    V ratio = tanh(t * V(scale.inv_soft_clamp));
     t = V(scale.soft_clamp) * ratio;
     *slope = fma(-ratio, ratio, V(1));
   }
   return t;
 }
 
-template <bool exponential, class V>
+template <bool exponential, class V, class Scale>
 FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s) {
   Spread<V, exponential> out;
   V slope, t = limit(scale, s, &slope);
@@ -45,54 +45,55 @@ FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s) {
     out.d_logvar = V(2) * c * slope;
     out.d_std = out.std * c * slope;
     return out;
-  }
-  V base, d_base, log_base;  // the kind's own sigma, its slope, its logarithm
-  switch (scale.kind) {
-    case Scale::logvar:
-    case Scale::log_std: {
-      V c(scale.kind == Scale::logvar ? 0.5f : 1.0f);
-      log_base = c * t;
-      base = exp(log_base);
-      d_base = c * base;
-      break;
-    }
-    case Scale::std:
-      base = t;
-      d_base = V(1);
-      log_base = log(t);
-      break;
-    case Scale::var:
-      base = sqrt(t);
-      d_base = V(0.5f) / base;
-      log_base = V(0.5f) * log(t);
-      break;
-    default: {  // softplus(t; beta) = max(t, 0) + log1p(exp(-|beta t|)) / beta
-      V x = V(scale.beta) * t;
-      V tail = exp(-abs(x));
-      base = (max(x, V(0)) + log1p(tail)) * V(1 / scale.beta);
-      d_base = select(x < V(0), tail, V(1)) / (V(1) + tail);
-      // Far below zero softplus(x) is exp(x), and its logarithm is x long after exp(x) has become 0.
-      log_base = select(x < V(-17), x - V(scale.log_beta), log(base));
-    }
-  }
-  if (scale.min_std > 0 || scale.var_eps > 0) {
-    V shifted = base + V(scale.min_std);
-    out.std = scale.var_eps > 0 ? sqrt(fma(shifted, shifted, V(scale.var_eps))) : shifted;
-    out.log_std = log(out.std);
-    if (scale.var_eps > 0) d_base = d_base * (shifted / out.std);
   } else {
-    out.std = base;
-    out.log_std = log_base;
+    V base, d_base, log_base;  // the kind's own sigma, its slope, its logarithm
+    switch (scale.kind) {
+      case Scale::logvar:
+      case Scale::log_std: {
+        V c(scale.kind == Scale::logvar ? 0.5f : 1.0f);
+        log_base = c * t;
+        base = exp(log_base);
+        d_base = c * base;
+        break;
+      }
+      case Scale::std:
+        base = t;
+        d_base = V(1);
+        log_base = log(t);
+        break;
+      case Scale::var:
+        base = sqrt(t);
+        d_base = V(0.5f) / base;
+        log_base = V(0.5f) * log(t);
+        break;
+      default: {  // softplus(t; beta) = max(t, 0) + log1p(exp(-|beta t|)) / beta
+        V x = V(scale.beta) * t;
+        V tail = exp(-abs(x));
+        base = (max(x, V(0)) + log1p(tail)) * V(scale.inv_beta);
+        d_base = select(x < V(0), tail, V(1)) / (V(1) + tail);
+        // Far below zero softplus(x) is exp(x), and its logarithm is x long after exp(x) has become 0.
+        log_base = select(x < V(-17), x - V(scale.log_beta), log(base));
+      }
+    }
+    if (scale.min_std > 0 || scale.var_eps > 0) {
+      V shifted = base + V(scale.min_std);
+      out.std = scale.var_eps > 0 ? sqrt(fma(shifted, shifted, V(scale.var_eps))) : shifted;
+      out.log_std = log(out.std);
+      if (scale.var_eps > 0) d_base = d_base * (shifted / out.std);
+    } else {
+      out.std = base;
+      out.log_std = log_base;
+    }
+    out.d_std = d_base * slope;
+    out.d_logvar = V(2) * out.d_std / out.std;
+    if (scale.kind == Scale::softplus && scale.min_std == 0 && scale.var_eps == 0)
+      out.d_logvar = select(V(scale.beta) * t < V(-17), V(2 * scale.beta) * slope, out.d_logvar);
+    return out;
   }
-  out.d_std = d_base * slope;
-  out.d_logvar = V(2) * out.d_std / out.std;
-  if (scale.kind == Scale::softplus && scale.min_std == 0 && scale.var_eps == 0)
-    out.d_logvar = select(V(scale.beta) * t < V(-17), V(2 * scale.beta) * slope, out.d_logvar);
-  return out;
 }
 
 // The gradient that reaches the raw value s when the limited value is owed `grad`.
-template <class V>
+template <class V, class Scale>
 FASTELBO_INLINE V clamp_gradient(const Scale& scale, V s, V grad) {
   if (!scale.clamped || scale.clamp_grad == Scale::straight_through) return grad;
   auto below = s < V(scale.clamp_lo), above = s > V(scale.clamp_hi);

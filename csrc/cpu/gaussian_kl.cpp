@@ -122,8 +122,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(
     std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim, bool prior_grad) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
-  Tensor d_mean_q = allocate_gradient(shape, mean_q), d_s_q = allocate_gradient(shape, s_q);
-  Tensor d_mean_p = allocate_gradient(shape, mean_p, prior_grad), d_s_p = allocate_gradient(shape, s_p, prior_grad);
+  Device device(mean_q);
+  Tensor d_mean_q = allocate_gradient(shape, mean_q, device), d_s_q = allocate_gradient(shape, s_q, device);
+  Tensor d_mean_p = allocate_gradient(shape, mean_p, device, prior_grad), d_s_p = allocate_gradient(shape, s_p, device, prior_grad);
   GaussianKLArgs args{{mean_q, shape}, {s_q, shape}, {mean_p, shape}, {s_p, shape}, parse_scale(scale), parse_scale(scale_p),
                       {1, shape.numel()}, nullptr, {d_kl, shape, event_ndim}, {d_mean_q, shape}, {d_s_q, shape}};
   if (prior_grad) {

@@ -119,8 +119,9 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
   Shape shape = Shape(x).broadcast(mean).broadcast(s);
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
   bool one_s = s.numel() == 1;
-  Tensor d_x = allocate_gradient(shape, x, x_grad), d_mean = allocate_gradient(shape, mean);
-  Tensor d_s = one_s ? allocate(Shape(s), dtype) : allocate_gradient(shape, s);
+  Device device(mean);
+  Tensor d_x = allocate_gradient(shape, x, device, x_grad), d_mean = allocate_gradient(shape, mean, device);
+  Tensor d_s = one_s ? allocate(Shape(s), dtype, device) : allocate_gradient(shape, s, device);
   GaussianLogProb args{{x, shape}, {mean, shape}, {s, shape}, parse_scale(scale), negative ? 1.0 : -1.0, one_s, {1, shape.numel()},
                        nullptr, {d_out, shape, event_ndim}, {}, {d_mean, shape}, {}, nullptr};
   if (x_grad) args.d_x = {d_x, shape};

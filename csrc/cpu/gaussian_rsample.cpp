@@ -77,7 +77,7 @@ Tensor gaussian_rsample_fwd(Tensor mean, Tensor s, std::optional<Tensor> seed, s
                             std::vector<double> scale, ScalarType out_dtype) {
   Shape shape = Shape(mean).broadcast(s);
   Shape out = shape.prepend(num_samples);
-  Tensor z = num_samples ? allocate(out, out_dtype) : allocate(out, out_dtype, mean);
+  Tensor z = num_samples ? allocate(out, out_dtype, Device(mean)) : allocate(out, out_dtype, mean);
   int64_t numel = shape.numel();
   GaussianRsample args{{mean, shape}, {s, shape}, {noise, seed, noise_offset, num_samples, temperature, shape},
                        parse_scale(scale), {1, numel}, numel, {z, out}, {}, {}};

@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   Shape out = shape.prepend(num_samples);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
-  Tensor z = num_samples ? allocate(out, out_dtype) : allocate(out, out_dtype, mean_q);
+  Tensor z = num_samples ? allocate(out, out_dtype, Device(mean_q)) : allocate(out, out_dtype, mean_q);
   Tiling tiling = event_tiling(shape, event_ndim);
   Terms kl(shape, event_ndim, dtype, mean_q, tiling);
   GaussianRsampleKL args{{mean_q, shape}, {s_q, shape}, {mean_p, shape}, {s_p, shape},
@@ -154,8 +154,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
     double temperature, std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim, bool prior_grad) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
-  Tensor d_mean_q = allocate_gradient(shape, mean_q), d_s_q = allocate_gradient(shape, s_q);
-  Tensor d_mean_p = allocate_gradient(shape, mean_p, prior_grad), d_s_p = allocate_gradient(shape, s_p, prior_grad);
+  Device device(mean_q);
+  Tensor d_mean_q = allocate_gradient(shape, mean_q, device), d_s_q = allocate_gradient(shape, s_q, device);
+  Tensor d_mean_p = allocate_gradient(shape, mean_p, device, prior_grad), d_s_p = allocate_gradient(shape, s_p, device, prior_grad);
   GaussianRsampleKL args{{mean_q, shape}, {s_q, shape}, {mean_p, shape}, {s_p, shape},
                          {noise, seed, noise_offset, num_samples, temperature, shape},
                          parse_scale(scale), parse_scale(scale_p), {1, shape.numel()}, shape.numel(), {}, nullptr,

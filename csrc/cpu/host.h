@@ -1,54 +1,17 @@
-// The host side of the CPU ops: tensors in, operands out. Talks to torch through its stable ABI only.
+// The host side of the CPU ops: tensors in, operands out.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <optional>
-#include <tuple>
-#include <vector>
-
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include "../common/scale_params.h"
+#include "../common/host.h"
 
 namespace fastelbo {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 enum class Isa { portable, avx2, avx512 };
 // The best instruction set of this processor; FASTELBO_CPU_ISA may name a lesser one.
 Isa isa();
 
 constexpr int kTile = 1024;  // elements: six float tiles fit a first-level cache
-constexpr int kMaxDims = 16;
-
-// From the schema's list: kind, clamp_grad, clamp_lo, clamp_hi, soft_clamp, min_std, var_eps, beta; trailing defaults are
-// left out.
-Scale parse_scale(const std::vector<double>& values);
-inline Scale parse_scale(const std::optional<std::vector<double>>& values) { return values ? parse_scale(*values) : Scale(); }
-
-enum class Format { f32, f64, bf16, f16 };
-Format format_of(ScalarType dtype);
-
-struct Shape {
-  int ndim = 0;
-  int64_t size[kMaxDims];
-
-  explicit Shape(const Tensor& tensor);
-  // Widens this shape so that the tensor broadcasts against it. Python has checked that it does.
-  Shape& broadcast(const Tensor& tensor);
-  Shape& broadcast(const std::optional<Tensor>& tensor) { return tensor ? broadcast(*tensor) : *this; }
-  int64_t numel() const;
-  // The product of the last `ndim` sizes.
-  int64_t trailing(int64_t ndim) const;
-  Shape prepend(std::optional<int64_t> samples) const;
-  Shape drop_leading(int n) const;
-  Shape drop_trailing(int64_t n) const;
-};
 
 // A tensor as the loops see it: broadcast to the logical shape, with mergeable dimensions merged.
 struct Operand {
@@ -64,16 +27,6 @@ struct Operand {
   Operand(const Tensor& tensor, const Shape& shape, int64_t reduced = 0);
   Operand(const std::optional<Tensor>& tensor, const Shape& shape);
 };
-
-// A new tensor with the memory order of `like`, where that has the full shape, else contiguous.
-Tensor allocate(const Shape& shape, ScalarType dtype, const Tensor& like);
-Tensor allocate(const Shape& shape, ScalarType dtype);
-// The gradient of `of`, before it is summed to its shape; an empty tensor where it is not wanted.
-Tensor allocate_gradient(const Shape& shape, const std::optional<Tensor>& of, bool wanted = true);
-
-// float64 if any tensor is, else float32.
-ScalarType arithmetic_type(std::initializer_list<const Tensor*> tensors);
-inline const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
 
 // Where a sample's noise comes from: a given tensor, or the Philox stream of a seed.
 struct Noise {

@@ -1,6 +1,6 @@
 // What every op's loops are made of, in dependency order. Included inside a namespace, once per instruction set.
 #include "vec.h"
-#include "vec_math.h"
+#include "../common/elementary.h"
 #include "../common/philox.h"
 #include "../common/scale.h"
 #include "../common/gaussian_math.h"

@@ -97,18 +97,33 @@ FASTELBO_INLINE F32 round(F32 a) { return (a + F32(0x1.8p23f)) - F32(0x1.8p23f);
 #endif
 #endif
 
-// 2^n for integral n in [-126, 127].
-FASTELBO_INLINE F32 pow2(F32 n) { return as_float((to_int(n) + 127) << 23); }
+// An integer, as a float.
+struct Integral {
+  F32 value;
+};
+FASTELBO_INLINE Integral round_product(F32 x, float factor) { return {round(x * F32(factor))}; }
+FASTELBO_INLINE I32 low_bits(Integral n) { return to_int(n.value); }
 
-// x 2^n for integral n, rounded once where the result is subnormal.
-FASTELBO_INLINE F32 times_pow2(F32 x, F32 n) {
+constexpr float kExpLowest = -104.0f;  // exp is 0 below
+
+// 2^n, n limited to [-126, 127].
+FASTELBO_INLINE F32 pow2(Integral n) {
+  return as_float((to_int(min(F32(127.0f), max(F32(-126.0f), n.value))) + 127) << 23);
+}
+
+// x 2^n, rounded once where the result is subnormal.
+FASTELBO_INLINE F32 times_pow2(F32 x, Integral n) {
 #if defined(FASTELBO_AVX512)
-  return F32((NativeF)_mm512_scalef_ps((__m512)x.v, (__m512)n.v));
+  return F32((NativeF)_mm512_scalef_ps((__m512)x.v, (__m512)n.value.v));
 #else
-  I32 whole = to_int(n), half = whole >> 1;  // two steps, because 2^n itself may overflow or be subnormal
+  I32 whole = low_bits(n), half = whole >> 1;  // two steps, because 2^n itself may overflow or be subnormal
   return x * as_float((half + 127) << 23) * as_float((whole - half + 127) << 23);
 #endif
 }
+
+FASTELBO_INLINE F32 sqrt_of_positive_part(F32 a) { return sqrt(max(F32(0.0f), a)); }
+
+FASTELBO_INLINE double fma(double a, double b, double c) { return a * b + c; }
 
 struct Whole {};  // all lanes
 struct Part {     // the first `count`; the others load as 0 and are not stored
@@ -127,6 +142,11 @@ FASTELBO_INLINE void store(float* to, F32 a, Part part) {
   store(lanes, a, Whole{});
   for (int i = 0; i < part.count; ++i) to[i] = lanes[i];
 }
+
+FASTELBO_INLINE double load(const double* from, Whole) { return *from; }
+FASTELBO_INLINE void store(double* to, double a, Whole) { *to = a; }
+FASTELBO_INLINE double load(const double* from, Part) { return *from; }
+FASTELBO_INLINE void store(double* to, double a, Part) { *to = a; }
 
 // 64 bits a lane, half as many lanes: Philox words in the low halves, whatever the high halves hold.
 struct Words {

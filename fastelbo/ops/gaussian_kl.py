@@ -41,7 +41,7 @@ def gaussian_kl(
             where 0.
         reduction: "none", or "sum" or "mean" over the dimensions that remain.
         free_bits, free_bits_per, balance, mask: not implemented yet.
-        backend: "reference" or "cpu"; the fastest that can run the input where None.
+        backend: "reference", "cpu", "triton" or "cuda"; the fastest that can run the input where None.
 
     Returns:
         KL in nats, float32 (float64 for float64 inputs), of the broadcast shape less the event's dimensions, or 0-d

@@ -23,7 +23,7 @@ def gaussian_log_prob(x, mean, s, *, scale="logvar", event_ndim=None, reduction=
             where 0.
         reduction: "none", or "sum" or "mean" over the dimensions that remain.
         mask: not implemented yet.
-        backend: "reference" or "cpu"; the fastest that can run the input where None.
+        backend: "reference", "cpu", "triton" or "cuda"; the fastest that can run the input where None.
 
     Returns:
         Log-density in nats, float32 (float64 for float64 inputs), of the broadcast shape less the event's dimensions,

@@ -41,7 +41,7 @@ def gaussian_rsample(
             default generator of the device.
         noise_offset: global index of the first element, where mean is a shard of a larger tensor.
         out_dtype: of z; the dtype that mean and s promote to where None.
-        backend: "reference" or "cpu"; the fastest that can run the input where None.
+        backend: "reference", "cpu", "triton" or "cuda"; the fastest that can run the input where None.
 
     Returns:
         z of the shape to which mean and s broadcast, with K in front where num_samples is given. Without K it has the

@@ -46,7 +46,7 @@ def gaussian_rsample_kl(
             not depend on them.
         event_ndim, reduction: as in gaussian_kl; they do not touch z.
         free_bits, free_bits_per, balance, mask: not implemented yet.
-        backend: "reference" or "cpu"; the fastest that can run the input where None.
+        backend: "reference", "cpu", "triton" or "cuda"; the fastest that can run the input where None.
 
     Returns:
         (z, kl): z of the shape to which all of q and p broadcast, with K in front where num_samples is given; kl in

@@ -26,7 +26,9 @@ def gap(h):
     h_large = torch.where(small, 1.0, h)
     e = torch.expm1(h_large)
     # (exp(2h) - 1) / 2 = e (1 + e / 2) with e = exp(h) - 1 does not overflow before its own value does
-    return torch.where(small, 0.25 * d_small * d_small * series, e + 0.5 * e * e - h_large)
+    # the limit keeps infinity from being subtracted from infinity
+    large = e + 0.5 * e * e - h_large.clamp(max=torch.finfo(h.dtype).max)
+    return torch.where(small, 0.25 * d_small * d_small * series, large)
 
 
 def log_ratio(log_std_q, std_q, log_std_p, std_p):

@@ -1,15 +1,16 @@
 // Elementary functions over F32, to about 1 ulp, and the same names over double. Polynomials are minimax fits on the
-// reduced range. Included inside a namespace, once per instruction set (per_isa.h).
+// reduced range. The includer supplies F32, I32, Mask, Integral and their operations (cpu/vec.h, cuda/vec.cuh), and includes
+// this file inside its own namespace.
 
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // high has 9 bits: n * high is exact
 
 // x = n ln2 + r, |r| <= ln2 / 2: returns n; `rest` is exp(r) - 1 - r.
-FASTELBO_INLINE F32 exp_reduce(F32 x, F32& r, F32& rest) {
-  x = min(F32(89.0f), max(F32(-104.0f), x));  // beyond, exp is inf or 0 all the same; NaN passes through both
-  F32 n = round(x * F32(kLog2e));
-  r = fma(n, F32(-kLn2High), x);
-  r = fma(n, F32(-kLn2Low), r);
+FASTELBO_INLINE Integral exp_reduce(F32 x, F32& r, F32& rest) {
+  x = min(F32(89.0f), max(F32(kExpLowest), x));  // beyond, exp is inf or 0 all the same; NaN passes through both
+  Integral n = round_product(x, kLog2e);
+  r = fma(n.value, F32(-kLn2High), x);
+  r = fma(n.value, F32(-kLn2Low), r);
   F32 q = fma(r, F32(0.001392692677f), F32(0.008363774046f));
   q = fma(q, r, F32(0.0416665487f));
   q = fma(q, r, F32(0.1666657329f));
@@ -19,15 +20,16 @@ FASTELBO_INLINE F32 exp_reduce(F32 x, F32& r, F32& rest) {
 }
 
 FASTELBO_INLINE F32 exp(F32 x) {
-  F32 r, rest, n = exp_reduce(x, r, rest);
+  F32 r, rest;
+  Integral n = exp_reduce(x, r, rest);
   return times_pow2(r + rest + F32(1.0f), n);
 }
 
 // e = exp(x) - 1, e_minus_x = e - x without cancellation near 0; shares its reduction with exp(x). Above 88.3 e is half
 // of what it should be: its square, which all callers want, is inf all the same.
 FASTELBO_INLINE void expm1_parts(F32 x, F32& e, F32& e_minus_x) {
-  F32 r, rest, n = exp_reduce(x, r, rest);
-  F32 power = pow2(min(F32(127.0f), max(F32(-126.0f), n)));
+  F32 r, rest;
+  F32 power = pow2(exp_reduce(x, r, rest));
   e = fma(r + rest, power, power - F32(1.0f));
   e_minus_x = select(abs(x) < F32(0.34f), rest, e - x);
 }
@@ -80,8 +82,8 @@ FASTELBO_INLINE F32 tanh(F32 x) {
 
 // sin(2 pi u) and cos(2 pi u) for u in [0, 1]; u is reduced exactly.
 FASTELBO_INLINE void sincos_2pi(F32 u, F32& sine, F32& cosine) {
-  F32 quarters = round(F32(4.0f) * u);
-  F32 f = fma(quarters, F32(-0.25f), u);  // |f| <= 1/8
+  Integral quarters = round_product(u, 4.0f);
+  F32 f = fma(quarters.value, F32(-0.25f), u);  // |f| <= 1/8
   F32 t = f * f;
   F32 s = fma(t, F32(-75.40148163f), F32(81.59253693f));
   s = fma(s, t, F32(-41.34166336f));
@@ -90,18 +92,13 @@ FASTELBO_INLINE void sincos_2pi(F32 u, F32& sine, F32& cosine) {
   c = fma(c, t, F32(64.9393692f));
   c = fma(c, t, F32(-19.73920822f));
   c = fma(c, t, F32(1.0f));
-  I32 quadrant = to_int(quarters);
+  I32 quadrant = low_bits(quarters);
   Mask odd = nonzero(quadrant & 1);
   // sine is negative in quadrants 2 and 3, cosine in 1 and 2
   sine = flip_sign(select(odd, c, s), (quadrant & 2) << 30);
   cosine = flip_sign(select(odd, s, c), ((quadrant + 1) & 2) << 30);
 }
 
-FASTELBO_INLINE double load(const double* from, Whole) { return *from; }
-FASTELBO_INLINE void store(double* to, double a, Whole) { *to = a; }
-FASTELBO_INLINE double load(const double* from, Part) { return *from; }
-FASTELBO_INLINE void store(double* to, double a, Part) { *to = a; }
-FASTELBO_INLINE double fma(double a, double b, double c) { return a * b + c; }
 FASTELBO_INLINE double min(double a, double b) { return a < b ? a : b; }
 FASTELBO_INLINE double max(double a, double b) { return a > b ? a : b; }
 FASTELBO_INLINE double select(bool m, double a, double b) { return m ? a : b; }

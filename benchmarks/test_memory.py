@@ -1,0 +1,91 @@
+"""Counts what every op and rival keeps for the backward, and on a GPU what both passes need at most."""
+
+import cases
+import pytest
+import torch
+
+# on a GPU what test_speed.py compiles too, so that it is compiled but once
+SHAPES = {"cpu": (512, 256), "cuda": (65536, 1024)}
+
+
+def saved_bytes(call, inputs) -> int:
+    """Bytes of the storages that the forward keeps, but for those of its inputs and outputs."""
+    kept = []  # the tensors themselves: a storage that is freed would give its address to the next
+
+    def keep(tensor):
+        kept.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        outputs = call(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    for tensor in (*inputs, *outputs):
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
+def both_passes(call, inputs, upstream):
+    leaves = [tensor for tensor in inputs if tensor.requires_grad]
+    outputs = call(*inputs)
+    grads = torch.autograd.grad(outputs, leaves, upstream)
+    return outputs if isinstance(outputs, tuple) else (outputs,), grads
+
+
+def peak_bytes(call, inputs, upstream, device) -> int | None:
+    """Bytes asked of torch's allocator, beyond what is there before."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    results = both_passes(call, inputs, upstream)
+    torch.cuda.synchronize()
+    del results
+    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+
+
+def test_memory(differentiable, dtype, device, backends, save_memory, request):
+    case, found = differentiable, []
+    torch._dynamo.reset()
+    shape = SHAPES[device.type]
+    inputs = cases.make_inputs(case, shape, cases.DTYPES[dtype], device)
+    wanted = request.config.option.rival or cases.RIVALS
+    for name, call in cases.contestants(case, backends, wanted, "forward_backward").items():
+        upstream = cases.upstream_like(call(*inputs))
+        outputs, grads = both_passes(call, inputs, upstream)  # what is allocated once, and what a compiler measures
+        found.append(
+            {
+                "op": case.op,
+                "case": case.name,
+                "contestant": name,
+                "shape": f"{shape[0]}x{shape[1]}",
+                "dtype": dtype,
+                "saved_bytes": saved_bytes(call, inputs),
+                "result_bytes": sum(tensor.nbytes for tensor in (*outputs, *grads)),
+                "peak_bytes": None,
+            }
+        )
+        del outputs, grads
+        found[-1]["peak_bytes"] = peak_bytes(call, inputs, upstream, device)
+    save_memory(found)
+    ours = [row for row in found if row["contestant"] in backends]
+    seed = 8 if case.draws else 0
+    assert all(row["saved_bytes"] == seed for row in ours), "ours keep nothing but a seed"
+
+
+def test_saved_bytes_counts_storages_once():
+    """Of three kept tensors, one is an input, and two lie in one storage."""
+    x = torch.ones(4, requires_grad=True)
+
+    def call(x):
+        y = torch.exp(x)
+        return y[:2] * y[2:] * x[:2]
+
+    # exp keeps its result y, of 16 bytes; the products keep halves of y, x, and y[:2] * y[2:], of 8 bytes
+    assert saved_bytes(call, (x,)) == 16 + 8
+
+
+@pytest.mark.parametrize("op", sorted({case.op for case in cases.CASES}))
+def test_every_op_has_a_case_with_rivals(op):
+    assert any(case.lines and case.op == op for case in cases.CASES)

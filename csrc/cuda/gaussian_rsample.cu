@@ -1,0 +1,119 @@
+// z = mean + temperature * sigma(s) * noise, and its gradient.
+#include "host.cuh"
+
+namespace fastelbo::device {
+
+template <class Access>
+struct GaussianRsample {
+  using Operand = typename Access::Operand;
+  Layout layout;
+  Work work;
+  Draw<Access> draw;
+  typename Access::Scale scale;
+  Operand mean, s;  // [rows, columns]
+  Operand z;        // [K, rows, columns]
+  Operand d_z;      // [K, rows, columns]
+  Operand d_s;      // [rows, columns]
+};
+
+template <class Access, bool exponential>
+__global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_fwd_kernel(const __grid_constant__ GaussianRsample<Access> args) {
+  using V = typename Access::Value;
+  constexpr int n = Access::width;
+  Thread<typename Access::Index> thread(args.work);
+  const PhiloxKeys<uint32_t> keys = args.draw.keys();
+  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
+    auto place = Access::place(args.layout, thread.row, group);
+    V mean[n], std[n], noise[n], z[n];
+    Access::load(args.mean, args.layout, place, mean);
+    Access::load(args.s, args.layout, place, std);
+    FASTELBO_UNROLL
+    for (int i = 0; i < n; ++i) std[i] = args.draw.temperature * spread<exponential>(args.scale, std[i]).std;
+    for (int64_t sample = 0; sample < args.draw.samples; ++sample) {
+      args.draw.read(keys, args.layout, place, sample, noise);
+      FASTELBO_UNROLL
+      for (int i = 0; i < n; ++i) z[i] = fma(std[i], noise[i], mean[i]);
+      Access::store(args.z, args.layout, place, z, sample);
+    }
+  }
+}
+
+// d_s = temperature * d sigma / d s * sum over samples of d_z * noise. (d_mean is the sum of d_z: the caller's.)
+template <class Access, bool exponential>
+__global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_bwd_kernel(const __grid_constant__ GaussianRsample<Access> args) {
+  using V = typename Access::Value;
+  constexpr int n = Access::width;
+  Thread<typename Access::Index> thread(args.work);
+  const PhiloxKeys<uint32_t> keys = args.draw.keys();
+  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
+    auto place = Access::place(args.layout, thread.row, group);
+    V s[n], d_z[n], noise[n], noisy[n] = {};
+    Access::load(args.s, args.layout, place, s);
+    for (int64_t sample = 0; sample < args.draw.samples; ++sample) {
+      Access::load(args.d_z, args.layout, place, d_z, sample);
+      args.draw.read(keys, args.layout, place, sample, noise);
+      FASTELBO_UNROLL
+      for (int i = 0; i < n; ++i) noisy[i] = fma(d_z[i], noise[i], noisy[i]);
+    }
+    FASTELBO_UNROLL
+    for (int i = 0; i < n; ++i) {
+      V grad = args.draw.temperature * spread<exponential>(args.scale, s[i]).d_std * noisy[i];
+      s[i] = clamp_gradient(args.scale, s[i], grad);
+    }
+    Access::store(args.d_s, args.layout, place, s);
+  }
+}
+
+}  // namespace fastelbo::device
+
+namespace fastelbo {
+
+Tensor gaussian_rsample_fwd(Tensor mean, Tensor s, std::optional<Tensor> seed, std::optional<Tensor> noise,
+                            int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
+                            std::vector<double> scale_numbers, ScalarType out_dtype) {
+  Launcher launch("gaussian_rsample_fwd", mean);
+  Shape shape = Shape(mean).broadcast(s), out = shape.prepend(num_samples);
+  Tensor z = num_samples ? allocate(out, out_dtype, Device(mean)) : allocate(out, out_dtype, mean);
+  Scale scale = parse_scale(scale_numbers);
+  View mean_view(mean, shape), s_view(s, shape), z_view = View::of_samples(z, shape, num_samples);
+  View noise_view = View::of_samples(noise, shape, num_samples);
+  Plan plan(shape, 0, arithmetic_type({&mean, &s}), {scale}, noise ? std::nullopt : std::optional(noise_offset), num_samples,
+            {&mean_view, &s_view, &z_view, &noise_view});
+  dispatch(plan, [&](auto access, auto exponential) {
+    using Access = decltype(access);
+    device::GaussianRsample<Access> args{plan.layout, plan.work, draw<Access>(seed, noise_view, num_samples, temperature, z_view, plan),
+                                         typename Access::Scale(scale), operand<Access>(mean_view, plan),
+                                         operand<Access>(s_view, plan), operand<Access>(z_view, plan)};
+    launch(device::gaussian_rsample_fwd_kernel<Access, exponential.value>, args, plan.work.blocks);
+  });
+  return z;
+}
+
+// Returns d_s, of the shape of one sample.
+Tensor gaussian_rsample_bwd(Tensor d_z, Tensor s, std::optional<Tensor> seed, std::optional<Tensor> noise,
+                            int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
+                            std::vector<double> scale_numbers) {
+  Launcher launch("gaussian_rsample_bwd", s);
+  Shape shape = Shape(d_z).drop_leading(num_samples ? 1 : 0);
+  Tensor d_s = allocate(shape, s.scalar_type(), s);
+  Scale scale = parse_scale(scale_numbers);
+  View s_view(s, shape), d_s_view(d_s, shape), d_z_view = View::of_samples(d_z, shape, num_samples);
+  View noise_view = View::of_samples(noise, shape, num_samples);
+  Plan plan(shape, 0, arithmetic_type({&d_z, &s}), {scale}, noise ? std::nullopt : std::optional(noise_offset), num_samples,
+            {&s_view, &d_s_view, &d_z_view, &noise_view});
+  dispatch(plan, [&](auto access, auto exponential) {
+    using Access = decltype(access);
+    device::GaussianRsample<Access> args{plan.layout, plan.work, draw<Access>(seed, noise_view, num_samples, temperature, d_z_view, plan),
+                                         typename Access::Scale(scale), {}, operand<Access>(s_view, plan), {},
+                                         operand<Access>(d_z_view, plan), operand<Access>(d_s_view, plan)};
+    launch(device::gaussian_rsample_bwd_kernel<Access, exponential.value>, args, plan.work.blocks);
+  });
+  return d_s;
+}
+
+}  // namespace fastelbo
+
+STABLE_TORCH_LIBRARY_IMPL(fastelbo, CUDA, m) {
+  m.impl("gaussian_rsample_fwd", TORCH_BOX(&fastelbo::gaussian_rsample_fwd));
+  m.impl("gaussian_rsample_bwd", TORCH_BOX(&fastelbo::gaussian_rsample_bwd));
+}

@@ -1,0 +1,194 @@
+// A posterior sample and its KL divergence from the prior in one pass over the data, forward and backward.
+#include "prior.cuh"
+
+namespace fastelbo::device {
+
+template <class Access>
+struct GaussianRsampleKL {
+  using V = typename Access::Value;
+  using Operand = typename Access::Operand;
+  Layout layout;
+  Work work;
+  Draw<Access> draw;
+  typename Access::Scale scale, scale_p;
+  Operand mean_q, s_q, mean_p, s_p;  // [rows, columns]; no mean_p: the standard normal
+  Operand z;                         // [K, rows, columns]
+  Operand kl;                        // [rows, columns], where elementwise
+  Sums<V> sums;                      // where not
+  Operand d_z;                       // [K, rows, columns]
+  Operand d_kl;                      // [rows, columns]
+  Operand d_mean_q, d_s_q, d_mean_p, d_s_p;  // [rows, columns]; no d_mean_p: the prior needs no gradient
+};
+
+template <class Access, bool exponential, Prior prior>
+__global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_kl_fwd_kernel(const __grid_constant__ GaussianRsampleKL<Access> args) {
+  using V = typename Access::Value;
+  constexpr int n = Access::width;
+  Thread<typename Access::Index> thread(args.work);
+  const PhiloxKeys<uint32_t> keys = args.draw.keys();
+  V total = 0;
+  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
+    auto place = Access::place(args.layout, thread.row, group);
+    V mean_q[n], std[n], kl[n];
+    Access::load(args.mean_q, args.layout, place, mean_q);
+    Access::load(args.s_q, args.layout, place, std);
+    if (!has_prior<prior>(args.mean_p)) {
+      FASTELBO_UNROLL
+      for (int i = 0; i < n; ++i) {
+        auto q = spread<exponential>(args.scale, std[i]);
+        kl[i] = gaussian_kl(mean_q[i], q).value;
+        std[i] = args.draw.temperature * q.std;
+      }
+    } else {
+      V mean_p[n], s_p[n];
+      Access::load(args.mean_p, args.layout, place, mean_p);
+      Access::load(args.s_p, args.layout, place, s_p);
+      FASTELBO_UNROLL
+      for (int i = 0; i < n; ++i) {
+        auto q = spread<exponential>(args.scale, std[i]), p = spread<exponential>(args.scale_p, s_p[i]);
+        kl[i] = gaussian_kl(mean_q[i] - mean_p[i], q, p).value;
+        std[i] = args.draw.temperature * q.std;
+      }
+    }
+    if (args.kl.data) Access::store_term(args.kl, args.layout, place, kl);
+    else total += sum_inside<Access>(place, kl);
+    for (int64_t sample = 0; sample < args.draw.samples; ++sample) {
+      V z[n];
+      args.draw.read(keys, args.layout, place, sample, z);
+      FASTELBO_UNROLL
+      for (int i = 0; i < n; ++i) z[i] = fma(std[i], z[i], mean_q[i]);
+      Access::store(args.z, args.layout, place, z, sample);
+    }
+  }
+  if (!args.kl.data) args.sums.store(args.work, thread, total);
+}
+
+template <class Access, bool exponential, Prior prior>
+__global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_kl_bwd_kernel(const __grid_constant__ GaussianRsampleKL<Access> args) {
+  using V = typename Access::Value;
+  constexpr int n = Access::width;
+  Thread<typename Access::Index> thread(args.work);
+  const PhiloxKeys<uint32_t> keys = args.draw.keys();
+  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
+    auto place = Access::place(args.layout, thread.row, group);
+    V mean_q[n], s_q[n], upstream[n], sampled[n] = {}, noisy[n] = {};  // the sums over samples of d_z and of d_z * noise
+    Access::load(args.mean_q, args.layout, place, mean_q);
+    Access::load(args.s_q, args.layout, place, s_q);
+    Access::load_term(args.d_kl, args.layout, place, upstream);
+    for (int64_t sample = 0; sample < args.draw.samples; ++sample) {
+      V d_z[n], noise[n];
+      Access::load(args.d_z, args.layout, place, d_z, sample);
+      args.draw.read(keys, args.layout, place, sample, noise);
+      FASTELBO_UNROLL
+      for (int i = 0; i < n; ++i) {
+        sampled[i] += d_z[i];
+        noisy[i] = fma(d_z[i], noise[i], noisy[i]);
+      }
+    }
+    if (!has_prior<prior>(args.mean_p)) {
+      FASTELBO_UNROLL
+      for (int i = 0; i < n; ++i) {
+        auto q = spread<exponential>(args.scale, s_q[i]);
+        auto kl = gaussian_kl(mean_q[i], q);
+        mean_q[i] = fma(upstream[i], kl.d_mean_q, sampled[i]);
+        V d_s = fma(args.draw.temperature * q.d_std, noisy[i], upstream[i] * (kl.d_logvar_q * q.d_logvar));
+        s_q[i] = clamp_gradient(args.scale, s_q[i], d_s);
+      }
+    } else {
+      V mean_p[n], s_p[n];
+      Access::load(args.mean_p, args.layout, place, mean_p);
+      Access::load(args.s_p, args.layout, place, s_p);
+      FASTELBO_UNROLL
+      for (int i = 0; i < n; ++i) {
+        auto q = spread<exponential>(args.scale, s_q[i]), p = spread<exponential>(args.scale_p, s_p[i]);
+        auto kl = gaussian_kl(mean_q[i] - mean_p[i], q, p);
+        V d_mean = upstream[i] * kl.d_mean_q;
+        mean_q[i] = d_mean + sampled[i];
+        mean_p[i] = -d_mean;
+        V d_s = fma(args.draw.temperature * q.d_std, noisy[i], upstream[i] * (kl.d_logvar_q * q.d_logvar));
+        s_q[i] = clamp_gradient(args.scale, s_q[i], d_s);
+        s_p[i] = clamp_gradient(args.scale_p, s_p[i], upstream[i] * (kl.d_logvar_p * p.d_logvar));
+      }
+      if (args.d_mean_p.data) {
+        Access::store(args.d_mean_p, args.layout, place, mean_p);
+        Access::store(args.d_s_p, args.layout, place, s_p);
+      }
+    }
+    Access::store(args.d_mean_q, args.layout, place, mean_q);
+    Access::store(args.d_s_q, args.layout, place, s_q);
+  }
+}
+
+}  // namespace fastelbo::device
+
+namespace fastelbo {
+
+std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
+    Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p, std::optional<Tensor> seed,
+    std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
+    std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers, int64_t event_ndim, ScalarType out_dtype) {
+  Launcher launch("gaussian_rsample_kl_fwd", mean_q);
+  Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p), out = shape.prepend(num_samples);
+  ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
+  Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
+  Tensor z = num_samples ? allocate(out, out_dtype, Device(mean_q)) : allocate(out, out_dtype, mean_q);
+  Terms kl(shape, event_ndim, dtype, mean_q);
+  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape);
+  View z_view = View::of_samples(z, shape, num_samples), noise_view = View::of_samples(noise, shape, num_samples);
+  Plan plan(shape, event_ndim, dtype, {scale, scale_p}, noise ? std::nullopt : std::optional(noise_offset), num_samples,
+            {&mean_q_view, &s_q_view, &mean_p_view, &s_p_view, &z_view, &noise_view, &kl.elements});
+  kl.make_room(plan);
+  dispatch(plan, [&](auto access, auto exponential) {
+    using Access = decltype(access);
+    using V = typename Access::Value;
+    device::GaussianRsampleKL<Access> args{plan.layout, plan.work, draw<Access>(seed, noise_view, num_samples, temperature, z_view, plan),
+                                           typename Access::Scale(scale), typename Access::Scale(scale_p),
+                                           operand<Access>(mean_q_view, plan), operand<Access>(s_q_view, plan),
+                                           operand<Access>(mean_p_view, plan), operand<Access>(s_p_view, plan),
+                                           operand<Access>(z_view, plan), operand<Access>(kl.elements, plan), kl.sums<V>()};
+    with_prior<Access>(mean_p.has_value(), [&](auto prior) {
+      launch(device::gaussian_rsample_kl_fwd_kernel<Access, exponential.value, prior.value>, args, plan.work.blocks);
+    });
+  });
+  return {z, kl.finish(launch, plan)};
+}
+
+// Returns d_mean_q, d_s_q, d_mean_p, d_s_p, each of the full broadcast shape; the last two are empty without prior_grad.
+std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
+    Tensor d_z, Tensor d_kl, Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
+    std::optional<Tensor> seed, std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples,
+    double temperature, std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers, int64_t event_ndim, bool prior_grad) {
+  Launcher launch("gaussian_rsample_kl_bwd", mean_q);
+  Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
+  ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
+  Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
+  GaussianGradients grads(shape, mean_q, s_q, mean_p, s_p, prior_grad);
+  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape);
+  View d_z_view = View::of_samples(d_z, shape, num_samples), noise_view = View::of_samples(noise, shape, num_samples);
+  View d_kl_view = View::of_term(d_kl, shape, event_ndim);
+  Plan plan(shape, 0, dtype, {scale, scale_p}, noise ? std::nullopt : std::optional(noise_offset), num_samples,
+            {&mean_q_view, &s_q_view, &mean_p_view, &s_p_view, &d_z_view, &noise_view, &d_kl_view, &grads.d_mean_q_view,
+             &grads.d_s_q_view, &grads.d_mean_p_view, &grads.d_s_p_view});
+  dispatch(plan, [&](auto access, auto exponential) {
+    using Access = decltype(access);
+    using V = typename Access::Value;
+    device::GaussianRsampleKL<Access> args{plan.layout, plan.work, draw<Access>(seed, noise_view, num_samples, temperature, d_z_view, plan),
+                                           typename Access::Scale(scale), typename Access::Scale(scale_p),
+                                           operand<Access>(mean_q_view, plan), operand<Access>(s_q_view, plan),
+                                           operand<Access>(mean_p_view, plan), operand<Access>(s_p_view, plan), {}, {}, {},
+                                           operand<Access>(d_z_view, plan), operand<Access>(d_kl_view, plan),
+                                           operand<Access>(grads.d_mean_q_view, plan), operand<Access>(grads.d_s_q_view, plan),
+                                           operand<Access>(grads.d_mean_p_view, plan), operand<Access>(grads.d_s_p_view, plan)};
+    with_prior<Access>(mean_p.has_value(), [&](auto prior) {
+      launch(device::gaussian_rsample_kl_bwd_kernel<Access, exponential.value, prior.value>, args, plan.work.blocks);
+    });
+  });
+  return grads.result();
+}
+
+}  // namespace fastelbo
+
+STABLE_TORCH_LIBRARY_IMPL(fastelbo, CUDA, m) {
+  m.impl("gaussian_rsample_kl_fwd", TORCH_BOX(&fastelbo::gaussian_rsample_kl_fwd));
+  m.impl("gaussian_rsample_kl_bwd", TORCH_BOX(&fastelbo::gaussian_rsample_kl_bwd));
+}

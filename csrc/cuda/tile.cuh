@@ -1,0 +1,320 @@
+// How a kernel reaches its elements. The elements are rows of columns; a thread takes groups of a few consecutive columns.
+//
+// Packed: every row of every operand is whole 16-byte vectors of one storage format. Strided: anything else.
+#pragma once
+
+#include "../common/host.h"
+#include "vec.cuh"
+
+namespace fastelbo::device {
+
+constexpr int kThreads = 256;   // of a block
+constexpr int kMostSteps = 8;   // groups that a thread adds up in float32; beyond, float64
+
+// n / divisor for n < 2^31 by a multiplication: a division takes twenty instructions.
+struct Divisor {
+  uint32_t divisor = 1, magic = 1, shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(uint32_t divisor) : divisor(divisor) {
+    while ((uint64_t(1) << shift) < divisor) ++shift;
+    magic = uint32_t(((uint64_t(1) << 32) * ((uint64_t(1) << shift) - divisor)) / divisor + 1);
+  }
+  FASTELBO_INLINE uint32_t divide(uint32_t n) const { return (__umulhi(n, magic) + n) >> shift; }
+};
+
+// The elements: row-major, for the noise from noise_offset on.
+struct Layout {
+  int64_t rows = 1, columns = 0;
+  int64_t noise_offset = 0;
+  bool drawn = false;  // noise is: groups lie on Philox blocks
+  // For Packed: columns in vectors, and the Philox block of the first element.
+  uint32_t vectors = 0;
+  uint64_t first_block = 0;
+  // For Strided: the dimensions that make up a row's index, then those that make up a column's.
+  int outer = 0, inner = 0;
+  int64_t size[kMaxDims] = {};
+  Divisor divisor[kMaxDims];
+  bool wide = false;  // an index may need more than 31 bits
+};
+
+// How rows are spread over threads: `lanes` threads share a row, or one of its splits, and take `steps` groups each.
+struct Work {
+  int64_t rows = 0, groups = 0;  // groups of a row
+  int lanes_log2 = 0, steps = 0;  // 256 lanes where there are several splits
+  Divisor splits;
+  int64_t blocks = 0;
+};
+
+// What one thread does: groups first, first + lanes, ... below end.
+template <class Index>
+struct Thread {
+  Index row, first, end;
+  int lanes;
+  uint32_t split;
+
+  FASTELBO_INLINE explicit Thread(const Work& work) {
+    lanes = 1 << work.lanes_log2;
+    uint32_t row_block = work.splits.divide(blockIdx.x);
+    split = blockIdx.x - row_block * work.splits.divisor;
+    row = Index(row_block) * (kThreads >> work.lanes_log2) + (threadIdx.x >> work.lanes_log2);
+    Index span = Index(work.steps) << work.lanes_log2, start = split * span, groups = Index(work.groups);
+    first = start + (threadIdx.x & (lanes - 1));
+    end = start + span < groups ? start + span : groups;
+    if (row >= Index(work.rows)) end = first;
+  }
+};
+
+// The sum over the `lanes` threads that share a row, in the first of them. Every thread of the block calls it.
+FASTELBO_INLINE double sum_lanes(double x, int lanes) {
+  FASTELBO_ROLLED
+  for (int distance = (lanes < 32 ? lanes : 32) / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+  if (lanes > 32) {
+    __shared__ double warps[kThreads / 32];
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+    __syncthreads();
+    if ((threadIdx.x & (lanes - 1)) == 0) {
+      FASTELBO_ROLLED
+      for (int warp = 1; warp < lanes / 32; ++warp) x += warps[threadIdx.x / 32 + warp];
+    }
+  }
+  return x;
+}
+
+// As a tree.
+template <int n, class V>
+FASTELBO_INLINE V sum_group(const V (&x)[n]) {
+  V y[n / 2];
+  FASTELBO_UNROLL
+  for (int i = 0; i < n / 2; ++i) y[i] = x[i] + x[i + n / 2];
+  if constexpr (n == 2) return y[0];
+  else return sum_group(y);
+}
+
+// Where an elementwise term goes that is summed over its row.
+template <class V>
+struct Sums {
+  V* out;           // [rows]; null where the terms are stored element by element
+  double* partial;  // [rows, splits], where there are several
+
+  template <class Index>
+  FASTELBO_INLINE void store(const Work& work, const Thread<Index>& thread, V x) const {
+    double total = sum_lanes(x, thread.lanes);
+    if (thread.row >= Index(work.rows) || (threadIdx.x & (thread.lanes - 1))) return;
+    if (work.splits.divisor > 1) partial[int64_t(thread.row) * work.splits.divisor + thread.split] = total;
+    else out[thread.row] = V(total);
+  }
+};
+
+FASTELBO_INLINE float bf16_to_float(uint32_t bits) { return as_float(int32_t(bits << 16)); }
+
+// An exponential scale without a soft clamp, which is what packed kernels take.
+template <bool is_clamped>
+struct PlainScale : ScaleKinds {
+  Kind kind;
+  ClampGrad clamp_grad;
+  static constexpr bool clamped = is_clamped;
+  float clamp_lo, clamp_hi;
+  static constexpr float soft_clamp = 0, inv_soft_clamp = 0;
+
+  explicit PlainScale(const fastelbo::Scale& scale)
+      : kind(scale.kind), clamp_grad(scale.clamp_grad), clamp_lo(float(scale.clamp_lo)), clamp_hi(float(scale.clamp_hi)) {}
+};
+
+// Offsets are 32-bit, in vectors: the host sees to it that they fit.
+template <Format format, bool clamped>
+struct Packed {
+  using Value = float;
+  using Index = uint32_t;
+  using Scale = PlainScale<clamped>;
+  static constexpr bool packed = true;
+  static constexpr int blocks = format == Format::f32 ? 4 : 2;  // that a multiprocessor holds at least
+  static constexpr int width = format == Format::f32 ? 4 : 8;
+
+  struct Operand {
+    char* data = nullptr;  // [K, rows, columns]; null where not given
+    uint32_t row_vectors = 0, sample_vectors = 0;  // strides
+    int64_t row_stride = 0;  // in elements, which need not make whole vectors where there is
+    bool repeats = false;    // one value a row
+  };
+
+  struct Place {
+    uint32_t row, group;
+    uint64_t block;
+
+    FASTELBO_INLINE bool inside(int) const { return true; }
+  };
+
+  static FASTELBO_INLINE constexpr bool approximate(bool) { return format != Format::f32; }
+
+  static FASTELBO_INLINE Place place(const Layout& layout, uint32_t row, uint32_t group) {
+    return {row, group, layout.first_block + uint64_t(row * layout.vectors + group) * (width / 4)};
+  }
+
+  static FASTELBO_INLINE char* address(const Operand& operand, const Place& place, int64_t sample) {
+    return operand.data + 16 * uint64_t(uint32_t(sample) * operand.sample_vectors + place.row * operand.row_vectors + place.group);
+  }
+
+  static FASTELBO_INLINE void load(const Operand& operand, const Layout&, const Place& place, float (&out)[width], int64_t sample = 0) {
+    const char* from = address(operand, place, sample);
+    if constexpr (format == Format::f32) {
+      float4 v = *reinterpret_cast<const float4*>(from);
+      out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+    } else {
+      uint4 v = *reinterpret_cast<const uint4*>(from);
+      const uint32_t pair[4] = {v.x, v.y, v.z, v.w};
+      FASTELBO_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (format == Format::bf16) {
+          out[2 * i] = bf16_to_float(pair[i]);
+          out[2 * i + 1] = as_float(int32_t(pair[i] & 0xffff0000u));
+        } else {
+          out[2 * i] = f16_to_float(uint16_t(pair[i]));
+          out[2 * i + 1] = f16_to_float(uint16_t(pair[i] >> 16));
+        }
+      }
+    }
+  }
+
+  static FASTELBO_INLINE void store(const Operand& operand, const Layout&, const Place& place, const float (&x)[width], int64_t sample = 0) {
+    char* to = address(operand, place, sample);
+    if constexpr (format == Format::f32) {
+      *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
+    } else {
+      uint32_t pair[4];
+      FASTELBO_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (format == Format::bf16) pair[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+        else pair[i] = pack_f16(x[2 * i], x[2 * i + 1]);
+      }
+      *reinterpret_cast<uint4*>(to) = {pair[0], pair[1], pair[2], pair[3]};
+    }
+  }
+
+  // An operand that may hold one value a row.
+  static FASTELBO_INLINE void load_repeated(const Operand& operand, const Layout& layout, const Place& place, float (&out)[width]) {
+    if (!operand.repeats) return load(operand, layout, place, out);
+    float value;
+    if constexpr (format == Format::f32) value = reinterpret_cast<const float*>(operand.data)[place.row * operand.row_stride];
+    else {
+      uint16_t bits = reinterpret_cast<const uint16_t*>(operand.data)[place.row * operand.row_stride];
+      value = format == Format::bf16 ? bf16_to_float(bits) : f16_to_float(bits);
+    }
+    FASTELBO_UNROLL
+    for (int i = 0; i < width; ++i) out[i] = value;
+  }
+
+  // Elementwise terms and their gradients, which are float32 whatever the storage format.
+  static FASTELBO_INLINE void load_term(const Operand& operand, const Layout&, const Place& place, float (&out)[width]) {
+    const float* row = reinterpret_cast<const float*>(operand.data) + place.row * operand.row_stride;
+    if (operand.repeats) {
+      FASTELBO_UNROLL
+      for (int i = 0; i < width; ++i) out[i] = *row;
+      return;
+    }
+    FASTELBO_UNROLL
+    for (int i = 0; i < width; i += 4) {
+      float4 v = *reinterpret_cast<const float4*>(row + place.group * uint64_t(width) + i);
+      out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
+    }
+  }
+  static FASTELBO_INLINE void store_term(const Operand& operand, const Layout&, const Place& place, const float (&x)[width]) {
+    float* row = reinterpret_cast<float*>(operand.data) + place.row * operand.row_stride + place.group * uint64_t(width);
+    FASTELBO_UNROLL
+    for (int i = 0; i < width; i += 4) *reinterpret_cast<float4*>(row + i) = {x[i], x[i + 1], x[i + 2], x[i + 3]};
+  }
+};
+
+template <class T>
+struct Strided {
+  using Value = T;
+  using Index = int64_t;
+  using Scale = ScaleOf<T>;
+  static constexpr bool packed = false;
+  static constexpr int blocks = sizeof(T) == 4 ? 2 : 1;  // that a multiprocessor holds at least; without it, registers spill
+  static constexpr int width = 4;
+
+  struct Operand {
+    char* data = nullptr;  // null where not given
+    Format format = Format::f32;
+    int64_t stride[kMaxDims] = {}, sample_stride = 0;  // in elements
+  };
+
+  struct Place {
+    int64_t row, column;  // of the group's first element, which may lie before the row's
+    int first, last;      // what of the group is inside
+    uint64_t block;
+
+    FASTELBO_INLINE bool inside(int i) const { return first <= i && i < last; }
+  };
+
+  static FASTELBO_INLINE bool approximate(bool sample_is_half) { return sample_is_half; }
+
+  static FASTELBO_INLINE Place place(const Layout& layout, int64_t row, int64_t group) {
+    uint64_t index = uint64_t(layout.noise_offset) + uint64_t(row) * uint64_t(layout.columns);
+    int shift = layout.drawn ? int(index % 4) : 0;
+    Place place{row, 4 * group - shift, 0, 4, index / 4 + uint64_t(group)};
+    if (place.column < 0) place.first = shift;
+    if (layout.columns - place.column < 4) place.last = int(layout.columns - place.column);
+    return place;
+  }
+
+  // The offset of index n of dimensions begin .. end - 1.
+  static FASTELBO_INLINE int64_t walk(const Operand& operand, const Layout& layout, int64_t n, int begin, int end) {
+    int64_t offset = 0;
+    FASTELBO_ROLLED
+    for (int d = end - 1; d > begin; --d) {
+      int64_t quotient = layout.wide ? n / layout.size[d] : int64_t(layout.divisor[d].divide(uint32_t(n)));
+      offset += (n - quotient * layout.size[d]) * operand.stride[d];
+      n = quotient;
+    }
+    return offset + n * operand.stride[begin];
+  }
+
+  static FASTELBO_INLINE T read(const Operand& operand, int64_t at) {
+    switch (operand.format) {
+      case Format::f32: return T(reinterpret_cast<const float*>(operand.data)[at]);
+      case Format::f64: return T(reinterpret_cast<const double*>(operand.data)[at]);
+      case Format::bf16: return T(bf16_to_float(reinterpret_cast<const uint16_t*>(operand.data)[at]));
+      default: return T(f16_to_float(reinterpret_cast<const uint16_t*>(operand.data)[at]));
+    }
+  }
+  static FASTELBO_INLINE void write(const Operand& operand, int64_t at, T x) {
+    switch (operand.format) {
+      case Format::f32: reinterpret_cast<float*>(operand.data)[at] = float(x); return;
+      case Format::f64: reinterpret_cast<double*>(operand.data)[at] = double(x); return;
+      case Format::bf16: reinterpret_cast<uint16_t*>(operand.data)[at] = uint16_t(pack_bf16(float(x), 0)); return;
+      default: reinterpret_cast<uint16_t*>(operand.data)[at] = uint16_t(pack_f16(float(x), 0));
+    }
+  }
+
+  static FASTELBO_INLINE void load(const Operand& operand, const Layout& layout, const Place& place, T (&out)[width], int64_t sample = 0) {
+    int64_t row = sample * operand.sample_stride + walk(operand, layout, place.row, 0, layout.outer);
+    FASTELBO_UNROLL
+    for (int i = 0; i < width; ++i) {
+      out[i] = 0;
+      if (place.inside(i)) out[i] = read(operand, row + walk(operand, layout, place.column + i, layout.outer, layout.outer + layout.inner));
+    }
+  }
+  static FASTELBO_INLINE void store(const Operand& operand, const Layout& layout, const Place& place, const T (&x)[width], int64_t sample = 0) {
+    int64_t row = sample * operand.sample_stride + walk(operand, layout, place.row, 0, layout.outer);
+    FASTELBO_UNROLL
+    for (int i = 0; i < width; ++i)
+      if (place.inside(i)) write(operand, row + walk(operand, layout, place.column + i, layout.outer, layout.outer + layout.inner), x[i]);
+  }
+
+  static FASTELBO_INLINE void load_repeated(const Operand& operand, const Layout& layout, const Place& place, T (&out)[width]) { load(operand, layout, place, out); }
+  static FASTELBO_INLINE void load_term(const Operand& operand, const Layout& layout, const Place& place, T (&out)[width]) { load(operand, layout, place, out); }
+  static FASTELBO_INLINE void store_term(const Operand& operand, const Layout& layout, const Place& place, const T (&x)[width]) { store(operand, layout, place, x); }
+};
+
+// The sum of what of a group is inside.
+template <class Access, class V>
+FASTELBO_INLINE V sum_inside(const typename Access::Place& place, V (&x)[Access::width]) {
+  FASTELBO_UNROLL
+  for (int i = 0; i < Access::width; ++i)
+    if (!place.inside(i)) x[i] = 0;
+  return sum_group(x);
+}
+
+}  // namespace fastelbo::device

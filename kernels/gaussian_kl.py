@@ -1,0 +1,127 @@
+"""KL divergence of diagonal Gaussians in Triton. The mathematics: fastelbo/reference/gaussian_kl.py."""
+
+import triton
+import triton.language as tl
+
+from fastelbo import _library
+from fastelbo.kernels import elementary, plan, tile
+from fastelbo.kernels import scale as scales
+
+
+@triton.jit
+def _ratio_terms(h):
+    """(exp(2h) - 1) / 2, and that less h without cancellation: what a ratio exp(h) of two sigmas costs in KL."""
+    e, e_minus_h = elementary.expm1_parts(h)
+    half_e = 0.5 * e
+    return tl.fma(half_e, e, e), tl.fma(half_e, e, e_minus_h)
+
+
+@triton.jit
+def kl_terms(mean_q, q, mean_p, p, SCALE: tl.constexpr, SCALE_P: tl.constexpr):
+    """KL, and its derivatives by mean_q (that by mean_p is its negative), ln sigma_q^2 and ln sigma_p^2.
+
+    q and p are spreads; without SCALE_P p is the standard normal.
+    """
+    if SCALE_P is None:
+        half_expm1, gap = _ratio_terms(q[1])
+        return tl.fma(0.5 * mean_q, mean_q, gap), mean_q, half_expm1, half_expm1
+    else:
+        half_expm1, gap = _ratio_terms(scales.log_ratio(q, p, SCALE, SCALE_P))
+        r = scales.divide(mean_q - mean_p, p, SCALE_P)
+        half_square = 0.5 * r * r
+        return gap + half_square, scales.divide(r, p, SCALE_P), half_expm1, -(half_expm1 + half_square)
+
+
+@triton.jit
+def load_gaussians(
+    gaussians, window, SCALE: tl.constexpr, SCALE_P: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr
+):
+    """mean_q, s_q, the spread of q, and the same of p; again those of q, which nothing uses, where there is no p."""
+    mean_q = tile.load(gaussians[0], window, T, VECTOR)
+    s_q = tile.load(gaussians[1], window, T, VECTOR)
+    q = scales.spread(s_q, SCALE)
+    if SCALE_P is None:
+        return mean_q, s_q, q, mean_q, s_q, q
+    else:
+        mean_p = tile.load(gaussians[2], window, T, VECTOR)
+        s_p = tile.load(gaussians[3], window, T, VECTOR)
+        return mean_q, s_q, q, mean_p, s_p, scales.spread(s_p, SCALE_P)
+
+
+@triton.jit(do_not_specialize=plan.PLAIN)
+def _fwd(
+    gaussians,  # mean_q, s_q, mean_p, s_p: [rows, columns]
+    kl,  # [rows, columns], or [rows, splits] where summed
+    rows, columns, row_sizes, column_sizes, splits,
+    SCALE: tl.constexpr, SCALE_P: tl.constexpr, SUM: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    columns = columns.to(tl.int64) * VECTOR
+    row, split = tile.start(splits, R)
+    total = tl.zeros([R, C], T)
+    for step in range(STEPS):
+        first = (split * STEPS + step).to(tl.int64) * C
+        window = tile.window(row, rows, first, columns, 0, row_sizes, column_sizes, C, EVEN)
+        mean_q, _, q, mean_p, _, p = load_gaussians(gaussians, window, SCALE, SCALE_P, T, VECTOR)
+        terms, _, _, _ = kl_terms(mean_q, q, mean_p, p, SCALE, SCALE_P)
+        if SUM:
+            total += tile.inside(terms, window)
+        else:
+            tile.store(kl, window, terms, VECTOR)
+    if SUM:
+        tile.store_sums(kl, total, row, rows, splits, split)
+
+
+@triton.jit(do_not_specialize=plan.PLAIN)
+def _bwd(
+    d_kl, gaussians,  # d_kl; mean_q, s_q, mean_p, s_p: [rows, columns]
+    gradients,  # d_mean_q, d_s_q, and d_mean_p, d_s_p where wanted: [rows, columns]
+    rows, columns, row_sizes, column_sizes, splits,
+    SCALE: tl.constexpr, SCALE_P: tl.constexpr, PRIOR_GRAD: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    columns = columns.to(tl.int64) * VECTOR
+    row, split = tile.start(splits, R)
+    window = tile.window(row, rows, split.to(tl.int64) * C, columns, 0, row_sizes, column_sizes, C, EVEN)
+    mean_q, s_q, q, mean_p, s_p, p = load_gaussians(gaussians, window, SCALE, SCALE_P, T, VECTOR)
+    upstream = tile.load(d_kl, window, T, VECTOR)
+    _, d_mean, d_logvar_q, d_logvar_p = kl_terms(mean_q, q, mean_p, p, SCALE, SCALE_P)
+    d_mean *= upstream
+    tile.store(gradients[0], window, d_mean, VECTOR)
+    tile.store(gradients[1], window, scales.clamp_gradient(s_q, upstream * (d_logvar_q * q[3]), SCALE), VECTOR)
+    if PRIOR_GRAD:
+        tile.store(gradients[2], window, -d_mean, VECTOR)
+        tile.store(gradients[3], window, scales.clamp_gradient(s_p, upstream * (d_logvar_p * p[3]), SCALE_P), VECTOR)
+
+
+def gaussian_kl_fwd(kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim):
+    """Fills kl; the arguments of the op's schema."""
+    found = plan.plan(
+        event_ndim, mean_q, s_q, mean_p, s_p, None if event_ndim else kl, tile=plan.tile_size(kl.dtype, scale, scale_p)
+    )
+    if found is None:
+        return kl.zero_()
+    *gaussians, elements = found.operands
+    out = elements or found.sums(kl)
+    found.launch(
+        _fwd, tuple(gaussians), out,
+        SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), SUM=elements is None, T=plan.TYPES[kl.dtype],
+    )  # fmt: skip
+    if elements is None:
+        plan.add_sums(kl, out)
+
+
+def gaussian_kl_bwd(gradients, d_kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, prior_grad):
+    """Fills d_mean_q, d_s_q and, with prior_grad, d_mean_p and d_s_p; the arguments of the op's schema."""
+    wanted = gradients if prior_grad else (*gradients[:2], None, None)
+    dtype = _library.arithmetic(mean_q, s_q, mean_p, s_p)
+    found = plan.plan(
+        0, plan.of_event(d_kl, event_ndim), mean_q, s_q, mean_p, s_p, *wanted,
+        tile=plan.tile_size(dtype, scale, scale_p),
+    )  # fmt: skip
+    if found is None:
+        return
+    found.launch(
+        _bwd, found.operands[0], found.operands[1:5], tuple(filter(None, found.operands[5:])),
+        SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), PRIOR_GRAD=prior_grad, T=plan.TYPES[dtype],
+    )  # fmt: skip

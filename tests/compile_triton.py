@@ -1,0 +1,115 @@
+"""Compiles the Triton kernels for a GPU that need not be there; prints what they take of it, as JSON.
+
+    python tests/compile_triton.py 90
+
+Runs the launchers on CPU tensors, with a driver that only names the target; nothing is launched.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+os.environ["TRITON_INTERPRET"] = "1"  # lets the backend take CPU tensors ...
+import fastelbo
+from fastelbo import _library
+from fastelbo.testing import gaussian
+
+del os.environ["TRITON_INTERPRET"]  # ... but the kernels, imported at the first call, are those of a GPU
+_library.INTERPRETED = False
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+OPS = {
+    "gaussian_rsample": (fastelbo.gaussian_rsample, 2),
+    "gaussian_kl": (fastelbo.gaussian_kl, 2),
+    "gaussian_kl-prior": (fastelbo.gaussian_kl, 4),
+    "gaussian_rsample_kl": (fastelbo.gaussian_rsample_kl, 2),
+    "gaussian_rsample_kl-prior": (fastelbo.gaussian_rsample_kl, 4),
+    "gaussian_log_prob": (fastelbo.gaussian_log_prob, 3),
+}
+WIDEST = ("gaussian_rsample_kl-prior", "gaussian_log_prob")  # between them they call all there is
+
+# keywords of the public op, shape, dtype, and the ops it is compiled for
+CASES = {
+    "float32": ({}, (4096, 256), torch.float32, OPS),
+    "bfloat16": ({}, (4096, 256), torch.bfloat16, OPS),
+    "float16": ({}, (4096, 256), torch.float16, WIDEST),
+    "float64": ({}, (64, 256), torch.float64, WIDEST),
+    "softplus": ({"scale": fastelbo.Scale.softplus()}, (4096, 256), torch.float32, WIDEST),
+    "ragged": ({}, (4096, 31), torch.float32, WIDEST),
+    "long": ({}, (2, 100_000), torch.float32, WIDEST),
+    "samples": ({"num_samples": 8}, (512, 256), torch.float32, WIDEST[:1]),
+}
+
+
+class NamedTarget:
+    """What Triton asks a driver for before it compiles."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+def resources(compiled) -> dict:
+    """Registers, stack and the instructions of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+
+        def cuobjdump(option):
+            return subprocess.run(
+                [BIN / "cuobjdump", option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+
+        usage = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", cuobjdump("-res-usage")))
+        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", cuobjdump("-sass"), re.MULTILINE)
+    # the code ends with a jump to itself and padding
+    end = len(code) - next(i for i, name in enumerate(reversed(code)) if name == "EXIT")
+    return {**{name.lower(): int(value) for name, value in usage.items()}, "code": code[:end]}
+
+
+def main(capability: int) -> None:
+    triton.runtime.driver.set_active(NamedTarget(capability))
+    compiled = []
+    triton.JITFunction.__getitem__ = lambda kernel, grid: (
+        lambda *args, **options: compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **options), options))
+    )
+    found = {}
+    for case, (keywords, shape, dtype, ops) in CASES.items():
+        for op in ops:
+            compiled.clear()
+            run(*OPS[op], keywords, shape, dtype)
+            for name, kernel, options in compiled:
+                elements = options["R"] * options["C"] // (32 * options["num_warps"])
+                found[f"{op}{name}-{case}"] = {**resources(kernel), "elements": elements}
+    print(json.dumps(found))
+
+
+def run(function, arity, keywords, shape, dtype):
+    q, p = gaussian(shape, dtype=dtype), gaussian(shape, dtype=dtype, seed=1)
+    inputs = [tensor.requires_grad_() for tensor in {2: q, 3: (p[0], *q), 4: (*q, *p)}[arity]]
+    if "rsample" in function.__name__:
+        keywords = {**keywords, "seed": 0}
+    outputs = function(*inputs, **keywords, backend="triton")
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.grad(outputs, inputs, [torch.ones_like(out) for out in outputs])
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,59 @@
+"""The CUDA kernels' own code on a CPU, thread by thread: what a GPU would read, write and add up (not how fast).
+
+A C++ compiler builds csrc/cuda with a stand-in for CUDA (tests/cuda_on_cpu), registered for torch's CPU tensors. The tests
+of the Gaussian ops then run in a process of their own, where this library takes the place of the CPU's kernels.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+CXX = os.environ.get("CXX", "c++")
+
+RUN = """
+import sys, pytest, torch
+load = torch.ops.load_library
+torch.ops.load_library = lambda path: load(sys.argv[1] if path.endswith("_cpu.so") else path)
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if shutil.which(CXX) is None:
+        pytest.skip(f"no C++ compiler {CXX}")
+    folder, torch_home = tmp_path_factory.mktemp("cuda_on_cpu"), Path(torch.__file__).parent
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-w"]
+    flags += [f"-I{ROOT / 'tests' / 'cuda_on_cpu'}", f"-I{torch_home / 'include'}", "-include", "cuda_runtime_api.h"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+
+    def compile_one(source):
+        out = folder / (source.stem + source.suffix + ".o")
+        subprocess.run([CXX, *flags, "-x", "c++", "-c", source, "-o", out], check=True)
+        return out
+
+    sources = [*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/common/*.cpp")]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
+        objects = list(pool.map(compile_one, sources))
+    path = folder / "cuda_on_cpu.so"
+    subprocess.run(
+        [CXX, "-shared", "-o", path, *objects, f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10"], check=True
+    )
+    return path
+
+
+@pytest.mark.parametrize("op", ["rsample", "kl", "rsample_kl", "log_prob"])
+def test_ops(library, op):
+    """A row that starts inside a block of four normals is summed from the block's start, so its KL may differ in the last
+    bit from that of the op without noise."""
+    command = [sys.executable, "-c", RUN, library, "-q", "-m", "not slow", "-k", "cpu", "--import-mode=importlib"]
+    command += [f"tests/test_gaussian_{op}.py", f"--rootdir={ROOT}", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:]

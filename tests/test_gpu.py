@@ -1,0 +1,549 @@
+"""What only a GPU can show: both backends on it, streams, graphs, synchronisation, memory, and tensors beyond 2^31."""
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import fastelbo
+from fastelbo import Scale
+from fastelbo.reference.noise import philox_normal
+from fastelbo.testing import gaussian
+
+if not torch.cuda.is_available():
+    pytest.skip("these tests need a GPU, and torch finds none", allow_module_level=True)
+
+DEVICE = torch.device("cuda")
+BACKENDS = ["triton", "cuda"]
+GIB = 2**30
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Each backend that is installed; that both are is for `python -m fastelbo` and benchmarks/gpu.sh to say."""
+    reason = fastelbo.backends.why_not(request.param, DEVICE)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def installed():
+    """All backends that can run here."""
+    return [name for name in BACKENDS if fastelbo.backends.why_not(name, DEVICE) is None]
+
+
+class Op(NamedTuple):
+    """A public op with its number of tensors; a call returns a tuple."""
+
+    function: object
+    arity: int
+
+    @property
+    def draws(self):
+        return "rsample" in self.function.__name__
+
+    def __call__(self, *inputs, **keywords):
+        if not self.draws:
+            keywords = {name: value for name, value in keywords.items() if name not in ("seed", "noise_offset")}
+        out = self.function(*inputs, **keywords)
+        return out if isinstance(out, tuple) else (out,)
+
+    def inputs(self, shape, dtype=torch.float32, device=None):
+        q, p = (gaussian(shape, seed=seed, dtype=dtype) for seed in (0, 1))
+        tensors = {2: q, 3: (p[0], *q), 4: (*q, *p)}[self.arity]
+        return [x.to(device or DEVICE).requires_grad_() for x in tensors]
+
+
+OPS = {
+    "rsample": Op(fastelbo.gaussian_rsample, 2),
+    "kl": Op(fastelbo.gaussian_kl, 2),
+    "kl-prior": Op(fastelbo.gaussian_kl, 4),
+    "rsample_kl": Op(fastelbo.gaussian_rsample_kl, 2),
+    "rsample_kl-prior": Op(fastelbo.gaussian_rsample_kl, 4),
+    "log_prob": Op(fastelbo.gaussian_log_prob, 3),
+    "nll": Op(fastelbo.gaussian_nll, 3),
+}
+DRAWING = {name: op for name, op in OPS.items() if op.draws}
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+every_drawing_op = pytest.mark.parametrize("op", DRAWING.values(), ids=DRAWING)
+halves_too = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def seed_tensor(value, device=None):
+    return torch.tensor([value], dtype=torch.int64, device=device or DEVICE)
+
+
+def upstream(outputs):
+    """Gradients that differ from element to element, of order 1."""
+    return [torch.arange(out.numel(), device=out.device).cos().reshape(out.shape).to(out.dtype) for out in outputs]
+
+
+def results(op, inputs, weights=None, **keywords):
+    """Outputs and gradients."""
+    outputs = op(*inputs, **keywords)
+    grads = torch.autograd.grad(outputs, inputs, upstream(outputs) if weights is None else weights)
+    return [*(out.detach() for out in outputs), *grads]
+
+
+def assert_right(op, got, inputs, seed, noise_offset=0):
+    """Against the reference in float64 on the CPU, with the noise that the definition says."""
+    exact = [x.detach().cpu().double().requires_grad_() for x in inputs]
+    outputs = op(*exact, seed=seed, noise_offset=noise_offset, backend="reference")
+    # the gradient that came in was rounded to the result's dtype
+    weights = [w.to(g.dtype).double().cpu() for w, g in zip(upstream(outputs), got, strict=False)]
+    want = [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, exact, weights)]
+    for position, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert a.shape == b.shape
+        a = a.cpu().double()
+        assert torch.isfinite(a).all(), position
+        if not a.numel():
+            continue
+        # a sum in float32 is off by some ulp of what its terms add up to, of order 1 each; a half is rounded once
+        terms = math.sqrt(max(1, inputs[0].numel() / a.numel()))
+        unit = 2**-8 if got[position].dtype == torch.bfloat16 else 2e-6
+        torch.testing.assert_close(
+            a, b, rtol=2 * unit, atol=2 * unit * terms, msg=lambda text, p=position: f"{p}: {text}"
+        )
+
+
+def assert_same(got, want):
+    for position, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert torch.equal(a, b), position
+
+
+def needs_memory(gib):
+    free = torch.cuda.mem_get_info()[0] / GIB
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of free GPU memory, there are {free:.0f}")
+
+
+# Values
+
+
+@every_op
+@halves_too
+@pytest.mark.parametrize("columns", [1, 3, 31, 257, 100_000])
+def test_rows_of_any_length(op, dtype, columns, backend):
+    inputs = op.inputs((3 if columns > 1000 else 70, columns), dtype)
+    assert_right(op, results(op, inputs, seed=7, backend=backend), inputs, 7)
+
+
+@every_op
+@pytest.mark.parametrize("shape", [(1, 1), (4096, 1), (1, 4099), (2, 3, 16, 40), (0, 5), (3, 0), (0, 0)], ids=str)
+def test_shapes(op, shape, backend):
+    inputs = op.inputs(shape)
+    assert_right(op, results(op, inputs, seed=7, noise_offset=5, backend=backend), inputs, 7, noise_offset=5)
+
+
+@every_op
+@halves_too
+def test_backends_agree_on_one_tensor(op, dtype, installed):
+    if len(installed) < 2:
+        pytest.skip(f"only {', '.join(installed) or 'none'} of {', '.join(BACKENDS)} can run here")
+    inputs = op.inputs((37, 1030), dtype)
+    first, second = (results(op, inputs, seed=seed_tensor(7), backend=name) for name in installed)
+    for a, b in zip(first, second, strict=True):
+        unit = 2**-7 if a.dtype == torch.bfloat16 else 4e-6
+        torch.testing.assert_close(a, b, rtol=unit, atol=unit * (40 if a.dim() == 1 else 1))
+
+
+@every_op
+@halves_too
+def test_unaligned_views(op, dtype, backend):
+    """Views that begin at any element of a buffer, which is NaN beyond them: reading there would show, and what the
+    results' memory held before is NaN too, so that an element that is not written shows."""
+    shape, pad = (5, 67), 16
+    count = math.prod(shape)
+    want = None
+    for offset in range(8):
+        inputs, buffers = [], []
+        for k, x in enumerate(op.inputs(shape, dtype)):
+            buffer = torch.full((count + 2 * pad,), math.nan, dtype=dtype, device=DEVICE)
+            start = pad + (offset + k) % 8
+            buffer[start : start + count] = x.detach().flatten()
+            buffers.append((buffer, buffer.clone()))
+            inputs.append(buffer[start : start + count].view(shape).requires_grad_())
+        outputs = op(*inputs, seed=7, backend=backend)
+        weights = upstream(outputs)
+        # the allocator gives out again what was freed last
+        stale = [torch.full_like(x, math.nan) for x in (*outputs, *inputs)]
+        del outputs, stale
+        got = results(op, inputs, weights, seed=7, backend=backend)
+        want = want or got
+        if offset == 0:
+            assert_right(op, got, inputs, 7)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)  # loads of another width may sum in another order
+        for buffer, before in buffers:
+            torch.testing.assert_close(buffer, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1, 0x0123456789ABCDEF])
+@pytest.mark.parametrize("offset", [0, 3, 2**33 + 7, 2**34 - 2, 2**62 + 1])
+def test_normals_are_those_of_every_other_device(seed, offset, installed):
+    count = 10_007
+    exact = philox_normal(torch.tensor(seed), (count,), noise_offset=offset).double()
+    runs = [("cpu", torch.device("cpu")), *((name, DEVICE) for name in installed)]
+    for name, device in runs:
+        mean, std = torch.zeros(count, device=device), torch.ones(count, device=device)
+        z = fastelbo.gaussian_rsample(mean, std, scale="std", seed=seed, noise_offset=offset, backend=name)
+        # the spacing of float32 at each number: frexp's mantissa lies in [0.5, 1)
+        ulp = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 24)
+        error = (z.cpu().double() - exact).abs()
+        assert (error <= (8 * ulp).clamp(min=1e-6)).all(), f"{name}: {error.max()}"
+
+
+@every_drawing_op
+@halves_too
+@pytest.mark.parametrize("size", [1, 1023, 4101, 2**20 + 3])
+def test_backward_draws_the_same_noise(op, dtype, size, backend):
+    """With mean 0, standard deviation 1 and upstream d, the sample is the noise and the gradient of s is d times it."""
+    zeros, ones = (torch.full((size,), value, dtype=dtype, device=DEVICE) for value in (0.0, 1.0))
+    inputs = [zeros, ones.requires_grad_(), zeros, ones.detach()][: op.arity]
+    z = op(*inputs, scale="std", seed=8, noise_offset=1, backend=backend)[0]
+    assert size == 1 or z.unique().numel() > min(size, 500) / 2
+    for d in (1.0, 2.0):  # powers of two: exact products
+        (d_s,) = torch.autograd.grad(z, inputs[1], torch.full_like(z, d), retain_graph=True)
+        assert torch.equal(d_s, d * z)
+
+
+# Where it runs
+
+
+def sleep():
+    """Some 25 ms of the current stream."""
+    torch.cuda._sleep(50_000_000)
+
+
+@every_op
+def test_runs_on_the_current_stream(op, backend):
+    """What a stream writes late is what the op reads, forward and backward; it would read zeros on any other stream."""
+    values = op.inputs((64, 300))
+    seed = seed_tensor(7)
+    want = results(op, values, seed=seed, backend=backend)  # and compiles what has to be
+    weights = upstream(op(*values, seed=seed, backend=backend))
+    inputs = [torch.zeros_like(x).requires_grad_() for x in values]
+    late = [torch.zeros_like(w) for w in weights]
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        sleep()
+        for x, value in zip(inputs, values, strict=True):
+            x.data.copy_(value.detach())
+        outputs = op(*inputs, seed=seed, backend=backend)
+        sleep()
+        for w, value in zip(late, weights, strict=True):
+            w.copy_(value)
+        grads = torch.autograd.grad(outputs, inputs, late)
+    assert not side.query()  # else the pause was too short to show anything
+    side.synchronize()
+    assert_same([*outputs, *grads], want)
+
+
+@every_op
+def test_streams_at_the_same_time(op, backend):
+    """Long rows too: their partial sums must not be shared between launches."""
+    cases = [op.inputs(shape) for shape in ((300, 257), (3, 100_000), (5000, 3), (2, 65_536))]
+    want = [results(op, inputs, seed=k, backend=backend) for k, inputs in enumerate(cases)]
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    for _ in range(5):
+        got = []
+        for k, (stream, inputs) in enumerate(zip(streams, cases, strict=True)):
+            with torch.cuda.stream(stream):
+                got.append(results(op, inputs, seed=k, backend=backend))
+        torch.cuda.synchronize()
+        for a, b in zip(got, want, strict=True):
+            assert_same(a, b)
+
+
+@every_op
+def test_other_than_the_current_device(op, backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, there is {torch.cuda.device_count()}")
+    other = torch.device("cuda", 1)
+    assert torch.cuda.current_device() == 0
+    want = results(op, op.inputs((37, 129)), seed=7, backend=backend)
+    got = results(op, op.inputs((37, 129), device=other), seed=7, backend=backend)
+    assert all(x.device == other for x in got)
+    assert torch.cuda.current_device() == 0
+    assert_same([x.cpu() for x in got], [x.cpu() for x in want])
+
+
+@contextlib.contextmanager
+def no_synchronisation():
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+VARIANTS = {
+    "seed-tensor": {},
+    "seed-int": {"seed": 5},
+    "seed-drawn": {"seed": None},
+    "mean": {"reduction": "mean"},
+    "clamped": {"scale": Scale.diffusers()},
+    "samples": {"num_samples": 3},
+}
+
+
+@every_op
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_never_waits_for_the_gpu(op, variant, backend):
+    keywords = {"seed": seed_tensor(7), "backend": backend, **VARIANTS[variant]}
+    if op.function is fastelbo.gaussian_rsample:
+        keywords.pop("reduction", None)
+    if not op.draws:
+        keywords.pop("num_samples", None)
+    for shape in ((64, 300), (2, 65_536), (5, 3)):
+        inputs = op.inputs(shape)
+        weights = upstream(op(*inputs, **keywords))
+        results(op, inputs, weights, **keywords)  # what is compiled and loaded once
+        with no_synchronisation():
+            results(op, inputs, weights, **keywords)
+
+
+def test_numbers_as_arguments_do_not_wait(backend):
+    mean, s = OPS["kl"].inputs((64, 300))
+    with no_synchronisation():
+        fastelbo.gaussian_kl(mean, s, 0.5, 1.0, backend=backend)
+        fastelbo.gaussian_log_prob(mean, 0.0, s, backend=backend)
+
+
+# CUDA graphs
+
+
+def captured(op, inputs, weights, before=None, **keywords):
+    """A graph of both passes and its results; `before` is captured in front of them."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            results(op, inputs, weights, **keywords)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        if before is not None:
+            before()
+        found = results(op, inputs, weights, **keywords)
+    return graph, found
+
+
+@every_op
+@pytest.mark.parametrize("shape", [(64, 300), (2, 65_536)], ids=str)
+def test_graph_of_both_passes(op, shape, backend):
+    """A replay computes from what the inputs and the seed hold then."""
+    inputs, seed = op.inputs(shape), seed_tensor(0)
+    weights = upstream(op(*inputs, seed=seed, backend=backend))
+    graph, found = captured(op, inputs, weights, seed=seed, backend=backend)
+    for value in (1, 2, 1):
+        seed.fill_(value)
+        for x in inputs:
+            x.data.mul_(0.5)
+        graph.replay()
+        assert_same(found, results(op, inputs, weights, seed=seed, backend=backend))
+
+
+@every_drawing_op
+@pytest.mark.parametrize("source", ["seed-changed-between", "seed-incremented-within", "seed-drawn"])
+def test_replays_draw_fresh_noise(op, source, backend):
+    """And each replay's backward draws what its forward did: the gradient of s, with standard deviation 1, is z."""
+    zeros, ones = torch.zeros(64, 300, device=DEVICE), torch.ones(64, 300, device=DEVICE)
+    inputs = [zeros.clone().requires_grad_(), ones.clone().requires_grad_(), zeros, ones][: op.arity]
+    leaves, seed = inputs[:2], seed_tensor(3)
+    drawn = {"seed": None if source == "seed-drawn" else seed}
+    before = (lambda: seed.add_(1)) if source == "seed-incremented-within" else None
+
+    def sample(mean, std, **keywords):
+        return op(mean, std, *inputs[2:], scale="std", **keywords)[:1]
+
+    graph, (z, _, d_s) = captured(sample, leaves, [ones], before, backend=backend, **drawn)
+    seen = []
+    for step in range(4):
+        if source == "seed-changed-between":
+            seed.fill_(100 + step)
+        graph.replay()
+        assert torch.equal(d_s, z)
+        assert abs(z.mean()) < 0.05 and abs(z.std() - 1) < 0.05
+        assert not any(torch.equal(z, earlier) for earlier in seen)
+        if source != "seed-drawn":
+            assert torch.equal(z, sample(*leaves, seed=seed, backend=backend)[0])
+        seen.append(z.clone())
+
+
+def test_replays_follow_manual_seed(backend):
+    """A seed that is drawn within a graph comes from torch's generator, which the graph knows."""
+    mean, std = torch.zeros(1000, device=DEVICE), torch.ones(1000, device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    fastelbo.gaussian_rsample(mean, std, scale="std", backend=backend)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        z = fastelbo.gaussian_rsample(mean, std, scale="std", backend=backend)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(11)
+        for _ in range(2):
+            graph.replay()
+            runs.append(z.clone())
+    assert torch.equal(runs[0], runs[2]) and torch.equal(runs[1], runs[3])
+    assert not torch.equal(runs[0], runs[1])
+
+
+# torch.compile
+
+
+@pytest.fixture
+def compiled():
+    torch._dynamo.reset()
+    return torch.compile
+
+
+@every_op
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled(op, mode, compiled, backend):
+    inputs, seed = op.inputs((64, 300)), seed_tensor(7)
+    weights = upstream(op(*inputs, seed=seed, backend=backend))
+    want = results(op, inputs, weights, seed=seed, backend=backend)
+
+    def plain(*inputs):
+        return op(*inputs, seed=seed, backend=backend)
+
+    function = compiled(plain, fullgraph=True, mode=None if mode == "default" else mode)
+    for _ in range(4):  # graphs are recorded at the second call, and replayed from the third on
+        torch.compiler.cudagraph_mark_step_begin()
+        outputs = function(*inputs)
+        grads = torch.autograd.grad(outputs, inputs, weights)
+        assert_same([x.clone() for x in (*outputs, *grads)], want)
+        del outputs, grads
+
+
+@every_drawing_op
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpoint"])
+def test_compiled_draws(op, mode, recompute, compiled, backend):
+    """Every call draws anew, and the backward, also one that recomputes the forward, draws the noise of its forward."""
+    zeros, ones = torch.zeros(64, 300, device=DEVICE), torch.ones(64, 300, device=DEVICE)
+    mean, std = zeros.clone().requires_grad_(), ones.clone().requires_grad_()
+    prior = [zeros, ones][: op.arity - 2]
+
+    def sample(mean, std):
+        return op(mean, std, *prior, scale="std", seed=None, backend=backend)[0] * 1.0
+
+    def plain(mean, std):
+        return checkpoint(sample, mean, std, use_reentrant=False) if recompute else sample(mean, std)
+
+    function = compiled(plain, mode=None if mode == "default" else mode)
+    seen = []
+    for _ in range(5):
+        torch.compiler.cudagraph_mark_step_begin()
+        z = function(mean, std)
+        (d_std,) = torch.autograd.grad(z, std, ones)
+        assert torch.equal(d_std, z)
+        assert not any(torch.equal(z, earlier) for earlier in seen)
+        seen.append(z.detach().clone())
+        del z, d_std
+
+
+@every_drawing_op
+def test_checkpoint(op, backend):
+    zeros, std = torch.zeros(64, 300, device=DEVICE), torch.ones(64, 300, device=DEVICE, requires_grad=True)
+    prior = [zeros, std.detach()][: op.arity - 2]
+    z = checkpoint(lambda std: op(zeros, std, *prior, scale="std", backend=backend)[0], std, use_reentrant=False)
+    torch.rand(3, device=DEVICE)  # the recomputation must restore the generator
+    assert torch.equal(torch.autograd.grad(z.sum(), std)[0], z)
+
+
+# Memory
+
+
+@every_op
+@halves_too
+def test_keeps_nothing_but_inputs_and_seed(op, dtype, backend):
+    inputs = op.inputs((64, 300), dtype)
+    for seed in (seed_tensor(7), None):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+            op(*inputs, seed=seed, backend=backend)
+        mine = {x.data_ptr() for x in inputs}
+        others = [x for x in kept if x.data_ptr() not in mine]
+        assert [(x.numel(), x.dtype) for x in others] == ([(1, torch.int64)] if op.draws else [])
+
+
+def peak_of(function):
+    """What a call returns, and how many bytes it asked of the allocator at most, beyond what was there."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    out = function()
+    torch.cuda.synchronize()
+    return out, torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+
+
+@every_op
+@halves_too
+def test_peak_memory_is_the_results(op, dtype, backend):
+    inputs, seed = op.inputs((4096, 1024), dtype), seed_tensor(7)
+    weights = upstream(op(*inputs, seed=seed, backend=backend))
+    results(op, inputs, weights, seed=seed, backend=backend)
+    outputs, forward = peak_of(lambda: op(*inputs, seed=seed, backend=backend))
+    assert forward == sum(out.nbytes for out in outputs)
+    grads, backward = peak_of(lambda: torch.autograd.grad(outputs, inputs, weights))
+    shared = {w.data_ptr() for w in weights}  # the gradient of a mean may be the upstream gradient itself
+    assert backward == sum(grad.nbytes for grad in grads if grad.data_ptr() not in shared)
+
+
+# Beyond 2^31 elements
+
+
+@every_drawing_op
+def test_more_than_2_to_the_31_elements(op, backend):
+    """The last rows against the reference at their offset, in all results; and that rows before 2^31 are theirs."""
+    rows, columns, last = 2**21 + 3, 1024, 5
+    needs_memory((op.arity + 1 + op.arity) * rows * columns * 2 / GIB + 2)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    inputs = [
+        torch.empty(rows, columns, dtype=torch.bfloat16, device=DEVICE).normal_(generator=generator).requires_grad_()
+        for _ in range(op.arity)
+    ]
+    outputs = op(*inputs, seed=7, backend=backend)
+    # one number for all: an upstream gradient of full size would be another 4 GiB
+    weights = [torch.ones((), dtype=out.dtype, device=DEVICE).expand(out.shape) for out in outputs]
+    grads = torch.autograd.grad(outputs, inputs, weights)
+    for start in (0, 2**20 - 2, rows - last):  # elements around 0, 2^30 and 2^31
+        # in float32: plain torch rounds the two terms of a bfloat16 gradient apart
+        part = [x.detach()[start : start + last].float().requires_grad_() for x in inputs]
+        offset = start * columns
+        found = op(*part, seed=7, noise_offset=offset, backend="reference")
+        part_grads = torch.autograd.grad(found, part, [torch.ones_like(out) for out in found])
+        for got, want in zip((*outputs, *grads), (*found, *part_grads), strict=True):
+            got = got.detach()[start : start + last]
+            unit = 2**-8 if got.dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(got.float(), want, rtol=unit, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", [OPS["kl"], OPS["log_prob"]], ids=["kl", "log_prob"])
+def test_a_sum_of_more_than_2_to_the_31_elements(op, backend):
+    """One event of all elements: its sum is that of the sums of its parts."""
+    rows, columns = 2**21 + 3, 1024
+    needs_memory(2 * op.arity * rows * columns * 2 / GIB + 2)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    inputs = [
+        torch.empty(rows, columns, dtype=torch.bfloat16, device=DEVICE).normal_(generator=generator).requires_grad_()
+        for _ in range(op.arity)
+    ]
+    parts = op(*inputs, backend=backend)[0].double().sum()
+    total = op(*inputs, event_ndim=2, backend=backend)[0]
+    torch.testing.assert_close(total.double(), parts, rtol=1e-5, atol=0)
+    grads = torch.autograd.grad(total, inputs)
+    tails = [x.detach()[-2:].float().requires_grad_() for x in inputs]
+    wants = torch.autograd.grad(op(*tails, event_ndim=2, backend="reference")[0], tails)
+    for got, want in zip(grads, wants, strict=True):
+        torch.testing.assert_close(got[-2:].float(), want, rtol=2**-8, atol=1e-5)
