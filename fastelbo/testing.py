@@ -1,5 +1,6 @@
 """What a test of these ops needs, ours or a user's: inputs, the plain lines of today, and error budgets."""
 
+import copy
 import math
 
 import torch
@@ -71,3 +72,115 @@ def assert_within_budget(actual, exact, plain, name="result"):
         f"{name}: error {error:.3g} exceeds the budget {budget:.3g} (twice plain torch's {plain_error:.3g}, plus one "
         f"unit of {actual.dtype} at {scale:.3g})"
     )
+
+
+def assert_causal(
+    module,
+    in_shape,
+    *,
+    out_channels_per_channel=None,
+    channel_groups=1,
+    group_order="interleaved",
+    strict=True,
+    poison=True,
+    pixels=None,
+    seed=0,
+):
+    """Asserts that a network's output at a pixel depends on nothing that comes later in raster order.
+
+    Two proofs. By gradients, in float64: the output at a pixel, weighted at random, has gradient exactly 0 with
+    respect to every later pixel. By poison: with NaN in every later pixel the output at the pixel stays what it was,
+    which finds what a gradient that vanishes by chance hides, and products with weights of 0.
+
+    The module is tested in evaluation mode, on a copy in float64; it is left as it was.
+
+    Args:
+        module: a callable from an image [N, C, H, W] to [N, C', H, W], or to a tuple whose last is that.
+        in_shape: (C, H, W) or (N, C, H, W). Small images do, if larger than the receptive field in part.
+        out_channels_per_channel: the output holds the channels of every group so many at a time (256 logits of R, then
+            of G, then of B, as from contiguous channels); None where they are ordered as group_order says.
+        channel_groups: G; with more than one, an output channel may read, in its own pixel, only inputs of the groups
+            before its own (the same group too, unless strict).
+        group_order: "interleaved" or "contiguous": of the input's channels, and of the output's.
+        strict: whether the network must not see the pixel itself (True for a whole network, whose first layer has mask
+            A; False for a layer or block with mask B).
+        poison: whether to try NaN; False for networks that compute statistics over the whole image.
+        pixels: (row, column) pairs to test; all where None.
+        seed: of the images and weights.
+
+    Raises:
+        AssertionError: naming the output's pixel and the pixel and channel that it must not read.
+
+    Example:
+        >>> conv = fastelbo.nn.MaskedConv2d(1, 4, 3, mask_type="A")
+        >>> fastelbo.testing.assert_causal(conv, (1, 5, 6))
+    """
+    in_shape = tuple(in_shape) if len(in_shape) == 4 else (2, *in_shape)
+    channels, rows, columns = in_shape[1:]
+    network = module
+    if isinstance(module, torch.nn.Module):
+        network = copy.deepcopy(module).double().eval().requires_grad_(False)
+
+    def run(image):
+        out = network(image)
+        return out if isinstance(out, torch.Tensor) else out[-1]
+
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(in_shape, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        clean = run(image)
+    assert clean.dim() == 4 and clean.shape[2:] == (rows, columns), (
+        f"the output must be of the input's size {rows} x {columns}; got {tuple(clean.shape)}"
+    )
+    group_in = _groups(channels, channel_groups, group_order)
+    if out_channels_per_channel is None:
+        group_out = _groups(clean.shape[1], channel_groups, group_order)
+    else:
+        group_out = torch.arange(clean.shape[1]) // out_channels_per_channel
+    position = torch.arange(rows * columns).reshape(rows, columns)
+    weights = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
+    for row, column in pixels or [(r, c) for r in range(rows) for c in range(columns)]:
+        for group in range(channel_groups):
+            later = (position > position[row, column]).expand(channels, -1, -1).clone()
+            later[:, row, column] = group_in >= group if strict else group_in > group
+            if not later.any():
+                continue
+            chosen = group_out == group
+
+            def at_pixel(out, row=row, column=column, chosen=chosen):
+                return out[:, chosen, row, column]
+
+            if not chosen.any():
+                continue
+            place = f"the output at row {row}, column {column}" + (f" of group {group}" if channel_groups > 1 else "")
+            leaf = image.clone().requires_grad_()
+            value = (at_pixel(run(leaf)) * at_pixel(weights)).sum()
+            if value.requires_grad:
+                (grad,) = torch.autograd.grad(value, leaf, allow_unused=True)
+                if grad is not None:
+                    _assert_none(grad.abs().amax(0) * later != 0, f"{place} has a gradient with respect to")
+            if poison:
+                with torch.no_grad():
+                    poisoned = at_pixel(run(image.masked_fill(later, float("nan"))))
+                if not torch.allclose(poisoned, at_pixel(clean), rtol=1e-9, atol=1e-12):
+                    guilty = torch.zeros_like(later)
+                    for index in later.nonzero().tolist():
+                        one = torch.zeros_like(later)
+                        one[tuple(index)] = True
+                        with torch.no_grad():
+                            out = at_pixel(run(image.masked_fill(one, float("nan"))))
+                        guilty[tuple(index)] = not torch.allclose(out, at_pixel(clean), rtol=1e-9, atol=1e-12)
+                    _assert_none(guilty, f"{place} changes with NaN in")
+                    raise AssertionError(f"{place} changes with NaN in all later pixels together")
+
+
+def _groups(channels, groups, order):
+    index = torch.arange(channels)
+    return index % groups if order == "interleaved" else index * groups // channels
+
+
+def _assert_none(found, claim):
+    if found.any():
+        places = [f"row {r}, column {c}, channel {ch}" for ch, r, c in found.nonzero().tolist()]
+        more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+        raise AssertionError(f"{claim} {'; '.join(places[:3])}{more}: it must not read them")

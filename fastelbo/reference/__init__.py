@@ -8,13 +8,17 @@ from fastelbo.reference.gaussian_kl import gaussian_kl
 from fastelbo.reference.gaussian_log_prob import gaussian_log_prob, gaussian_nll
 from fastelbo.reference.gaussian_rsample import gaussian_rsample
 from fastelbo.reference.gaussian_rsample_kl import gaussian_rsample_kl
+from fastelbo.reference.masked_conv2d import causal_conv2d, conv_mask2d, masked_conv2d
 from fastelbo.reference.noise import philox_normal
 
 __all__ = [
+    "causal_conv2d",
+    "conv_mask2d",
     "gaussian_kl",
     "gaussian_log_prob",
     "gaussian_nll",
     "gaussian_rsample",
     "gaussian_rsample_kl",
+    "masked_conv2d",
     "philox_normal",
 ]

@@ -1,0 +1,252 @@
+"""Times masked convolutions on layers that people train: python benchmarks/convolutions.py --help
+
+Ours against the three lines users could write: a product with the mask and a full convolution ("eager"), the
+convolution cropped to the rows at or above the centre in both memory formats ("crop", "crop_channels_last"; in each the
+faster of padding above and of computing rows too many), and torch.compile of the crop ("compile"). In turns, within one
+run; rows go to benchmarks/results/conv_<device>.csv.
+"""
+
+import argparse
+import gc
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import NamedTuple
+
+import rows
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+import fastelbo
+
+ROOT = Path(__file__).parent.parent
+SAMPLE_SECONDS = 5e-3
+PASSES = ("forward", "forward_backward")
+
+
+class Layer(NamedTuple):
+    """A layer of a published network: [n, c_in, size, size] to c_out channels, with a mask."""
+
+    n: int
+    c_in: int
+    c_out: int
+    size: int
+    k: int
+    mask_type: str
+    used_by: str
+
+    @property
+    def shape(self):
+        return f"{self.n}x{self.c_in}x{self.size}x{self.size}"
+
+    @property
+    def name(self):
+        return f"{self.c_in}-{self.c_out} k{self.k} {self.mask_type}"
+
+    @property
+    def live(self):
+        return (self.k**2 - 1) // 2 + (self.mask_type == "B")
+
+
+LAYERS = [
+    Layer(128, 1, 64, 28, 7, "A", "jzbontar, first"),
+    Layer(16, 3, 256, 32, 7, "A", "pixelcnn_flow, first"),
+    Layer(128, 64, 64, 28, 7, "B", "jzbontar"),
+    Layer(16, 64, 64, 28, 7, "B", "the same, small batch"),
+    Layer(16, 64, 64, 28, 5, "B", "goal"),
+    Layer(16, 128, 128, 28, 7, "B", "goal"),
+    Layer(16, 128, 128, 28, 5, "B", "goal"),
+    Layer(256, 16, 16, 28, 3, "B", "pytorch-generative"),
+    Layer(16, 128, 128, 32, 3, "B", "pixelcnn_flow"),
+    Layer(8, 192, 384, 16, 5, "A", "CompressAI"),
+    Layer(32, 320, 320, 32, 3, "B", "lmconv"),
+]
+
+
+def contestants(layer: Layer, dtype: torch.dtype, device: torch.device, backends: list[str], compiled: bool):
+    """Functions of (input, weight, bias), and the memory format of each."""
+    pad = layer.k // 2
+    mask = fastelbo.conv_mask2d(layer.c_out, layer.c_in, layer.k, layer.mask_type).to(device, dtype)
+
+    def eager(x, weight, bias):
+        return F.conv2d(x, weight * mask, bias, padding=pad)
+
+    def padded(x, weight, bias):
+        return F.conv2d(F.pad(x, (0, 0, pad, 0)), (weight * mask)[:, :, : pad + 1], bias, padding=(0, pad))
+
+    def sliced(x, weight, bias):
+        return F.conv2d(x, (weight * mask)[:, :, : pad + 1], bias, padding=(pad, pad))[:, :, : layer.size]
+
+    def ours(backend):
+        return lambda *inputs: fastelbo.masked_conv2d(*inputs, mask_type=layer.mask_type, backend=backend)
+
+    found = {}
+    for suffix, memory_format in (("", torch.contiguous_format), ("_channels_last", torch.channels_last)):
+        found |= {backend + suffix: (ours(backend), memory_format) for backend in backends}
+        found["eager" + suffix] = eager, memory_format
+        found["crop" + suffix] = padded, memory_format
+        found["crop_sliced" + suffix] = sliced, memory_format
+        if compiled:
+            found["compile" + suffix] = torch.compile(padded, fullgraph=True), memory_format
+    return found
+
+
+def make_call(function, memory_format, layer: Layer, dtype, device, with_backward: bool) -> Callable:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        value = torch.randn(shape, generator=generator).to(device, dtype)
+        return value.contiguous(memory_format=memory_format) if len(shape) == 4 else value
+
+    x = normal(layer.n, layer.c_in, layer.size, layer.size)
+    weight = normal(layer.c_out, layer.c_in, layer.k, layer.k) / (layer.c_in * layer.live) ** 0.5
+    bias, d_y = normal(layer.c_out), normal(layer.n, layer.c_out, layer.size, layer.size)
+    if not with_backward:
+        return lambda: function(x, weight, bias)
+    first = layer.c_in <= 4  # data wants no gradient
+    leaves = [t.requires_grad_() for t in ((weight, bias) if first else (x, weight, bias))]
+
+    def step():
+        y = function(x, weight, bias)
+        return y.detach(), *torch.autograd.grad(y, leaves, d_y)
+
+    return step
+
+
+def clock(device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(calls: dict[str, Callable], rounds: int, device) -> dict[str, list[float]]:
+    """Seconds per call, one sample of every contestant a round, each round started by another."""
+
+    def sample(call, loops):
+        call()
+        start = clock(device)
+        for _ in range(loops):
+            call()
+        return (clock(device) - start) / loops
+
+    loops = {name: max(1, math.ceil(SAMPLE_SECONDS / sample(call, 1))) for name, call in calls.items()}
+    samples = {name: [] for name in calls}
+    names = list(calls)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            samples[name].append(sample(calls[name], loops[name]))
+    return samples
+
+
+def check(results: dict[str, tuple], dtype) -> None:
+    """All compute the same function."""
+    results = {name: r if isinstance(r, tuple) else (r,) for name, r in results.items()}
+    want = results["eager"]
+    for name, got in results.items():
+        for a, b in zip(got, want, strict=True):
+            limit = (1e-3 if dtype == torch.float32 else 0.1) * b.abs().max()
+            assert (a - b).abs().max() <= limit, f"{name} computes something else"
+
+
+def bytes_moved(layer: Layer, dtype, with_backward: bool) -> int:
+    """Input, weight and output, once; in the backward their gradients and the first two again."""
+    size = torch.finfo(dtype).bits // 8
+    image = layer.n * layer.size**2
+    operands = image * layer.c_in + layer.c_out * layer.c_in * layer.live
+    return size * (operands + image * layer.c_out + with_backward * (2 * operands + image * layer.c_out))
+
+
+def session(device, verified: bool) -> dict:
+    def git(*arguments):
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+
+    info = Path("/proc/cpuinfo")
+    model = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
+    return {
+        "machine": torch.cuda.get_device_name() if device.type == "cuda" else model[0].split(": ")[1] if model else "",
+        "threads": torch.get_num_threads(),
+        "isa": fastelbo.backends.cpu_isa() if fastelbo.backends.usable("cpu") is None else "",
+        "torch": torch.__version__,
+        "fastelbo": fastelbo.__version__,
+        "python": platform.python_version(),
+        "commit": git("describe", "--always") + ("-dirty" if changed else ""),
+        "verified": "yes" if verified else "no",
+    }
+
+
+def tests_pass() -> bool:
+    command = [sys.executable, "-m", "pytest", "tests/test_masked_conv2d.py", "-x", "-q", "-p", "no:cacheprovider"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--layer", type=int, nargs="*", help=f"0 to {len(LAYERS) - 1}; default: all")
+    parser.add_argument("--pass", dest="passes", choices=PASSES, nargs="*", default=PASSES)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes its time")
+    parser.add_argument("--no-save", action="store_true", help="append no rows to the results")
+    parser.add_argument("--unverified", action="store_true", help="without running the op's tests; the rows say so")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if not options.unverified and not tests_pass():
+        sys.exit("tests/test_masked_conv2d.py must pass first (or --unverified)")
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    backends = [name for name in rows.OURS if fastelbo.backends.why_not(name, device) is None]
+    about = session(device, not options.unverified)
+    for index in options.layer or range(len(LAYERS)):
+        layer = LAYERS[index]
+        for pass_ in options.passes:
+            torch._dynamo.reset()
+            with_backward = pass_ == "forward_backward"
+            found = contestants(layer, dtype, device, backends, not options.no_compile)
+            calls = {name: make_call(*entry, layer, dtype, device, with_backward) for name, entry in found.items()}
+            check({name: call() for name, call in calls.items()}, dtype)
+            gc.collect()
+            samples = measure(calls, options.rounds, device)
+            fastest = {name: min(values) for name, values in samples.items()}
+            report(layer, pass_, options, backends, samples, fastest, about)
+
+
+def report(layer, pass_, options, backends, samples, fastest, about):
+    """Prints how many times as long each rival takes, in its better memory format, and keeps the rows."""
+
+    def best(rival):
+        return min((time for name, time in fastest.items() if name.startswith(rival)), default=None)
+
+    made, now = [], f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+    for name, values in samples.items():
+        ratios = {}
+        if name.removesuffix("_channels_last") in backends:
+            ratios = {"over_eager": best("eager") / fastest[name]}
+            if best("compile"):
+                ratios["over_compile"] = best("compile") / fastest[name]
+            flop = 2 * layer.n * layer.size**2 * layer.c_in * layer.c_out * layer.live
+            flop *= 1 if pass_ == "forward" else 2 if layer.c_in <= 4 else 3
+            compiled = f", compile {ratios['over_compile']:.2f}x" if "over_compile" in ratios else ""
+            print(
+                f"{layer.shape:15} {layer.name:14} {pass_:17} {name:18} {1e3 * fastest[name]:8.2f} ms "
+                f"{flop / fastest[name] / 1e9:6.0f} GFLOP/s   mask-multiply {ratios['over_eager']:.2f}x, "
+                f"crop {best('crop') / fastest[name]:.2f}x{compiled}",
+                flush=True,
+            )
+        moved = bytes_moved(layer, getattr(torch, options.dtype), pass_ == "forward_backward")
+        common = {"op": "masked_conv2d", "case": layer.name, "shape": layer.shape, "dtype": options.dtype}
+        common |= {"pass_": pass_, "contestant": name, "rounds": options.rounds, "bytes": moved, "timestamp": now}
+        made.append(rows.Row(**about, **common, **rows.times(values), **ratios))
+    if not options.no_save:
+        rows.append(rows.RESULTS / f"conv_{options.device}.csv", made)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,910 @@
+// Masked convolutions over live taps only: output, input gradient and weight gradient.
+//
+// A band of rows of one image is copied into planes, one per channel, of the arithmetic type: rows of `pitch` elements
+// with zeros around the image, so that every tap is a constant offset and no loop knows an edge. A convolution is then a
+// list of (offset, weight) pairs over vectors of neighbouring pixels, and masks, channel groups, stacks and dilation are
+// only which pairs the list holds: a dead tap is not in it. The input gradient is the same with the offsets negated.
+#ifndef FASTELBO_ISA
+#include "host.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+namespace fastelbo {
+
+enum class Activation { none, relu, elu, tanh_sigmoid, glu };
+
+// An image of shape [n, channels, rows, columns] in any format, or none.
+struct Image {
+  char* data = nullptr;
+  Format format = Format::f32;
+  int64_t stride[4] = {};  // in elements
+  explicit operator bool() const { return data != nullptr; }
+  int64_t at(int64_t n, int64_t c, int64_t row) const { return n * stride[0] + c * stride[1] + row * stride[2]; }
+};
+
+struct Tap {
+  int row, column;    // in the weight
+  int64_t down, right;  // of the pixel that it reads, from the output's
+};
+
+// Which taps are live, and for which channels.
+struct Mask {
+  std::vector<Tap> taps;  // those live for every pair of channels
+  bool centre = false;    // whether there is a further one, live for some pairs at least: that of the pixel itself
+  Tap centre_tap;
+  bool strict = false;    // mask A: a channel must be of a lesser group, not of the same
+  std::vector<int> group_out, group_in;
+  int groups = 1;
+  int64_t up = 0, left = 0, right = 0;  // how far the taps reach
+
+  bool live(int64_t out, int64_t in) const { return strict ? group_in[in] < group_out[out] : group_in[in] <= group_out[out]; }
+};
+
+// How a band of rows lies in its planes: `above` and `below` further rows, and `gap` zeros between any two rows.
+struct Planes {
+  int64_t columns, gap, pitch, above, below, rows, front, size;
+
+  Planes() = default;
+  Planes(int64_t columns, int64_t rows, int64_t gap, int64_t above, int64_t below, int64_t slack)
+      : columns(columns), gap(gap), pitch(columns + gap), above(above), below(below), rows(rows), front(gap) {
+    size = (front + (above + rows + below) * pitch + slack + 15) / 16 * 16;
+    if (size % 32 == 0) size += 16;  // an odd number of cache lines, so that the planes spread over the cache's sets
+  }
+  int64_t positions(int64_t rows) const { return rows * pitch - gap; }
+  int64_t first() const { return front + above * pitch; }
+};
+
+// An input channel and one of its taps, by index; -1 is the centre.
+struct Pair {
+  int32_t channel, tap;
+};
+
+// One direction of the convolution. Its output channels come in blocks of `block`, none of which spans two groups; under
+// a gate a unit is a block of the first half and that of the second, else it is a block.
+struct Direction {
+  int block = 0, halves = 1;
+  int64_t half = 0;     // channels from one half to the other
+  int64_t weights = 0;  // elements, once packed
+  std::vector<int32_t> channels;  // [units][block], those of the first half; -1 for none
+  std::vector<int> group;         // [units]
+  std::vector<int64_t> start;     // [units] of its packed weights: [halves][pairs][block]
+  std::vector<std::vector<int32_t>> group_offsets;  // [groups][pairs]
+  std::vector<std::vector<Pair>> group_pairs;       // [groups][pairs]
+
+  int64_t units() const { return int64_t(group.size()); }
+  int channel(int64_t unit, int m) const { return channels[unit * block + m]; }
+  int64_t pairs(int64_t unit) const { return int64_t(group_pairs[group[unit]].size()); }
+  const int32_t* offsets(int64_t unit) const { return group_offsets[group[unit]].data(); }
+  Pair pair(int64_t unit, int64_t k) const { return group_pairs[group[unit]][k]; }
+  int64_t weights_of(int64_t unit, int half) const { return start[unit] + half * pairs(unit) * block; }
+};
+
+// Memory for a thread. The loops call nothing of std that is a template: compiled for one instruction set, it would be
+// linked for all.
+struct Scratch {
+  void* data;
+  explicit Scratch(int64_t bytes) : data(std::malloc(size_t(bytes > 0 ? bytes : 1))) { STD_TORCH_CHECK(data, "out of memory"); }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() { std::free(data); }
+};
+
+struct ConvArgs {
+  int64_t n, in_channels, z_channels, y_channels, rows, columns;
+  Activation activation;
+  Mask mask;
+  int64_t band, bands;  // rows in a band, bands in an image
+  Image input, bias, cond, residual, y, kept;
+  int64_t cond_ndim = 0;  // 2 for a class, 4 for an image
+  Image weight;         // strides of out, in, row, column
+  Planes planes;        // of the input
+  Direction forward;
+  void* packed = nullptr;  // forward's weights
+
+  // backward
+  Image d_y, d_input, d_weight, d_cond;  // d_cond: an image
+  bool sums_wanted = false;
+  Planes d_planes;  // of the gradient before the activation
+  Direction backward;
+  void* d_packed = nullptr;
+  int64_t chunks = 0, pairs = 0;  // pairs: rows of a partial weight gradient, channels times taps
+  std::vector<int32_t> pair_offset;
+  void* partial = nullptr;   // [chunks][blocks of output channels][pairs][lanes of a block]
+  double* sums = nullptr;    // [n * bands][z_channels]
+
+  int64_t units() const { return n * bands; }
+  int64_t first_unit(int64_t chunk) const { return chunk * units() / chunks; }
+  int64_t taps() const { return int64_t(mask.taps.size()) + mask.centre; }
+  // The tap of an index; -1 and one past the last are the centre.
+  const Tap& tap(int64_t index) const {
+    return index < 0 || index == int64_t(mask.taps.size()) ? mask.centre_tap : mask.taps[index];
+  }
+  bool live(int64_t tap, int64_t out, int64_t in) const { return tap < int64_t(mask.taps.size()) || mask.live(out, in); }
+  const int32_t* pair_offsets(int64_t first) const { return pair_offset.data() + first; }
+  bool gated() const { return activation == Activation::tanh_sigmoid || activation == Activation::glu; }
+};
+
+}  // namespace fastelbo
+
+#define FASTELBO_LOOPS "masked_conv2d.cpp"
+#include "per_isa.h"
+#endif
+
+#ifdef FASTELBO_ISA
+namespace fastelbo::FASTELBO_ISA {
+
+// A register of doubles, for the float64 convolution; the elementwise loops have scalar ones.
+typedef double NativeD __attribute__((vector_size(4 * kLanes)));
+typedef NativeD UnalignedD __attribute__((aligned(8), may_alias));
+struct F64 {
+  NativeD v;
+  F64() = default;
+  FASTELBO_INLINE explicit F64(NativeD x) : v(x) {}
+  FASTELBO_INLINE explicit F64(double x) : v(NativeD{} + x) {}
+};
+FASTELBO_INLINE F64 fma(F64 a, F64 b, F64 c) {
+#if defined(FASTELBO_AVX512)
+  return F64((NativeD)_mm512_fmadd_pd((__m512d)a.v, (__m512d)b.v, (__m512d)c.v));
+#elif defined(FASTELBO_AVX2)
+  return F64((NativeD)_mm256_fmadd_pd((__m256d)a.v, (__m256d)b.v, (__m256d)c.v));
+#else
+  return F64(a.v * b.v + c.v);
+#endif
+}
+FASTELBO_INLINE F64 operator+(F64 a, F64 b) { return F64(a.v + b.v); }
+
+template <class T> struct WideOf;
+template <> struct WideOf<float> {
+  using type = F32;
+  static constexpr int lanes = kLanes;
+  // x - 0 is x, and compiles to a broadcast; 0 + x, which F32(x) is, turns -0 into 0 and costs an addition
+  static FASTELBO_INLINE F32 all(float x) { return F32(x - NativeF{}); }
+  static FASTELBO_INLINE F32 get(const float* from) { return load(from, Whole{}); }
+  static FASTELBO_INLINE void put(float* to, F32 a) { store(to, a, Whole{}); }
+};
+template <> struct WideOf<double> {
+  using type = F64;
+  static constexpr int lanes = kLanes / 2;
+  static FASTELBO_INLINE F64 all(double x) { return F64(x - NativeD{}); }
+  static FASTELBO_INLINE F64 get(const double* from) { return F64(*(const UnalignedD*)from); }
+  static FASTELBO_INLINE void put(double* to, F64 a) { *(UnalignedD*)to = a.v; }
+};
+
+// Registers: AVX-512 has 32, the others 16 (AArch64 has 32, and does not need them).
+#if defined(FASTELBO_AVX512)
+constexpr int kBlock = 8, kPairs = 12;
+#else
+constexpr int kBlock = 4, kPairs = 6;
+#endif
+constexpr int kVectors = 3;       // of pixels in a tile
+constexpr int kChannelVectors = 2;  // of output channels in a tile of the weight gradient
+
+// Host code must know them too.
+template <class T, bool>
+void conv_constants(int64_t* block, int64_t* slack, int64_t* lanes, int64_t* pairs) {
+  *block = kBlock;
+  *slack = kVectors * WideOf<T>::lanes;
+  *lanes = kChannelVectors * WideOf<T>::lanes;
+  *pairs = kPairs;
+}
+
+// One row of an image to and from the arithmetic type.
+template <class T>
+inline void read_row(const Image& image, int64_t offset, int n, T* to) {
+  with_format(image.format, [&](auto format) { gather<decltype(format)>(image.data, offset, image.stride[3], n, to); });
+}
+template <class T>
+inline void write_row(const Image& image, int64_t offset, int n, const T* from) {
+  with_format(image.format, [&](auto format) { scatter<decltype(format)>(image.data, offset, image.stride[3], n, from); });
+}
+
+template <class T>
+FASTELBO_INLINE void zero(T* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = 0;
+}
+
+// Rows first - above .. first + rows + below - 1 of all channels, through fetch(channel, row, to).
+template <class T, class Fetch>
+inline void pack_planes(const Planes& planes, int64_t image_rows, int64_t channels, int64_t first, int64_t rows, T* to, Fetch&& fetch) {
+  int64_t used = planes.front + (planes.above + rows + planes.below) * planes.pitch;
+  for (int64_t c = 0; c < channels; ++c) {
+    zero(to + c * planes.size, planes.front);
+    zero(to + c * planes.size + used, planes.size - used);
+  }
+  for (int64_t i = 0; i < planes.above + rows + planes.below; ++i) {
+    int64_t row = first - planes.above + i;
+    bool inside = row >= 0 && row < image_rows;
+    for (int64_t c = 0; c < channels; ++c) {  // innermost: with channels last, a row of all channels stays in the cache
+      T* line = to + c * planes.size + planes.front + i * planes.pitch;
+      if (!inside) zero(line, planes.pitch);
+      else zero(line + planes.columns, planes.gap);
+    }
+    if (inside) fetch(row, i);
+  }
+}
+
+template <class T>
+inline void pack_input(const ConvArgs& args, int64_t n, int64_t first, int64_t rows, T* to) {
+  const Planes& planes = args.planes;
+  pack_planes(planes, args.rows, args.in_channels, first, rows, to, [&](int64_t row, int64_t i) {
+    for (int64_t c = 0; c < args.in_channels; ++c)
+      read_row(args.input, args.input.at(n, c, row), int(args.columns), to + c * planes.size + planes.front + i * planes.pitch);
+  });
+}
+
+// kBlock output channels of vectors * lanes neighbouring pixels, on top of a constant for each channel.
+template <class T, int vectors>
+inline void conv_tile(const T* in, const int32_t* offsets, int64_t pairs, const T* weights, const T* constants, T* out, int64_t pitch) {
+  using Wide = WideOf<T>;
+  using V = typename Wide::type;
+  V total[kBlock][vectors];
+  FASTELBO_UNROLL
+  for (int m = 0; m < kBlock; ++m) {
+    FASTELBO_UNROLL
+    for (int v = 0; v < vectors; ++v) total[m][v] = Wide::all(constants[m]);
+  }
+  for (int64_t k = 0; k < pairs; ++k, weights += kBlock) {
+    const T* from = in + offsets[k];
+    V x[vectors];
+    FASTELBO_UNROLL
+    for (int v = 0; v < vectors; ++v) x[v] = Wide::get(from + v * Wide::lanes);
+    FASTELBO_UNROLL
+    for (int m = 0; m < kBlock; ++m) {
+      V w = Wide::all(weights[m]);
+      FASTELBO_UNROLL
+      for (int v = 0; v < vectors; ++v) total[m][v] = fma(w, x[v], total[m][v]);
+    }
+  }
+  FASTELBO_UNROLL
+  for (int m = 0; m < kBlock; ++m) {
+    FASTELBO_UNROLL
+    for (int v = 0; v < vectors; ++v) Wide::put(out + m * pitch + v * Wide::lanes, total[m][v]);
+  }
+}
+
+// A block of output channels over all pixels of a band: out[kBlock][pitch].
+template <class T>
+inline void conv_band(const T* in, const int32_t* offsets, int64_t pairs, const T* weights, const T* constants,
+                      int64_t positions, T* out, int64_t pitch) {
+  constexpr int lanes = WideOf<T>::lanes;
+  for (int64_t p = 0; p < positions;) {
+    int64_t left = (positions - p + lanes - 1) / lanes;  // vectors; four are two and two, not three and one
+    if (left >= 3 && left != 4) {
+      conv_tile<T, 3>(in + p, offsets, pairs, weights, constants, out + p, pitch);
+      p += 3 * lanes;
+    } else if (left >= 2) {
+      conv_tile<T, 2>(in + p, offsets, pairs, weights, constants, out + p, pitch);
+      p += 2 * lanes;
+    } else {
+      conv_tile<T, 1>(in + p, offsets, pairs, weights, constants, out + p, pitch);
+      p += lanes;
+    }
+  }
+}
+
+template <class V>
+FASTELBO_INLINE V sigmoid(V x) {
+  return V(1.0f) / (V(1.0f) + exp(-x));
+}
+
+// The weights of units begin .. end - 1 in the order in which conv_tile reads them.
+template <class T>
+inline void pack_weights(const ConvArgs& args, const Direction& direction, bool transposed, T* to, int64_t begin, int64_t end) {
+  const Image& weight = args.weight;
+  for (int64_t u = begin; u < end; ++u) {
+    for (int h = 0; h < direction.halves; ++h) {
+      T* at = to + direction.weights_of(u, h);
+      for (int64_t k = 0; k < direction.pairs(u); ++k) {
+        Pair pair = direction.pair(u, k);
+        const Tap& tap = args.tap(pair.tap);
+        for (int m = 0; m < kBlock; ++m, ++at) {
+          int own = direction.channel(u, m);
+          *at = 0;
+          if (own < 0) continue;
+          int64_t out = transposed ? pair.channel : own + h * direction.half, in = transposed ? own : pair.channel;
+          int64_t offset = out * weight.stride[0] + in * weight.stride[1] + tap.row * weight.stride[2] + tap.column * weight.stride[3];
+          with_format(weight.format, [&](auto format) { gather<decltype(format)>(weight.data, offset, 0, 1, at); });
+        }
+      }
+    }
+  }
+}
+
+template <class T, bool>
+void conv_pack_forward(const ConvArgs& args, int64_t begin, int64_t end) {
+  pack_weights(args, args.forward, false, static_cast<T*>(args.packed), begin, end);
+}
+template <class T, bool>
+void conv_pack_backward(const ConvArgs& args, int64_t begin, int64_t end) {
+  pack_weights(args, args.backward, true, static_cast<T*>(args.d_packed), begin, end);
+}
+
+template <class T>
+inline T value_at(const Image& image, int64_t offset) {
+  T value;
+  with_format(image.format, [&](auto format) { gather<decltype(format)>(image.data, offset, 0, 1, &value); });
+  return value;
+}
+
+// Vectors that cover n elements, and those that they cover in all. Rows in scratch are that long, with zeros at the end.
+template <class T>
+FASTELBO_INLINE int64_t covered(int64_t n) {
+  constexpr int lanes = VectorOf<T>::lanes;
+  return (n + lanes - 1) / lanes * lanes;
+}
+template <class T, class F>
+FASTELBO_INLINE void for_covered(int64_t n, F&& f) {
+  for (int64_t i = 0; i < n; i += VectorOf<T>::lanes) f(i);
+}
+
+template <class T>
+inline void write_rows(const Image& image, int64_t n, int64_t c, int64_t first, int64_t rows, int64_t columns, const T* from, int64_t pitch) {
+  for (int64_t row = 0; row < rows; ++row) write_row(image, image.at(n, c, first + row), int(columns), from + row * pitch);
+}
+
+// Adds rows of an image; past the end of a row it adds zeros to the gap, and to the next row.
+template <class T>
+inline void add_rows(const Image& image, int64_t n, int64_t c, int64_t first, int64_t rows, int64_t columns, T* to, int64_t pitch, T* scratch) {
+  zero(scratch + columns, covered<T>(columns) - columns);
+  for (int64_t row = 0; row < rows; ++row, to += pitch) {
+    read_row(image, image.at(n, c, first + row), int(columns), scratch);
+    for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA { store(to + i, load(to + i, Whole{}) + load(scratch + i, Whole{}), Whole{}); });
+  }
+}
+
+// What follows the sum over taps and the bias, for the rows of one output channel: z[half], gaps and all.
+template <class T>
+inline void finish_channel(const ConvArgs& args, int64_t n, int64_t c, int64_t first, int64_t rows, T* const* z, T* scratch) {
+  using V = typename VectorOf<T>::type;
+  int64_t columns = args.columns, pitch = args.planes.pitch, positions = args.planes.positions(rows);
+  bool gated = args.gated();
+  for (int h = 0; h < (gated ? 2 : 1); ++h) {
+    int64_t channel = c + h * args.y_channels;
+    if (args.cond && args.cond_ndim == 4) add_rows(args.cond, n, channel, first, rows, columns, z[h], pitch, scratch);
+    if (args.kept && gated) write_rows(args.kept, n, channel, first, rows, columns, z[h], pitch);
+  }
+  T* y = z[0];
+  const V none(0.0f);
+  switch (args.activation) {
+    case Activation::none: break;
+    case Activation::relu:
+      for_covered<T>(positions, [&](int64_t i) FASTELBO_LAMBDA {
+        V a = load(y + i, Whole{});
+        store(y + i, select(a < none, none, a), Whole{});
+      });
+      break;
+    case Activation::elu:
+      for_covered<T>(positions, [&](int64_t i) FASTELBO_LAMBDA {
+        V a = load(y + i, Whole{});
+        store(y + i, select(a > none, a, expm1(a)), Whole{});
+      });
+      break;
+    case Activation::tanh_sigmoid:
+      for_covered<T>(positions, [&](int64_t i) FASTELBO_LAMBDA {
+        store(y + i, tanh(load(y + i, Whole{})) * sigmoid(load(z[1] + i, Whole{})), Whole{});
+      });
+      break;
+    case Activation::glu:
+      for_covered<T>(positions, [&](int64_t i) FASTELBO_LAMBDA {
+        store(y + i, load(y + i, Whole{}) * sigmoid(load(z[1] + i, Whole{})), Whole{});
+      });
+      break;
+  }
+  if (args.kept && !gated) write_rows(args.kept, n, c, first, rows, columns, y, pitch);
+  if (args.residual) add_rows(args.residual, n, c, first, rows, columns, y, pitch, scratch);
+  write_rows(args.y, n, c, first, rows, columns, y, pitch);
+}
+
+template <class T>
+struct ScratchOf : Scratch {
+  explicit ScratchOf(int64_t count) : Scratch(count * int64_t(sizeof(T))) {}
+  T* get() const { return static_cast<T*>(data); }
+};
+
+template <class T, bool>
+void masked_conv2d_fwd(const ConvArgs& args, int64_t begin, int64_t end) {
+  const Planes& planes = args.planes;
+  const Direction& forward = args.forward;
+  int64_t pitch = planes.positions(args.band) + kVectors * WideOf<T>::lanes;
+  ScratchOf<T> in(args.in_channels * planes.size), z(forward.halves * kBlock * pitch), row_scratch(args.columns + kVectors * WideOf<T>::lanes);
+  for (int64_t task = begin; task < end; ++task) {
+    int64_t n = task / args.bands, first = task % args.bands * args.band, rows = std::min(args.band, args.rows - first);
+    pack_input(args, n, first, rows, in.get());
+    for (int64_t u = 0; u < forward.units(); ++u) {
+      for (int h = 0; h < forward.halves; ++h) {
+        T constants[kBlock] = {};
+        for (int m = 0; m < kBlock && forward.channel(u, m) >= 0; ++m) {
+          int64_t channel = forward.channel(u, m) + h * forward.half;
+          if (args.bias) constants[m] = value_at<T>(args.bias, channel * args.bias.stride[0]);
+          if (args.cond && args.cond_ndim == 2) constants[m] += value_at<T>(args.cond, args.cond.at(n, channel, 0));
+        }
+        conv_band(in.get() + planes.first(), forward.offsets(u), forward.pairs(u),
+                  static_cast<const T*>(args.packed) + forward.weights_of(u, h), constants, planes.positions(rows),
+                  z.get() + h * kBlock * pitch, pitch);
+      }
+      for (int m = 0; m < kBlock && forward.channel(u, m) >= 0; ++m) {
+        T* planes_of_channel[2] = {z.get() + m * pitch, z.get() + (kBlock + m) * pitch};
+        finish_channel(args, n, forward.channel(u, m), first, rows, planes_of_channel, row_scratch.get());
+      }
+    }
+  }
+}
+
+// The gradient before the activation, for one row of one output channel: d[half].
+template <class T>
+inline void activation_gradient(const ConvArgs& args, int64_t n, int64_t c, int64_t row, T* const* d, T* scratch, int64_t pitch) {
+  using V = typename VectorOf<T>::type;
+  int columns = int(args.columns);
+  if (args.activation == Activation::none) return read_row(args.d_y, args.d_y.at(n, c, row), columns, d[0]);
+  T *up = scratch, *a = up + pitch, *b = a + pitch;  // both of up and a, or of up and b, become the results
+  read_row(args.d_y, args.d_y.at(n, c, row), columns, up);
+  read_row(args.kept, args.kept.at(n, c, row), columns, a);
+  if (args.gated()) read_row(args.kept, args.kept.at(n, c + args.y_channels, row), columns, b);
+  const V none(0.0f), one(1.0f);
+  switch (args.activation) {
+    case Activation::none: break;
+    case Activation::relu:
+      for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA {
+        store(up + i, select(load(a + i, Whole{}) > none, load(up + i, Whole{}), none), Whole{});
+      });
+      break;
+    case Activation::elu:
+      for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA {
+        V y = load(a + i, Whole{}), g = load(up + i, Whole{});
+        store(up + i, select(y > none, g, g * (y + one)), Whole{});
+      });
+      break;
+    case Activation::tanh_sigmoid:
+      for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA {
+        V t = tanh(load(a + i, Whole{})), s = sigmoid(load(b + i, Whole{})), g = load(up + i, Whole{});
+        store(up + i, g * s * (one - t * t), Whole{});
+        store(b + i, g * t * s * (one - s), Whole{});
+      });
+      break;
+    case Activation::glu:
+      for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA {
+        V s = sigmoid(load(b + i, Whole{})), g = load(up + i, Whole{});
+        store(up + i, g * s, Whole{});
+        store(b + i, g * load(a + i, Whole{}) * s * (one - s), Whole{});
+      });
+      break;
+  }
+  for (int i = 0; i < columns; ++i) d[0][i] = up[i];
+  if (args.gated())
+    for (int i = 0; i < columns; ++i) d[1][i] = b[i];
+}
+
+// to[position][channel] of lanes channels, from planes; zeros for channels that are not there.
+template <class T, int lanes>
+inline void transpose(const T* from, int64_t stride, int64_t channels, int64_t columns, T* to) {
+  if (channels < lanes) zero(to, columns * lanes);
+  int64_t c = 0;
+#if defined(FASTELBO_AVX2) || defined(FASTELBO_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    for (; c + 8 <= std::min<int64_t>(channels, lanes); c += 8) {
+      const T* line = from + c * stride;
+      int64_t i = 0;
+      for (; i + 8 <= columns; i += 8) {
+        __m256 r[8], s[8];
+        FASTELBO_UNROLL
+        for (int k = 0; k < 8; ++k) r[k] = _mm256_loadu_ps(line + k * stride + i);
+        FASTELBO_UNROLL
+        for (int k = 0; k < 8; k += 2) {
+          s[k] = _mm256_unpacklo_ps(r[k], r[k + 1]);
+          s[k + 1] = _mm256_unpackhi_ps(r[k], r[k + 1]);
+        }
+        FASTELBO_UNROLL
+        for (int k = 0; k < 8; k += 4) {
+          r[k] = _mm256_shuffle_ps(s[k], s[k + 2], 0x44);
+          r[k + 1] = _mm256_shuffle_ps(s[k], s[k + 2], 0xee);
+          r[k + 2] = _mm256_shuffle_ps(s[k + 1], s[k + 3], 0x44);
+          r[k + 3] = _mm256_shuffle_ps(s[k + 1], s[k + 3], 0xee);
+        }
+        FASTELBO_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          _mm256_storeu_ps(to + (i + k) * lanes + c, _mm256_permute2f128_ps(r[k], r[k + 4], 0x20));
+          _mm256_storeu_ps(to + (i + k + 4) * lanes + c, _mm256_permute2f128_ps(r[k], r[k + 4], 0x31));
+        }
+      }
+      for (; i < columns; ++i)
+        for (int k = 0; k < 8; ++k) to[i * lanes + c + k] = line[k * stride + i];
+    }
+  }
+#endif
+  for (; c < std::min<int64_t>(channels, lanes); ++c)
+    for (int64_t i = 0; i < columns; ++i) to[i * lanes + c] = from[c * stride + i];
+}
+
+// The products of kPairs inputs, given by their offsets, with a block of output channels, summed over rows of pixels.
+// dz: [rows][columns][lanes of the block]. Lanes are channels, so that a NaN reaches the weights of its own channel only.
+template <class T>
+inline void weight_tile(const T* in, const int32_t* offsets, const T* dz, int64_t rows, int64_t columns, int64_t pitch, T* total_out) {
+  using Wide = WideOf<T>;
+  using V = typename Wide::type;
+  V total[kPairs][kChannelVectors];
+  FASTELBO_UNROLL
+  for (int m = 0; m < kPairs; ++m) {
+    FASTELBO_UNROLL
+    for (int v = 0; v < kChannelVectors; ++v) total[m][v] = V(T(0));
+  }
+  const T* from[kPairs];
+  FASTELBO_UNROLL
+  for (int m = 0; m < kPairs; ++m) from[m] = in + offsets[m];
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = row * pitch; i < row * pitch + columns; ++i, dz += kChannelVectors * Wide::lanes) {
+      V d[kChannelVectors];
+      FASTELBO_UNROLL
+      for (int v = 0; v < kChannelVectors; ++v) d[v] = Wide::get(dz + v * Wide::lanes);
+      FASTELBO_UNROLL
+      for (int m = 0; m < kPairs; ++m) {
+        V x = Wide::all(from[m][i]);
+        FASTELBO_UNROLL
+        for (int v = 0; v < kChannelVectors; ++v) total[m][v] = fma(x, d[v], total[m][v]);
+      }
+    }
+  }
+  FASTELBO_UNROLL
+  for (int m = 0; m < kPairs; ++m) {
+    FASTELBO_UNROLL
+    for (int v = 0; v < kChannelVectors; ++v, total_out += Wide::lanes) Wide::put(total_out, Wide::get(total_out) + total[m][v]);
+  }
+}
+
+// The sum of a plane, whose gaps are zeros.
+template <class T>
+inline double sum_plane(const T* from, int64_t positions) {
+  double total = 0;
+  for (int64_t p = 0; p < positions; p += kTile) total += sum(from + p, int(std::min<int64_t>(kTile, positions - p)));
+  return total;
+}
+
+constexpr int64_t kWeightPositions = 256;  // pixels whose gradients, transposed, stay in the first-level cache
+
+template <class T, bool>
+void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
+  constexpr int lanes = kChannelVectors * WideOf<T>::lanes;
+  const Planes &planes = args.planes, &d_planes = args.d_planes;
+  const Direction& backward = args.backward;
+  int64_t pitch = d_planes.positions(args.band) + kVectors * WideOf<T>::lanes;
+  int64_t blocks = (args.z_channels + lanes - 1) / lanes;
+  int64_t rows_at_once = std::max<int64_t>(1, std::min(kWeightPositions / args.columns, args.band));
+  int64_t row_pitch = covered<T>(args.columns);
+  ScratchOf<T> dz(args.z_channels * d_planes.size), row_scratch(3 * row_pitch);
+  zero(row_scratch.get(), 3 * row_pitch);
+  ScratchOf<T> in(args.partial ? args.in_channels * planes.size : 0);
+  ScratchOf<T> transposed(args.partial ? rows_at_once * args.columns * lanes : 0);
+  ScratchOf<T> d_in(args.d_input ? kBlock * pitch : 0);
+  const T no_constants[kBlock] = {};
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    T* partial = args.partial ? static_cast<T*>(args.partial) + chunk * blocks * args.pairs * lanes : nullptr;
+    if (partial) zero(partial, blocks * args.pairs * lanes);
+    for (int64_t unit = args.first_unit(chunk); unit < args.first_unit(chunk + 1); ++unit) {
+      int64_t n = unit / args.bands, first = unit % args.bands * args.band, rows = std::min(args.band, args.rows - first);
+      pack_planes(d_planes, args.rows, args.z_channels, first, rows, dz.get(), [&](int64_t row, int64_t i) {
+        for (int64_t c = 0; c < args.y_channels; ++c) {
+          T* line = dz.get() + c * d_planes.size + d_planes.front + i * d_planes.pitch;
+          T* lines[2] = {line, line + args.y_channels * d_planes.size};
+          activation_gradient(args, n, c, row, lines, row_scratch.get(), row_pitch);
+        }
+      });
+      if (args.d_cond || args.sums_wanted) {
+        for (int64_t c = 0; c < args.z_channels; ++c) {
+          const T* line = dz.get() + c * d_planes.size + d_planes.first();
+          if (args.d_cond) write_rows(args.d_cond, n, c, first, rows, args.columns, line, d_planes.pitch);
+          if (args.sums_wanted) args.sums[unit * args.z_channels + c] = sum_plane(line, d_planes.positions(rows));
+        }
+      }
+      if (args.d_input) {
+        for (int64_t u = 0; u < backward.units(); ++u) {
+          conv_band(dz.get() + d_planes.first(), backward.offsets(u), backward.pairs(u),
+                    static_cast<const T*>(args.d_packed) + backward.weights_of(u, 0), no_constants, d_planes.positions(rows),
+                    d_in.get(), pitch);
+          for (int m = 0; m < kBlock && backward.channel(u, m) >= 0; ++m)
+            write_rows(args.d_input, n, backward.channel(u, m), first, rows, args.columns, d_in.get() + m * pitch, d_planes.pitch);
+        }
+      }
+      if (partial) {
+        pack_input(args, n, first, rows, in.get());
+        for (int64_t row = 0; row < rows; row += rows_at_once) {
+          int64_t some = std::min(rows_at_once, rows - row);
+          for (int64_t block = 0; block < blocks; ++block) {
+            const T* line = dz.get() + block * lanes * d_planes.size + d_planes.first() + row * d_planes.pitch;
+            for (int64_t r = 0; r < some; ++r)
+              transpose<T, lanes>(line + r * d_planes.pitch, d_planes.size, args.z_channels - block * lanes, args.columns,
+                                  transposed.get() + r * args.columns * lanes);
+            for (int64_t pair = 0; pair < args.pairs; pair += kPairs)
+              weight_tile(in.get() + planes.first() + row * planes.pitch, args.pair_offsets(pair), transposed.get(), some,
+                          args.columns, planes.pitch, partial + (block * args.pairs + pair) * lanes);
+          }
+        }
+      }
+    }
+  }
+}
+
+// The weight gradient of output channels begin .. end - 1: the chunks' shares, added in order; exactly 0 at dead taps.
+template <class T, bool>
+void conv_reduce_weight(const ConvArgs& args, int64_t begin, int64_t end) {
+  constexpr int lanes = kChannelVectors * WideOf<T>::lanes;
+  int64_t blocks = (args.z_channels + lanes - 1) / lanes, taps = args.taps();
+  const T* partial = static_cast<const T*>(args.partial);
+  const Image& to = args.d_weight;
+  for (int64_t out = begin; out < end; ++out) {
+    for (int64_t in = 0; in < args.in_channels; ++in) {
+      for (int64_t t = 0; t < taps; ++t) {
+        T total = 0;
+        if (args.live(t, out, in))
+          for (int64_t chunk = 0; chunk < args.chunks; ++chunk)
+            total += partial[((chunk * blocks + out / lanes) * args.pairs + in * taps + t) * lanes + out % lanes];
+        const Tap& tap = args.tap(t);
+        int64_t offset = out * to.stride[0] + in * to.stride[1] + tap.row * to.stride[2] + tap.column * to.stride[3];
+        with_format(to.format, [&](auto format) { scatter<decltype(format)>(to.data, offset, 1, 1, &total); });
+      }
+    }
+  }
+}
+
+}  // namespace fastelbo::FASTELBO_ISA
+#else
+namespace fastelbo {
+
+namespace {
+
+#define FASTELBO_CONV_LOOP(loop, dtype) ((dtype) == ScalarType::Double ? FASTELBO_BEST(loop, double, true) : FASTELBO_BEST(loop, float, true))
+
+template <class Loop>
+void run_tasks(Loop loop, const ConvArgs& args, int64_t tasks) {
+  if (tasks == 1) return loop(args, 0, 1);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { loop(args, begin, end); });
+}
+
+Image image_of(const Tensor& tensor) {
+  Image image;
+  image.data = static_cast<char*>(tensor.data_ptr());
+  image.format = format_of(tensor.scalar_type());
+  auto strides = tensor.strides();
+  std::copy(strides.begin(), strides.end(), image.stride);
+  return image;
+}
+Image image_of(const std::optional<Tensor>& tensor) { return tensor ? image_of(*tensor) : Image(); }
+
+Tensor allocate(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, ScalarType dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.begin(),
+                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+Tensor allocate(int64_t size, ScalarType dtype) { return allocate({size}, {1}, dtype); }
+
+// As is_channels_last in the op's Python file.
+bool is_channels_last(const Tensor& tensor) {
+  return tensor.sizes()[1] > 1 && tensor.strides()[1] == 1 && tensor.strides()[3] > 1;
+}
+
+// A new image in the memory format of another.
+Tensor allocate_image(int64_t n, int64_t channels, const Tensor& like) {
+  int64_t rows = like.sizes()[2], columns = like.sizes()[3], image = channels * rows * columns;
+  ScalarType dtype = like.scalar_type();
+  if (is_channels_last(like)) return allocate({n, channels, rows, columns}, {image, 1, channels * columns, channels}, dtype);
+  return allocate({n, channels, rows, columns}, {image, rows * columns, columns, 1}, dtype);
+}
+
+Activation parse_activation(const std::string& name) {
+  if (name.empty()) return Activation::none;
+  if (name == "relu") return Activation::relu;
+  if (name == "elu") return Activation::elu;
+  if (name == "tanh_sigmoid") return Activation::tanh_sigmoid;
+  STD_TORCH_CHECK(name == "glu", "activation: got ", name);
+  return Activation::glu;
+}
+
+std::vector<int> channel_groups(int64_t channels, int64_t groups, const std::string& order, bool gated) {
+  int64_t half = gated ? channels / 2 : channels;
+  std::vector<int> group(channels);
+  for (int64_t c = 0; c < channels; ++c)
+    group[c] = int(order == "interleaved" ? c % half % groups : c % half * groups / half);
+  return group;
+}
+
+Mask parse_mask(const Tensor& weight, const std::string& type, const std::string& stack, int64_t dilation, int64_t groups,
+                const std::string& order, bool gated) {
+  Mask mask;
+  int rows = int(weight.sizes()[2]), columns = int(weight.sizes()[3]);
+  int row = stack == "square" ? rows / 2 : rows - 1, column = stack == "horizontal" ? columns - 1 : columns / 2;
+  bool vertical = stack == "vertical";
+  for (int i = 0; i <= row; ++i) {
+    for (int j = 0; j < columns; ++j) {
+      bool live = i < row || (vertical ? type == "B" : j < column);
+      if (live) mask.taps.push_back({i, j, (i - row) * dilation, (j - column) * dilation});
+    }
+  }
+  mask.groups = int(groups);
+  mask.strict = type == "A";
+  mask.centre = !vertical && (type == "B" || groups > 1);
+  mask.centre_tap = {row, column, 0, 0};
+  mask.group_out = channel_groups(weight.sizes()[0], groups, order, gated);
+  mask.group_in = channel_groups(weight.sizes()[1], groups, order, false);
+  for (const Tap& tap : mask.taps) {
+    mask.up = std::max(mask.up, -tap.down);
+    mask.left = std::max(mask.left, -tap.right);
+    mask.right = std::max(mask.right, tap.right);
+  }
+  return mask;
+}
+
+// sign: 1 for the convolution, -1 for its input gradient, whose outputs are the convolution's inputs.
+Direction direction_of(const Mask& mask, int64_t outputs, int64_t inputs, const Planes& planes, int block, bool gated, int sign) {
+  Direction direction;
+  direction.block = block;
+  direction.halves = gated ? 2 : 1;
+  direction.half = outputs / direction.halves;
+  const std::vector<int>& group = sign > 0 ? mask.group_out : mask.group_in;
+  direction.group_offsets.resize(mask.groups);
+  direction.group_pairs.resize(mask.groups);
+  for (int g = 0; g < mask.groups; ++g) {
+    std::vector<int32_t> members;
+    for (int64_t c = 0; c < direction.half; ++c)
+      if (group[c] == g) members.push_back(int32_t(c));
+    if (members.empty()) continue;
+    auto add = [&](int64_t c, int32_t t, int64_t offset) {
+      direction.group_offsets[g].push_back(int32_t(c * planes.size + sign * offset));
+      direction.group_pairs[g].push_back({int32_t(c), t});
+    };
+    for (int64_t c = 0; c < inputs; ++c) {
+      for (size_t t = 0; t < mask.taps.size(); ++t) add(c, int32_t(t), mask.taps[t].down * planes.pitch + mask.taps[t].right);
+      if (mask.centre && (sign > 0 ? mask.live(members[0], c) : mask.live(c, members[0]))) add(c, -1, 0);
+    }
+    for (size_t at = 0; at < members.size(); at += block) {
+      for (int m = 0; m < block; ++m) direction.channels.push_back(at + m < members.size() ? members[at + m] : -1);
+      direction.group.push_back(g);
+      direction.start.push_back(direction.weights);
+      direction.weights += direction.halves * int64_t(direction.group_pairs[g].size()) * block;
+    }
+  }
+  return direction;
+}
+
+struct Constants {
+  int64_t block, slack, lanes, pairs;
+  explicit Constants(ScalarType dtype) { FASTELBO_CONV_LOOP(conv_constants, dtype)(&block, &slack, &lanes, &pairs); }
+};
+
+constexpr int64_t kBandElements = 1 << 16;  // of all planes of a band: 256 KiB of a second-level cache
+constexpr int64_t kTasks = 16;              // enough for any number of threads that a small batch can use
+constexpr int64_t kChunkPixels = 1024;      // of a share of the weight gradient: fewer, and adding the shares shows
+
+// The rows in a band depend on shapes only, so that results do not depend on the number of threads.
+int64_t band_rows(int64_t n, int64_t rows, int64_t columns, int64_t channels, int64_t reach) {
+  int64_t fitting = kBandElements / std::max<int64_t>(channels * columns, 1) - reach;
+  int64_t bands = std::max<int64_t>((rows + std::max<int64_t>(fitting, 1) - 1) / std::max<int64_t>(fitting, 1), (kTasks + n - 1) / std::max<int64_t>(n, 1));
+  int64_t least = std::max<int64_t>(4, 2 * reach);  // the rows above a band are packed twice
+  return std::min(rows, std::max(least, (rows + bands - 1) / bands));
+}
+
+ConvArgs arguments(const Tensor& input, const Tensor& weight, const std::string& mask_type, const std::string& stack, int64_t dilation,
+                   int64_t groups, const std::string& order, const std::string& activation, const Constants& constants) {
+  ConvArgs args;
+  auto sizes = input.sizes();
+  args.n = sizes[0];
+  args.in_channels = sizes[1];
+  args.rows = sizes[2];
+  args.columns = sizes[3];
+  args.activation = parse_activation(activation);
+  args.z_channels = weight.sizes()[0];
+  args.y_channels = args.gated() ? args.z_channels / 2 : args.z_channels;
+  args.mask = parse_mask(weight, mask_type, stack, dilation, groups, order, args.gated());
+  args.input = image_of(input);
+  args.weight = image_of(weight);
+  int64_t gap = std::max(args.mask.left, args.mask.right);
+  args.band = band_rows(args.n, args.rows, args.columns + gap, std::max(args.in_channels, args.z_channels), args.mask.up);
+  args.bands = (args.rows + args.band - 1) / args.band;
+  args.planes = Planes(args.columns, args.band, gap, args.mask.up, 0, constants.slack);
+  return args;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> cond,
+                                             std::optional<Tensor> residual, std::string mask_type, std::string stack, int64_t dilation,
+                                             int64_t channel_groups, std::string group_order, std::string activation, bool keep) {
+  ScalarType dtype = arithmetic_type({&input});
+  Constants constants(dtype);
+  ConvArgs args = arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, constants);
+  Tensor y = allocate_image(args.n, args.y_channels, input);
+  Tensor kept = keep ? allocate_image(args.n, args.z_channels, input) : allocate(0, input.scalar_type());
+  args.y = image_of(y);
+  if (keep) args.kept = image_of(kept);
+  args.residual = image_of(residual);
+  args.cond = image_of(cond);
+  if (cond) args.cond_ndim = int64_t(cond->sizes().size());
+  args.bias = image_of(bias);
+  args.forward = direction_of(args.mask, args.z_channels, args.in_channels, args.planes, int(constants.block), args.gated(), 1);
+  Tensor packed = allocate(args.forward.weights, dtype);
+  args.packed = packed.data_ptr();
+  run_tasks(FASTELBO_CONV_LOOP(conv_pack_forward, dtype), args, args.forward.units());
+  run_tasks(FASTELBO_CONV_LOOP(masked_conv2d_fwd, dtype), args, args.units());
+  return {y, kept};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor input, Tensor weight, std::optional<Tensor> kept,
+                                                             std::string mask_type, std::string stack, int64_t dilation,
+                                                             int64_t channel_groups, std::string group_order, std::string activation,
+                                                             bool want_input, bool want_weight, bool want_bias, int64_t cond_ndim) {
+  ScalarType dtype = arithmetic_type({&input}), stored = input.scalar_type();
+  Constants constants(dtype);
+  ConvArgs args = arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, constants);
+  const Mask& mask = args.mask;
+  args.d_y = image_of(d_y);
+  args.kept = image_of(kept);
+  args.d_planes = Planes(args.columns, args.band, args.planes.gap, 0, want_input ? mask.up : 0, constants.slack);
+  Tensor d_input = want_input ? allocate(Shape(input), stored, input) : allocate(0, stored);
+  Tensor d_weight = want_weight ? allocate(Shape(weight), stored, weight) : allocate(0, stored);
+  Tensor d_bias = allocate(want_bias ? args.z_channels : 0, stored);
+  Tensor d_cond = cond_ndim == 4   ? allocate_image(args.n, args.z_channels, input)
+                  : cond_ndim == 2 ? allocate({args.n, args.z_channels}, {args.z_channels, 1}, stored)
+                                   : allocate(0, stored);
+  if (cond_ndim == 4) args.d_cond = image_of(d_cond);
+  std::vector<double> sums;
+  if (want_bias || cond_ndim == 2) {
+    sums.resize(args.units() * args.z_channels);
+    args.sums_wanted = true;
+    args.sums = sums.data();
+  }
+  std::optional<Tensor> d_packed, partial;
+  if (want_input) {
+    args.d_input = image_of(d_input);
+    args.backward = direction_of(mask, args.in_channels, args.z_channels, args.d_planes, int(constants.block), false, -1);
+    d_packed = allocate(args.backward.weights, dtype);
+    args.d_packed = d_packed->data_ptr();
+    run_tasks(FASTELBO_CONV_LOOP(conv_pack_backward, dtype), args, args.backward.units());
+  }
+  args.chunks = std::min(args.units(), 4 * kTasks);
+  int64_t taps = args.taps();
+  if (want_weight) {
+    args.d_weight = image_of(d_weight);
+    std::memset(d_weight.data_ptr(), 0, size_t(d_weight.numel()) * (stored == ScalarType::Double ? 8 : stored == ScalarType::Float ? 4 : 2));
+    int64_t count = args.in_channels * taps;
+    args.pairs = (count + constants.pairs - 1) / constants.pairs * constants.pairs;
+    for (int64_t in = 0; in < args.in_channels; ++in) {
+      for (int64_t t = 0; t < taps; ++t) {
+        const Tap& tap = args.tap(t);
+        args.pair_offset.push_back(int32_t(in * args.planes.size + tap.down * args.planes.pitch + tap.right));
+      }
+    }
+    args.pair_offset.resize(args.pairs, 0);
+    int64_t blocks = (args.z_channels + constants.lanes - 1) / constants.lanes, share = blocks * args.pairs * constants.lanes;
+    int64_t most = std::max<int64_t>(args.n * args.rows * args.columns / kChunkPixels, 4);
+    args.chunks = std::min(args.chunks, most);
+    partial = allocate(args.chunks * share, dtype);
+    args.partial = count ? partial->data_ptr() : nullptr;
+  }
+  run_tasks(FASTELBO_CONV_LOOP(masked_conv2d_bwd, dtype), args, args.chunks);
+  if (args.partial) run_tasks(FASTELBO_CONV_LOOP(conv_reduce_weight, dtype), args, args.z_channels);
+
+  auto store_sums = [&](Tensor& to, int64_t entries) {  // each of as many consecutive units as there are to an entry
+    int64_t per_entry = entries ? args.units() / entries : 0;
+    Image image = image_of(to);
+    for (int64_t entry = 0; entry < entries; ++entry) {
+      for (int64_t c = 0; c < args.z_channels; ++c) {
+        double total = 0;
+        for (int64_t unit = entry * per_entry; unit < (entry + 1) * per_entry; ++unit) total += sums[unit * args.z_channels + c];
+        portable::with_format(image.format, [&](auto format) {
+          portable::scatter<decltype(format)>(image.data, entry * args.z_channels + c, 1, 1, &total);
+        });
+      }
+    }
+  };
+  if (want_bias) store_sums(d_bias, 1);
+  if (cond_ndim == 2) store_sums(d_cond, args.n);
+  return {d_input, d_weight, d_bias, d_cond};
+}
+
+}  // namespace fastelbo
+
+STABLE_TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
+  m.impl("masked_conv2d_fwd", TORCH_BOX(&fastelbo::masked_conv2d_fwd));
+  m.impl("masked_conv2d_bwd", TORCH_BOX(&fastelbo::masked_conv2d_bwd));
+}
+#endif

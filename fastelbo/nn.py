@@ -1,0 +1,502 @@
+"""Modules: parameters around the ops, and no mathematics."""
+
+import warnings
+
+import torch
+from torch import nn
+
+from fastelbo.ops import masked_conv2d as op
+from fastelbo.reference.masked_conv2d import activate
+
+__all__ = ["GatedMaskedConv2d", "HorizontalStackConv2d", "MaskedConv2d", "VerticalStackConv2d"]
+
+
+class _CausalConv2d(nn.Conv2d):
+    """What the three convolutions share: an nn.Conv2d by its parameters, whose dead taps are and stay 0."""
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stored_size,
+        *,
+        mask_type,
+        dilation,
+        bias,
+        channel_groups,
+        group_order,
+        activation,
+        backend,
+        device,
+        dtype,
+    ):
+        self._mask_options = {}  # nn.Conv2d's constructor resets the parameters
+        super().__init__(
+            in_channels, out_channels, stored_size, dilation=dilation, bias=bias, device=device, dtype=dtype
+        )
+        self.k = kernel_size
+        self.mask_type, self.channel_groups, self.group_order = mask_type, channel_groups, group_order
+        self.activation, self.backend = activation, backend
+        self._mask_options = {"channel_groups": channel_groups, "group_order": group_order}
+        self._mask_options["gated"] = activation in op.GATES
+        self.live_taps()  # checks the options
+        with torch.no_grad():
+            self.weight.masked_fill_(~self.live_taps().to(self.weight.device), 0)
+
+    def live_taps(self):
+        """The mask of the weight: bool, of its shape, True where a tap is live."""
+        return self._crop(
+            op.conv_mask2d(self.out_channels, self.in_channels, self.k, self.mask_type, **self._mask_options)
+        )
+
+    def _crop(self, full):
+        """Of a k x k kernel what this module stores."""
+        return full
+
+    def extra_repr(self):
+        options = [f"mask_type={self.mask_type!r}"]
+        if self.channel_groups > 1:
+            options.append(f"channel_groups={self.channel_groups}, group_order={self.group_order!r}")
+        if self.activation is not None:
+            options.append(f"activation={self.activation!r}")
+        return ", ".join([super().extra_repr(), *options])
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        """Takes weights of nn.Conv2d and of masked convolutions of other projects, which hold a `mask` buffer."""
+        mask, name = state_dict.pop(prefix + "mask", None), prefix + "weight"
+        weight = state_dict.get(name)
+        if mask is not None and (reason := self._reject(mask)):
+            errors.append(f"{prefix}mask {reason}")
+        elif weight is not None and weight.dim() == 4:
+            if weight.shape[2:] == (self.k, self.k):
+                weight, dropped = self._crop(weight), self._dropped(weight)
+            else:
+                dropped = False
+            live = self.live_taps().to(weight.device)
+            if weight.shape == live.shape and not weight.is_meta:
+                if dropped or bool((weight[~live] != 0).any()):
+                    warnings.warn(
+                        f"{type(self).__name__}: the state_dict's weight is not 0 at dead taps; they are set to 0, as "
+                        "the convolution never reads them",
+                        stacklevel=2,
+                    )
+                weight = torch.where(live, weight, 0)
+            state_dict[name] = weight
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+
+    def _dropped(self, full):
+        """Whether cropping a k x k kernel loses anything that is not 0."""
+        kept = self._crop(torch.ones(full.shape[2:], dtype=torch.bool, device=full.device)[None, None])
+        lost = torch.ones(full.shape[2:], dtype=torch.bool, device=full.device)
+        lost[self._where(kept.shape[2:])] = False
+        return bool((full[:, :, lost] != 0).any())
+
+    def _where(self, kept):
+        return slice(0, kept[0]), slice(0, kept[1])
+
+    def _reject(self, mask):
+        """None if a mask buffer is this module's, else why not, naming the convention that it follows."""
+        mine = self._describe(self.mask_type, self._mask_options)
+        if self._matches(mask, self.mask_type, self._mask_options):
+            return None
+        for mask_type in op.MASK_TYPES:
+            for groups in sorted({self.channel_groups, 1, 3}):
+                for order in op.GROUP_ORDERS:
+                    for gated in (False, True):
+                        options = {"channel_groups": groups, "group_order": order, "gated": gated}
+                        if self._matches(mask, mask_type, options):
+                            return f"is that of {self._describe(mask_type, options)}; this module has {mine}"
+        return f"of shape {tuple(mask.shape)} follows no known convention; this module has {mine}"
+
+    def _matches(self, mask, mask_type, options):
+        try:
+            expected = op.conv_mask2d(self.out_channels, self.in_channels, self.k, mask_type, **options)
+        except ValueError:
+            return False
+        if mask.dim() != 4:
+            return False
+        for candidate in (expected, self._crop(expected)):
+            if all(size in (1, own) for size, own in zip(mask.shape, candidate.shape, strict=True)) and (
+                mask.shape[2:] == candidate.shape[2:]
+            ):
+                return torch.equal(mask.cpu().bool().expand_as(candidate), candidate)
+        return False
+
+    @staticmethod
+    def _describe(mask_type, options):
+        text = f"mask_type {mask_type!r}"
+        if options["channel_groups"] > 1:
+            text += f" with {options['channel_groups']} channel groups in {options['group_order']!r} order"
+            if options["gated"]:
+                text += ", for each half under a gate"
+        return text
+
+
+class MaskedConv2d(_CausalConv2d):
+    """masked_conv2d with parameters; takes the place of nn.Conv2d and of CompressAI's MaskedConv2d.
+
+    The parameters have nn.Conv2d's names and shapes, with 0 at dead taps. A state_dict may hold a `mask`, which must be
+    this module's; weights that are not 0 at dead taps are loaded with zeros there, and a warning.
+
+    Args:
+        in_channels, out_channels: C_in and C_out, the latter before a gate halves them.
+        kernel_size: k, odd.
+        stride: 1.
+        padding: k//2 times the dilation, "same", or None for either.
+        dilation: the distance between taps.
+        groups: 1.
+        bias: whether there is one.
+        padding_mode: "zeros".
+        mask_type: "A" or "B".
+        channel_groups, group_order, activation, backend: as for masked_conv2d.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: as masked_conv2d, and for a stride or padding at which the output does not lie on the input.
+        NotImplementedError: for groups or another padding mode.
+
+    Example:
+        >>> conv = fastelbo.nn.MaskedConv2d(3, 8, 5, mask_type="A")
+        >>> conv(torch.zeros(2, 3, 7, 9)).shape
+        torch.Size([2, 8, 7, 9])
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=None,
+        dilation=1,
+        groups=1,
+        bias=True,
+        padding_mode="zeros",
+        device=None,
+        dtype=None,
+        *,
+        mask_type="A",
+        channel_groups=1,
+        group_order="interleaved",
+        activation=None,
+        backend=None,
+    ):
+        kernel_size, dilation = _square("kernel_size", kernel_size), _square("dilation", dilation)
+        same = kernel_size // 2 * dilation
+        if _square("stride", stride) != 1:
+            raise ValueError(f"stride must be 1, else the output does not lie on the input; got {stride}")
+        if padding not in (None, "same") and _square("padding", padding) != same:
+            raise ValueError(f"padding must be {same}, at which the output has the input's size; got {padding}")
+        if groups != 1:
+            raise NotImplementedError(f"groups must be 1 (channel_groups are those of a pixel's colours); got {groups}")
+        if padding_mode != "zeros":
+            raise NotImplementedError(f"padding_mode must be zeros; got {padding_mode!r}")
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            kernel_size,
+            mask_type=mask_type,
+            dilation=dilation,
+            bias=bias,
+            channel_groups=channel_groups,
+            group_order=group_order,
+            activation=activation,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.padding = (same, same)
+
+    def forward(self, input, cond=None, residual=None):
+        """[N, C_in, H, W] to [N, C_out or C_out / 2, H, W]; cond and residual as for masked_conv2d."""
+        return op.masked_conv2d(
+            input,
+            self.weight,
+            self.bias,
+            mask_type=self.mask_type,
+            dilation=self.dilation[0],
+            channel_groups=self.channel_groups,
+            group_order=self.group_order,
+            activation=self.activation,
+            cond=cond,
+            residual=residual,
+            backend=self.backend,
+        )
+
+
+class VerticalStackConv2d(_CausalConv2d):
+    """causal_conv2d of the vertical stack with parameters: reads the rows down to the pixel's own.
+
+    The weight is [C_out, C_in, k//2 + 1, k]. A state_dict may hold a k x k weight, which is cropped, and a `mask`.
+
+    Args:
+        in_channels, out_channels: C_in and C_out, the latter before a gate halves them.
+        kernel_size: k, odd.
+        mask_type: "B", or "A" for a first layer that must not see the pixel's own row.
+        dilation, bias, activation, backend, device, dtype: as for MaskedConv2d.
+
+    Example:
+        >>> fastelbo.nn.VerticalStackConv2d(3, 8, 5).weight.shape
+        torch.Size([8, 3, 3, 5])
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        *,
+        mask_type="B",
+        dilation=1,
+        bias=True,
+        activation=None,
+        backend=None,
+        device=None,
+        dtype=None,
+    ):
+        kernel_size = _square("kernel_size", kernel_size)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            (kernel_size // 2 + 1, kernel_size),
+            mask_type=mask_type,
+            dilation=_square("dilation", dilation),
+            bias=bias,
+            channel_groups=1,
+            group_order="interleaved",
+            activation=activation,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+
+    def live_taps(self):
+        """The mask of the weight: bool, of its shape, True where a tap is live."""
+        live = super().live_taps()
+        live[:, :, -1] = self.mask_type == "B"
+        return live
+
+    def _crop(self, full):
+        return full[:, :, : self.k // 2 + 1]
+
+    def _matches(self, mask, mask_type, options):
+        if mask.dim() != 4 or mask.shape[2] not in (self.k, self.k // 2 + 1) or mask.shape[3] != self.k:
+            return False
+        rows = torch.arange(mask.shape[2]) < self.k // 2 + (mask_type == "B")
+        return torch.equal(mask.cpu().bool(), rows[:, None].expand(mask.shape))
+
+    def forward(self, input, cond=None):
+        """[N, C_in, H, W] to [N, C_out or C_out / 2, H, W]; cond as for causal_conv2d."""
+        return op.causal_conv2d(
+            input,
+            self.weight,
+            self.bias,
+            stack="vertical",
+            mask_type=self.mask_type,
+            dilation=self.dilation[0],
+            activation=self.activation,
+            cond=cond,
+            backend=self.backend,
+        )
+
+
+class HorizontalStackConv2d(_CausalConv2d):
+    """causal_conv2d of the horizontal stack with parameters: reads what lies left of the pixel, and the pixel.
+
+    The weight is [C_out, C_in, 1, k//2 + 1]. A state_dict may hold a 1 x k weight, which is cropped, and a `mask`.
+
+    Args:
+        in_channels, out_channels: C_in and C_out, the latter before a gate halves them.
+        kernel_size: k, odd.
+        mask_type: "B", or "A" for a first layer that must not see the pixel itself.
+        channel_groups, group_order: as for causal_conv2d.
+        dilation, bias, activation, backend, device, dtype: as for MaskedConv2d.
+
+    Example:
+        >>> fastelbo.nn.HorizontalStackConv2d(3, 8, 5).weight.shape
+        torch.Size([8, 3, 1, 3])
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        *,
+        mask_type="B",
+        dilation=1,
+        bias=True,
+        channel_groups=1,
+        group_order="interleaved",
+        activation=None,
+        backend=None,
+        device=None,
+        dtype=None,
+    ):
+        kernel_size = _square("kernel_size", kernel_size)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            (1, kernel_size // 2 + 1),
+            mask_type=mask_type,
+            dilation=_square("dilation", dilation),
+            bias=bias,
+            channel_groups=channel_groups,
+            group_order=group_order,
+            activation=activation,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+
+    def _crop(self, full):
+        row = self.k // 2 if full.shape[2] == self.k else 0
+        return full[:, :, row : row + 1, : self.k // 2 + 1]
+
+    def _where(self, kept):
+        return slice(self.k // 2, self.k // 2 + 1), slice(0, kept[1])
+
+    def forward(self, input, cond=None):
+        """[N, C_in, H, W] to [N, C_out or C_out / 2, H, W]; cond as for causal_conv2d."""
+        return op.causal_conv2d(
+            input,
+            self.weight,
+            self.bias,
+            stack="horizontal",
+            mask_type=self.mask_type,
+            dilation=self.dilation[0],
+            channel_groups=self.channel_groups,
+            group_order=self.group_order,
+            activation=self.activation,
+            cond=cond,
+            backend=self.backend,
+        )
+
+
+class GatedMaskedConv2d(nn.Module):
+    """A block of the Gated PixelCNN: two stacks of gated convolutions, which together have no blind spot.
+
+    The vertical stack v reads the rows above, the horizontal stack h what lies left in the pixel's own row and, through
+    a 1 x 1 link, what v has read. h alone leads to the output of a network. Both start from the image:
+    ``v, h = first(x, x)``.
+
+    Two conventions keep the pixel's own row, which v could read, from h. ``link="shift"``: v reads its own row and the
+    link shifts it down by one (the paper's). ``link="mask-first-layer"``: the network's first block has mask A in v
+    too, and the link stays in place. All blocks of a network must follow the same.
+
+    Args:
+        in_channels, out_channels: of both stacks; C_out is what remains after the gate.
+        kernel_size: k, odd.
+        mask_type: "A" for a network's first block, "B" for all others.
+        link: "shift" or "mask-first-layer".
+        dilation: the distance between taps.
+        cond_channels: channels of a condition; None for no condition.
+        residual: whether the horizontal stack adds its input; None for where it can: mask B and C_in = C_out.
+        activation: the gate, "tanh_sigmoid" or "glu".
+        channel_groups, group_order: of the horizontal stack, as for masked_conv2d.
+        bias, backend, device, dtype: as for MaskedConv2d.
+
+    Raises:
+        ValueError: an unknown link or gate, or a residual that would show the pixel to itself or has another shape.
+
+    Source:
+        van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders", figure 2.
+
+    Example:
+        >>> x = torch.zeros(2, 3, 6, 5)
+        >>> first = fastelbo.nn.GatedMaskedConv2d(3, 8, 7, mask_type="A")
+        >>> block = fastelbo.nn.GatedMaskedConv2d(8, 8, 3)
+        >>> v, h = block(*first(x, x))
+        >>> h.shape
+        torch.Size([2, 8, 6, 5])
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        *,
+        mask_type="B",
+        link="shift",
+        dilation=1,
+        cond_channels=None,
+        residual=None,
+        activation="tanh_sigmoid",
+        channel_groups=1,
+        group_order="interleaved",
+        bias=True,
+        backend=None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        op._one_of("mask_type", mask_type, op.MASK_TYPES)
+        op._one_of("link", link, ("shift", "mask-first-layer"))
+        op._one_of("activation", activation, op.GATES)
+        can_add = mask_type == "B" and in_channels == out_channels
+        if residual and not can_add:
+            raise ValueError(
+                "residual needs mask_type 'B' (else a pixel would see itself) and as many output as input channels; "
+                f"got mask_type {mask_type!r}, {in_channels} and {out_channels}"
+            )
+        self.link_convention, self.activation = link, activation
+        self.residual = can_add if residual is None else residual
+        common = {"dilation": dilation, "bias": bias, "backend": backend, "device": device, "dtype": dtype}
+        groups = {"channel_groups": channel_groups, "group_order": group_order}
+        vertical_mask = mask_type if link == "mask-first-layer" else "B"
+        self.vertical = VerticalStackConv2d(
+            in_channels, 2 * out_channels, kernel_size, mask_type=vertical_mask, **common
+        )
+        self.horizontal = HorizontalStackConv2d(
+            in_channels, 2 * out_channels, kernel_size, mask_type=mask_type, activation=activation, **groups, **common
+        )
+        self.link = nn.Conv2d(2 * out_channels, 2 * out_channels, 1, bias=bias, device=device, dtype=dtype)
+        self.out = MaskedConv2d(
+            out_channels,
+            out_channels,
+            1,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+            mask_type="B",
+            backend=backend,
+            **groups,
+        )
+        self.cond = None
+        if cond_channels is not None:
+            self.cond = nn.Conv2d(cond_channels, 4 * out_channels, 1, bias=False, device=device, dtype=dtype)
+
+    def forward(self, v, h, cond=None):
+        """Both stacks [N, C_in, H, W] to both [N, C_out, H, W].
+
+        Args:
+            v, h: the stacks; both the image for the first block.
+            cond: [N, cond_channels] (a class's embedding) or [N, cond_channels, H, W]; None for no condition.
+        """
+        if (cond is None) != (self.cond is None):
+            raise ValueError(f"cond must {'not ' if self.cond is None else ''}be given: cond_channels decides")
+        v_cond = h_cond = 0
+        if cond is not None:
+            v_cond, h_cond = self.cond(cond if cond.dim() == 4 else cond[:, :, None, None]).chunk(2, dim=1)
+        z = self.vertical(v)
+        seen = z
+        if self.link_convention == "shift":
+            seen = nn.functional.pad(z, (0, 0, 1, 0))[:, :, :-1]
+        gated = self.horizontal(h, cond=self.link(seen) + h_cond)
+        return activate(z + v_cond, self.activation), self.out(gated, residual=h if self.residual else None)
+
+
+def _square(name, value):
+    """The number that an int or a pair of equal ints stands for."""
+    if isinstance(value, (tuple, list)):
+        if len(set(value)) != 1:
+            raise ValueError(f"{name} must be the same in both directions; got {tuple(value)}")
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+    return value

@@ -1,0 +1,449 @@
+"""Masked (autoregressive) convolutions."""
+
+import torch
+
+from fastelbo import _library, backends, reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MASK_TYPES = ("A", "B")
+STACKS = ("vertical", "horizontal")
+GROUP_ORDERS = ("interleaved", "contiguous")
+GATES = ("tanh_sigmoid", "glu")
+ACTIVATIONS = ("relu", "elu", *GATES)
+
+
+def masked_conv2d(
+    input,
+    weight,
+    bias=None,
+    *,
+    mask_type,
+    dilation=1,
+    channel_groups=1,
+    group_order="interleaved",
+    activation=None,
+    cond=None,
+    residual=None,
+    backend=None,
+):
+    r"""Convolution of an image with a k x k kernel that reads only what comes before a pixel in raster order.
+
+    .. math:: y = f\Big(b + c + \sum_{(i,j) \text{ live}} w_{ij}\, x_{r+(i-h)d,\,col+(j-h)d}\Big) + \text{residual},
+              \qquad h = \lfloor k/2 \rfloor
+
+    Live are the h rows above the kernel's centre, what lies left of the centre in its own row, and for mask B the
+    centre itself. Dead taps are never read, and get gradient exactly 0: NaN or inf in a dead weight or in a future
+    pixel reaches no output. Outside of the image the input counts as 0; the output has the image's size.
+
+    With G channel groups (3 for the colours of a pixel) the channels of a pixel come in G groups, one after the other:
+    at the centre, B reads the channels with g_in <= g_out, and A those with g_in < g_out. Channel c of C belongs to
+    group c % G ("interleaved") or c G // C ("contiguous"); under a gate, which joins channel c with channel c + C/2,
+    each half is numbered for itself.
+
+    Args:
+        input: [N, C_in, H, W] or [C_in, H, W]; float32, float64, bfloat16 or float16, any strides.
+        weight: [C_out, C_in, k, k] with odd k, of the input's dtype.
+        bias: [C_out] or None.
+        mask_type: "A" (for a network's first layer) or "B".
+        dilation: d, the distance between taps, an int.
+        channel_groups: G.
+        group_order: "interleaved" or "contiguous".
+        activation: None, "relu", "elu", or a gate over the halves (a, b) of the channels, which leaves C_out / 2 of
+            them: "tanh_sigmoid" is tanh(a) sigmoid(b), "glu" is a sigmoid(b).
+        cond: added before the activation: [N, C_out] (a class) or [N, C_out, H, W]; without N for an unbatched input.
+        residual: added after the activation: of the output's shape.
+        backend: "reference" or "cpu"; the fastest that can run the input where None.
+
+    Returns:
+        y, [N, C_out or C_out / 2, H, W], of the input's dtype and memory format. Arithmetic is float32 for half inputs.
+        Under autocast all operands are cast first, as those of torch.nn.functional.conv2d are.
+
+    Raises:
+        ValueError: an unknown mask type, group order or activation, an even or non-square kernel, shapes that do not
+            match, contiguous groups that do not divide the channels, an odd number of channels under a gate, tensors on
+            several devices.
+        TypeError: a dtype that is not supported, or not the input's.
+        NotImplementedError: an explicit backend that cannot run this input.
+
+    Source:
+        van den Oord et al. 2016, "Pixel Recurrent Neural Networks", section 3.4, and "Conditional Image Generation with
+        PixelCNN Decoders", equations 2 and 4.
+
+    Example:
+        >>> image, weight = torch.ones(1, 1, 2, 3), torch.ones(1, 1, 3, 3)
+        >>> fastelbo.masked_conv2d(image, weight, mask_type="A")
+        tensor([[[[0., 1., 1.],
+                  [2., 4., 3.]]]])
+    """
+    _one_of("mask_type", mask_type, MASK_TYPES)
+    _check_tensors(input, weight, bias, cond, residual)
+    if weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
+        raise ValueError(f"weight must have a square kernel of odd size; got shape {tuple(weight.shape)}")
+    return _run(
+        input,
+        weight,
+        bias,
+        cond,
+        residual,
+        (mask_type, "square", dilation, channel_groups, group_order, activation),
+        backend,
+    )
+
+
+def causal_conv2d(
+    input,
+    weight,
+    bias=None,
+    *,
+    stack,
+    mask_type="B",
+    dilation=1,
+    channel_groups=1,
+    group_order="interleaved",
+    activation=None,
+    cond=None,
+    backend=None,
+):
+    r"""Convolution of one of the two stacks of a Gated PixelCNN, which have no dead taps and together no blind spot.
+
+    The vertical stack reads the rows down to the pixel's own with a kernel of k//2 + 1 rows and k columns, the
+    horizontal stack what lies left of the pixel, and the pixel itself, with a kernel of 1 row and k//2 + 1 columns:
+
+    .. math:: y^v = f\Big(b + c + \sum_{i \le h,\,j} w_{ij}\, x_{r+(i-h)d,\,col+(j-h)d}\Big), \qquad
+              y^h = f\Big(b + c + \sum_{j \le h} w_{j}\, x_{r,\,col+(j-h)d}\Big), \qquad h = \lfloor k/2 \rfloor.
+
+    A vertical feature thus has seen its own row to its end: shift it down by one row before it meets the horizontal
+    stack, or start with mask A.
+
+    Args:
+        input, bias, dilation, activation, cond, backend: as for masked_conv2d.
+        weight: [C_out, C_in, k//2 + 1, k] for the vertical stack (fewer rows are fine), [C_out, C_in, 1, k//2 + 1] for
+            the horizontal.
+        stack: "vertical" or "horizontal".
+        mask_type: "B", or "A" for a first layer whose last row (vertical) or last column (horizontal) is dead.
+        channel_groups, group_order: as for masked_conv2d, at the last tap of the horizontal stack; the vertical stack,
+            which colours of one pixel never read each other through, has none.
+
+    Returns:
+        y, as masked_conv2d.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as masked_conv2d.
+
+    Source:
+        van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders", section 2.2.
+
+    Example:
+        >>> image = torch.ones(1, 1, 2, 3)
+        >>> fastelbo.causal_conv2d(image, torch.ones(1, 1, 2, 3), stack="vertical")
+        tensor([[[[2., 3., 2.],
+                  [4., 6., 4.]]]])
+        >>> fastelbo.causal_conv2d(image, torch.ones(1, 1, 1, 2), stack="horizontal")
+        tensor([[[[1., 2., 2.],
+                  [1., 2., 2.]]]])
+    """
+    _one_of("stack", stack, STACKS)
+    _one_of("mask_type", mask_type, MASK_TYPES)
+    _check_tensors(input, weight, bias, cond)
+    rows, columns = weight.shape[2:]
+    if stack == "horizontal" and rows != 1:
+        raise ValueError(f"weight must have one row for the horizontal stack; got shape {tuple(weight.shape)}")
+    if stack == "vertical" and (columns % 2 == 0 or rows > columns // 2 + 1):
+        raise ValueError(
+            "weight must have an odd number k of columns and at most k//2 + 1 rows for the vertical stack; "
+            f"got shape {tuple(weight.shape)}"
+        )
+    if stack == "vertical" and channel_groups != 1:
+        raise ValueError(f"channel_groups must be 1 for the vertical stack; got {channel_groups}")
+    return _run(
+        input,
+        weight,
+        bias,
+        cond,
+        None,
+        (mask_type, stack, dilation, channel_groups, group_order, activation),
+        backend,
+    )
+
+
+def conv_mask2d(
+    out_channels, in_channels, kernel_size, mask_type, *, channel_groups=1, group_order="interleaved", gated=False
+):
+    """The live taps of masked_conv2d as a tensor: for tests, for checkpoints, and for networks of other layers.
+
+    Args:
+        out_channels, in_channels: C_out and C_in.
+        kernel_size: k, odd.
+        mask_type: "A" or "B".
+        channel_groups: G.
+        group_order: "interleaved" or "contiguous".
+        gated: whether a gate halves the output's channels, so that each half has its own groups.
+
+    Returns:
+        bool, [C_out, C_in, k, k]: True where a tap is live.
+
+    Raises:
+        ValueError: as masked_conv2d.
+
+    Source:
+        van den Oord et al. 2016, "Pixel Recurrent Neural Networks", section 3.4.
+
+    Example:
+        >>> fastelbo.conv_mask2d(1, 1, 3, "B")[0, 0].int()
+        tensor([[1, 1, 1],
+                [1, 1, 0],
+                [0, 0, 0]], dtype=torch.int32)
+    """
+    _one_of("mask_type", mask_type, MASK_TYPES)
+    for name, value in (("out_channels", out_channels), ("in_channels", in_channels), ("kernel_size", kernel_size)):
+        _positive_int(name, value)
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd; got {kernel_size}")
+    if gated and out_channels % 2:
+        raise ValueError(f"out_channels must be even under a gate; got {out_channels}")
+    _check_groups(channel_groups, group_order, in_channels, out_channels // 2 if gated else out_channels)
+    return reference.conv_mask2d(
+        out_channels,
+        in_channels,
+        kernel_size,
+        mask_type,
+        channel_groups=channel_groups,
+        group_order=group_order,
+        gated=gated,
+    )
+
+
+def _one_of(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+def _positive_int(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def _check_groups(groups, order, in_channels, out_channels):
+    _positive_int("channel_groups", groups)
+    _one_of("group_order", order, GROUP_ORDERS)
+    if order == "contiguous" and (in_channels % groups or out_channels % groups):
+        # projects round such groups differently, so one's network leaks in another's layers
+        raise ValueError(
+            "channel_groups in contiguous order must divide the channels, those of each half under a gate; "
+            f"got {groups} groups of {in_channels} and {out_channels}"
+        )
+
+
+def _check_tensors(input, weight, bias, cond, residual=None):
+    """Types, dtypes, devices and shapes, but for the kernel's."""
+    autocast = isinstance(input, torch.Tensor) and _autocast(input)
+    for name, value in (("input", input), ("weight", weight), ("bias", bias), ("cond", cond), ("residual", residual)):
+        if value is None and name not in ("input", "weight"):
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+        if value.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16; got {value.dtype}")
+        if value.dtype != input.dtype and not autocast:
+            raise TypeError(f"{name} must have the dtype of input, {input.dtype}; got {value.dtype}")
+        if value.device != input.device:
+            raise ValueError(f"{name} must be on the device of input, {input.device}; got {value.device}")
+    if input.dim() not in (3, 4):
+        raise ValueError(f"input must be of shape [N, C, H, W] or [C, H, W]; got {tuple(input.shape)}")
+    if weight.dim() != 4 or 0 in weight.shape:
+        raise ValueError(f"weight must be of shape [C_out, C_in, rows, columns]; got {tuple(weight.shape)}")
+    if input.shape[-3] != weight.shape[1]:
+        raise ValueError(f"input must have the {weight.shape[1]} channels of weight; got shape {tuple(input.shape)}")
+    if 0 in input.shape[-2:]:
+        raise ValueError(f"input must have at least one row and one column; got shape {tuple(input.shape)}")
+
+
+def _run(input, weight, bias, cond, residual, options, backend):
+    _, _, dilation, groups, order, activation = options
+    gated = activation in GATES
+    _one_of("activation", activation, (None, *ACTIVATIONS))
+    _positive_int("dilation", dilation)
+    z_channels, in_channels = weight.shape[:2]
+    if gated and z_channels % 2:
+        raise ValueError(f"weight must have an even number of output channels for {activation}; got {z_channels}")
+    _check_groups(groups, order, in_channels, z_channels // 2 if gated else z_channels)
+    leading, size = input.shape[:-3], input.shape[-2:]
+    if bias is not None and bias.shape != (z_channels,):
+        raise ValueError(f"bias must be of shape {(z_channels,)}; got {tuple(bias.shape)}")
+    if cond is not None and cond.shape not in ((*leading, z_channels), (*leading, z_channels, *size)):
+        raise ValueError(
+            f"cond must be of shape {(*leading, z_channels)} or {(*leading, z_channels, *size)}; "
+            f"got {tuple(cond.shape)}"
+        )
+    shape = (*leading, z_channels // 2 if gated else z_channels, *size)
+    if residual is not None and residual.shape != shape:
+        raise ValueError(f"residual must be of the output's shape {shape}; got {tuple(residual.shape)}")
+
+    tensors = input, weight, bias, cond, residual
+    if autocast := _autocast(input):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        tensors = tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
+    unbatched = input.dim() == 3
+    if unbatched:
+        input, weight, bias, cond, residual = tensors
+        tensors = (input[None], weight, bias, *(t if t is None else t[None] for t in (cond, residual)))
+    backend = backends.choose(input.device, backend, backends.only_reference())
+    if backend == "reference":
+        if autocast:  # its arithmetic is float32, whatever autocast wants convolutions to be
+            with torch.autocast(tensors[0].device.type, enabled=False):
+                y = _reference(*tensors, *options)
+        else:
+            y = _reference(*tensors, *options)
+    else:
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        y = _MaskedConv2d.apply(*_library.distinct(*tensors), *options, keep, backend)
+    return y[0] if unbatched else y
+
+
+def _autocast(input):
+    """Whether autocast casts the operands of a convolution of this input."""
+    return torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+
+
+def _reference(input, weight, bias, cond, residual, mask_type, stack, dilation, groups, order, activation):
+    keywords = {"mask_type": mask_type, "dilation": dilation, "channel_groups": groups, "group_order": order}
+    keywords |= {"activation": activation, "cond": cond}
+    if stack == "square":
+        return reference.masked_conv2d(input, weight, bias, residual=residual, **keywords)
+    return reference.causal_conv2d(input, weight, bias, stack=stack, **keywords)
+
+
+class _MaskedConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        input,
+        weight,
+        bias,
+        cond,
+        residual,
+        mask_type,
+        stack,
+        dilation,
+        groups,
+        order,
+        activation,
+        keep,
+        backend,
+    ):
+        ctx.set_materialize_grads(False)
+        ctx.options = mask_type, stack, dilation, groups, order, activation
+        ctx.backend = backend
+        # an output that is the activation itself tells its derivative; else what is before a gate or a residual must
+        keep_z = keep and activation is not None and (activation in GATES or residual is not None)
+        y, kept = _FWD[backend](
+            input, weight, bias, cond, residual, mask_type, stack, dilation, groups, order, activation or "", keep_z
+        )
+        if activation is None:
+            kept = None
+        elif not keep_z:
+            kept = y
+        ctx.save_for_backward(input, weight, bias, cond, residual, kept)
+        return y
+
+    @staticmethod
+    def backward(ctx, d_y):
+        nothing = (None,) * 8
+        if d_y is None:
+            return (None,) * 5 + nothing
+        *inputs, kept = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:5]
+        if _library.differentiable_backward():
+            grads = _library.reference_gradients(
+                lambda *inputs: _reference(*inputs, *ctx.options), inputs, wanted, (d_y,)
+            )
+            return *grads, *nothing
+        input, weight, _, cond, _ = inputs
+        mask_type, stack, dilation, groups, order, activation = ctx.options
+        want_input, want_weight, want_bias, want_cond, want_residual = wanted
+        d_input = d_weight = d_bias = d_cond = None
+        if want_cond and activation is None and cond.dim() == 4:
+            d_cond, want_cond = d_y, False
+        if want_input or want_weight or want_bias or want_cond:
+            # the sum over the pixels is what bias and a class get, the gradient before it what an image gets
+            cond_ndim = cond.dim() if want_cond else 0
+            flags = want_input, want_weight, want_bias, cond_ndim
+            found = _BWD[ctx.backend](
+                d_y, input, weight, kept, mask_type, stack, dilation, groups, order, activation or "", *flags
+            )
+            d_input, d_weight, d_bias = (g if want else None for g, want in zip(found[:3], wanted, strict=False))
+            if want_cond:
+                d_cond = found[3]
+        return d_input, d_weight, d_bias, d_cond, d_y if want_residual else None, *nothing
+
+
+def is_channels_last(tensor):
+    """Whether an image lies in memory with its channels innermost."""
+    return tensor.shape[1] > 1 and tensor.stride(1) == 1 and tensor.stride(3) > 1
+
+
+def _empty_image(shape, like):
+    """A fake image in the memory format of another."""
+    memory_format = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def _fwd_fake(
+    input, weight, bias, cond, residual, mask_type, stack, dilation, channel_groups, group_order, activation, keep
+):
+    n, _, rows, columns = input.shape
+    z = (n, weight.shape[0], rows, columns)
+    shape = (n, weight.shape[0] // 2, rows, columns) if activation in GATES else z
+    kept = _empty_image(z, input) if keep else input.new_empty((0,))
+    return _empty_image(shape, input), kept
+
+
+def _bwd_fake(
+    d_y,
+    input,
+    weight,
+    kept,
+    mask_type,
+    stack,
+    dilation,
+    channel_groups,
+    group_order,
+    activation,
+    want_input,
+    want_weight,
+    want_bias,
+    cond_ndim,
+):
+    n, _, rows, columns = input.shape
+    channels = weight.shape[0]
+    none = input.new_empty((0,))
+    d_cond = none
+    if cond_ndim == 2:
+        d_cond = input.new_empty((n, channels))
+    elif cond_ndim == 4:
+        d_cond = _empty_image((n, channels, rows, columns), input)
+    return (
+        torch.empty_like(input) if want_input else none,
+        torch.empty_like(weight) if want_weight else none,
+        input.new_empty((channels,)) if want_bias else none,
+        d_cond,
+    )
+
+
+# kept: before the activation for a gate, after it (and before the residual) else; empty without `keep`. An activation
+# of "" is none. cond_ndim: the dimensions of the cond that wants a gradient, 0 for none.
+_FWD = _library.define(
+    "masked_conv2d_fwd",
+    "(Tensor input, Tensor weight, Tensor? bias, Tensor? cond, Tensor? residual, str mask_type, str stack,"
+    " int dilation, int channel_groups, str group_order, str activation, bool keep) -> (Tensor y, Tensor kept)",
+    _fwd_fake,
+)
+_BWD = _library.define(
+    "masked_conv2d_bwd",
+    "(Tensor d_y, Tensor input, Tensor weight, Tensor? kept, str mask_type, str stack, int dilation,"
+    " int channel_groups, str group_order, str activation, bool want_input, bool want_weight, bool want_bias,"
+    " int cond_ndim) -> (Tensor d_input, Tensor d_weight, Tensor d_bias, Tensor d_cond)",
+    _bwd_fake,
+)

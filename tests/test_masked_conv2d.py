@@ -1,0 +1,505 @@
+"""Masked convolutions: against masks as published, plain torch in float64, and NaN where nothing may look."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch.func import grad, vmap
+from torch.utils.checkpoint import checkpoint
+
+import fastelbo
+from fastelbo.testing import assert_within_budget
+
+HALVES = [torch.bfloat16, torch.float16]
+ACTIVATIONS = [None, "relu", "elu", "tanh_sigmoid", "glu"]
+GROUPS = [(1, "interleaved"), (2, "contiguous"), (3, "interleaved"), (3, "contiguous")]
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def conv_backend(request):
+    """The backends that have convolutions."""
+    assert fastelbo.backends.usable(request.param) is None
+    return request.param
+
+
+def published_mask(out_channels, in_channels, k, mask_type, groups=1, order="interleaved", gated=False):
+    """Tap by tap, from the text of the papers: section 3.4 of "Pixel Recurrent Neural Networks"."""
+    mask = torch.zeros(out_channels, in_channels, k, k)
+
+    def colour(c, channels):
+        if order == "interleaved":  # R, G, B, R, G, B: pixelcnn_flow and others
+            return c % groups
+        third = channels // groups  # deepul: the first third is R
+        return c // third
+
+    for out, inp, i, j in itertools.product(range(out_channels), range(in_channels), range(k), range(k)):
+        if i < k // 2 or (i == k // 2 and j < k // 2):
+            mask[out, inp, i, j] = 1
+        elif i == k // 2 and j == k // 2:
+            own = colour(out % (out_channels // 2), out_channels // 2) if gated else colour(out, out_channels)
+            read = colour(inp, in_channels)
+            if read < own or (read == own and mask_type == "B"):
+                mask[out, inp, i, j] = 1
+    return mask
+
+
+def lines(x, weight, bias=None, *, mask, dilation=1, activation=None, cond=None, residual=None):
+    """What users write: a product with the mask, a full convolution, and the rest one by one."""
+    z = F.conv2d(x, weight * mask, bias, padding=mask.shape[-1] // 2 * dilation, dilation=dilation)
+    if cond is not None:
+        z = z + (cond[:, :, None, None] if cond.dim() == 2 else cond)
+    if activation == "tanh_sigmoid":
+        a, b = z.chunk(2, 1)
+        z = a.tanh() * b.sigmoid()
+    elif activation == "glu":
+        z = F.glu(z, 1)
+    elif activation:
+        z = getattr(F, activation)(z)
+    return z if residual is None else z + residual
+
+
+def operands(
+    n=2, c=6, o=12, h=5, w=7, k=3, *, activation=None, cond="class", residual=True, dtype=torch.float64, seed=0
+):
+    """input, weight, bias, cond and residual; the weights small enough that activations stay off their limits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    y = o // 2 if activation in ("tanh_sigmoid", "glu") else o
+    conds = {"class": lambda: normal(n, o), "image": lambda: normal(n, o, h, w), None: lambda: None}
+    weight = normal(o, c, k, k) / (c * k * k) ** 0.5
+    return [normal(n, c, h, w), weight, normal(o), conds[cond](), normal(n, y, h, w) if residual else None]
+
+
+def outputs_and_gradients(function, tensors, **keywords):
+    """The output, and the gradients of a weighted sum of it with respect to all tensors."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    x, weight, bias, cond, residual = leaves
+    extra = {} if residual is None else {"residual": residual}
+    y = function(x, weight, bias, cond=cond, **extra, **keywords)
+    weights = torch.arange(1.0, 1 + y.numel(), dtype=torch.float64).cos().reshape(y.shape).to(y.dtype)
+    given = [t for t in leaves if t is not None]
+    return [y.detach(), *torch.autograd.grad(y, given, weights)]
+
+
+def assert_close(got, want):
+    for index, (a, b) in enumerate(zip(got, want, strict=True)):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11, msg=lambda m, index=index: f"{index}: {m}")
+
+
+# masks
+
+
+@pytest.mark.parametrize("groups, order", GROUPS)
+@pytest.mark.parametrize("mask_type", ["A", "B"])
+@pytest.mark.parametrize("k", [1, 3, 5, 7])
+def test_masks_are_the_published_ones(k, mask_type, groups, order):
+    for gated in (False, True):
+        mask = fastelbo.conv_mask2d(12, 6, k, mask_type, channel_groups=groups, group_order=order, gated=gated)
+        assert torch.equal(mask.float(), published_mask(12, 6, k, mask_type, groups, order, gated))
+
+
+@pytest.mark.parametrize("k, live", [(3, 4), (5, 12), (7, 24)])
+def test_number_of_live_taps(k, live):
+    assert fastelbo.conv_mask2d(1, 1, k, "A").sum() == live
+    assert fastelbo.conv_mask2d(1, 1, k, "B").sum() == live + 1
+
+
+# values and gradients
+
+
+@pytest.mark.parametrize("groups, order", GROUPS)
+@pytest.mark.parametrize("mask_type", ["A", "B"])
+@pytest.mark.parametrize("k", [1, 3, 5, 7])
+def test_equals_the_product_with_the_mask(conv_backend, k, mask_type, groups, order):
+    tensors = operands(k=k, cond=None, residual=False)
+    mask = published_mask(12, 6, k, mask_type, groups, order).double()
+    keywords = {"mask_type": mask_type, "channel_groups": groups, "group_order": order, "backend": conv_backend}
+    got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, **keywords)
+    assert_close(got, outputs_and_gradients(lines, tensors, mask=mask))
+    assert (got[2][mask == 0] == 0).all()  # exactly
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("cond", [None, "class", "image"])
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+def test_what_surrounds_the_convolution(conv_backend, activation, cond, residual):
+    gated = activation in ("tanh_sigmoid", "glu")
+    tensors = operands(activation=activation, cond=cond, residual=residual)
+    mask = published_mask(12, 6, 3, "B", 3, "contiguous", gated).double()
+    keywords = {"mask_type": "B", "channel_groups": 3, "group_order": "contiguous", "backend": conv_backend}
+    got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, activation=activation, **keywords)
+    assert_close(got, outputs_and_gradients(lines, tensors, mask=mask, activation=activation))
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 5])
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 3), (5, 33)], ids=str)
+@pytest.mark.parametrize("k", [3, 7])
+def test_sizes_and_dilations(conv_backend, size, dilation, k):
+    """Non-square images, and such that are smaller than the kernel; channels that fill no vector."""
+    tensors = operands(3, 5, 7, *size, k)
+    mask = published_mask(7, 5, k, "B").double()
+    got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, mask_type="B", dilation=dilation, backend=conv_backend)
+    assert_close(got, outputs_and_gradients(lines, tensors, mask=mask, dilation=dilation))
+
+
+@pytest.mark.parametrize("channels", [(1, 1), (1, 64), (3, 21), (17, 30), (40, 9)], ids=str)
+def test_channels(conv_backend, channels):
+    tensors = operands(1, *channels, 19, 17, 5)
+    got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, mask_type="A", backend=conv_backend)
+    assert_close(got, outputs_and_gradients(lines, tensors, mask=published_mask(*channels[::-1], 5, "A").double()))
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t,
+    "transposed": lambda t: t.mT.contiguous().mT,
+    "sliced": lambda t: torch.cat([t, t + 1], 1)[:, : t.shape[1]] if t.dim() > 1 else torch.stack([t, t], 1)[:, 0],
+    "every other": lambda t: torch.stack([t, t], -1).flatten(-2)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
+def test_memory_layouts(conv_backend, layout):
+    lay_out = LAYOUTS[layout] if layout != "transposed" else lambda t: LAYOUTS[layout](t) if t.dim() > 1 else t
+    tensors = operands(activation="glu", cond="image", h=6)
+    keywords = {"mask_type": "B", "activation": "glu", "backend": conv_backend}
+    want = outputs_and_gradients(fastelbo.masked_conv2d, tensors, **keywords)
+    got = outputs_and_gradients(fastelbo.masked_conv2d, [lay_out(t) for t in tensors], **keywords)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+    if layout == "channels_last" and conv_backend != "reference":
+        assert got[0].is_contiguous(memory_format=torch.channels_last)
+        assert got[1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_gradient_of_any_strides(conv_backend):
+    x, weight, *_ = operands()
+    x.requires_grad_()
+    y = fastelbo.masked_conv2d(x, weight, mask_type="B", backend=conv_backend)
+    (expanded,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    (full,) = torch.autograd.grad(y, x, torch.ones_like(y).contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(expanded, full)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(4, 3, 32, 16, 15, 7), (2, 32, 24, 12, 13, 5), (3, 60, 30, 9, 8, 3)], ids=str)
+def test_error_budget(conv_backend, dtype, activation, shape):
+    *shape, k = shape
+    tensors = operands(*shape, k, activation=activation, cond="image", residual=False, dtype=dtype)
+    mask = published_mask(shape[2], shape[1], k, "B")
+
+    def run(function, dtype, **keywords):
+        cast = [None if t is None else t.to(dtype) for t in tensors]
+        return outputs_and_gradients(function, cast, activation=activation, **keywords)
+
+    actual = run(fastelbo.masked_conv2d, dtype, mask_type="B", backend=conv_backend)
+    exact = run(lines, torch.float64, mask=mask.double())
+    plain = run(lines, dtype, mask=mask.to(dtype))
+    for name, *three in zip(("y", "d_input", "d_weight", "d_bias", "d_cond"), actual, exact, plain, strict=True):
+        assert three[0].dtype == dtype
+        assert_within_budget(*three, name=name)
+
+
+@pytest.mark.parametrize("activation", [None, "elu", "tanh_sigmoid", "glu"])
+@pytest.mark.parametrize("mask_type, groups", [("A", 1), ("A", 3), ("B", 3)])
+def test_gradcheck(conv_backend, activation, mask_type, groups):
+    tensors = [t.requires_grad_() for t in operands(1, 3, 6, 3, 4, 3, activation=activation)]
+
+    def function(x, weight, bias, cond, residual):
+        keywords = {"mask_type": mask_type, "channel_groups": groups, "activation": activation, "cond": cond}
+        return fastelbo.masked_conv2d(x, weight, bias, residual=residual, backend=conv_backend, **keywords)
+
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
+def test_only_wanted_gradients(conv_backend):
+    """Every subset of inputs that want a gradient gets the same as when all do."""
+    tensors = operands(activation="tanh_sigmoid")
+    keywords = {"mask_type": "B", "activation": "tanh_sigmoid", "backend": conv_backend}
+    every = outputs_and_gradients(fastelbo.masked_conv2d, tensors, **keywords)[1:]
+    for wanted in [subset for subset in itertools.product([False, True], repeat=5) if sum(subset) in (1, 4)]:
+        leaves = [t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
+        y = fastelbo.masked_conv2d(*leaves[:3], cond=leaves[3], residual=leaves[4], **keywords)
+        y.backward(torch.arange(1.0, 1 + y.numel(), dtype=torch.float64).cos().reshape(y.shape))
+        for leaf, want, expected in zip(leaves, wanted, every, strict=True):
+            assert (leaf.grad is not None) == want
+            if want:
+                assert_close([leaf.grad], [expected])
+
+
+# causality
+
+
+def later_pixels(h, w, row, column, own):
+    position = torch.arange(h * w).reshape(h, w)
+    return position > position[row, column] if not own else position >= position[row, column]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("mask_type", ["A", "B"])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_future_pixels_reach_nothing(conv_backend, mask_type, dilation, bad):
+    x, weight, bias, *_ = operands(1, 3, 9, 6, 7, 5, cond=None, residual=False)
+    keywords = {"mask_type": mask_type, "dilation": dilation, "backend": conv_backend}
+    clean = fastelbo.masked_conv2d(x, weight, bias, **keywords)
+    for row, column in itertools.product((0, 2, 3, 5), (0, 1, 3, 6)):
+        later = later_pixels(6, 7, row, column, mask_type == "A")
+        y = fastelbo.masked_conv2d(x.masked_fill(later, bad), weight, bias, **keywords)
+        past = ~later_pixels(6, 7, row, column, own=False)  # this output and all before it
+        assert torch.equal(y[:, :, past], clean[:, :, past])
+
+
+@pytest.mark.parametrize("order", ["interleaved", "contiguous"])
+@pytest.mark.parametrize("mask_type", ["A", "B"])
+@pytest.mark.parametrize("activation", [None, "glu"])
+def test_later_channel_groups_reach_nothing(conv_backend, mask_type, order, activation):
+    x, weight, bias, *_ = operands(1, 6, 12, 4, 5, 3, cond=None, residual=False)
+    keywords = {"mask_type": mask_type, "channel_groups": 3, "group_order": order, "activation": activation}
+    clean = fastelbo.masked_conv2d(x, weight, bias, backend=conv_backend, **keywords)
+    channels = clean.shape[1]
+    of_input = torch.arange(6) % 3 if order == "interleaved" else torch.arange(6) // 2
+    of_output = torch.arange(channels) % 3 if order == "interleaved" else torch.arange(channels) // (channels // 3)
+    for group in range(3):
+        poisoned = x.clone()
+        poisoned[:, of_input > group if mask_type == "B" else of_input >= group, 2, 3] = float("nan")
+        y = fastelbo.masked_conv2d(poisoned, weight, bias, backend=conv_backend, **keywords)
+        assert torch.equal(y[:, of_output == group, 2, 3], clean[:, of_output == group, 2, 3])
+
+
+def test_dead_weights_are_never_read(conv_backend):
+    for (groups, order), mask_type, k in itertools.product(GROUPS, "AB", (1, 3, 5)):
+        x, weight, *_ = operands(k=k)
+        mask = fastelbo.conv_mask2d(12, 6, k, mask_type, channel_groups=groups, group_order=order)
+        keywords = {"mask_type": mask_type, "channel_groups": groups, "group_order": order, "backend": conv_backend}
+
+        def run(weight, x=x, keywords=keywords):
+            return outputs_and_gradients(fastelbo.masked_conv2d, [x, weight, None, None, None], **keywords)
+
+        poisoned, clean = run(weight.masked_fill(~mask, float("nan"))), run(weight)
+        for a, b in zip(poisoned, clean, strict=True):
+            assert torch.equal(a, b)
+        assert (poisoned[2][~mask] == 0).all()
+
+
+def test_pixels_that_nothing_reads_leave_the_gradients_alone(conv_backend):
+    """The last pixel is in everybody's future under mask A: NaN there reaches no weight's gradient."""
+    x, weight, bias, *_ = operands(2, 3, 8, 5, 6, 5)
+    keywords = {"mask_type": "A", "backend": conv_backend}
+    clean = outputs_and_gradients(fastelbo.masked_conv2d, [x, weight, bias, None, None], **keywords)
+    x[:, :, -1, -1] = float("nan")
+    poisoned = outputs_and_gradients(fastelbo.masked_conv2d, [x, weight, bias, None, None], **keywords)
+    for a, b in zip(poisoned, clean, strict=True):
+        assert torch.equal(a, b)
+
+
+# stacks
+
+
+@pytest.mark.parametrize("mask_type", ["A", "B"])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("activation", [None, "tanh_sigmoid"])
+def test_stacks_are_parts_of_the_full_kernel(conv_backend, k, dilation, mask_type, activation):
+    x, weight, bias, cond, _ = operands(k=k)
+    h = k // 2
+    rows, columns = torch.arange(k)[:, None], torch.arange(k)
+    seen = {
+        "vertical": (rows < h + (mask_type == "B")).expand(k, k),
+        "horizontal": (rows == h) & (columns < h + (mask_type == "B")),
+    }
+    crops = {"vertical": weight[:, :, : h + 1], "horizontal": weight[:, :, h : h + 1, : h + 1]}
+    for stack, mask in seen.items():
+        keywords = {"dilation": dilation, "activation": activation}
+        want = outputs_and_gradients(lines, [x, weight, bias, cond, None], mask=mask.double()[None, None], **keywords)
+        keywords |= {"stack": stack, "mask_type": mask_type, "backend": conv_backend}
+        got = outputs_and_gradients(fastelbo.causal_conv2d, [x, crops[stack], bias, cond, None], **keywords)
+        want[2] = want[2][:, :, : h + 1] if stack == "vertical" else want[2][:, :, h : h + 1, : h + 1]
+        assert_close(got, want)
+
+
+def test_future_pixels_reach_no_stack(conv_backend):
+    x, weight, *_ = operands(1, 2, 4, 5, 6, 5)
+    later = later_pixels(5, 6, 2, 3, own=False)
+    below = torch.arange(5)[:, None].expand(5, 6) > 2
+    horizontal = weight[:, :, :1, :3]
+    for stack, part, bad in (("vertical", weight[:, :, :3], below), ("horizontal", horizontal, later)):
+        clean, poisoned = (
+            fastelbo.causal_conv2d(image, part, stack=stack, backend=conv_backend)
+            for image in (x, x.masked_fill(bad, float("nan")))
+        )
+        assert torch.equal(clean[:, :, ~bad], poisoned[:, :, ~bad])
+
+
+# edges and reproducibility
+
+
+def test_empty_batch_and_no_batch(conv_backend):
+    x, weight, bias, cond, residual = operands()
+    keywords = {"mask_type": "B", "backend": conv_backend}
+    got = outputs_and_gradients(fastelbo.masked_conv2d, [x[:0], weight, bias, cond[:0], residual[:0]], **keywords)
+    assert got[0].shape == (0, 12, 5, 7)
+    assert all((g == 0).all() for g in got[2:4])
+    for c in (cond, operands(cond="image")[3]):
+        whole = fastelbo.masked_conv2d(x, weight, bias, cond=c, residual=residual, **keywords)
+        one = fastelbo.masked_conv2d(x[0], weight, bias, cond=c[0], residual=residual[0], **keywords)
+        torch.testing.assert_close(one, whole[0], rtol=1e-13, atol=1e-13)
+
+
+def test_mask_a_without_taps(conv_backend):
+    x, weight, bias, *_ = operands(k=1)
+    got = outputs_and_gradients(
+        fastelbo.masked_conv2d, [x, weight, bias, None, None], mask_type="A", backend=conv_backend
+    )
+    assert torch.equal(got[0], bias[:, None, None].expand_as(got[0]))
+    assert (got[1] == 0).all()
+    assert (got[2] == 0).all()
+
+
+def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads():
+    tensors = operands(5, 16, 32, 19, 13, 5, activation="tanh_sigmoid", dtype=torch.float32)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        try:
+            keywords = {"mask_type": "B", "activation": "tanh_sigmoid", "backend": "cpu"}
+            results.append(outputs_and_gradients(fastelbo.masked_conv2d, tensors, **keywords))
+        finally:
+            torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# inside torch
+
+
+@pytest.mark.parametrize("activation, residual, layout", [(None, False, 0), ("relu", True, 1), ("glu", False, 1)])
+def test_opcheck(activation, residual, layout):
+    x, weight, bias, cond, added = operands(activation=activation)
+    if layout:
+        x = x.contiguous(memory_format=torch.channels_last)
+    ops, options = torch.ops.fastelbo, ("B", "square", 1, 3, "interleaved", activation or "")
+    keep = activation is not None
+    arguments = (x, weight, bias, cond, added if residual else None, *options, keep)
+    torch.library.opcheck(ops.masked_conv2d_fwd.default, arguments)
+    y, kept = ops.masked_conv2d_fwd(*arguments)
+    for flags in ((True, True, True, 2), (True, False, False, 0), (False, True, False, 4)):
+        arguments = (y, x, weight, kept if keep else None, *options, *flags)
+        torch.library.opcheck(ops.masked_conv2d_bwd.default, arguments)
+
+
+@pytest.mark.parametrize("activation", [None, "elu", "tanh_sigmoid"])
+def test_compile(conv_backend, activation):
+    tensors = operands(activation=activation)
+
+    def function(*args, **keywords):
+        return fastelbo.masked_conv2d(*args, mask_type="B", activation=activation, backend=conv_backend, **keywords)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_close(outputs_and_gradients(compiled, tensors), outputs_and_gradients(function, tensors))
+
+
+def test_checkpoint(conv_backend):
+    tensors = operands(activation="glu")
+
+    def function(*args, **keywords):
+        return fastelbo.masked_conv2d(*args, mask_type="B", activation="glu", backend=conv_backend, **keywords)
+
+    def recomputed(*args, **keywords):
+        return checkpoint(function, *args, use_reentrant=False, **keywords)
+
+    for a, b in zip(outputs_and_gradients(recomputed, tensors), outputs_and_gradients(function, tensors), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_functional_transforms_run_on_the_reference():
+    x, weight, bias, *_ = operands()
+
+    def loss(weight, x):
+        return fastelbo.masked_conv2d(x, weight, bias, mask_type="B", channel_groups=3).square().sum()
+
+    per_example = vmap(grad(loss), (None, 0))(weight, x)
+    for i in range(2):
+        leaf = weight.clone().requires_grad_()
+        torch.testing.assert_close(per_example[i], torch.autograd.grad(loss(leaf, x[i]), leaf)[0])
+    with pytest.raises(NotImplementedError, match=r"torch\.func transforms run on the reference"):
+        vmap(lambda image: fastelbo.masked_conv2d(image, weight, mask_type="B", backend="cpu"))(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_casts_as_it_does_for_convolutions(conv_backend, compiled):
+    tensors = operands(dtype=torch.float32, activation="tanh_sigmoid")
+    keywords = {"mask_type": "B", "activation": "tanh_sigmoid", "backend": conv_backend}
+
+    def function(*args, **more):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return fastelbo.masked_conv2d(*args, **more, **keywords)
+
+    used = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
+    got = outputs_and_gradients(used, tensors)
+    half = outputs_and_gradients(fastelbo.masked_conv2d, [t.bfloat16() for t in tensors], **keywords)
+    assert got[0].dtype == torch.bfloat16
+    assert all(g.dtype == torch.float32 for g in got[1:])
+    for a, b in zip(got, half, strict=True):
+        torch.testing.assert_close(a, b.to(a.dtype))
+
+
+# bad input
+
+X, W = torch.zeros(2, 6, 5, 7), torch.zeros(12, 6, 3, 3)
+BAD = [
+    ((X, W), {"mask_type": "C"}, ValueError, "mask_type must be one of A, B; got 'C'"),
+    ((X, W), {"mask_type": None}, ValueError, "mask_type must be one of A, B; got None"),
+    ((X, torch.zeros(12, 6, 4, 4)), {}, ValueError, "weight must have a square kernel of odd size; got shape (12, 6, 4, 4)"),
+    ((X, torch.zeros(12, 6, 3, 5)), {}, ValueError, "weight must have a square kernel of odd size"),
+    ((X, torch.zeros(12, 6, 3)), {}, ValueError, "weight must be of shape [C_out, C_in, rows, columns]; got (12, 6, 3)"),
+    ((X, torch.zeros(12, 5, 3, 3)), {}, ValueError, "input must have the 5 channels of weight; got shape (2, 6, 5, 7)"),
+    ((X[0, 0], W), {}, ValueError, "input must be of shape [N, C, H, W] or [C, H, W]; got (5, 7)"),
+    ((X[:, :, :0], W), {}, ValueError, "input must have at least one row and one column; got shape (2, 6, 0, 7)"),
+    ((X, W, torch.zeros(6)), {}, ValueError, "bias must be of shape (12,); got (6,)"),
+    ((X, W), {"cond": torch.zeros(2, 6)}, ValueError, "cond must be of shape (2, 12) or (2, 12, 5, 7); got (2, 6)"),
+    ((X, W), {"residual": X}, ValueError, "residual must be of the output's shape (2, 12, 5, 7); got (2, 6, 5, 7)"),
+    ((X, W), {"activation": "gelu"}, ValueError, "activation must be one of None, relu, elu, tanh_sigmoid, glu; got 'gelu'"),
+    ((X, W[:11]), {"activation": "glu"}, ValueError, "weight must have an even number of output channels for glu; got 11"),
+    ((X, W), {"dilation": 0}, ValueError, "dilation must be at least 1; got 0"),
+    ((X, W), {"dilation": 1.0}, TypeError, "dilation must be an int; got float"),
+    ((X, W), {"channel_groups": 0}, ValueError, "channel_groups must be at least 1; got 0"),
+    ((X, W), {"group_order": "blocked"}, ValueError, "group_order must be one of interleaved, contiguous; got 'blocked'"),
+    ((X, W), {"channel_groups": 4, "group_order": "contiguous"}, ValueError, "channel_groups in contiguous order must divide"),
+    ((X, W.double()), {}, TypeError, "weight must have the dtype of input, torch.float32; got torch.float64"),
+    ((X.long(), W), {}, TypeError, "input must be float32, float64, bfloat16 or float16; got torch.int64"),
+    ((X, None), {}, TypeError, "weight must be a tensor; got NoneType"),
+    ((X, W.to("meta")), {}, ValueError, "weight must be on the device of input, cpu; got meta"),
+    ((X, W), {"backend": "cuda"}, NotImplementedError, "backend 'cuda' cannot run this input"),
+    ((X, W), {"backend": "gpu"}, ValueError, "backend must be one of reference, cpu, triton, cuda; got 'gpu'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, keywords, error, message", BAD, ids=range(len(BAD)))
+def test_bad_input(arguments, keywords, error, message):
+    with pytest.raises(error) as caught:
+        fastelbo.masked_conv2d(*arguments, **{"mask_type": "B", **keywords})
+    assert message in str(caught.value)
+
+
+def test_bad_input_of_stacks_and_masks():
+    with pytest.raises(ValueError, match="stack must be one of vertical, horizontal; got 'diagonal'"):
+        fastelbo.causal_conv2d(X, W, stack="diagonal")
+    with pytest.raises(ValueError, match="weight must have one row for the horizontal stack"):
+        fastelbo.causal_conv2d(X, W, stack="horizontal")
+    with pytest.raises(ValueError, match="at most k//2 \\+ 1 rows for the vertical stack"):
+        fastelbo.causal_conv2d(X, W, stack="vertical")
+    with pytest.raises(ValueError, match="channel_groups must be 1 for the vertical stack; got 3"):
+        fastelbo.causal_conv2d(X, W[:, :, :2], stack="vertical", channel_groups=3)
+    with pytest.raises(ValueError, match="kernel_size must be odd; got 4"):
+        fastelbo.conv_mask2d(3, 3, 4, "A")
+    with pytest.raises(ValueError, match="out_channels must be even under a gate; got 3"):
+        fastelbo.conv_mask2d(3, 3, 3, "A", gated=True)
+    with pytest.raises(ValueError, match="2 groups of 3 and 4"):
+        fastelbo.conv_mask2d(4, 3, 3, "B", channel_groups=2, group_order="contiguous")

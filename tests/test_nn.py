@@ -1,0 +1,350 @@
+"""Modules: checkpoints of other projects, wrappers of torch, and networks that stay causal while they train."""
+
+import copy
+import doctest
+import functools
+import inspect
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import fastelbo
+from fastelbo.nn import GatedMaskedConv2d, HorizontalStackConv2d, MaskedConv2d, VerticalStackConv2d
+from fastelbo.testing import assert_causal
+
+LINKS = ["shift", "mask-first-layer"]
+
+
+class PixelCNN(nn.Module):
+    """Mask A, then mask B with a residual."""
+
+    def __init__(self, channels=3, hidden=6, out=9, groups=3, order="interleaved"):
+        super().__init__()
+        options = {"channel_groups": groups, "group_order": order}
+        self.first = MaskedConv2d(channels, hidden, 5, mask_type="A", **options)
+        self.middle = MaskedConv2d(hidden, 2 * hidden, 3, mask_type="B", activation="tanh_sigmoid", **options)
+        self.last = MaskedConv2d(hidden, out, 1, mask_type="B", **options)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(self.middle(h, residual=h))
+
+
+class GatedPixelCNN(nn.Module):
+    def __init__(self, channels=1, hidden=4, out=5, link="shift", groups=1, cond_channels=None):
+        super().__init__()
+        options = {"link": link, "channel_groups": groups, "cond_channels": cond_channels}
+        self.first = GatedMaskedConv2d(channels, hidden, 5, mask_type="A", **options)
+        self.blocks = nn.ModuleList(GatedMaskedConv2d(hidden, hidden, 3, dilation=d, **options) for d in (1, 2))
+        self.last = MaskedConv2d(hidden, out, 1, mask_type="B", channel_groups=groups)
+
+    def forward(self, x, cond=None):
+        v, h = self.first(x, x, cond)
+        for block in self.blocks:
+            v, h = block(v, h, cond)
+        return self.last(h)
+
+
+def test_docstring_examples_run():
+    things = [getattr(fastelbo.nn, name) for name in fastelbo.nn.__all__]
+    for thing in (*things, assert_causal):
+        names = {"fastelbo": fastelbo, "torch": torch}
+        parsed = doctest.DocTestParser().get_doctest(inspect.getdoc(thing), names, thing.__name__, None, None)
+        assert parsed.examples
+        runner = doctest.DocTestRunner()
+        runner.run(parsed)
+        assert runner.summarize().failed == 0
+
+
+def test_is_a_conv2d_by_its_parameters():
+    plain, ours = nn.Conv2d(4, 6, 5, padding=2), MaskedConv2d(4, 6, kernel_size=5, padding=2, stride=1)
+    assert isinstance(ours, nn.Conv2d)
+    assert ours.mask_type == "A"  # CompressAI's default
+    assert [(n, p.shape) for n, p in plain.named_parameters()] == [(n, p.shape) for n, p in ours.named_parameters()]
+    assert (ours.weight[~ours.live_taps()] == 0).all()
+    assert "mask_type='A'" in repr(ours)
+
+
+@pytest.mark.parametrize("mask_type", ["A", "B"])
+def test_loads_plain_weights(mask_type):
+    plain, ours = nn.Conv2d(3, 6, 5, padding=2), MaskedConv2d(3, 6, 5, mask_type=mask_type)
+    with pytest.warns(UserWarning, match="not 0 at dead taps; they are set to 0") as caught:
+        ours.load_state_dict(plain.state_dict())
+    assert len(caught) == 1
+    assert torch.equal(ours.weight, torch.where(ours.live_taps(), plain.weight, 0))
+    x = torch.randn(2, 3, 6, 7)
+    expected = nn.functional.conv2d(x, plain.weight * ours.live_taps(), plain.bias, padding=2)
+    torch.testing.assert_close(ours(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain.load_state_dict(ours.state_dict())
+        ours.load_state_dict(plain.state_dict())
+
+
+def test_loads_a_mask_of_the_same_convention():
+    ours = MaskedConv2d(3, 6, 3, mask_type="B", channel_groups=3)
+    for mask in (ours.live_taps(), ours.live_taps().double()):
+        ours.load_state_dict({**ours.state_dict(), "mask": mask})
+    one = MaskedConv2d(3, 6, 3, mask_type="B")
+    one.load_state_dict({**one.state_dict(), "mask": one.live_taps()[:1, :1].float()})  # as one [1, 1, k, k]
+    nested = nn.Sequential(ours)
+    nested.load_state_dict({**nested.state_dict(), "0.mask": ours.live_taps()})
+    assert "mask" not in ours.state_dict()
+
+
+@pytest.mark.parametrize(
+    "other, name",
+    [
+        ({"mask_type": "A", "channel_groups": 3}, "mask_type 'A' with 3 channel groups in 'interleaved' order"),
+        (
+            {"mask_type": "B", "channel_groups": 3, "group_order": "contiguous"},
+            "mask_type 'B' with 3 channel groups in 'contiguous' order",
+        ),
+        ({"mask_type": "A"}, "mask_type 'A'; this module has"),
+        ({"mask_type": "B"}, "mask_type 'B'; this module has"),
+    ],
+)
+def test_a_mask_of_another_convention_is_named(other, name):
+    ours = MaskedConv2d(3, 6, 3, mask_type="B", channel_groups=3)
+    mask = fastelbo.conv_mask2d(6, 3, 3, other.pop("mask_type"), **other).float()
+    with pytest.raises(RuntimeError, match=name.replace("(", "\\(")):
+        ours.load_state_dict({**ours.state_dict(), "mask": mask})
+    with pytest.raises(RuntimeError, match="follows no known convention"):
+        ours.load_state_dict({**ours.state_dict(), "mask": 1 - mask})
+
+
+@pytest.mark.parametrize("mask_type", ["A", "B"])
+def test_stacks_load_full_kernels_with_their_masks(mask_type):
+    h, full = 2, torch.randn(4, 3, 5, 5)
+    rows, columns = torch.arange(5)[:, None], torch.arange(5)
+    vertical, horizontal = (
+        stack(3, 4, 5, mask_type=mask_type) for stack in (VerticalStackConv2d, HorizontalStackConv2d)
+    )
+    x = torch.randn(2, 3, 6, 7)
+    for stack, mask in (
+        (vertical, (rows < h + (mask_type == "B")).expand(5, 5)),
+        (horizontal, (rows == h) & (columns < h + (mask_type == "B"))),
+    ):
+        weight = full * mask
+        state = {"weight": weight, "bias": stack.bias.detach()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            stack.load_state_dict({**state, "mask": mask[None, None].float()} if stack is vertical else state)
+        torch.testing.assert_close(stack(x), nn.functional.conv2d(x, weight, stack.bias, padding=2))
+        with pytest.warns(UserWarning, match="not 0 at dead taps"):
+            stack.load_state_dict({**state, "weight": full})
+        torch.testing.assert_close(stack(x), nn.functional.conv2d(x, weight, stack.bias, padding=2))
+    row = full[:, :, h : h + 1] * (columns < h + (mask_type == "B"))
+    horizontal.load_state_dict({"weight": row[..., :3], "bias": horizontal.bias.detach()})
+    torch.testing.assert_close(
+        horizontal(x), nn.functional.conv2d(x, row, horizontal.bias, padding=(0, 2)), rtol=1e-4, atol=1e-5
+    )
+
+
+# causality
+
+
+@pytest.mark.parametrize("order", ["interleaved", "contiguous"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_networks_are_causal(groups, order):
+    assert_causal(PixelCNN(groups=groups, order=order), (3, 4, 5), channel_groups=groups, group_order=order)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("link", LINKS)
+def test_gated_networks_are_causal_and_have_no_blind_spot(link, groups):
+    network = GatedPixelCNN(groups * 1, 6, 6, link, groups).double()
+    assert_causal(network, (groups, 4, 6), channel_groups=groups, pixels=[(0, 0), (1, 5), (2, 0), (2, 3)])
+    x = torch.randn(1, groups, 6, 7, dtype=torch.float64, requires_grad=True)
+    (seen,) = torch.autograd.grad(network(x)[0, :, 4, 2].sum(), x)
+    seen = seen[0].abs().sum(0) != 0
+    assert seen[:4].all()  # to the right too, which one stack alone cannot see
+    assert seen[4, :2].all()
+
+
+@pytest.mark.parametrize("norm", ["none", "weight_norm", "old weight_norm", "spectral_norm"])
+def test_trained_networks_stay_causal(norm):
+    network = PixelCNN(out=3)
+    wrap = {
+        "none": lambda m: m,
+        "weight_norm": parametrizations.weight_norm,
+        "old weight_norm": lambda m: torch.nn.utils.weight_norm(m),
+        "spectral_norm": parametrizations.spectral_norm,
+    }[norm]
+    for module in (network.first, network.middle, network.last):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            wrap(module)
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
+    for _ in range(4):
+        x = torch.randn(4, 3, 6, 5)
+        optimiser.zero_grad()
+        (network(x) - x).square().mean().backward()
+        if norm == "none":
+            for module in (network.first, network.middle, network.last):
+                assert (module.weight.grad[~module.live_taps()] == 0).all()
+        optimiser.step()
+    for module in (network.first, network.middle, network.last):
+        assert (module.weight[~module.live_taps()] == 0).all()
+    if norm == "old weight_norm":
+        for module in (network.first, network.middle, network.last):
+            torch.nn.utils.remove_weight_norm(module)  # its weight is no leaf, which deepcopy refuses
+    assert_causal(network, (3, 4, 4), channel_groups=3)
+
+
+def test_conditions():
+    for cond in (torch.randn(2, 3), torch.randn(2, 3, 5, 4)):
+        network = GatedPixelCNN(cond_channels=3)
+        x = torch.randn(2, 1, 5, 4)
+        assert network(x, cond).shape == (2, 5, 5, 4)
+        assert not torch.equal(network(x, cond), network(x, 2 * cond))
+        network, cond = network.double(), cond.double()
+        assert_causal(functools.partial(network, cond=cond), (2, 1, 5, 4))
+    with pytest.raises(ValueError, match="cond must be given"):
+        network(x.double())
+    with pytest.raises(ValueError, match="cond must not be given"):
+        GatedPixelCNN()(x, cond)
+
+
+# inside torch
+
+
+@pytest.mark.parametrize("network", [PixelCNN(), GatedPixelCNN(3)], ids=["plain", "gated"])
+def test_wrappers_of_torch(network):
+    x = torch.randn(2, 3, 5, 6)
+    want = network(x)
+    buffer = io.BytesIO()
+    torch.save(network, buffer)
+    buffer.seek(0)
+    others = {
+        "deepcopy": copy.deepcopy(network),
+        "pickle": pickle.loads(pickle.dumps(network)),
+        "save": torch.load(buffer, weights_only=False),
+        "compile": torch.compile(network, fullgraph=True, backend="aot_eager"),
+        "export": torch.export.export(network, (x,)).module(),
+    }
+    for name, other in others.items():
+        torch.testing.assert_close(other(x), want, msg=lambda m, name=name: f"{name}: {m}")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = network(x)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), want, rtol=0.1, atol=0.05)
+
+
+def test_inductor_compiles_a_training_step():
+    network = PixelCNN()
+    x = torch.randn(2, 3, 5, 6)
+    compiled = torch.compile(network, fullgraph=True)
+    for function in (network, compiled):
+        function(x).square().sum().backward()
+    parameters = list(network.parameters())
+    double = [p.grad.clone() for p in parameters]
+    network.zero_grad()
+    network(x).square().sum().backward()
+    for p, twice in zip(parameters, double, strict=True):
+        torch.testing.assert_close(twice, 2 * p.grad)
+
+
+def test_distributed_data_parallel(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        network = GatedPixelCNN(3)
+        x = torch.randn(2, 3, 5, 6)
+        parallel = nn.parallel.DistributedDataParallel(network, find_unused_parameters=True)
+        parallel(x).square().sum().backward()
+        grads = [p.grad for p in network.parameters()]
+        network.zero_grad()
+        network(x).square().sum().backward()
+        for p, grad in zip(network.parameters(), grads, strict=True):
+            torch.testing.assert_close(p.grad, grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# bad input
+
+BAD = [
+    ({"kernel_size": 4}, ValueError, "kernel_size must be odd; got 4"),
+    ({"kernel_size": (3, 5)}, ValueError, "kernel_size must be the same in both directions; got (3, 5)"),
+    ({"stride": 2}, ValueError, "stride must be 1"),
+    ({"padding": 0}, ValueError, "padding must be 1, at which the output has the input's size; got 0"),
+    ({"dilation": 2, "padding": 1}, ValueError, "padding must be 2"),
+    ({"groups": 3}, NotImplementedError, "groups must be 1"),
+    ({"padding_mode": "reflect"}, NotImplementedError, "padding_mode must be zeros; got 'reflect'"),
+    ({"mask_type": "C"}, ValueError, "mask_type must be one of A, B; got 'C'"),
+    ({"out_channels": 5, "activation": "glu"}, ValueError, "out_channels must be even under a gate; got 5"),
+    ({"channel_groups": 2, "group_order": "contiguous"}, ValueError, "must divide the channels"),
+]
+
+
+@pytest.mark.parametrize("keywords, error, message", BAD, ids=range(len(BAD)))
+def test_bad_input(keywords, error, message):
+    with pytest.raises(error) as caught:
+        MaskedConv2d(**{"in_channels": 3, "out_channels": 6, "kernel_size": 3, **keywords})
+    assert message in str(caught.value)
+
+
+def test_bad_blocks():
+    with pytest.raises(ValueError, match="residual needs mask_type 'B'"):
+        GatedMaskedConv2d(4, 4, 3, mask_type="A", residual=True)
+    with pytest.raises(ValueError, match="link must be one of shift, mask-first-layer; got 'none'"):
+        GatedMaskedConv2d(4, 4, 3, link="none")
+    with pytest.raises(ValueError, match="activation must be one of tanh_sigmoid, glu; got 'relu'"):
+        GatedMaskedConv2d(4, 4, 3, activation="relu")
+
+
+# assert_causal itself
+
+
+@pytest.mark.parametrize(
+    "network, keywords, message",
+    [
+        (
+            nn.Conv2d(1, 2, 3, padding=1),
+            {},
+            "row 0, column 0 has a gradient with respect to row 0, column 0, channel 0",
+        ),
+        (MaskedConv2d(1, 2, 3, mask_type="B"), {}, "with respect to row 0, column 0, channel 0"),
+        (MaskedConv2d(3, 6, 1, mask_type="B", channel_groups=3), {"channel_groups": 3}, "of group 0"),
+        (nn.Conv2d(1, 2, 3), {}, "the output must be of the input's size 4 x 5"),
+    ],
+    ids=["no mask", "mask B first", "own colour", "size"],
+)
+def test_leaks_are_found(network, keywords, message):
+    channels = network.in_channels
+    with pytest.raises(AssertionError) as caught:
+        assert_causal(network, (channels, 4, 5), **keywords)
+    assert message in str(caught.value)
+
+
+def test_leaks_through_products_with_zero_are_found():
+    """Gradients are 0 there, yet a NaN passes."""
+    weight = torch.randn(2, 1, 3, 3, dtype=torch.float64) * fastelbo.conv_mask2d(2, 1, 3, "A")
+
+    def network(x):
+        return nn.functional.conv2d(x, weight, padding=1)
+
+    assert_causal(network, (1, 4, 5), poison=False)
+    with pytest.raises(AssertionError, match="changes with NaN in row"):
+        assert_causal(network, (1, 4, 5))
+
+
+def test_the_order_of_groups_is_proved():
+    options = {"channel_groups": 3}
+    network = nn.Sequential(
+        MaskedConv2d(3, 6, 3, mask_type="A", **options),
+        MaskedConv2d(6, 6, 1, mask_type="B", group_order="contiguous", **options),
+    )
+    with pytest.raises(AssertionError, match="of group"):
+        assert_causal(network, (3, 3, 4), **options)
+    layer = MaskedConv2d(6, 6, 3, mask_type="B", **options)
+    assert_causal(layer, (6, 3, 4), strict=False, **options)
+    by_colour = PixelCNN(out=6, order="contiguous")  # two logits of R, two of G, two of B
+    assert_causal(
+        by_colour, (3, 3, 4), channel_groups=3, group_order="contiguous", out_channels_per_channel=2, pixels=[(1, 2)]
+    )
