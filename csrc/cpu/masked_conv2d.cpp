@@ -669,14 +669,14 @@ Image image_of(const Tensor& tensor) {
 }
 Image image_of(const std::optional<Tensor>& tensor) { return tensor ? image_of(*tensor) : Image(); }
 
-Tensor allocate(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, ScalarType dtype) {
+Tensor new_tensor(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, ScalarType dtype) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.begin(),
                                                          torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
-Tensor allocate(int64_t size, ScalarType dtype) { return allocate({size}, {1}, dtype); }
+Tensor new_tensor(int64_t size, ScalarType dtype) { return new_tensor({size}, {1}, dtype); }
 
 // As is_channels_last in the op's Python file.
 bool is_channels_last(const Tensor& tensor) {
@@ -687,8 +687,8 @@ bool is_channels_last(const Tensor& tensor) {
 Tensor allocate_image(int64_t n, int64_t channels, const Tensor& like) {
   int64_t rows = like.sizes()[2], columns = like.sizes()[3], image = channels * rows * columns;
   ScalarType dtype = like.scalar_type();
-  if (is_channels_last(like)) return allocate({n, channels, rows, columns}, {image, 1, channels * columns, channels}, dtype);
-  return allocate({n, channels, rows, columns}, {image, rows * columns, columns, 1}, dtype);
+  if (is_channels_last(like)) return new_tensor({n, channels, rows, columns}, {image, 1, channels * columns, channels}, dtype);
+  return new_tensor({n, channels, rows, columns}, {image, rows * columns, columns, 1}, dtype);
 }
 
 Activation parse_activation(const std::string& name) {
@@ -813,7 +813,7 @@ std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::o
   Constants constants(dtype);
   ConvArgs args = arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, constants);
   Tensor y = allocate_image(args.n, args.y_channels, input);
-  Tensor kept = keep ? allocate_image(args.n, args.z_channels, input) : allocate(0, input.scalar_type());
+  Tensor kept = keep ? allocate_image(args.n, args.z_channels, input) : new_tensor(0, input.scalar_type());
   args.y = image_of(y);
   if (keep) args.kept = image_of(kept);
   args.residual = image_of(residual);
@@ -821,7 +821,7 @@ std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::o
   if (cond) args.cond_ndim = int64_t(cond->sizes().size());
   args.bias = image_of(bias);
   args.forward = direction_of(args.mask, args.z_channels, args.in_channels, args.planes, int(constants.block), args.gated(), 1);
-  Tensor packed = allocate(args.forward.weights, dtype);
+  Tensor packed = new_tensor(args.forward.weights, dtype);
   args.packed = packed.data_ptr();
   run_tasks(FASTELBO_CONV_LOOP(conv_pack_forward, dtype), args, args.forward.units());
   run_tasks(FASTELBO_CONV_LOOP(masked_conv2d_fwd, dtype), args, args.units());
@@ -839,12 +839,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   args.d_y = image_of(d_y);
   args.kept = image_of(kept);
   args.d_planes = Planes(args.columns, args.band, args.planes.gap, 0, want_input ? mask.up : 0, constants.slack);
-  Tensor d_input = want_input ? allocate(Shape(input), stored, input) : allocate(0, stored);
-  Tensor d_weight = want_weight ? allocate(Shape(weight), stored, weight) : allocate(0, stored);
-  Tensor d_bias = allocate(want_bias ? args.z_channels : 0, stored);
+  Tensor d_input = want_input ? allocate(Shape(input), stored, input) : new_tensor(0, stored);
+  Tensor d_weight = want_weight ? allocate(Shape(weight), stored, weight) : new_tensor(0, stored);
+  Tensor d_bias = new_tensor(want_bias ? args.z_channels : 0, stored);
   Tensor d_cond = cond_ndim == 4   ? allocate_image(args.n, args.z_channels, input)
-                  : cond_ndim == 2 ? allocate({args.n, args.z_channels}, {args.z_channels, 1}, stored)
-                                   : allocate(0, stored);
+                  : cond_ndim == 2 ? new_tensor({args.n, args.z_channels}, {args.z_channels, 1}, stored)
+                                   : new_tensor(0, stored);
   if (cond_ndim == 4) args.d_cond = image_of(d_cond);
   std::vector<double> sums;
   if (want_bias || cond_ndim == 2) {
@@ -856,7 +856,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   if (want_input) {
     args.d_input = image_of(d_input);
     args.backward = direction_of(mask, args.in_channels, args.z_channels, args.d_planes, int(constants.block), false, -1);
-    d_packed = allocate(args.backward.weights, dtype);
+    d_packed = new_tensor(args.backward.weights, dtype);
     args.d_packed = d_packed->data_ptr();
     run_tasks(FASTELBO_CONV_LOOP(conv_pack_backward, dtype), args, args.backward.units());
   }
@@ -877,7 +877,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
     int64_t blocks = (args.z_channels + constants.lanes - 1) / constants.lanes, share = blocks * args.pairs * constants.lanes;
     int64_t most = std::max<int64_t>(args.n * args.rows * args.columns / kChunkPixels, 4);
     args.chunks = std::min(args.chunks, most);
-    partial = allocate(args.chunks * share, dtype);
+    partial = new_tensor(args.chunks * share, dtype);
     args.partial = count ? partial->data_ptr() : nullptr;
   }
   run_tasks(FASTELBO_CONV_LOOP(masked_conv2d_bwd, dtype), args, args.chunks);

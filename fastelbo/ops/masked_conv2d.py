@@ -289,7 +289,7 @@ def _run(input, weight, bias, cond, residual, options, backend):
     if unbatched:
         input, weight, bias, cond, residual = tensors
         tensors = (input[None], weight, bias, *(t if t is None else t[None] for t in (cond, residual)))
-    backend = backends.choose(input.device, backend, backends.only_reference())
+    backend = backends.choose(input.device, backend, _only_reference(input.device, backend))
     if backend == "reference":
         if autocast:  # its arithmetic is float32, whatever autocast wants convolutions to be
             with torch.autocast(tensors[0].device.type, enabled=False):
@@ -300,6 +300,13 @@ def _run(input, weight, bias, cond, residual, options, backend):
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         y = _MaskedConv2d.apply(*_library.distinct(*tensors), *options, keep, backend)
     return y[0] if unbatched else y
+
+
+def _only_reference(device, backend):
+    """Why a call must run on the reference, or None."""
+    if device.type != "cpu" or (backend or backends.OVERRIDE) in ("triton", "cuda"):
+        return "masked convolutions have kernels for CPUs only so far"
+    return backends.only_reference()
 
 
 def _autocast(input):
