@@ -54,7 +54,7 @@ int merge(std::initializer_list<View*> views, int64_t* size, int begin, int end,
   for (int d = begin; d < end; ++d) {
     if (size[d] == 1) continue;
     bool fits = to > first;
-    for (const View* view : views) fits &= !view->given || view->stride[to - 1] == view->stride[d] * size[d];
+    for (const View* view : views) fits = fits && (!view->given || view->stride[to - 1] == view->stride[d] * size[d]);
     if (fits) {
       size[to - 1] *= size[d];
       for (View* view : views) view->stride[to - 1] = view->stride[d];
