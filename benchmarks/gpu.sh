@@ -209,13 +209,22 @@ verdict=(--unverified)
 if [ -n "$tests" ]; then
     stage "tests that need a GPU" 90 250 "${pytest[@]}" -m "not slow" --maxfail 50 tests/test_gpu.py
     if [ -z "$quick" ]; then
-        stage "tests" 150 230 "${pytest[@]}" -m "not slow" "${workers[@]}" --ignore tests/test_gpu.py \
-            --junitxml "$scratch/tests.xml" tests
+        ops=() others=()
+        for file in tests/test_*.py; do
+            if [ -f "fastelbo/ops/${file#tests/test_}" ]; then
+                ops+=("$file")
+            elif [ "$file" != tests/test_gpu.py ]; then
+                others+=("$file")
+            fi
+        done
+        stage "tests of the ops" 120 240 "${pytest[@]}" -m "not slow" "${workers[@]}" --junitxml "$scratch/tests.xml" \
+            "${ops[@]}"
         status=$?
         # after an interruption nobody knows which tests would have failed: the rows say unverified
         if [ $status -le 1 ] && [ -f "$scratch/tests.xml" ]; then
             verdict=(--verdict "$scratch/tests.xml")
         fi
+        stage "other tests" 120 230 "${pytest[@]}" -m "not slow" "${workers[@]}" "${others[@]}"
     fi
 fi
 
