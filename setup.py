@@ -159,7 +159,8 @@ class BuildLibraries(build_ext):
         stub.write_text("")
         self.spawn([*nvcc, "-shared", "-cudart=none", f"-Xlinker=-soname={name}", str(stub), "-o", str(folder / name)])
         objects = self.in_parallel(compile_one, extension.sources)
-        libraries = [f"-L{TORCH / 'lib'}", "-Xlinker=--no-as-needed", str(folder / name), "-ltorch_cpu", "-lc10"]
+        # as -l options, which nvcc leaves behind --no-as-needed, where it moves files ahead of it
+        libraries = ["-Xlinker=--no-as-needed", f"-L{folder}", "-ltorch_cuda", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
         self.spawn([*nvcc, "-shared", "-cudart=static", *objects, *libraries, "-o", str(library)])
 
     def in_parallel(self, function, items):

@@ -101,10 +101,10 @@ def test_packed_kernels_read_and_write_16_bytes_at_a_time(code):
         if "Packed" not in name:
             continue
         loads = [text for _, text in instructions if "LDG" in text]
-        # those of 4 or 2 bytes are repeated values, that of 8 is the seed
+        # those of 4 or 2 bytes are repeated values (sm_100 reads them ahead, too), that of 8 is the seed
         assert len([text for text in loads if ".128" in text]) >= 2, name
         narrow = [text for text in loads if ".128" not in text]
-        assert len(narrow) <= 2, f"{name}: {narrow}"
+        assert len(narrow) <= 3, f"{name}: {narrow}"
         stores = [text for _, text in instructions if "STG" in text]
         assert "kl_fwd" in name or "log_prob" in name or all(".128" in text for text in stores), name
 
@@ -118,11 +118,15 @@ def executed(instructions):
     ]
     start, end = max(((to, at) for at, to, _ in branches if to < at), key=lambda loop: loop[1] - loop[0])
     loop = [(at, text) for at, text in instructions if start <= at <= end]
+
+    def conditional(text):
+        return text.startswith("@") or text.startswith("BRA.U")
+
     # Given noise and elementwise terms are read and written in stretches that end with an unconditional jump ahead.
     skipped = set()
     for at, to, text in branches:
-        if start <= at <= end and to > at and not text.startswith("@"):
-            entry = max(b for b, t, code in branches if b < at and code.startswith("@") and at < t <= to)
+        if start <= at <= end and to > at and not conditional(text):
+            entry = max(b for b, t, code in branches if b < at and conditional(code) and at < t <= to)
             stretch = [text for a, text in loop if entry < a <= at]
             assert any(name in text for text in stretch for name in ("LDG", "STG")), stretch
             assert not any("MUFU" in text for text in stretch), stretch

@@ -425,16 +425,14 @@ def _bwd_fake(
 ):
     n, _, rows, columns = input.shape
     channels = weight.shape[0]
-    none = input.new_empty((0,))
-    d_cond = none
-    if cond_ndim == 2:
-        d_cond = input.new_empty((n, channels))
-    elif cond_ndim == 4:
+    if cond_ndim == 4:
         d_cond = _empty_image((n, channels, rows, columns), input)
+    else:
+        d_cond = input.new_empty((n, channels) if cond_ndim else (0,))
     return (
-        torch.empty_like(input) if want_input else none,
-        torch.empty_like(weight) if want_weight else none,
-        input.new_empty((channels,)) if want_bias else none,
+        torch.empty_like(input) if want_input else input.new_empty((0,)),
+        torch.empty_like(weight) if want_weight else input.new_empty((0,)),
+        input.new_empty((channels if want_bias else 0,)),
         d_cond,
     )
 
