@@ -160,7 +160,8 @@ class BuildLibraries(build_ext):
         self.spawn([*nvcc, "-shared", "-cudart=none", f"-Xlinker=-soname={name}", str(stub), "-o", str(folder / name)])
         objects = self.in_parallel(compile_one, extension.sources)
         # as -l options, which nvcc leaves behind --no-as-needed, where it moves files ahead of it
-        libraries = ["-Xlinker=--no-as-needed", f"-L{folder}", "-ltorch_cuda", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+        libraries = ["-Xlinker=--no-as-needed", f"-L{folder}", "-ltorch_cuda"]
+        libraries += [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
         self.spawn([*nvcc, "-shared", "-cudart=static", *objects, *libraries, "-o", str(library)])
 
     def in_parallel(self, function, items):

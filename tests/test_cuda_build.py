@@ -101,10 +101,10 @@ def test_packed_kernels_read_and_write_16_bytes_at_a_time(code):
         if "Packed" not in name:
             continue
         loads = [text for _, text in instructions if "LDG" in text]
-        # those of 4 or 2 bytes are repeated values (sm_100 reads them ahead, too), that of 8 is the seed
+        # those of 4 or 2 bytes are repeated values, that of 8 is the seed; several branches may read the same address
         assert len([text for text in loads if ".128" in text]) >= 2, name
-        narrow = [text for text in loads if ".128" not in text]
-        assert len(narrow) <= 3, f"{name}: {narrow}"
+        narrow = {text.split("[")[-1] for text in loads if ".128" not in text}
+        assert len(narrow) <= 2, f"{name}: {narrow}"
         stores = [text for _, text in instructions if "STG" in text]
         assert "kl_fwd" in name or "log_prob" in name or all(".128" in text for text in stores), name
 
@@ -134,6 +134,8 @@ def executed(instructions):
     return len(loop) - len(skipped)
 
 
+# For sm_100 the compiler peels the loop over samples, which executed() does not follow.
+@pytest.mark.parametrize("code", ["sm_80", "sm_90"], indirect=True)
 @pytest.mark.parametrize(("dtype", "format", "width"), [("f32", 0, 4), ("bf16", 2, 8)])
 def test_instructions_of_a_sample_and_its_kl(code, dtype, format, width):
     pattern = rf"gaussian_rsample_kl_fwd_kernel.*PackedILNS_6FormatE{format}ELb0.*PriorE0"
