@@ -77,3 +77,21 @@ def test_gradients_within_the_budget_of_plain_torch(backend, dtype):
         ("d_mean", "d_s"), run(dtype, True), run(torch.float64, False), run(dtype, False), strict=True
     ):
         assert_within_budget(*three, name=name)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 31, 257, 100_000])
+@pytest.mark.parametrize("start", [0, 1], ids=["aligned", "one-off"])
+def test_rows_of_any_length_from_any_address(backend, columns, start):
+    """Views that start one element into their memory, so that wide loads cannot read them."""
+    rows = 2 if columns > 1000 else 6
+    inputs = [
+        torch.cat([tensor.new_zeros(start), tensor.flatten()])[start:].reshape(rows, columns).requires_grad_()
+        for tensor in gaussian((rows, columns))
+    ]
+    results = []
+    for name in (backend, "reference"):
+        z, kl = fastelbo.gaussian_rsample_kl(*inputs, seed=3, noise_offset=5, backend=name)
+        grads = torch.autograd.grad((z, kl), inputs, (torch.ones_like(z), torch.ones_like(kl)))
+        results.append((z, kl, *grads))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
