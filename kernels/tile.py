@@ -85,9 +85,15 @@ def load(operand, window, T: tl.constexpr, VECTOR: tl.constexpr, start=0):
 def store(operand, window, values, VECTOR: tl.constexpr, start=0):
     """Writes a window's elements."""
     pointer, mask = _place(operand, start, window, VECTOR)
-    if _INTERPRETED and operand[0].dtype.element_ty == tl.bfloat16:
+    put(pointer, values, mask & window[1] & window[4])
+
+
+@triton.jit
+def put(pointer, values, mask):
+    """Writes values in the type that the pointers have."""
+    if _INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
         values = _round_to_bfloat16(values)
-    tl.store(pointer, values.to(operand[0].dtype.element_ty), mask=mask & window[1] & window[4])
+    tl.store(pointer, values.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ ACTIVATIONS = [None, "relu", "elu", "tanh_sigmoid", "glu"]
 GROUPS = [(1, "interleaved"), (2, "contiguous"), (3, "interleaved"), (3, "contiguous")]
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["reference", "cpu", "triton"])
 def conv_backend(request):
     """The backends that have convolutions."""
     assert fastelbo.backends.usable(request.param) is None

@@ -1,0 +1,569 @@
+"""Masked convolutions in Triton: implicit GEMMs over the live taps only.
+
+Whatever the mask or the stack, the live taps are the first of the kernel in raster order, so that a tap is a number
+below TAPS, and none is looked up or multiplied by zero. Only channel groups, at the tap of the pixel itself, are live
+for some pairs of channels and not for others: that tap then follows the others, one group at a time.
+
+A program owns a tile of M pixels and N output channels (under a gate, as many of each half), and walks K = (tap,
+channel) in steps: steps of one tap's channels, or, for a first layer of few channels, of taps and channels together
+(FLAT). The input gradient is the same walk with the taps pointing the other way; the weight gradient walks the pixels.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+import triton
+import triton.language as tl
+
+from fastelbo import _library
+from fastelbo.kernels import elementary, plan, tile, tune
+from fastelbo.reference.masked_conv2d import activate, channel_groups_of
+
+_INTERPRETED: tl.constexpr = tl.constexpr(_library.INTERPRETED)
+_GATES = ("tanh_sigmoid", "glu")
+
+# Programs that share a weight gradient, and the fewest pixels worth one. Of no GPU in particular: the sums, and so
+# their rounding, are the same on all.
+_WEIGHT_PROGRAMS = 512
+_LEAST_PIXELS = 512
+_REDUCE = 1024  # elements of a program that adds up shares of a weight gradient
+_CHUNK = 2048  # pixels of a program that sums a gradient over an image
+
+
+class Taps(NamedTuple):
+    """Where a kernel's live taps lie, as constants of a Triton kernel."""
+
+    COLUMNS: int  # of the kernel
+    UP: int  # rows above the pixel itself
+    LEFT: int  # columns left of it
+    TAPS: int  # live for every pair of channels, the first in raster order
+    GROUPS: int  # 1: no further tap; else that of the pixel itself is live for some pairs
+    INTERLEAVED: bool
+    STRICT: bool  # mask A: a channel must be of a lesser group, not of the same
+
+
+def taps_of(weight, mask_type, stack, groups, order) -> Taps:
+    """The live taps of a weight."""
+    rows, columns = weight.shape[2:]
+    up = rows // 2 if stack == "square" else rows - 1
+    left = columns - 1 if stack == "horizontal" else columns // 2
+    if stack == "vertical":
+        return Taps(columns, up, left, (up + (mask_type == "B")) * columns, 1, True, False)
+    taps = up * columns + left + (mask_type == "B" and groups == 1)
+    return Taps(columns, up, left, taps, groups, order == "interleaved", mask_type == "A")
+
+
+@triton.jit
+def _pixels(first, images, rows, columns, SIZE: tl.constexpr):
+    """Image (int64), row and column of SIZE pixels from `first` (int64) on, and which of them exist."""
+    image = rows * columns
+    start = first // image
+    place = (first - start * image).to(tl.int32) + tl.arange(0, SIZE)
+    n = start + place // image
+    place = place % image
+    return n, place // columns, place % columns, n < images
+
+
+@triton.jit
+def _at(strides, n, row, column):
+    """Memory offsets of pixels; strides: of an image, a channel, a row and a column."""
+    return n.to(tl.int64) * strides[0] + row.to(tl.int64) * strides[2] + column.to(tl.int64) * strides[3]
+
+
+@triton.jit
+def _group(c, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The group of a channel of CHANNELS in all, or in each half."""
+    if INTERLEAVED:
+        return c % CHANNELS % GROUPS
+    else:
+        return c % CHANNELS * GROUPS // CHANNELS
+
+
+@triton.jit
+def _dot(a, b, total, PRECISION: tl.constexpr):
+    if _INTERPRETED:  # which multiplies bfloat16 as if it were integers
+        return tl.dot(a.to(total.dtype), b.to(total.dtype), total, input_precision="ieee", out_dtype=total.dtype)
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
+
+
+@triton.jit
+def _load(pointer, strides, n, row, column, channel, mask, T: tl.constexpr):
+    """Pixels [M] of channels [1, N] of an image, in the type T."""
+    place = _at(strides, n, row, column)[:, None] + channel * strides[1]
+    return tl.load(pointer + place, mask=mask, other=0).to(T)
+
+
+@triton.jit
+def _store(pointer, strides, n, row, column, channel, values, mask):
+    """Writes pixels [M] of channels [1, N] of an image."""
+    tile.put(pointer + _at(strides, n, row, column)[:, None] + channel * strides[1], values, mask)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + elementary.exp(-x))
+
+
+@triton.jit
+def _convolve(
+    x, x_strides, weight, weight_strides, n, row, column, valid, out, wanted, rows, columns, dilation,
+    SIGN: tl.constexpr, INPUTS: tl.constexpr, INPUT_HALF: tl.constexpr, OUTPUT_HALF: tl.constexpr,
+    KERNEL: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """The sums over live taps and input channels: [M, N].
+
+    weight_strides: of an output, an input, a row and a column. A half is all channels where no gate halves them.
+    """
+    COLUMNS: tl.constexpr = KERNEL[0]
+    UP: tl.constexpr = KERNEL[1]
+    LEFT: tl.constexpr = KERNEL[2]
+    TAPS: tl.constexpr = KERNEL[3]
+    GROUPS: tl.constexpr = KERNEL[4]
+    INTERLEAVED: tl.constexpr = KERNEL[5]
+    STRICT: tl.constexpr = KERNEL[6]
+    BLOCKS: tl.constexpr = (INPUTS + K - 1) // K  # of a tap's channels
+    STEPS: tl.constexpr = (TAPS * INPUTS + K - 1) // K if FLAT else TAPS * BLOCKS
+    pixel = x + _at(x_strides, n, row, column)[:, None]
+    to = weight + (out.to(tl.int64) * weight_strides[0])[None, :]
+    total = tl.zeros([M, N], T)
+    for step in range(STEPS):
+        if FLAT:
+            k = step * K + tl.arange(0, K)
+            c = k % INPUTS
+            live = k < TAPS * INPUTS
+            tap = (k // INPUTS)[None, :]
+            weight_tap = (k // INPUTS)[:, None]
+        else:
+            c = step % BLOCKS * K + tl.arange(0, K)
+            live = c < INPUTS
+            tap = step // BLOCKS
+            weight_tap = tap
+        down = (tap // COLUMNS - UP) * (dilation * SIGN)
+        right = (tap % COLUMNS - LEFT) * (dilation * SIGN)
+        r = row[:, None] + down
+        s = column[:, None] + right
+        inside = valid[:, None] & (r >= 0) & (r < rows) & (s >= 0) & (s < columns) & live[None, :]
+        away = tl.cast(down, tl.int64) * x_strides[2] + tl.cast(right, tl.int64) * x_strides[3]
+        a = tl.load(pixel + away + (c.to(tl.int64) * x_strides[1])[None, :], mask=inside, other=0)
+        place = tl.cast(weight_tap // COLUMNS, tl.int64) * weight_strides[2]
+        place += tl.cast(weight_tap % COLUMNS, tl.int64) * weight_strides[3]
+        b = tl.load(
+            to + place + (c.to(tl.int64) * weight_strides[1])[:, None], mask=live[:, None] & wanted[None, :], other=0
+        )
+        total = _dot(a, b, total, PRECISION)
+    if GROUPS > 1:
+        own = _group(out, OUTPUT_HALF, GROUPS, INTERLEAVED)
+        to += UP * weight_strides[2] + LEFT * weight_strides[3]
+        for group in tl.static_range(GROUPS):
+            if SIGN > 0:
+                reads = (group < own) if STRICT else (group <= own)
+            else:
+                reads = (own < group) if STRICT else (own <= group)
+            part = tl.zeros([M, N], T)
+            for block in range(BLOCKS):
+                c = block * K + tl.arange(0, K)
+                live = (c < INPUTS) & (_group(c, INPUT_HALF, GROUPS, INTERLEAVED) == group)
+                offset = c.to(tl.int64)
+                a = tl.load(pixel + (offset * x_strides[1])[None, :], mask=valid[:, None] & live[None, :], other=0)
+                b = tl.load(
+                    to + (offset * weight_strides[1])[:, None], mask=live[:, None] & (wanted & reads)[None, :], other=0
+                )
+                part = _dot(a, b, part, PRECISION)
+            total = tl.where(reads[None, :], total + part, total)  # no product: what it does not read may be NaN
+    return total
+
+
+@triton.jit(do_not_specialize=["images", "rows", "columns", "dilation"])
+def _fwd(
+    x, x_strides, weight, weight_strides, bias, bias_stride, cond, cond_strides, residual, residual_strides,
+    y, y_strides, kept, kept_strides,  # images, whose strides are those of an image, a channel, a row and a column
+    images, rows, columns, dilation,
+    SIGN: tl.constexpr, INPUTS: tl.constexpr, INPUT_HALF: tl.constexpr, OUTPUTS: tl.constexpr,
+    ACTIVATION: tl.constexpr, KERNEL: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """y [images, OUTPUTS, rows, columns] = f(convolution + bias + cond) + residual. SIGN -1: the input gradient."""
+    GATED: tl.constexpr = ACTIVATION == "tanh_sigmoid" or ACTIVATION == "glu"
+    WIDTH: tl.constexpr = N // 2 if GATED else N  # of the tile of y
+    BLOCKS: tl.constexpr = (OUTPUTS + WIDTH - 1) // WIDTH
+    program = tl.program_id(0)
+    n, row, column, valid = _pixels((program // BLOCKS).to(tl.int64) * M, images, rows, columns, M)
+    first = program % BLOCKS * WIDTH
+    lane = tl.arange(0, N)
+    if GATED:  # side by side, what the gate joins: a thread has both
+        within = first + lane // 2
+        out = within + lane % 2 * OUTPUTS
+    else:
+        within = first + lane
+        out = within
+    wanted = within < OUTPUTS
+    z = _convolve(
+        x, x_strides, weight, weight_strides, n, row, column, valid, out, wanted, rows, columns, dilation,
+        SIGN, INPUTS, INPUT_HALF, OUTPUTS, KERNEL, T, PRECISION, FLAT, M, N, K,
+    )  # fmt: skip
+    mask = valid[:, None] & wanted[None, :]
+    channel = out.to(tl.int64)[None, :]
+    if bias is not None:
+        z += tl.load(bias + channel * bias_stride, mask=wanted[None, :], other=0).to(T)
+    if cond is not None:
+        z += _load(cond, cond_strides, n, row, column, channel, mask, T)
+    if GATED and kept is not None:
+        _store(kept, kept_strides, n, row, column, channel, z, mask)
+    if GATED:
+        a, b = tl.split(tl.reshape(z, [M, WIDTH, 2]))
+        if ACTIVATION == "tanh_sigmoid":
+            a = elementary.tanh(a)
+        z = a * _sigmoid(b)
+        channel = (first + tl.arange(0, WIDTH)).to(tl.int64)[None, :]
+        mask = valid[:, None] & (channel < OUTPUTS)
+    elif ACTIVATION == "relu":
+        z = elementary.at_least(z, 0.0)
+    elif ACTIVATION == "elu":
+        z = tl.where(z > 0, z, elementary.expm1_parts(elementary.at_most(z, 0.0))[0])
+    if not GATED and kept is not None:
+        _store(kept, kept_strides, n, row, column, channel, z, mask)
+    if residual is not None:
+        z += _load(residual, residual_strides, n, row, column, channel, mask, T)
+    _store(y, y_strides, n, row, column, channel, z, mask)
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "chunks"])
+def _before_activation(
+    d_y, d_y_strides, kept, kept_strides, d_z, d_z_strides, sums,  # sums: [images, chunks, channels of z]
+    rows, columns, chunks,
+    OUTPUTS: tl.constexpr, ACTIVATION: tl.constexpr, T: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """The gradient before the activation, and its sums over M * STEPS pixels of an image. OUTPUTS: channels of y."""
+    GATED: tl.constexpr = ACTIVATION == "tanh_sigmoid" or ACTIVATION == "glu"
+    BLOCKS: tl.constexpr = (OUTPUTS + N - 1) // N
+    program = tl.program_id(0)
+    n = (program // BLOCKS // chunks).to(tl.int64)
+    chunk = program // BLOCKS % chunks
+    channel = program % BLOCKS * N + tl.arange(0, N)
+    wanted = channel < OUTPUTS
+    total = tl.zeros([N], T)
+    other = total
+    for step in range(STEPS):
+        place = (chunk * STEPS + step) * M + tl.arange(0, M)
+        row, column = place // columns, place % columns
+        mask = (row < rows)[:, None] & wanted[None, :]
+        c = channel.to(tl.int64)[None, :]
+        d = _load(d_y, d_y_strides, n, row, column, c, mask, T)
+        if GATED:
+            a = _load(kept, kept_strides, n, row, column, c, mask, T)
+            gate = _sigmoid(_load(kept, kept_strides, n, row, column, c + OUTPUTS, mask, T))
+            if ACTIVATION == "tanh_sigmoid":
+                a = elementary.tanh(a)
+                first = d * gate * (1.0 - a * a)
+            else:
+                first = d * gate
+            second = d * a * gate * (1.0 - gate)
+            other += tl.sum(second, axis=0)
+            if d_z is not None:
+                _store(d_z, d_z_strides, n, row, column, c + OUTPUTS, second, mask)
+        elif ACTIVATION == "relu":
+            first = tl.where(_load(kept, kept_strides, n, row, column, c, mask, T) > 0, d, 0.0)
+        elif ACTIVATION == "elu":
+            activated = _load(kept, kept_strides, n, row, column, c, mask, T)
+            first = tl.where(activated > 0, d, d * (activated + 1.0))
+        else:
+            first = d
+        total += tl.sum(first, axis=0)
+        if d_z is not None:
+            _store(d_z, d_z_strides, n, row, column, c, first, mask)
+    if sums is not None:
+        to = sums + (n * chunks + chunk) * (2 * OUTPUTS if GATED else OUTPUTS) + channel
+        tl.store(to, total, mask=wanted)
+        if GATED:
+            tl.store(to + OUTPUTS, other, mask=wanted)
+
+
+@triton.jit(do_not_specialize=["images", "rows", "columns", "dilation", "steps"])
+def _weight_gradient(
+    d_z, d_z_strides, x, x_strides, shares,  # shares: [splits, channels of z, taps, INPUTS]
+    images, rows, columns, dilation, steps,  # steps: blocks of K pixels to a split
+    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, KERNEL: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
+    FLAT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """A split's share of the weight gradient: M output channels and N inputs of one tap, or N pairs (tap, input)."""
+    COLUMNS: tl.constexpr = KERNEL[0]
+    UP: tl.constexpr = KERNEL[1]
+    LEFT: tl.constexpr = KERNEL[2]
+    TAPS: tl.constexpr = KERNEL[3] + (KERNEL[4] > 1)  # that of the pixel itself, with its dead pairs: _add_shares drops them
+    OUT_BLOCKS: tl.constexpr = (OUTPUTS + M - 1) // M
+    IN_BLOCKS: tl.constexpr = (INPUTS + N - 1) // N
+    TILES: tl.constexpr = OUT_BLOCKS * ((TAPS * INPUTS + N - 1) // N if FLAT else TAPS * IN_BLOCKS)
+    program = tl.program_id(0)
+    split = (program // TILES).to(tl.int64)
+    block = program % TILES // OUT_BLOCKS
+    out = program % OUT_BLOCKS * M + tl.arange(0, M)
+    if FLAT:
+        k = block * N + tl.arange(0, N)
+        c = k % INPUTS
+        live = k < TAPS * INPUTS
+        tap = (k // INPUTS)[None, :]
+    else:
+        c = block % IN_BLOCKS * N + tl.arange(0, N)
+        live = c < INPUTS
+        tap = block // IN_BLOCKS
+        k = tap * INPUTS + c
+    down = (tap // COLUMNS - UP) * dilation
+    right = (tap % COLUMNS - LEFT) * dilation
+    away = tl.cast(down, tl.int64) * x_strides[2] + tl.cast(right, tl.int64) * x_strides[3]
+    from_x = x + away + (c.to(tl.int64) * x_strides[1])[None, :]
+    from_d = d_z + (out.to(tl.int64) * d_z_strides[1])[:, None]
+    total = tl.zeros([M, N], T)
+    for step in range(steps):
+        n, row, column, valid = _pixels((split * steps + step) * K, images, rows, columns, K)
+        r = row[:, None] + down
+        s = column[:, None] + right
+        inside = valid[:, None] & (r >= 0) & (r < rows) & (s >= 0) & (s < columns) & live[None, :]
+        b = tl.load(from_x + _at(x_strides, n, row, column)[:, None], mask=inside, other=0)
+        a = tl.load(
+            from_d + _at(d_z_strides, n, row, column)[None, :], mask=valid[None, :] & (out < OUTPUTS)[:, None], other=0
+        )
+        total = _dot(a, b, total, PRECISION)
+    to = shares + ((split * OUTPUTS + out) * (TAPS * INPUTS))[:, None] + k[None, :]
+    tl.store(to, total, mask=(out < OUTPUTS)[:, None] & live[None, :])
+
+
+@triton.jit(do_not_specialize=["splits", "count", "rows"])
+def _add_shares(
+    shares, d_weight, d_weight_strides, splits, count, rows,  # count: elements of the weight
+    INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, OUTPUT_HALF: tl.constexpr, KERNEL: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """The weight gradient: the sum of all shares, in order, and exactly 0 at dead taps."""
+    COLUMNS: tl.constexpr = KERNEL[0]
+    TAPS: tl.constexpr = KERNEL[3] + (KERNEL[4] > 1)
+    index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    column = index % COLUMNS
+    row = index // COLUMNS % rows
+    c = index // COLUMNS // rows % INPUTS
+    out = index // COLUMNS // rows // INPUTS
+    tap = row * COLUMNS + column
+    live = (index < count) & (tap < TAPS)
+    if KERNEL[4] > 1:
+        read = _group(c, INPUTS, KERNEL[4], KERNEL[5])
+        own = _group(out, OUTPUT_HALF, KERNEL[4], KERNEL[5])
+        live = live & ((tap < KERNEL[3]) | ((read < own) if KERNEL[6] else (read <= own)))
+    place = (out * TAPS + tap) * INPUTS + c
+    total = tl.zeros([SIZE], shares.dtype.element_ty)
+    for split in range(splits):
+        total += tl.load(shares + tl.cast(split, tl.int64) * (OUTPUTS * TAPS * INPUTS) + place, mask=live, other=0)
+    to = d_weight + out * d_weight_strides[0] + c * d_weight_strides[1]
+    tile.put(to + row * d_weight_strides[2] + column * d_weight_strides[3], total, index < count)
+
+
+class Tiles(NamedTuple):
+    """How programs cut their work."""
+
+    M: int
+    N: int
+    K: int
+    FLAT: bool
+    num_warps: int = 4  # with eight, loops over taps and channels at once have been compiled to wrong code
+    num_stages: int = 3
+
+
+def _power_of_two(count, least, most):
+    return max(least, min(most, triton.next_power_of_2(count)))
+
+
+def _tiles(dtype, precision, inputs, outputs, taps) -> "tuple[Tiles, ...]":
+    """Tiles of the convolution for so many channels of x and of z, the default first."""
+    flat = inputs < 16
+    k = _power_of_two(taps * inputs if flat else inputs, 16, 32 if flat or dtype == torch.float32 else 64)
+    if dtype == torch.float64:
+        return (Tiles(32, 32, 16, flat, num_stages=2),)
+    if dtype == torch.float32 and precision == "ieee":  # no tensor cores: operands and sums share the registers
+        return (Tiles(64, _power_of_two(outputs, 16, 64), 16, flat, num_stages=2),)
+    found = [Tiles(m, _power_of_two(outputs, 16, n), k, flat) for m, n in ((128, 128), (64, 128), (128, 64), (64, 64))]
+    return tuple(dict.fromkeys(found))
+
+
+def _weight_tiles(dtype, precision, inputs, outputs, taps) -> "tuple[Tiles, ...]":
+    """Tiles of the weight gradient, the default first."""
+    flat = inputs < 16
+    if dtype == torch.float64:
+        return (Tiles(32, 32, 16, flat, num_stages=2),)
+    k = 32 if dtype == torch.float32 else 64
+    sizes = ((64, 64),) if precision == "ieee" and dtype == torch.float32 else ((64, 64), (128, 64), (64, 128))
+    n = taps * inputs if flat else inputs
+    found = [Tiles(_power_of_two(outputs, 16, a), _power_of_two(n, 16, b), k, flat) for a, b in sizes]
+    return tuple(dict.fromkeys(found))
+
+
+def _precision(dtype):
+    """How float32 is multiplied: as torch's own convolutions, which by default round operands to TF32."""
+    tf32 = dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if tf32 and not _library.INTERPRETED else "ieee"
+
+
+def _image(tensor):
+    """What kernels take of an image, or of one value for a whole image."""
+    if tensor is None:
+        return None, (0, 0, 0, 0)
+    return tensor, (*tensor.stride(), *(0,) * (4 - tensor.dim()))
+
+
+def _convolve_tiled(x, weight, weight_strides, bias, cond, residual, y, kept, dilation, sign, halves, activation, taps, exact):
+    """Launches _fwd; halves: of x's channels and of z's, 2 where a gate halves them."""
+    images, outputs, rows, columns = y.shape
+    inputs, dtype = x.shape[1], x.dtype
+    precision = _precision(dtype)
+
+    def run(tiles):
+        width = tiles.N // halves[1]
+        blocks = triton.cdiv(outputs, width)
+        options = tiles._asdict()
+        _fwd[(triton.cdiv(images * rows * columns, tiles.M) * blocks,)](
+            *_image(x), weight, weight_strides, bias, 0 if bias is None else bias.stride(0),
+            *_image(cond), *_image(residual), *_image(y), *_image(kept),
+            images, rows, columns, dilation,
+            SIGN=sign, INPUTS=inputs, INPUT_HALF=inputs // halves[0], OUTPUTS=outputs, ACTIVATION=activation,
+            KERNEL=taps, T=plan.TYPES[_library.arithmetic(x)], PRECISION=precision, **options, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    tiles = _tiles(dtype, precision, inputs, outputs * halves[1], taps.TAPS)
+    key = ("convolve", sign, dtype, precision, tuple(x.shape), outputs, activation, taps, dilation, x.stride(1) == 1)
+    run(tune.choose(key, tiles, run, y, exact))
+
+
+
+def _gradient_before_activation(d_y, kept, d_z, activation, summed):
+    """Fills d_z, where wanted; its sums over each chunk of an image, [images, chunks, channels of z], where wanted."""
+    if d_z is None and not summed:
+        return None
+    images, outputs, rows, columns = d_y.shape
+    dtype = _library.arithmetic(d_y)
+    m, n = 32, _power_of_two(outputs, 1, 32)
+    chunks = triton.cdiv(rows * columns, _CHUNK)
+    channels = outputs * (2 if activation in _GATES else 1)
+    sums = d_y.new_empty((images, chunks, channels), dtype=dtype) if summed else None
+    _before_activation[(triton.cdiv(outputs, n) * images * chunks,)](
+        *_image(d_y), *_image(kept), *_image(d_z), sums,
+        rows, columns, chunks,
+        OUTPUTS=outputs, ACTIVATION=activation, T=plan.TYPES[dtype],
+        M=m, N=n, STEPS=triton.cdiv(min(rows * columns, _CHUNK), m), num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return sums
+
+
+def _weight_gradient_tiled(d_z, x, d_weight, dilation, halves, taps, exact):
+    """Launches _weight_gradient and _add_shares."""
+    images, inputs, rows, columns = x.shape
+    outputs, precision = d_z.shape[1], _precision(x.dtype)
+    live = taps.TAPS + (taps.GROUPS > 1)
+    if live == 0:
+        d_weight.zero_()
+        return
+
+    def run(tiles):
+        per_tap = triton.cdiv(live * inputs, tiles.N) if tiles.FLAT else live * triton.cdiv(inputs, tiles.N)
+        programs = triton.cdiv(outputs, tiles.M) * per_tap
+        pixels = max(_LEAST_PIXELS, triton.cdiv(images * rows * columns * programs, _WEIGHT_PROGRAMS))
+        steps = triton.cdiv(pixels, tiles.K)
+        splits = triton.cdiv(images * rows * columns, steps * tiles.K)
+        shares = x.new_empty((splits, outputs, live, inputs), dtype=_library.arithmetic(x))
+        _weight_gradient[(programs * splits,)](
+            *_image(d_z), *_image(x), shares,
+            images, rows, columns, dilation, steps,
+            INPUTS=inputs, OUTPUTS=outputs, KERNEL=taps, T=plan.TYPES[shares.dtype], PRECISION=precision,
+            **tiles._asdict(), enable_fp_fusion=False,
+        )  # fmt: skip
+        _add_shares[(triton.cdiv(d_weight.numel(), _REDUCE),)](
+            shares, d_weight, d_weight.stride(), splits, d_weight.numel(), d_weight.shape[2],
+            INPUTS=inputs, OUTPUTS=outputs, OUTPUT_HALF=outputs // halves, KERNEL=taps, SIZE=_REDUCE,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    tiles = _weight_tiles(x.dtype, precision, inputs, outputs, live)
+    key = ("weight", x.dtype, precision, tuple(x.shape), outputs, taps, dilation, x.stride(1) == 1)
+    run(tune.choose(key, tiles, run, d_weight, exact))
+
+
+def _plain(x, weight, taps, dilation, halves):
+    """The convolution alone by torch: what a tile must compute before it may be chosen for its speed."""
+    rows, columns = weight.shape[2:]
+    tap = torch.arange(rows * columns, device=x.device).reshape(rows, columns)
+    live = (tap < taps.TAPS).expand(weight.shape)
+    if taps.GROUPS > 1:
+        order = "interleaved" if taps.INTERLEAVED else "contiguous"
+        own, read = (
+            torch.tensor(channel_groups_of(channels, taps.GROUPS, order, gated), device=x.device)
+            for channels, gated in ((weight.shape[0], halves == 2), (weight.shape[1], False))
+        )
+        pairs = read < own[:, None] if taps.STRICT else read <= own[:, None]
+        live = live | (pairs[:, :, None, None] & (tap == taps.TAPS))
+    x = F.pad(x, [dilation * size for size in (taps.LEFT, columns - 1 - taps.LEFT, taps.UP, rows - 1 - taps.UP)])
+    return F.conv2d(x, weight.masked_fill(~live, 0), dilation=dilation)
+
+
+def masked_conv2d_fwd(
+    results, input, weight, bias, cond, residual, mask_type, stack, dilation, channel_groups, group_order, activation, keep
+):  # fmt: skip
+    """Fills y and kept; the arguments of the op's schema."""
+    y, kept = results
+    if y.numel() == 0:
+        return
+    taps = taps_of(weight, mask_type, stack, channel_groups, group_order)
+    halves = 2 if activation in _GATES else 1
+
+    def exact():
+        z = _plain(input, weight, taps, dilation, halves)
+        z = z if bias is None else z + bias[:, None, None]
+        z = z if cond is None else z + cond.reshape(*cond.shape, *[1] * (4 - cond.dim()))
+        found = activate(z, activation or None)
+        return found if residual is None else found + residual
+
+    _convolve_tiled(
+        input, weight, weight.stride(), bias, cond, residual, y, kept if keep else None, dilation, 1, (1, halves),
+        activation, taps, exact,
+    )  # fmt: skip
+
+
+def masked_conv2d_bwd(
+    results, d_y, input, weight, kept, mask_type, stack, dilation, channel_groups, group_order, activation,
+    want_input, want_weight, want_bias, cond_ndim,
+):  # fmt: skip
+    """Fills d_input, d_weight, d_bias and d_cond; the arguments of the op's schema."""
+    d_input, d_weight, d_bias, d_cond = results
+    if d_y.numel() == 0:
+        for gradient in results:
+            gradient.zero_()
+        return
+    taps = taps_of(weight, mask_type, stack, channel_groups, group_order)
+    halves = 2 if activation in _GATES else 1
+    if cond_ndim == 4:
+        d_z = d_cond
+    elif activation and (want_input or want_weight):
+        shape = input.shape[0], weight.shape[0], *input.shape[2:]
+        d_z = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+    else:
+        d_z = None if activation else d_y
+    summed = want_bias or cond_ndim == 2
+    sums = _gradient_before_activation(d_y, kept, None if d_z is d_y else d_z, activation, summed)
+    if want_bias:
+        d_bias.copy_(sums.sum((0, 1), dtype=torch.float64))
+    if cond_ndim == 2:
+        d_cond.copy_(sums.sum(1, dtype=torch.float64))
+
+    def exact(operand):
+        wanted = [tensor is operand for tensor in (input, weight)]
+        found = _library.reference_gradients(
+            lambda x, w: _plain(x, w, taps, dilation, halves), (input, weight), wanted, (d_z,)
+        )
+        return found[wanted.index(True)]
+
+    if want_input:
+        from_output, from_input, *kernel = weight.stride()
+        _convolve_tiled(
+            d_z, weight, (from_input, from_output, *kernel), None, None, None, d_input, None, dilation, -1, (halves, 1),
+            "", taps, lambda: exact(input),
+        )  # fmt: skip
+    if want_weight:
+        _weight_gradient_tiled(d_z, input, d_weight, dilation, halves, taps, lambda: exact(weight))
