@@ -27,7 +27,8 @@ _GATES = ("tanh_sigmoid", "glu")
 # their rounding, are the same on all.
 _WEIGHT_PROGRAMS = 512
 _LEAST_PIXELS = 512
-_REDUCE = 1024  # elements of a program that adds up shares of a weight gradient
+_FEW = 16  # input channels below which a step takes taps and channels together
+_REDUCE = 512  # elements of a program that adds up shares of a weight gradient
 _CHUNK = 2048  # pixels of a program that sums a gradient over an image
 
 
@@ -108,14 +109,14 @@ def _sigmoid(x):
 
 @triton.jit
 def _convolve(
-    x, x_strides, weight, weight_strides, n, row, column, valid, out, wanted, rows, columns, dilation,
+    x, x_strides, weight, n, row, column, valid, out, wanted, rows, columns, dilation,
     SIGN: tl.constexpr, INPUTS: tl.constexpr, INPUT_HALF: tl.constexpr, OUTPUT_HALF: tl.constexpr,
-    KERNEL: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
+    KERNEL: tl.constexpr, KERNEL_ROWS: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """The sums over live taps and input channels: [M, N].
 
-    weight_strides: of an output, an input, a row and a column. A half is all channels where no gate halves them.
+    weight: [outputs, taps, INPUTS], contiguous. A half is all channels where no gate halves them.
     """
     COLUMNS: tl.constexpr = KERNEL[0]
     UP: tl.constexpr = KERNEL[1]
@@ -127,7 +128,7 @@ def _convolve(
     BLOCKS: tl.constexpr = (INPUTS + K - 1) // K  # of a tap's channels
     STEPS: tl.constexpr = (TAPS * INPUTS + K - 1) // K if FLAT else TAPS * BLOCKS
     pixel = x + _at(x_strides, n, row, column)[:, None]
-    to = weight + (out.to(tl.int64) * weight_strides[0])[None, :]
+    to = weight + (out.to(tl.int64) * (KERNEL_ROWS * COLUMNS * INPUTS))[None, :]
     total = tl.zeros([M, N], T)
     for step in range(STEPS):
         if FLAT:
@@ -135,55 +136,61 @@ def _convolve(
             c = k % INPUTS
             live = k < TAPS * INPUTS
             tap = (k // INPUTS)[None, :]
-            weight_tap = (k // INPUTS)[:, None]
         else:
             c = step % BLOCKS * K + tl.arange(0, K)
             live = c < INPUTS
             tap = step // BLOCKS
-            weight_tap = tap
+            k = tap * INPUTS + c
         down = (tap // COLUMNS - UP) * (dilation * SIGN)
         right = (tap % COLUMNS - LEFT) * (dilation * SIGN)
         r = row[:, None] + down
         s = column[:, None] + right
         inside = valid[:, None] & (r >= 0) & (r < rows) & (s >= 0) & (s < columns) & live[None, :]
         away = tl.cast(down, tl.int64) * x_strides[2] + tl.cast(right, tl.int64) * x_strides[3]
-        a = tl.load(pixel + away + (c.to(tl.int64) * x_strides[1])[None, :], mask=inside, other=0)
-        place = tl.cast(weight_tap // COLUMNS, tl.int64) * weight_strides[2]
-        place += tl.cast(weight_tap % COLUMNS, tl.int64) * weight_strides[3]
-        b = tl.load(
-            to + place + (c.to(tl.int64) * weight_strides[1])[:, None], mask=live[:, None] & wanted[None, :], other=0
-        )
+        a = tl.load(pixel + (away + (c.to(tl.int64) * x_strides[1])[None, :]), mask=inside, other=0)
+        b = tl.load(to + k[:, None], mask=live[:, None] & wanted[None, :], other=0)
         total = _dot(a, b, total, PRECISION)
     if GROUPS > 1:
         own = _group(out, OUTPUT_HALF, GROUPS, INTERLEAVED)
-        to += UP * weight_strides[2] + LEFT * weight_strides[3]
-        for group in tl.static_range(GROUPS):
+        for step in range(GROUPS * BLOCKS):
+            group = step // BLOCKS
             if SIGN > 0:
                 reads = (group < own) if STRICT else (group <= own)
             else:
                 reads = (own < group) if STRICT else (own <= group)
-            part = tl.zeros([M, N], T)
-            for block in range(BLOCKS):
-                c = block * K + tl.arange(0, K)
-                live = (c < INPUTS) & (_group(c, INPUT_HALF, GROUPS, INTERLEAVED) == group)
-                offset = c.to(tl.int64)
-                a = tl.load(pixel + (offset * x_strides[1])[None, :], mask=valid[:, None] & live[None, :], other=0)
-                b = tl.load(
-                    to + (offset * weight_strides[1])[:, None], mask=live[:, None] & (wanted & reads)[None, :], other=0
-                )
-                part = _dot(a, b, part, PRECISION)
-            total = tl.where(reads[None, :], total + part, total)  # no product: what it does not read may be NaN
+            c = step % BLOCKS * K + tl.arange(0, K)
+            live = (c < INPUTS) & (_group(c, INPUT_HALF, GROUPS, INTERLEAVED) == group)
+            a = tl.load(
+                pixel + (c.to(tl.int64) * x_strides[1])[None, :], mask=valid[:, None] & live[None, :], other=0
+            )
+            b = tl.load(to + (TAPS * INPUTS + c)[:, None], mask=live[:, None] & (wanted & reads)[None, :], other=0)
+            part = _dot(a, b, tl.zeros([M, N], T), PRECISION)
+            total += tl.where(reads[None, :], part, 0.0)  # no product: what it does not read may be NaN
     return total
+
+
+@triton.jit
+def _before_gate(
+    z, bias, bias_stride, cond, cond_strides, kept, kept_strides, n, row, column, channel, mask, KEEP: tl.constexpr
+):
+    """z + bias + cond, which is kept where KEEP."""
+    if bias is not None:
+        z += tl.load(bias + channel * bias_stride, mask=mask, other=0).to(z.dtype)
+    if cond is not None:
+        z += _load(cond, cond_strides, n, row, column, channel, mask, z.dtype)
+    if KEEP:
+        _store(kept, kept_strides, n, row, column, channel, z, mask)
+    return z
 
 
 @triton.jit(do_not_specialize=["images", "rows", "columns", "dilation"])
 def _fwd(
-    x, x_strides, weight, weight_strides, bias, bias_stride, cond, cond_strides, residual, residual_strides,
+    x, x_strides, weight, bias, bias_stride, cond, cond_strides, residual, residual_strides,
     y, y_strides, kept, kept_strides,  # images, whose strides are those of an image, a channel, a row and a column
     images, rows, columns, dilation,
     SIGN: tl.constexpr, INPUTS: tl.constexpr, INPUT_HALF: tl.constexpr, OUTPUTS: tl.constexpr,
-    ACTIVATION: tl.constexpr, KERNEL: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    ACTIVATION: tl.constexpr, KERNEL: tl.constexpr, KERNEL_ROWS: tl.constexpr, T: tl.constexpr,
+    PRECISION: tl.constexpr, FLAT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """y [images, OUTPUTS, rows, columns] = f(convolution + bias + cond) + residual. SIGN -1: the input gradient."""
     GATED: tl.constexpr = ACTIVATION == "tanh_sigmoid" or ACTIVATION == "glu"
@@ -199,32 +206,34 @@ def _fwd(
     else:
         within = first + lane
         out = within
-    wanted = within < OUTPUTS
     z = _convolve(
-        x, x_strides, weight, weight_strides, n, row, column, valid, out, wanted, rows, columns, dilation,
-        SIGN, INPUTS, INPUT_HALF, OUTPUTS, KERNEL, T, PRECISION, FLAT, M, N, K,
+        x, x_strides, weight, n, row, column, valid, out, within < OUTPUTS, rows, columns, dilation,
+        SIGN, INPUTS, INPUT_HALF, OUTPUTS, KERNEL, KERNEL_ROWS, T, PRECISION, FLAT, M, N, K,
     )  # fmt: skip
-    mask = valid[:, None] & wanted[None, :]
-    channel = out.to(tl.int64)[None, :]
-    if bias is not None:
-        z += tl.load(bias + channel * bias_stride, mask=wanted[None, :], other=0).to(T)
-    if cond is not None:
-        z += _load(cond, cond_strides, n, row, column, channel, mask, T)
-    if GATED and kept is not None:
-        _store(kept, kept_strides, n, row, column, channel, z, mask)
+    channel = (first + tl.arange(0, WIDTH)).to(tl.int64)[None, :]
+    mask = valid[:, None] & (channel < OUTPUTS)
     if GATED:
         a, b = tl.split(tl.reshape(z, [M, WIDTH, 2]))
+        KEEP: tl.constexpr = kept is not None
+        a = _before_gate(
+            a, bias, bias_stride, cond, cond_strides, kept, kept_strides, n, row, column, channel, mask, KEEP
+        )
+        b = _before_gate(
+            b, bias, bias_stride, cond, cond_strides, kept, kept_strides, n, row, column, channel + OUTPUTS, mask, KEEP
+        )
         if ACTIVATION == "tanh_sigmoid":
             a = elementary.tanh(a)
         z = a * _sigmoid(b)
-        channel = (first + tl.arange(0, WIDTH)).to(tl.int64)[None, :]
-        mask = valid[:, None] & (channel < OUTPUTS)
-    elif ACTIVATION == "relu":
-        z = elementary.at_least(z, 0.0)
-    elif ACTIVATION == "elu":
-        z = tl.where(z > 0, z, elementary.expm1_parts(elementary.at_most(z, 0.0))[0])
-    if not GATED and kept is not None:
-        _store(kept, kept_strides, n, row, column, channel, z, mask)
+    else:
+        z = _before_gate(
+            z, bias, bias_stride, cond, cond_strides, kept, kept_strides, n, row, column, channel, mask, False
+        )
+        if ACTIVATION == "relu":
+            z = elementary.at_least(z, 0.0)
+        elif ACTIVATION == "elu":
+            z = tl.where(z > 0, z, elementary.expm1_parts(elementary.at_most(z, 0.0))[0])
+        if kept is not None:
+            _store(kept, kept_strides, n, row, column, channel, z, mask)
     if residual is not None:
         z += _load(residual, residual_strides, n, row, column, channel, mask, T)
     _store(y, y_strides, n, row, column, channel, z, mask)
@@ -373,24 +382,35 @@ def _power_of_two(count, least, most):
     return max(least, min(most, triton.next_power_of_2(count)))
 
 
-def _tiles(dtype, precision, inputs, outputs, taps) -> "tuple[Tiles, ...]":
-    """Tiles of the convolution for so many channels of x and of z, the default first."""
-    flat = inputs < 16
-    k = _power_of_two(taps * inputs if flat else inputs, 16, 32 if flat or dtype == torch.float32 else 64)
+def _tiles(dtype, precision, inputs, outputs, taps, coalesced) -> "tuple[Tiles, ...]":
+    """Tiles of the convolution for so many channels of x and of z, the default first.
+
+    coalesced: whether the output's channels lie side by side.
+    """
+    flat = inputs < _FEW
+    k = _power_of_two(taps.TAPS * inputs if flat else inputs, 16, 32 if flat or dtype == torch.float32 else 64)
+    if _library.INTERPRETED:  # where a step costs a millisecond
+        return (Tiles(128, _power_of_two(outputs, 16, 32), 4 * k, flat),)
     if dtype == torch.float64:
         return (Tiles(32, 32, 16, flat, num_stages=2),)
     if dtype == torch.float32 and precision == "ieee":  # no tensor cores: operands and sums share the registers
-        return (Tiles(64, _power_of_two(outputs, 16, 64), 16, flat, num_stages=2),)
-    found = [Tiles(m, _power_of_two(outputs, 16, n), k, flat) for m, n in ((128, 128), (64, 128), (128, 64), (64, 64))]
-    return tuple(dict.fromkeys(found))
+        return (Tiles(64, _power_of_two(outputs, 16, 32), 16, flat, num_stages=2),)
+    sizes = (64, 64), (128, 64), (64, 128), (128, 128)
+    if taps.GROUPS > 1 or not coalesced:  # which take registers
+        sizes, k = ((64, 32), *sizes), min(k, 32)
+    elif not flat and dtype != torch.float32:
+        sizes = sizes[2], *sizes[:2], sizes[3]
+    return tuple(dict.fromkeys(Tiles(m, _power_of_two(outputs, 16, n), k, flat) for m, n in sizes))
 
 
 def _weight_tiles(dtype, precision, inputs, outputs, taps) -> "tuple[Tiles, ...]":
     """Tiles of the weight gradient, the default first."""
-    flat = inputs < 16
+    flat = inputs < _FEW
+    if _library.INTERPRETED:
+        return (Tiles(32, 64, 256, flat),)
     if dtype == torch.float64:
         return (Tiles(32, 32, 16, flat, num_stages=2),)
-    k = 32 if dtype == torch.float32 else 64
+    k = 32 if flat or dtype == torch.float32 else 64
     sizes = ((64, 64),) if precision == "ieee" and dtype == torch.float32 else ((64, 64), (128, 64), (64, 128))
     n = taps * inputs if flat else inputs
     found = [Tiles(_power_of_two(outputs, 16, a), _power_of_two(n, 16, b), k, flat) for a, b in sizes]
@@ -410,26 +430,34 @@ def _image(tensor):
     return tensor, (*tensor.stride(), *(0,) * (4 - tensor.dim()))
 
 
-def _convolve_tiled(x, weight, weight_strides, bias, cond, residual, y, kept, dilation, sign, halves, activation, taps, exact):
-    """Launches _fwd; halves: of x's channels and of z's, 2 where a gate halves them."""
+def _channels_innermost(x):
+    """An image whose channels a kernel can load many at a time; the library's convolutions copy such images, too."""
+    if x.shape[1] < _FEW or x.stride(1) == 1:
+        return x
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def _convolve_tiled(x, weight, bias, cond, residual, y, kept, dilation, sign, halves, activation, taps, exact):
+    """Launches _fwd; weight: [channels of z, of x, rows, columns]; halves: of x's channels and of z's, under a gate."""
     images, outputs, rows, columns = y.shape
     inputs, dtype = x.shape[1], x.dtype
     precision = _precision(dtype)
+    x, packed = _channels_innermost(x), weight.permute(0, 2, 3, 1).contiguous()
 
     def run(tiles):
         width = tiles.N // halves[1]
         blocks = triton.cdiv(outputs, width)
-        options = tiles._asdict()
         _fwd[(triton.cdiv(images * rows * columns, tiles.M) * blocks,)](
-            *_image(x), weight, weight_strides, bias, 0 if bias is None else bias.stride(0),
+            *_image(x), packed, bias, 0 if bias is None else bias.stride(0),
             *_image(cond), *_image(residual), *_image(y), *_image(kept),
             images, rows, columns, dilation,
             SIGN=sign, INPUTS=inputs, INPUT_HALF=inputs // halves[0], OUTPUTS=outputs, ACTIVATION=activation,
-            KERNEL=taps, T=plan.TYPES[_library.arithmetic(x)], PRECISION=precision, **options, enable_fp_fusion=False,
+            KERNEL=taps, KERNEL_ROWS=weight.shape[2], T=plan.TYPES[_library.arithmetic(x)], PRECISION=precision,
+            **tiles._asdict(), enable_fp_fusion=False,
         )  # fmt: skip
 
-    tiles = _tiles(dtype, precision, inputs, outputs * halves[1], taps.TAPS)
-    key = ("convolve", sign, dtype, precision, tuple(x.shape), outputs, activation, taps, dilation, x.stride(1) == 1)
+    tiles = _tiles(dtype, precision, inputs, outputs * halves[1], taps, y.stride(1) == 1)
+    key = ("convolve", sign, dtype, precision, tuple(x.shape), outputs, activation, taps, dilation, y.stride(1))
     run(tune.choose(key, tiles, run, y, exact))
 
 
@@ -457,6 +485,7 @@ def _weight_gradient_tiled(d_z, x, d_weight, dilation, halves, taps, exact):
     """Launches _weight_gradient and _add_shares."""
     images, inputs, rows, columns = x.shape
     outputs, precision = d_z.shape[1], _precision(x.dtype)
+    x, d_z = _channels_innermost(x), _channels_innermost(d_z)
     live = taps.TAPS + (taps.GROUPS > 1)
     if live == 0:
         d_weight.zero_()
@@ -482,7 +511,7 @@ def _weight_gradient_tiled(d_z, x, d_weight, dilation, halves, taps, exact):
         )  # fmt: skip
 
     tiles = _weight_tiles(x.dtype, precision, inputs, outputs, live)
-    key = ("weight", x.dtype, precision, tuple(x.shape), outputs, taps, dilation, x.stride(1) == 1)
+    key = ("weight", x.dtype, precision, tuple(x.shape), outputs, taps, dilation)
     run(tune.choose(key, tiles, run, d_weight, exact))
 
 
@@ -521,9 +550,8 @@ def masked_conv2d_fwd(
         return found if residual is None else found + residual
 
     _convolve_tiled(
-        input, weight, weight.stride(), bias, cond, residual, y, kept if keep else None, dilation, 1, (1, halves),
-        activation, taps, exact,
-    )  # fmt: skip
+        input, weight, bias, cond, residual, y, kept if keep else None, dilation, 1, (1, halves), activation, taps, exact
+    )
 
 
 def masked_conv2d_bwd(
@@ -547,6 +575,8 @@ def masked_conv2d_bwd(
         d_z = None if activation else d_y
     summed = want_bias or cond_ndim == 2
     sums = _gradient_before_activation(d_y, kept, None if d_z is d_y else d_z, activation, summed)
+    if (want_input or want_weight) and d_z is d_y:
+        d_z = _channels_innermost(d_z)
     if want_bias:
         d_bias.copy_(sums.sum((0, 1), dtype=torch.float64))
     if cond_ndim == 2:
@@ -560,10 +590,9 @@ def masked_conv2d_bwd(
         return found[wanted.index(True)]
 
     if want_input:
-        from_output, from_input, *kernel = weight.stride()
         _convolve_tiled(
-            d_z, weight, (from_input, from_output, *kernel), None, None, None, d_input, None, dilation, -1, (halves, 1),
-            "", taps, lambda: exact(input),
+            d_z, weight.transpose(0, 1), None, None, None, d_input, None, dilation, -1, (halves, 1), "", taps,
+            lambda: exact(input),
         )  # fmt: skip
     if want_weight:
         _weight_gradient_tiled(d_z, input, d_weight, dilation, halves, taps, lambda: exact(weight))

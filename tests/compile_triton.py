@@ -38,7 +38,7 @@ OPS = {
 WIDEST = ("gaussian_rsample_kl-prior", "gaussian_log_prob")  # between them they call all there is
 
 # keywords of the public op, shape, dtype, and the ops it is compiled for
-CASES = {
+CASES0 = {
     "float32": ({}, (4096, 256), torch.float32, OPS),
     "bfloat16": ({}, (4096, 256), torch.bfloat16, OPS),
     "float16": ({}, (4096, 256), torch.float16, WIDEST),
@@ -47,6 +47,20 @@ CASES = {
     "ragged": ({}, (4096, 31), torch.float32, WIDEST),
     "long": ({}, (2, 100_000), torch.float32, WIDEST),
     "samples": ({"num_samples": 8}, (512, 256), torch.float32, WIDEST[:1]),
+}
+
+# Layers: image, weight, keywords, dtype. Channels last, but for the last of all.
+CASES = {}
+LAYERS = {
+    "float32": ((8, 64, 28, 28), (64, 64, 7, 7), {}, torch.float32),
+    "bfloat16": ((8, 64, 28, 28), (128, 64, 3, 3), {"activation": "tanh_sigmoid"}, torch.bfloat16),
+    "float16": ((8, 128, 32, 32), (128, 128, 3, 3), {"activation": "relu"}, torch.float16),
+    "float64": ((2, 32, 8, 8), (32, 32, 3, 3), {"activation": "elu"}, torch.float64),
+    "first-bfloat16": ((8, 1, 28, 28), (64, 1, 7, 7), {"mask_type": "A"}, torch.bfloat16),
+    "first-float32": ((8, 3, 32, 32), (256, 3, 7, 7), {"mask_type": "A", "channel_groups": 3}, torch.float32),
+    "groups": ((8, 60, 28, 28), (120, 60, 3, 3), {"activation": "glu", "channel_groups": 3}, torch.bfloat16),
+    "ieee": ((8, 64, 28, 28), (128, 64, 3, 3), {"activation": "tanh_sigmoid"}, torch.float32),
+    "contiguous": ((8, 64, 28, 28), (64, 64, 5, 5), {}, torch.bfloat16),
 }
 
 
@@ -98,6 +112,12 @@ def main(capability: int) -> None:
             for name, kernel, options in compiled:
                 elements = options["R"] * options["C"] // (32 * options["num_warps"])
                 found[f"{op}{name}-{case}"] = {**resources(kernel), "elements": elements}
+    for case, layer in LAYERS.items():
+        compiled.clear()
+        run_layer(case, *layer)
+        for name, kernel, options in compiled:
+            direction = "_input" if options.get("SIGN") == -1 else ""
+            found[f"masked_conv2d{name}{direction}-{case}"] = resources(kernel)
     print(json.dumps(found))
 
 
@@ -109,6 +129,18 @@ def run(function, arity, keywords, shape, dtype):
     outputs = function(*inputs, **keywords, backend="triton")
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     torch.autograd.grad(outputs, inputs, [torch.ones_like(out) for out in outputs])
+
+
+def run_layer(case, shape, weight_shape, keywords, dtype):
+    torch.backends.cudnn.conv.fp32_precision = "ieee" if case == "ieee" else "tf32"
+    memory_format = torch.contiguous_format if case == "contiguous" else torch.channels_last
+    x, weight = (torch.ones(s, dtype=dtype).to(memory_format=memory_format) for s in (shape, weight_shape))
+    bias, cond = torch.ones(weight_shape[0], dtype=dtype), torch.ones(shape[0], weight_shape[0], dtype=dtype)
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias, cond)]
+    y = fastelbo.masked_conv2d(
+        x, weight, bias, cond=cond, residual=None, backend="triton", **{"mask_type": "B"} | keywords
+    )
+    torch.autograd.grad(y, inputs, torch.ones_like(y))
 
 
 if __name__ == "__main__":
