@@ -398,8 +398,8 @@ def _tiles(dtype, precision, inputs, outputs, taps, coalesced) -> "tuple[Tiles, 
     sizes = (64, 64), (128, 64), (64, 128), (128, 128)
     if taps.GROUPS > 1 or not coalesced:  # which take registers
         sizes, k = ((64, 32), *sizes), min(k, 32)
-    elif not flat and dtype != torch.float32:
-        sizes = sizes[2], *sizes[:2], sizes[3]
+    elif not flat:
+        sizes = sorted(sizes, key=((128, 64) if dtype == torch.float32 else (64, 128)).__ne__)
     return tuple(dict.fromkeys(Tiles(m, _power_of_two(outputs, 16, n), k, flat) for m, n in sizes))
 
 

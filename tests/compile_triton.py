@@ -38,7 +38,7 @@ OPS = {
 WIDEST = ("gaussian_rsample_kl-prior", "gaussian_log_prob")  # between them they call all there is
 
 # keywords of the public op, shape, dtype, and the ops it is compiled for
-CASES0 = {
+CASES = {
     "float32": ({}, (4096, 256), torch.float32, OPS),
     "bfloat16": ({}, (4096, 256), torch.bfloat16, OPS),
     "float16": ({}, (4096, 256), torch.float16, WIDEST),
@@ -50,7 +50,6 @@ CASES0 = {
 }
 
 # Layers: image, weight, keywords, dtype. Channels last, but for the last of all.
-CASES = {}
 LAYERS = {
     "float32": ((8, 64, 28, 28), (64, 64, 7, 7), {}, torch.float32),
     "bfloat16": ((8, 64, 28, 28), (128, 64, 3, 3), {"activation": "tanh_sigmoid"}, torch.bfloat16),
@@ -62,6 +61,7 @@ LAYERS = {
     "ieee": ((8, 64, 28, 28), (128, 64, 3, 3), {"activation": "tanh_sigmoid"}, torch.float32),
     "contiguous": ((8, 64, 28, 28), (64, 64, 5, 5), {}, torch.bfloat16),
 }
+LAYERS_EVERYWHERE = ("float32", "bfloat16", "float64", "first-bfloat16", "groups")  # the others for sm_90 only
 
 
 class NamedTarget:
@@ -112,9 +112,9 @@ def main(capability: int) -> None:
             for name, kernel, options in compiled:
                 elements = options["R"] * options["C"] // (32 * options["num_warps"])
                 found[f"{op}{name}-{case}"] = {**resources(kernel), "elements": elements}
-    for case, layer in LAYERS.items():
+    for case in LAYERS if capability == 90 else LAYERS_EVERYWHERE:
         compiled.clear()
-        run_layer(case, *layer)
+        run_layer(case, *LAYERS[case])
         for name, kernel, options in compiled:
             direction = "_input" if options.get("SIGN") == -1 else ""
             found[f"masked_conv2d{name}{direction}-{case}"] = resources(kernel)
@@ -137,9 +137,7 @@ def run_layer(case, shape, weight_shape, keywords, dtype):
     x, weight = (torch.ones(s, dtype=dtype).to(memory_format=memory_format) for s in (shape, weight_shape))
     bias, cond = torch.ones(weight_shape[0], dtype=dtype), torch.ones(shape[0], weight_shape[0], dtype=dtype)
     inputs = [tensor.requires_grad_() for tensor in (x, weight, bias, cond)]
-    y = fastelbo.masked_conv2d(
-        x, weight, bias, cond=cond, residual=None, backend="triton", **{"mask_type": "B"} | keywords
-    )
+    y = fastelbo.masked_conv2d(x, weight, bias, cond=cond, backend="triton", **{"mask_type": "B"} | keywords)
     torch.autograd.grad(y, inputs, torch.ones_like(y))
 
 

@@ -12,8 +12,10 @@ import pytest
 CAPABILITIES = (80, 90, 100)
 every_capability = pytest.mark.parametrize("capability", CAPABILITIES)
 
-# Three blocks of four warps each fit the 65536 registers of a multiprocessor.
-MOST_REGISTERS = 168
+# Three blocks of four warps each fit the 65536 registers of a multiprocessor; of the matrix products, two.
+MOST_REGISTERS = {"gaussian": 168, "masked": 255}
+KERNELS = {80: 46 + 25, 90: 46 + 45, 100: 46 + 25}  # of the Gaussian ops, and of the convolution's layers
+MATRIX_PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "DMMA")  # on tensor cores
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +37,17 @@ def compiled():
 
 @every_capability
 def test_every_kernel_compiles_without_spills(compiled, capability):
-    assert len(compiled[capability]) == 46
+    assert len(compiled[capability]) == KERNELS[capability]
     for name, kernel in compiled[capability].items():
         assert kernel["stack"] == kernel["local"] == 0, name
         assert not [code for code in kernel["code"] if code.startswith(("LDL", "STL"))], name
-        assert kernel["reg"] <= MOST_REGISTERS, f"{name} takes {kernel['reg']} registers"
+        assert kernel["reg"] <= MOST_REGISTERS[name.split("_")[0]], f"{name} takes {kernel['reg']} registers"
 
 
 @every_capability
 def test_whole_rows_are_loaded_16_bytes_at_a_time(compiled, capability):
-    for name, kernel in compiled[capability].items():
+    gaussian = {name: kernel for name, kernel in compiled[capability].items() if name.startswith("gaussian")}
+    for name, kernel in gaussian.items():
         loads = [code for code in kernel["code"] if code.startswith("LDG")]
         wide = [code for code in loads if "128" in code]
         if name.endswith("ragged"):  # 31 columns: no row but the first starts at a multiple of 16 bytes
@@ -62,3 +65,22 @@ def test_instructions_of_a_sample_and_its_kl(compiled, capability, dtype, most):
     """The goal was 40, from a prototype with an inexact KL; docs/performance.md says what these bounds mean."""
     kernel = compiled[capability][f"gaussian_rsample_kl_fwd-{dtype}"]
     assert len(kernel["code"]) / kernel["elements"] <= most
+
+
+@every_capability
+def test_convolutions_run_on_tensor_cores(compiled, capability):
+    """But for the elementwise kernels, and for float32 where TF32 is not allowed."""
+    for name, kernel in compiled[capability].items():
+        if name.startswith("masked_conv2d"):
+            elementwise = "before_activation" in name or "add_shares" in name
+            found = any(code.startswith(MATRIX_PRODUCTS) for code in kernel["code"])
+            assert found != (elementwise or name.endswith("ieee")), name
+
+
+@every_capability
+@pytest.mark.parametrize("case", ["float32", "bfloat16"])
+def test_convolutions_load_16_bytes_at_a_time(compiled, capability, case):
+    for kernel in ("fwd", "fwd_input"):
+        code = compiled[capability][f"masked_conv2d_{kernel}-{case}"]["code"]
+        copies = [instruction for instruction in code if instruction.startswith("LDGSTS")]
+        assert copies and all("128" in instruction for instruction in copies)
