@@ -160,9 +160,7 @@ def _convolve(
                 reads = (own < group) if STRICT else (own <= group)
             c = step % BLOCKS * K + tl.arange(0, K)
             live = (c < INPUTS) & (_group(c, INPUT_HALF, GROUPS, INTERLEAVED) == group)
-            a = tl.load(
-                pixel + (c.to(tl.int64) * x_strides[1])[None, :], mask=valid[:, None] & live[None, :], other=0
-            )
+            a = tl.load(pixel + (c.to(tl.int64) * x_strides[1])[None, :], mask=valid[:, None] & live[None, :], other=0)
             b = tl.load(to + (TAPS * INPUTS + c)[:, None], mask=live[:, None] & (wanted & reads)[None, :], other=0)
             part = _dot(a, b, tl.zeros([M, N], T), PRECISION)
             total += tl.where(reads[None, :], part, 0.0)  # no product: what it does not read may be NaN
@@ -302,7 +300,9 @@ def _weight_gradient(
     COLUMNS: tl.constexpr = KERNEL[0]
     UP: tl.constexpr = KERNEL[1]
     LEFT: tl.constexpr = KERNEL[2]
-    TAPS: tl.constexpr = KERNEL[3] + (KERNEL[4] > 1)  # that of the pixel itself, with its dead pairs: _add_shares drops them
+    TAPS: tl.constexpr = KERNEL[3] + (
+        KERNEL[4] > 1
+    )  # that of the pixel itself, with its dead pairs: _add_shares drops them
     OUT_BLOCKS: tl.constexpr = (OUTPUTS + M - 1) // M
     IN_BLOCKS: tl.constexpr = (INPUTS + N - 1) // N
     TILES: tl.constexpr = OUT_BLOCKS * ((TAPS * INPUTS + N - 1) // N if FLAT else TAPS * IN_BLOCKS)
@@ -461,7 +461,6 @@ def _convolve_tiled(x, weight, bias, cond, residual, y, kept, dilation, sign, ha
     run(tune.choose(key, tiles, run, y, exact))
 
 
-
 def _gradient_before_activation(d_y, kept, d_z, activation, summed):
     """Fills d_z, where wanted; its sums over each chunk of an image, [images, chunks, channels of z], where wanted."""
     if d_z is None and not summed:
@@ -550,7 +549,19 @@ def masked_conv2d_fwd(
         return found if residual is None else found + residual
 
     _convolve_tiled(
-        input, weight, bias, cond, residual, y, kept if keep else None, dilation, 1, (1, halves), activation, taps, exact
+        input,
+        weight,
+        bias,
+        cond,
+        residual,
+        y,
+        kept if keep else None,
+        dilation,
+        1,
+        (1, halves),
+        activation,
+        taps,
+        exact,
     )
 
 

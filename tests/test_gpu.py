@@ -67,8 +67,27 @@ OPS = {
     "log_prob": Op(fastelbo.gaussian_log_prob, 3),
     "nll": Op(fastelbo.gaussian_nll, 3),
 }
+
+
+class Convolution:
+    """A masked convolution of images [2, 3, rows, columns], for the tests of how ops are launched."""
+
+    draws = False
+    function = fastelbo.masked_conv2d
+
+    def __call__(self, x, weight, bias, *, backend, **_):
+        return (self.function(x, weight, bias, mask_type="B", activation="tanh_sigmoid", backend=backend),)
+
+    def inputs(self, shape, dtype=torch.float32, device=None):
+        rows, columns = shape
+        shapes = (2, 3, rows, columns), (8, 3, 3, 3), (8,)
+        return [gaussian(s, seed=k, dtype=dtype)[0].to(device or DEVICE).requires_grad_() for k, s in enumerate(shapes)]
+
+
+LAUNCHED = {**OPS, "masked_conv2d": Convolution()}
 DRAWING = {name: op for name, op in OPS.items() if op.draws}
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+every_launched_op = pytest.mark.parametrize("op", LAUNCHED.values(), ids=LAUNCHED)
 every_drawing_op = pytest.mark.parametrize("op", DRAWING.values(), ids=DRAWING)
 halves_too = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -219,7 +238,7 @@ def sleep():
     torch.cuda._sleep(50_000_000)
 
 
-@every_op
+@every_launched_op
 def test_runs_on_the_current_stream(op, backend):
     """What a stream writes late is what the op reads, forward and backward; it would read zeros on any other stream."""
     values = op.inputs((64, 300))
@@ -244,7 +263,7 @@ def test_runs_on_the_current_stream(op, backend):
     assert_same([*outputs, *grads], want)
 
 
-@every_op
+@every_launched_op
 def test_streams_at_the_same_time(op, backend):
     """Long rows too: their partial sums must not be shared between launches."""
     cases = [op.inputs(shape) for shape in ((300, 257), (3, 100_000), (5000, 3), (2, 65_536))]
@@ -261,7 +280,7 @@ def test_streams_at_the_same_time(op, backend):
             assert_same(a, b)
 
 
-@every_op
+@every_launched_op
 def test_other_than_the_current_device(op, backend):
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs, there is {torch.cuda.device_count()}")
@@ -295,7 +314,7 @@ VARIANTS = {
 }
 
 
-@every_op
+@every_launched_op
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_never_waits_for_the_gpu(op, variant, backend):
     keywords = {"seed": seed_tensor(7), "backend": backend, **VARIANTS[variant]}
@@ -337,7 +356,7 @@ def captured(op, inputs, weights, before=None, **keywords):
     return graph, found
 
 
-@every_op
+@every_launched_op
 @pytest.mark.parametrize("shape", [(64, 300), (2, 65_536)], ids=str)
 def test_graph_of_both_passes(op, shape, backend):
     """A replay computes from what the inputs and the seed hold then."""
@@ -547,3 +566,39 @@ def test_a_sum_of_more_than_2_to_the_31_elements(op, backend):
     wants = torch.autograd.grad(op(*tails, event_ndim=2, backend="reference")[0], tails)
     for got, want in zip(grads, wants, strict=True):
         torch.testing.assert_close(got[-2:].float(), want, rtol=2**-8, atol=1e-5)
+
+
+# Masked convolutions
+
+
+def test_a_convolution_of_more_than_2_to_the_31_elements(backend):
+    """The first and the last image against a convolution of their own."""
+    images, channels, size = 2**17 + 1, 16, 32
+    needs_memory(5 * images * channels * size**2 * 2 / GIB + 2)
+    x = torch.empty(images, channels, size, size, dtype=torch.bfloat16, device=DEVICE).normal_().requires_grad_()
+    weight = (torch.randn(channels, channels, 3, 3, device=DEVICE) / 8).bfloat16()
+    y = fastelbo.masked_conv2d(x, weight, mask_type="B", backend=backend)
+    (d_x,) = torch.autograd.grad(y, x, torch.ones((), dtype=y.dtype, device=DEVICE).expand(y.shape))
+    for image in (0, images - 1):
+        part = x.detach()[image : image + 1].requires_grad_()
+        want = fastelbo.masked_conv2d(part, weight, mask_type="B", backend="reference")
+        (d_part,) = torch.autograd.grad(want, part, torch.ones_like(want))
+        for got, expected in ((y, want), (d_x, d_part)):
+            torch.testing.assert_close(got[image : image + 1], expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [(1, 64), (64, 128), (60, 60)], ids=str)
+def test_tuned_tiles_compute_the_same(channels, dtype, backend, monkeypatch):
+    """As with torch's own convolutions, torch.backends.cudnn.benchmark lets the fastest tiles win, if they are right."""
+    inputs, outputs = channels
+    x = torch.randn(8, inputs, 28, 28, device=DEVICE).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    weight = (torch.randn(outputs, inputs, 5, 5, device=DEVICE) / (13 * inputs) ** 0.5).to(dtype).requires_grad_()
+    found = []
+    for benchmark in (False, True, True):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+        y = fastelbo.masked_conv2d(x, weight, mask_type="B", activation="glu", backend=backend)
+        found.append([y, *torch.autograd.grad(y, (x, weight), torch.ones_like(y))])
+    for plain, tuned, again in zip(*found, strict=True):
+        torch.testing.assert_close(tuned, plain, rtol=1e-2, atol=1e-2 * plain.abs().max().item())
+        assert torch.equal(tuned, again)

@@ -16,11 +16,13 @@ ACTIVATIONS = [None, "relu", "elu", "tanh_sigmoid", "glu"]
 GROUPS = [(1, "interleaved"), (2, "contiguous"), (3, "interleaved"), (3, "contiguous")]
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
-def conv_backend(request):
-    """The backends that have convolutions."""
-    assert fastelbo.backends.usable(request.param) is None
-    return request.param
+@pytest.fixture(autouse=True)
+def without_tf32():
+    """GPUs round the operands of float32 convolutions unless told not to; ours obey the same flag."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
 
 
 def published_mask(out_channels, in_channels, k, mask_type, groups=1, order="interleaved", gated=False):
@@ -66,7 +68,8 @@ def operands(
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        return values.to(torch.get_default_device(), dtype)
 
     y = o // 2 if activation in ("tanh_sigmoid", "glu") else o
     conds = {"class": lambda: normal(n, o), "image": lambda: normal(n, o, h, w), None: lambda: None}
@@ -114,10 +117,10 @@ def test_number_of_live_taps(k, live):
 @pytest.mark.parametrize("groups, order", GROUPS)
 @pytest.mark.parametrize("mask_type", ["A", "B"])
 @pytest.mark.parametrize("k", [1, 3, 5, 7])
-def test_equals_the_product_with_the_mask(conv_backend, k, mask_type, groups, order):
+def test_equals_the_product_with_the_mask(backend, k, mask_type, groups, order):
     tensors = operands(k=k, cond=None, residual=False)
     mask = published_mask(12, 6, k, mask_type, groups, order).double()
-    keywords = {"mask_type": mask_type, "channel_groups": groups, "group_order": order, "backend": conv_backend}
+    keywords = {"mask_type": mask_type, "channel_groups": groups, "group_order": order, "backend": backend}
     got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, **keywords)
     assert_close(got, outputs_and_gradients(lines, tensors, mask=mask))
     assert (got[2][mask == 0] == 0).all()  # exactly
@@ -126,11 +129,11 @@ def test_equals_the_product_with_the_mask(conv_backend, k, mask_type, groups, or
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("cond", [None, "class", "image"])
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
-def test_what_surrounds_the_convolution(conv_backend, activation, cond, residual):
+def test_what_surrounds_the_convolution(backend, activation, cond, residual):
     gated = activation in ("tanh_sigmoid", "glu")
     tensors = operands(activation=activation, cond=cond, residual=residual)
     mask = published_mask(12, 6, 3, "B", 3, "contiguous", gated).double()
-    keywords = {"mask_type": "B", "channel_groups": 3, "group_order": "contiguous", "backend": conv_backend}
+    keywords = {"mask_type": "B", "channel_groups": 3, "group_order": "contiguous", "backend": backend}
     got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, activation=activation, **keywords)
     assert_close(got, outputs_and_gradients(lines, tensors, mask=mask, activation=activation))
 
@@ -138,18 +141,18 @@ def test_what_surrounds_the_convolution(conv_backend, activation, cond, residual
 @pytest.mark.parametrize("dilation", [1, 2, 5])
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 3), (5, 33)], ids=str)
 @pytest.mark.parametrize("k", [3, 7])
-def test_sizes_and_dilations(conv_backend, size, dilation, k):
+def test_sizes_and_dilations(backend, size, dilation, k):
     """Non-square images, and such that are smaller than the kernel; channels that fill no vector."""
     tensors = operands(3, 5, 7, *size, k)
     mask = published_mask(7, 5, k, "B").double()
-    got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, mask_type="B", dilation=dilation, backend=conv_backend)
+    got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, mask_type="B", dilation=dilation, backend=backend)
     assert_close(got, outputs_and_gradients(lines, tensors, mask=mask, dilation=dilation))
 
 
 @pytest.mark.parametrize("channels", [(1, 1), (1, 64), (3, 21), (17, 30), (40, 9)], ids=str)
-def test_channels(conv_backend, channels):
+def test_channels(backend, channels):
     tensors = operands(1, *channels, 19, 17, 5)
-    got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, mask_type="A", backend=conv_backend)
+    got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, mask_type="A", backend=backend)
     assert_close(got, outputs_and_gradients(lines, tensors, mask=published_mask(*channels[::-1], 5, "A").double()))
 
 
@@ -163,23 +166,23 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
-def test_memory_layouts(conv_backend, layout):
+def test_memory_layouts(backend, layout):
     lay_out = LAYOUTS[layout] if layout != "transposed" else lambda t: LAYOUTS[layout](t) if t.dim() > 1 else t
     tensors = operands(activation="glu", cond="image", h=6)
-    keywords = {"mask_type": "B", "activation": "glu", "backend": conv_backend}
+    keywords = {"mask_type": "B", "activation": "glu", "backend": backend}
     want = outputs_and_gradients(fastelbo.masked_conv2d, tensors, **keywords)
     got = outputs_and_gradients(fastelbo.masked_conv2d, [lay_out(t) for t in tensors], **keywords)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
-    if layout == "channels_last" and conv_backend != "reference":
+    if layout == "channels_last" and backend != "reference":
         assert got[0].is_contiguous(memory_format=torch.channels_last)
         assert got[1].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_gradient_of_any_strides(conv_backend):
+def test_gradient_of_any_strides(backend):
     x, weight, *_ = operands()
     x.requires_grad_()
-    y = fastelbo.masked_conv2d(x, weight, mask_type="B", backend=conv_backend)
+    y = fastelbo.masked_conv2d(x, weight, mask_type="B", backend=backend)
     (expanded,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
     (full,) = torch.autograd.grad(y, x, torch.ones_like(y).contiguous(memory_format=torch.channels_last))
     torch.testing.assert_close(expanded, full)
@@ -188,7 +191,7 @@ def test_gradient_of_any_strides(conv_backend):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(4, 3, 32, 16, 15, 7), (2, 32, 24, 12, 13, 5), (3, 60, 30, 9, 8, 3)], ids=str)
-def test_error_budget(conv_backend, dtype, activation, shape):
+def test_error_budget(backend, dtype, activation, shape):
     *shape, k = shape
     tensors = operands(*shape, k, activation=activation, cond="image", residual=False, dtype=dtype)
     mask = published_mask(shape[2], shape[1], k, "B")
@@ -197,7 +200,7 @@ def test_error_budget(conv_backend, dtype, activation, shape):
         cast = [None if t is None else t.to(dtype) for t in tensors]
         return outputs_and_gradients(function, cast, activation=activation, **keywords)
 
-    actual = run(fastelbo.masked_conv2d, dtype, mask_type="B", backend=conv_backend)
+    actual = run(fastelbo.masked_conv2d, dtype, mask_type="B", backend=backend)
     exact = run(lines, torch.float64, mask=mask.double())
     plain = run(lines, dtype, mask=mask.to(dtype))
     for name, *three in zip(("y", "d_input", "d_weight", "d_bias", "d_cond"), actual, exact, plain, strict=True):
@@ -207,21 +210,21 @@ def test_error_budget(conv_backend, dtype, activation, shape):
 
 @pytest.mark.parametrize("activation", [None, "elu", "tanh_sigmoid", "glu"])
 @pytest.mark.parametrize("mask_type, groups", [("A", 1), ("A", 3), ("B", 3)])
-def test_gradcheck(conv_backend, activation, mask_type, groups):
+def test_gradcheck(backend, activation, mask_type, groups):
     tensors = [t.requires_grad_() for t in operands(1, 3, 6, 3, 4, 3, activation=activation)]
 
     def function(x, weight, bias, cond, residual):
         keywords = {"mask_type": mask_type, "channel_groups": groups, "activation": activation, "cond": cond}
-        return fastelbo.masked_conv2d(x, weight, bias, residual=residual, backend=conv_backend, **keywords)
+        return fastelbo.masked_conv2d(x, weight, bias, residual=residual, backend=backend, **keywords)
 
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
-def test_only_wanted_gradients(conv_backend):
+def test_only_wanted_gradients(backend):
     """Every subset of inputs that want a gradient gets the same as when all do."""
     tensors = operands(activation="tanh_sigmoid")
-    keywords = {"mask_type": "B", "activation": "tanh_sigmoid", "backend": conv_backend}
+    keywords = {"mask_type": "B", "activation": "tanh_sigmoid", "backend": backend}
     every = outputs_and_gradients(fastelbo.masked_conv2d, tensors, **keywords)[1:]
     for wanted in [subset for subset in itertools.product([False, True], repeat=5) if sum(subset) in (1, 4)]:
         leaves = [t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
@@ -244,9 +247,9 @@ def later_pixels(h, w, row, column, own):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("mask_type", ["A", "B"])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_future_pixels_reach_nothing(conv_backend, mask_type, dilation, bad):
+def test_future_pixels_reach_nothing(backend, mask_type, dilation, bad):
     x, weight, bias, *_ = operands(1, 3, 9, 6, 7, 5, cond=None, residual=False)
-    keywords = {"mask_type": mask_type, "dilation": dilation, "backend": conv_backend}
+    keywords = {"mask_type": mask_type, "dilation": dilation, "backend": backend}
     clean = fastelbo.masked_conv2d(x, weight, bias, **keywords)
     for row, column in itertools.product((0, 2, 3, 5), (0, 1, 3, 6)):
         later = later_pixels(6, 7, row, column, mask_type == "A")
@@ -258,25 +261,25 @@ def test_future_pixels_reach_nothing(conv_backend, mask_type, dilation, bad):
 @pytest.mark.parametrize("order", ["interleaved", "contiguous"])
 @pytest.mark.parametrize("mask_type", ["A", "B"])
 @pytest.mark.parametrize("activation", [None, "glu"])
-def test_later_channel_groups_reach_nothing(conv_backend, mask_type, order, activation):
+def test_later_channel_groups_reach_nothing(backend, mask_type, order, activation):
     x, weight, bias, *_ = operands(1, 6, 12, 4, 5, 3, cond=None, residual=False)
     keywords = {"mask_type": mask_type, "channel_groups": 3, "group_order": order, "activation": activation}
-    clean = fastelbo.masked_conv2d(x, weight, bias, backend=conv_backend, **keywords)
+    clean = fastelbo.masked_conv2d(x, weight, bias, backend=backend, **keywords)
     channels = clean.shape[1]
     of_input = torch.arange(6) % 3 if order == "interleaved" else torch.arange(6) // 2
     of_output = torch.arange(channels) % 3 if order == "interleaved" else torch.arange(channels) // (channels // 3)
     for group in range(3):
         poisoned = x.clone()
         poisoned[:, of_input > group if mask_type == "B" else of_input >= group, 2, 3] = float("nan")
-        y = fastelbo.masked_conv2d(poisoned, weight, bias, backend=conv_backend, **keywords)
+        y = fastelbo.masked_conv2d(poisoned, weight, bias, backend=backend, **keywords)
         assert torch.equal(y[:, of_output == group, 2, 3], clean[:, of_output == group, 2, 3])
 
 
-def test_dead_weights_are_never_read(conv_backend):
+def test_dead_weights_are_never_read(backend):
     for (groups, order), mask_type, k in itertools.product(GROUPS, "AB", (1, 3, 5)):
         x, weight, *_ = operands(k=k)
         mask = fastelbo.conv_mask2d(12, 6, k, mask_type, channel_groups=groups, group_order=order)
-        keywords = {"mask_type": mask_type, "channel_groups": groups, "group_order": order, "backend": conv_backend}
+        keywords = {"mask_type": mask_type, "channel_groups": groups, "group_order": order, "backend": backend}
 
         def run(weight, x=x, keywords=keywords):
             return outputs_and_gradients(fastelbo.masked_conv2d, [x, weight, None, None, None], **keywords)
@@ -287,10 +290,10 @@ def test_dead_weights_are_never_read(conv_backend):
         assert (poisoned[2][~mask] == 0).all()
 
 
-def test_pixels_that_nothing_reads_leave_the_gradients_alone(conv_backend):
+def test_pixels_that_nothing_reads_leave_the_gradients_alone(backend):
     """The last pixel is in everybody's future under mask A: NaN there reaches no weight's gradient."""
     x, weight, bias, *_ = operands(2, 3, 8, 5, 6, 5)
-    keywords = {"mask_type": "A", "backend": conv_backend}
+    keywords = {"mask_type": "A", "backend": backend}
     clean = outputs_and_gradients(fastelbo.masked_conv2d, [x, weight, bias, None, None], **keywords)
     x[:, :, -1, -1] = float("nan")
     poisoned = outputs_and_gradients(fastelbo.masked_conv2d, [x, weight, bias, None, None], **keywords)
@@ -305,7 +308,7 @@ def test_pixels_that_nothing_reads_leave_the_gradients_alone(conv_backend):
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("activation", [None, "tanh_sigmoid"])
-def test_stacks_are_parts_of_the_full_kernel(conv_backend, k, dilation, mask_type, activation):
+def test_stacks_are_parts_of_the_full_kernel(backend, k, dilation, mask_type, activation):
     x, weight, bias, cond, _ = operands(k=k)
     h = k // 2
     rows, columns = torch.arange(k)[:, None], torch.arange(k)
@@ -317,20 +320,20 @@ def test_stacks_are_parts_of_the_full_kernel(conv_backend, k, dilation, mask_typ
     for stack, mask in seen.items():
         keywords = {"dilation": dilation, "activation": activation}
         want = outputs_and_gradients(lines, [x, weight, bias, cond, None], mask=mask.double()[None, None], **keywords)
-        keywords |= {"stack": stack, "mask_type": mask_type, "backend": conv_backend}
+        keywords |= {"stack": stack, "mask_type": mask_type, "backend": backend}
         got = outputs_and_gradients(fastelbo.causal_conv2d, [x, crops[stack], bias, cond, None], **keywords)
         want[2] = want[2][:, :, : h + 1] if stack == "vertical" else want[2][:, :, h : h + 1, : h + 1]
         assert_close(got, want)
 
 
-def test_future_pixels_reach_no_stack(conv_backend):
+def test_future_pixels_reach_no_stack(backend):
     x, weight, *_ = operands(1, 2, 4, 5, 6, 5)
     later = later_pixels(5, 6, 2, 3, own=False)
     below = torch.arange(5)[:, None].expand(5, 6) > 2
     horizontal = weight[:, :, :1, :3]
     for stack, part, bad in (("vertical", weight[:, :, :3], below), ("horizontal", horizontal, later)):
         clean, poisoned = (
-            fastelbo.causal_conv2d(image, part, stack=stack, backend=conv_backend)
+            fastelbo.causal_conv2d(image, part, stack=stack, backend=backend)
             for image in (x, x.masked_fill(bad, float("nan")))
         )
         assert torch.equal(clean[:, :, ~bad], poisoned[:, :, ~bad])
@@ -339,9 +342,9 @@ def test_future_pixels_reach_no_stack(conv_backend):
 # edges and reproducibility
 
 
-def test_empty_batch_and_no_batch(conv_backend):
+def test_empty_batch_and_no_batch(backend):
     x, weight, bias, cond, residual = operands()
-    keywords = {"mask_type": "B", "backend": conv_backend}
+    keywords = {"mask_type": "B", "backend": backend}
     got = outputs_and_gradients(fastelbo.masked_conv2d, [x[:0], weight, bias, cond[:0], residual[:0]], **keywords)
     assert got[0].shape == (0, 12, 5, 7)
     assert all((g == 0).all() for g in got[2:4])
@@ -351,17 +354,22 @@ def test_empty_batch_and_no_batch(conv_backend):
         torch.testing.assert_close(one, whole[0], rtol=1e-13, atol=1e-13)
 
 
-def test_mask_a_without_taps(conv_backend):
+def test_mask_a_without_taps(backend):
     x, weight, bias, *_ = operands(k=1)
-    got = outputs_and_gradients(
-        fastelbo.masked_conv2d, [x, weight, bias, None, None], mask_type="A", backend=conv_backend
-    )
+    got = outputs_and_gradients(fastelbo.masked_conv2d, [x, weight, bias, None, None], mask_type="A", backend=backend)
     assert torch.equal(got[0], bias[:, None, None].expand_as(got[0]))
     assert (got[1] == 0).all()
     assert (got[2] == 0).all()
 
 
-def test_bitwise_the_same_from_run_to_run_and_for_any_number_of_threads():
+def test_bitwise_the_same_from_run_to_run(kernels):
+    tensors = operands(5, 16, 32, 19, 13, 5, activation="tanh_sigmoid", dtype=torch.float32)
+    keywords = {"mask_type": "B", "activation": "tanh_sigmoid", "backend": kernels}
+    first, second = (outputs_and_gradients(fastelbo.masked_conv2d, tensors, **keywords) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_bitwise_the_same_for_any_number_of_threads():
     tensors = operands(5, 16, 32, 19, 13, 5, activation="tanh_sigmoid", dtype=torch.float32)
     results = []
     before = torch.get_num_threads()
@@ -395,21 +403,21 @@ def test_opcheck(activation, residual, layout):
 
 
 @pytest.mark.parametrize("activation", [None, "elu", "tanh_sigmoid"])
-def test_compile(conv_backend, activation):
+def test_compile(backend, activation):
     tensors = operands(activation=activation)
 
     def function(*args, **keywords):
-        return fastelbo.masked_conv2d(*args, mask_type="B", activation=activation, backend=conv_backend, **keywords)
+        return fastelbo.masked_conv2d(*args, mask_type="B", activation=activation, backend=backend, **keywords)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_close(outputs_and_gradients(compiled, tensors), outputs_and_gradients(function, tensors))
 
 
-def test_checkpoint(conv_backend):
+def test_checkpoint(backend):
     tensors = operands(activation="glu")
 
     def function(*args, **keywords):
-        return fastelbo.masked_conv2d(*args, mask_type="B", activation="glu", backend=conv_backend, **keywords)
+        return fastelbo.masked_conv2d(*args, mask_type="B", activation="glu", backend=backend, **keywords)
 
     def recomputed(*args, **keywords):
         return checkpoint(function, *args, use_reentrant=False, **keywords)
@@ -433,12 +441,12 @@ def test_functional_transforms_run_on_the_reference():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_autocast_casts_as_it_does_for_convolutions(conv_backend, compiled):
+def test_autocast_casts_as_it_does_for_convolutions(backend, compiled):
     tensors = operands(dtype=torch.float32, activation="tanh_sigmoid")
-    keywords = {"mask_type": "B", "activation": "tanh_sigmoid", "backend": conv_backend}
+    keywords = {"mask_type": "B", "activation": "tanh_sigmoid", "backend": backend}
 
     def function(*args, **more):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
             return fastelbo.masked_conv2d(*args, **more, **keywords)
 
     used = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
