@@ -1,4 +1,4 @@
-"""What the examples share: the command line, the training loop with its checkpoints, the digits, timing and pictures."""
+"""What the examples share: command line, training loop with checkpoints, the digits, timing and pictures."""
 
 import argparse
 import math
@@ -84,7 +84,8 @@ def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespac
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        advice = "the same command with --resume goes on from" if checkpoint.exists() else "there is no checkpoint yet in"
+        saved = checkpoint.exists()
+        advice = "the same command with --resume goes on from" if saved else "there is no checkpoint yet in"
         print(f"\nInterrupted; {advice} {checkpoint}", file=sys.stderr)
         return 130
     return 0

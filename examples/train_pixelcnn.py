@@ -181,12 +181,11 @@ def train(training: Training, data: Data, epochs: int, checkpoint: Path) -> None
     training.run(epochs, training.steps(data.train), run_epoch, checkpoint)
 
 
-def report(training: Training, data: Data, backend: str | None) -> None:
+def report(training: Training, data: Data, backend: str) -> None:
     """Prints the test results."""
     count, colours, height, width = data.test.shape
-    print(f"\nTest set: {count} images, {height}x{width} pixels, {colours} colour(s), {data.levels} levels; ", end="")
-    print(f"{len(training.history)} epochs, backend {backend or 'chosen by each op'}")
-    print("Bits per dimension")
+    print(f"\nTest set: {count} images of {height}x{width} pixels, {colours} colour(s), {data.levels} levels")
+    print(f"Bits per dimension after {len(training.history)} epochs, backend {backend}")
     print(f"  Gated PixelCNN      {evaluate(training.model, data):9.3f}")
     print(f"  independent pixels  {independent_pixels(data):9.3f}")
     print(f"  a uniform guess     {math.log2(data.levels):9.3f}")
@@ -245,7 +244,7 @@ def with_masks_in_place(model: PixelCNN) -> PixelCNN:
     return model
 
 
-def compare(model: PixelCNN, images: Tensor, backend: str | None) -> None:
+def compare(model: PixelCNN, images: Tensor, backend: str) -> None:
     """Prints the time of a training step of the network and of its version with masks in place."""
     ways = {"fastelbo": copy.deepcopy(model), "masks in place": with_masks_in_place(model)}
     ours, theirs = (way.bits(images) for way in ways.values())
@@ -258,8 +257,8 @@ def compare(model: PixelCNN, images: Tensor, backend: str | None) -> None:
 
     steps = [partial(step, way, torch.optim.Adam(way.parameters(), LEARNING_RATE)) for way in ways.values()]
     best = common.fastest_calls(steps, images.device)
-    print(f"\nTraining step of {len(images)} images; backend {backend or 'chosen by each op'} on {images.device}, ", end="")
-    print(f"{torch.get_num_threads()} thread(s), torch {torch.__version__}")
+    threads = f"{torch.get_num_threads()} threads" if images.device.type == "cpu" else images.device
+    print(f"\nTraining step of {len(images)} images; backend {backend}, {threads}, torch {torch.__version__}")
     print("Milliseconds, fastest of ten or more interleaved steps; in brackets, how many times fastelbo's")
     print("  " + "".join(f"{name:>22}" for name in ways))
     print("  " + "".join(f"{seconds * 1e3:>14.1f} ({seconds / best[0]:4.2f}x)" for seconds in best))
@@ -303,9 +302,10 @@ def run(args: argparse.Namespace) -> None:
     training = start_training(data, args, device)
     common.make_output(args.output)
     train(training, data, args.epochs, args.output / CHECKPOINT)
-    report(training, data, args.backend)
+    backend = args.backend or "chosen by each op"
+    report(training, data, backend)
     if args.compare:
-        compare(training.model, data.train[: args.batch_size], args.backend)
+        compare(training.model, data.train[: args.batch_size], backend)
     save_pictures(args.output, training, data)
     print(f"\nPictures and checkpoint are in {args.output}")
 
