@@ -1,6 +1,7 @@
 """What the examples share: command line, training loop with checkpoints, the digits, timing and pictures."""
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -89,6 +90,17 @@ def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespac
         print(f"\nInterrupted; {advice} {checkpoint}", file=sys.stderr)
         return 130
     return 0
+
+
+@contextlib.contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """For 8x8 pixels: a second thread gains little there, and waits long for its turn on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if wanted else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def load_digits() -> np.ndarray:

@@ -272,11 +272,8 @@ def run(args: argparse.Namespace) -> None:
     data = load_data(args.data, args.seed, device)
     training = start_training(data, args, device)
     common.make_output(args.output)
-    threads = torch.get_num_threads()
-    if args.data is None:
-        torch.set_num_threads(1)  # a second gains little on 8x8 pixels, and waits long for its turn on a busy machine
-    train(training, data, args.epochs, backend, args.output / CHECKPOINT)
-    torch.set_num_threads(threads)
+    with common.one_thread(args.data is None):
+        train(training, data, args.epochs, backend, args.output / CHECKPOINT)
     report(training, data, backend)
     if args.compare:
         compare(args.batch_size, data.test[0].numel(), backend, device)

@@ -1,5 +1,6 @@
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -30,8 +31,8 @@ def no_pictures(monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained():
-    training, data = training_on_digits("--channels", "16", "--blocks", "2")
-    for _ in range(5):
+    training, data = training_on_digits("--channels", "16", "--blocks", "1")
+    for _ in range(4):
         example.train_epoch(training, data)
     return training.model, data
 
@@ -51,7 +52,7 @@ def all_images(levels, shape):
 def test_beats_independent_pixels(trained):
     model, data = trained
     test_bits, independent = example.evaluate(model, data), example.independent_pixels(data)
-    assert test_bits < independent - 0.3
+    assert test_bits < independent - 0.3  # 2.05 and 2.43; the example's own network gets to 1.8
     assert independent < math.log2(17) - 1
 
 
@@ -69,11 +70,14 @@ def test_independent_pixels_is_the_histogram_with_one_added(trained):
 def test_reference_and_cpu_give_the_same_loss_curve():
     def curve(*options):
         training, data = training_on_digits(*SMALL, *options)
-        return torch.cat([example.train_epoch(training, data) for _ in range(3)])
+        return torch.cat([example.train_epoch(training, data) for _ in range(2)])
 
     reference, cpu = curve("--backend", "reference"), curve("--backend", "cpu")
-    print(f"{len(cpu)} steps, {(cpu - reference).abs().max()}")
-    torch.testing.assert_close(cpu, reference, rtol=0, atol=1e-4)
+    assert len(cpu) == 92
+    # Over 184 steps and seeds 0 to 3 the curves, which fall from 4 bits to 2, part by 7e-7 at most: two or three units
+    # in the last place. The bound is five times that, for other vector widths and matrix libraries. An input gradient
+    # wrong by one part in 10000 exceeds it forty times; Adam does not see the scale of a gradient of weights.
+    torch.testing.assert_close(cpu, reference, rtol=0, atol=4e-6)
     assert (curve("--backend", "cpu", "--seed", "1") - cpu).abs().max() > 0.1
 
 
@@ -125,18 +129,31 @@ def test_masks_in_place_are_the_same_function(colours):
         torch.testing.assert_close(full[name].grad[corner][live], parameter.grad[live])
 
 
-def test_comparison_prints_the_ratio(trained, monkeypatch, capsys):
-    monkeypatch.setattr(common, "fastest_calls", lambda *args: [10e-3, 25e-3])
-    model, data = trained
-    example.compare(model, data.train[:4], "any")
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["10.0", "(1.00x)", "25.0", "(2.50x)"]
+def test_comparison_prints_the_ratio_and_leaves_the_network_alone(trained, monkeypatch, capsys):
+    def once(calls, device):
+        for call in calls:
+            call()
+        return [10e-3, 25e-3]
 
-
-def test_comparison_leaves_the_network_alone(trained):
+    monkeypatch.setattr(common, "fastest_calls", once)
     model, data = trained
     before = [parameter.clone() for parameter in model.parameters()]
     example.compare(model, data.train[:4], "any")
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["10.0", "(1.00x)", "25.0", "(2.50x)"]
     assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_fastest_calls_are_the_fastest_of_ten_in_turn(monkeypatch):
+    calls, clock = [], [0.0]
+
+    def call(name, seconds):
+        clock[0] += seconds - 0.125 * calls.count(name)
+        calls.append(name)
+
+    monkeypatch.setattr(common.time, "perf_counter", lambda: clock[0])
+    best = common.fastest_calls([partial(call, "a", 8), partial(call, "b", 3)], CPU, seconds=4)
+    assert calls == ["a", "b"] * 10
+    assert best == [8 - 0.125 * 9, 3 - 0.125 * 9]
 
 
 def test_samples_follow_the_probabilities():
@@ -214,26 +231,27 @@ def run(output, epochs, *options):
 
 
 def test_interrupted_run_keeps_the_last_full_epoch_and_goes_on_exactly(tmp_path, no_pictures, monkeypatch, capsys):
-    assert run(tmp_path / "straight", 3, "--binary") == 0
+    options = ("--binary", "--batch-size", "128")
+    assert run(tmp_path / "straight", 3, *options) == 0
     straight = torch.load(tmp_path / "straight" / "checkpoint.pt")
 
     step, taken = common.Training.step, itertools.count()
 
     def interrupted_step(training, loss):
-        if next(taken) == 30:
+        if next(taken) == 15:
             raise KeyboardInterrupt
         step(training, loss)
 
     monkeypatch.setattr(common.Training, "step", interrupted_step)
     capsys.readouterr()
-    assert run(tmp_path / "parts", 3, "--binary") == 130
+    assert run(tmp_path / "parts", 3, *options) == 130
     assert "--resume goes on from" in capsys.readouterr().err
     path = tmp_path / "parts" / "checkpoint.pt"
     assert [file.name for file in path.parent.iterdir()] == ["checkpoint.pt"]
-    assert torch.load(path)["history"] == straight["history"][:1]  # of 23 steps each
+    assert torch.load(path)["history"] == straight["history"][:1]  # of 11 steps each
 
     torch.manual_seed(12345)  # whatever state a new process would be in
-    assert run(tmp_path / "parts", 3, "--binary", "--resume") == 0
+    assert run(tmp_path / "parts", 3, *options, "--resume") == 0
     resumed = torch.load(path)
     assert len(resumed["history"]) == 3
     for name in ("model", "optimizer", "order", "rng", "history"):
