@@ -103,7 +103,7 @@ def load_photographs(device: torch.device) -> Data:
 
 def patches(photograph: Tensor, stride: int) -> Tensor:
     """The square patches of a photograph [H, W, colours] at multiples of the stride: [N, colours, PATCH, PATCH]."""
-    return photograph.unfold(0, PATCH, stride).unfold(1, PATCH, stride).flatten(0, 1)
+    return photograph.unfold(0, PATCH, stride).unfold(1, PATCH, stride).flatten(0, 1).contiguous()
 
 
 class PixelCNN(nn.Module):
@@ -119,13 +119,17 @@ class PixelCNN(nn.Module):
         self.hidden = MaskedConv2d(channels, channels, 1, mask_type="B", activation="relu", **options)
         self.logits = MaskedConv2d(channels, levels * colours, 1, mask_type="B", **options)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """From grey levels [N, colours, H, W] to logits [N, levels * colours, H, W], the colours innermost."""
+    def features(self, images: Tensor) -> Tensor:
+        """From grey levels [N, colours, H, W] to what each pixel knows of those before it, [N, channels, H, W]."""
         x = images * (2 / (self.levels - 1)) - 1  # so that black is not the 0 that surrounds the image
         v, h = self.first(x, x)
         for block in self.blocks:
             v, h = block(v, h)
-        return self.logits(self.hidden(h))
+        return h
+
+    def forward(self, images: Tensor) -> Tensor:
+        """From grey levels [N, colours, H, W] to logits [N, levels * colours, H, W], the colours innermost."""
+        return self.logits(self.hidden(self.features(images)))
 
     def bits(self, images: Tensor) -> Tensor:
         """Bits per dimension of images, on average."""
@@ -272,8 +276,9 @@ def sample(model: PixelCNN, count: int, height: int, width: int, device: torch.d
     for index in tqdm(range(height * width * model.colours), unit="pixel", desc="sampling", disable=None):
         pixel, colour = divmod(index, model.colours)
         row, column = divmod(pixel, width)
-        logits = model(images[:, :, : row + 1]).unflatten(1, (model.levels, model.colours))
-        probabilities = logits[:, :, colour, row, column].softmax(1).cpu()
+        features = model.features(images[:, :, : row + 1])[:, :, row:, column : column + 1]
+        logits = model.logits(model.hidden(features)).view(count, model.levels, model.colours)
+        probabilities = logits[:, :, colour].softmax(1).cpu()
         images[:, colour, row, column] = probabilities.multinomial(1, generator=generator)[:, 0]
     return images
 

@@ -258,6 +258,19 @@ def test_interrupted_run_keeps_the_last_full_epoch_and_goes_on_exactly(tmp_path,
         torch.testing.assert_close(resumed[name], straight[name], rtol=0, atol=0)
 
 
+def test_tiny_run_on_photographs_draws_in_colour(tmp_path, monkeypatch, capsys):
+    red = np.zeros((16, 25, 3), dtype=np.uint8)
+    red[..., 0] = np.random.default_rng(0).integers(200, 256, red.shape[:2])
+    monkeypatch.setattr(sklearn.datasets, "load_sample_images", lambda: type("Bunch", (), {"images": [red, red]}))
+    monkeypatch.setattr(example, "PATCH", 4)
+    assert run(tmp_path, 1, "--data", "photographs", "--batch-size", "8") == 0
+    assert "8 images of 4x4 pixels, 3 colour(s), 256 levels" in capsys.readouterr().out
+    for name, reds in (("test_images.png", 0.9), ("samples.png", 0)):
+        picture = imread(tmp_path / name)
+        coloured = picture[np.ptp(picture[..., :3], axis=2) > 0.2]
+        assert len(coloured) > 1000 and (coloured[:, 0] > coloured[:, 1:3].max(1)).mean() > reds
+
+
 def test_tiny_run_draws_valid_pictures(tmp_path, capsys):
     assert run(tmp_path / "new" / "out", 1) == 0
     pictures = ("samples.png", "test_images.png", "training_curve.png")
