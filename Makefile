@@ -1,4 +1,4 @@
-# make demo   trains a VAE on handwritten digits and shows what the fused ops save
+# make demo   trains a VAE and a PixelCNN on handwritten digits and shows what the fused ops save
 # make test   runs the test suite
 # Both set up a virtual environment first, if it is missing or out of date. `make help` lists the rest.
 
@@ -13,7 +13,7 @@ SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu) setup.py
 
 help:
 	@echo "make setup      virtual environment in $(VENV), pinned dependencies, fastelbo with its C++ library"
-	@echo "make demo       train a VAE on handwritten digits, under two minutes; pictures go to demo/"
+	@echo "make demo       train a VAE and a PixelCNN on handwritten digits, under two minutes; pictures go to demo/"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the statistical tests over 10^8 draws"
 	@echo "make bench      benchmarks against eager torch, torch.distributions and torch.compile; appends result rows"
@@ -33,6 +33,7 @@ $(STAMP): $(SOURCES)
 
 demo: $(STAMP)
 	@$(BIN)/python examples/train_vae.py --compare --output demo
+	@$(BIN)/python examples/train_pixelcnn.py --compare --output demo/pixelcnn
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -m "not slow"

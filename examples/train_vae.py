@@ -20,12 +20,9 @@ import gzip
 import math
 import os
 import sys
-import tempfile
-import time
-import zipfile
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,39 +30,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
-from tqdm import tqdm
 
+import common
 import fastelbo
+from common import CHECKPOINT, InputError, Training
 
 LATENT = 12
 HIDDEN = 512
 LEARNING_RATE = 1e-3
 EVALUATION_SEED = 1
-CHECKPOINT = "checkpoint.pt"
-
-
-class InputError(Exception):
-    """Something the user gave cannot be used; main prints the sentence and returns 2."""
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Train a VAE with a learned decoder sigma on handwritten digits, using the fused ops of fastelbo.",
-        epilog="Ctrl-C keeps the checkpoint of the last full epoch; the same command with --resume goes on from it.",
+    parser = common.new_parser(
+        "Train a VAE with a learned decoder sigma on handwritten digits, using the fused ops of fastelbo.",
+        output="demo",
+        epochs=80,
+        batch_size=64,
     )
-    device, backends = "cuda" if torch.cuda.is_available() else "cpu", list(fastelbo.backends.BACKENDS)
     idx = "IDX file of images, plain or .gz, or a directory with train-images-idx3-ubyte[.gz]; a sixth is held out"
-    add = parser.add_argument
-    add("--output", type=Path, default="demo", metavar="DIR", help="for checkpoint and pictures (default: %(default)s)")
-    add("--data", type=Path, metavar="PATH", help=f"{idx} (default: the digits of scikit-learn)")
-    add("--epochs", type=int, default=80, help="passes over the training set in all (default: %(default)s)")
-    add("--batch-size", type=int, default=64, help="images per step (default: %(default)s)")
-    add("--seed", type=int, default=0, help="decides split, weights, order and noise (default: %(default)s)")
-    add("--device", default=device, help="torch device (default: %(default)s)")
-    add("--backend", choices=backends, help="implementation of the fused ops (default: the fastest that can run)")
-    add("--compare", action="store_true", help="also time the fused ops against eager torch and torch.distributions")
-    add("--resume", action="store_true", help="go on from the checkpoint in --output")
+    parser.add_argument("--data", type=Path, metavar="PATH", help=f"{idx} (default: the digits of scikit-learn)")
+    compare = "also time the fused ops against eager torch and torch.distributions"
+    parser.add_argument("--compare", action="store_true", help=compare)
     return parser.parse_args(argv)
 
 
@@ -110,16 +97,8 @@ class Data:
 
 def load_data(path: Path | None, seed: int, device: torch.device) -> Data:
     """The digits of scikit-learn, or the images of an IDX file; a sixth, drawn by the seed, is the test set."""
-    if path is None:
-        from sklearn.datasets import load_digits
-
-        images, levels = load_digits().images.astype(np.uint8), 17
-    else:
-        images, levels = read_idx_images(path), 256
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    shuffled = torch.from_numpy(images[order.numpy()]).to(device)
-    held_out = max(1, len(images) // 6)
-    return Data(shuffled[held_out:], shuffled[:held_out], levels, zlib.crc32(images))
+    images, levels = (common.load_digits(), common.DIGIT_LEVELS) if path is None else (read_idx_images(path), 256)
+    return Data(*common.split(images, seed, device), levels, zlib.crc32(images))
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -153,57 +132,6 @@ class VAE(nn.Module):
         return nll, kl
 
 
-@dataclass
-class Training:
-    """Everything that a checkpoint keeps, so that a resumed run is bit for bit the run that was never interrupted."""
-
-    model: VAE
-    optimizer: torch.optim.Optimizer
-    order: torch.Generator
-    settings: dict[str, int]
-    history: list[tuple[float, float]] = field(default_factory=list)  # train and test ELBO of each epoch
-
-    def save(self, path: Path) -> None:
-        """Writes the checkpoint aside and moves it into place, so that no half-written one is ever under its name."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "order": self.order.get_state(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),
-            "settings": self.settings,
-            "history": self.history,
-        }
-        temporary = path.with_suffix(".tmp")
-        try:
-            torch.save(state, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def load(self, path: Path) -> None:
-        """Restores what save wrote; the random states last, so that nothing after them draws."""
-        try:
-            if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at the checksums
-                raise ValueError(f"wrong checksum of {broken}")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            settings = dict(state["settings"])
-            if settings == self.settings:
-                self.model.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.history = state["history"]
-                self.order.set_state(state["order"])
-                torch.set_rng_state(state["rng"])
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"--resume: there is no checkpoint {path}") from None
-        except Exception as error:  # a damaged file can make torch.load raise nearly anything
-            reason = str(error).partition("\n")[0]
-            raise InputError(f"--resume: {path} is damaged, or not of this script: {reason}") from None
-        if settings != self.settings:
-            raise InputError(f"--resume: {path} was made with {settings}; this run has {self.settings}")
-
-
 def start_training(data: Data, args: argparse.Namespace, device: torch.device) -> Training:
     """A fresh model, or the one of the checkpoint."""
     torch.manual_seed(args.seed)
@@ -211,24 +139,17 @@ def start_training(data: Data, args: argparse.Namespace, device: torch.device) -
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     settings = {"seed": args.seed, "batch_size": args.batch_size, "data_checksum": data.checksum}
     training = Training(model, optimizer, torch.Generator().manual_seed(args.seed), settings)
-    if args.resume:
-        training.load(args.output / CHECKPOINT)
-        if len(training.history) > args.epochs:
-            raise InputError(f"--epochs: the checkpoint has {len(training.history)} already; got {args.epochs}")
+    training.resume(args)
     return training
 
 
 def train_epoch(training: Training, data: Data, backend: str, on_step: Callable[[], object] = lambda: None) -> Tensor:
-    """One pass in a new order; returns the loss of each step. A last, incomplete batch is left out."""
-    batch_size = min(training.settings["batch_size"], len(data.train))
-    order = torch.randperm(len(data.train), generator=training.order).to(data.train.device)
+    """One pass in a new order; returns the loss of each step."""
     losses = []
-    for batch in order[: len(order) - len(order) % batch_size].split(batch_size):
-        nll, kl = training.model(data.dequantise(data.train[batch]), backend)
+    for images in training.batches(data.train):
+        nll, kl = training.model(data.dequantise(images), backend)
         loss = (nll + kl).mean()
-        training.optimizer.zero_grad()
-        loss.backward()
-        training.optimizer.step()
+        training.step(loss)
         losses.append(loss.detach())
         on_step()
     return torch.stack(losses)
@@ -244,15 +165,13 @@ def evaluate(model: VAE, data: Data, backend: str) -> tuple[float, float]:
 
 def train(training: Training, data: Data, epochs: int, backend: str, checkpoint: Path) -> None:
     """Trains up to the given epoch, and saves a checkpoint after each."""
-    steps = max(1, len(data.train) // training.settings["batch_size"])
-    done = len(training.history)
-    with tqdm(total=epochs * steps, initial=done * steps, unit="step", desc="training", disable=None) as bar:
-        for _ in range(done, epochs):
-            train_elbo = -train_epoch(training, data, backend, bar.update).mean().item()
-            test_elbo = -sum(evaluate(training.model, data, backend))
-            training.history.append((train_elbo, test_elbo))
-            training.save(checkpoint)
-            bar.set_postfix_str(f"ELBO train {train_elbo:.1f}, test {test_elbo:.1f} nats")
+
+    def run_epoch(on_step: Callable[[], object]) -> tuple[tuple[float, float], str]:
+        train_elbo = -train_epoch(training, data, backend, on_step).mean().item()
+        test_elbo = -sum(evaluate(training.model, data, backend))
+        return (train_elbo, test_elbo), f"ELBO train {train_elbo:.1f}, test {test_elbo:.1f} nats"
+
+    training.run(epochs, training.steps(data.train), run_epoch, checkpoint)
 
 
 def report(training: Training, data: Data, backend: str) -> None:
@@ -296,17 +215,11 @@ def time_ways(ways: list[Callable], rows: int, latent: int, pixels: int, device:
     x, x_mean = torch.rand(2, rows, pixels, device=device)
     inputs = [tensor.requires_grad_() for tensor in (mean, logvar, x_mean, torch.tensor(-3.0, device=device))]
     d_z = torch.randn(rows, latent, device=device)
-    best = [math.inf] * len(ways)
-    end, rounds = time.perf_counter() + 4, 0
-    while rounds < 10 or time.perf_counter() < end:
-        rounds += 1
-        for index, way in enumerate(ways):
-            start = time.perf_counter()
-            torch.autograd.grad(way(inputs[0], inputs[1], x, *inputs[2:]), inputs, (d_z, None))
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            best[index] = min(best[index], time.perf_counter() - start)
-    return best
+
+    def forward_and_backward(way: Callable) -> None:
+        torch.autograd.grad(way(inputs[0], inputs[1], x, *inputs[2:]), inputs, (d_z, None))
+
+    return common.fastest_calls([partial(forward_and_backward, way) for way in ways], device)
 
 
 def compare(batch_size: int, pixels: int, backend: str, device: torch.device) -> None:
@@ -321,48 +234,13 @@ def compare(batch_size: int, pixels: int, backend: str, device: torch.device) ->
         print(f"  {f'{rows}x{latent}':<10}{f'{rows}x{width}':<10}{columns}")
 
 
-def save_grid(
-    path: Path, images: Tensor, title: str, labels: Sequence[str] = (), ticks: Sequence[str] = (), x_label: str = ""
-) -> None:
-    """Draws images [rows, columns, H, W] with values in [0, 1] as one labelled picture."""
-    from matplotlib.figure import Figure
-
-    framed = nn.functional.pad(images, (1, 1, 1, 1), value=0.35)
-    rows, columns, height, width = framed.shape
-    sheet = framed.transpose(1, 2).reshape(rows * height, columns * width).cpu().numpy()
-    axes = Figure(figsize=(0.8 * columns, 0.8 * rows * height / width)).subplots()
-    axes.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_title(title)
-    axes.set_xlabel(x_label)
-    axes.set_xticks([(index + 0.5) * width - 0.5 for index in range(len(ticks))], ticks)
-    axes.set_yticks([(index + 0.5) * height - 0.5 for index in range(len(labels))], labels)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.figure.savefig(path, dpi=150, bbox_inches="tight")
-
-
-def save_curve(path: Path, history: list[tuple[float, float]]) -> None:
-    """Draws train and test ELBO against the epoch."""
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(7, 4)).subplots()
-    train_elbo, test_elbo = zip(*history, strict=True)
-    for label, elbos in (("train, mean over the epoch", train_elbo), ("test, after the epoch", test_elbo)):
-        axes.plot(range(1, len(history) + 1), elbos, label=label, marker="o" if len(history) < 10 else None)
-    axes.set(title="Evidence lower bound during training", xlabel="epoch", ylabel="ELBO (nats per image)")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    axes.figure.savefig(path, dpi=150, bbox_inches="tight")
-
-
 @torch.no_grad()
 def save_pictures(output: Path, training: Training, data: Data, backend: str) -> None:
     """Samples, reconstructions, latent traversal and training curve."""
     model, size, device = training.model, data.test.shape[1:], data.test.device
     z = torch.randn(8, 12, LATENT, generator=torch.Generator().manual_seed(EVALUATION_SEED))
     samples = model.decode(z.to(device)).unflatten(-1, size)
-    save_grid(output / "samples.png", samples, "Samples: decoder means of latents drawn from the prior")
+    common.save_grid(output / "samples.png", samples, "Samples: decoder means of latents drawn from the prior")
 
     columns = min(12, len(data.test))
     shown = data.test[: columns * min(3, len(data.test) // columns)]
@@ -370,7 +248,7 @@ def save_pictures(output: Path, training: Training, data: Data, backend: str) ->
     both = torch.stack((shown / (data.levels - 1), model.decode(mean).view_as(shown)))
     rows = both.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 1)
     labels = ["original", "reconstruction"] * (len(rows) // 2)
-    save_grid(output / "reconstructions.png", rows, "Test images and their reconstructions", labels)
+    common.save_grid(output / "reconstructions.png", rows, "Test images and their reconstructions", labels)
 
     kl = fastelbo.gaussian_kl(mean, logvar, event_ndim=0, backend=backend).mean(0)
     values = torch.arange(-3, 3.5, 0.5)
@@ -382,47 +260,20 @@ def save_pictures(output: Path, training: Training, data: Data, backend: str) ->
     ticks = [f"{value:g}" for value in values.tolist()]
     rows = model.decode(z.to(device)).unflatten(-1, size)
     title = "Traversal: one latent at a time, the others as in the first test image"
-    save_grid(output / "traversal.png", rows, title, labels, ticks, "value of the latent")
-    save_curve(output / "training_curve.png", training.history)
-
-
-def choose_device_and_backend(args: argparse.Namespace) -> tuple[torch.device, str]:
-    """The device, if tensors can live on it and be read back; the backend asked for, or the fastest that runs there."""
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"--device: {args.device!r} cannot be used: {reason}") from None
-    try:
-        return device, fastelbo.backends.choose(device, args.backend)
-    except (ValueError, NotImplementedError) as error:
-        raise InputError(f"--backend: {error}") from None
-
-
-def make_output(directory: Path) -> None:
-    """Creates the directory, and makes sure that files can be written there."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise InputError(f"--output: cannot write to {directory}: {error.strerror}") from None
+    common.save_grid(output / "traversal.png", rows, title, labels, ticks, "value of the latent")
+    title, y_label = "Evidence lower bound during training", "ELBO (nats per image)"
+    common.save_curve(output / "training_curve.png", training.history, title, y_label)
 
 
 def run(args: argparse.Namespace) -> None:
     """Checks everything the user gave, before anything is written; then trains and reports."""
-    for name, value, lowest in (("epochs", args.epochs, 1), ("batch-size", args.batch_size, 1), ("seed", args.seed, 0)):
-        if not lowest <= value < 2**31:
-            raise InputError(f"--{name} must be from {lowest} to {2**31 - 1}; got {value}")
-    device, backend = choose_device_and_backend(args)
+    common.check_whole_numbers(args, epochs=1, batch_size=1, seed=0)
+    device, backend = common.choose_device_and_backend(args)
     data = load_data(args.data, args.seed, device)
     training = start_training(data, args, device)
-    make_output(args.output)
-    threads = torch.get_num_threads()
-    if args.data is None:
-        torch.set_num_threads(1)  # a second gains little on 8x8 pixels, and waits long for its turn on a busy machine
-    train(training, data, args.epochs, backend, args.output / CHECKPOINT)
-    torch.set_num_threads(threads)
+    common.make_output(args.output)
+    with common.one_thread(args.data is None):
+        train(training, data, args.epochs, backend, args.output / CHECKPOINT)
     report(training, data, backend)
     if args.compare:
         compare(args.batch_size, data.test[0].numel(), backend, device)
@@ -432,18 +283,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    args = parse_args(argv)
-    try:
-        run(args)
-    except InputError as error:
-        print(f"train_vae.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        saved = (args.output / CHECKPOINT).exists()
-        advice = "the same command with --resume goes on from" if saved else "there is no checkpoint yet in"
-        print(f"\nInterrupted; {advice} {args.output / CHECKPOINT}", file=sys.stderr)
-        return 130
-    return 0
+    return common.exit_code(run, parse_args(argv))
 
 
 if __name__ == "__main__":

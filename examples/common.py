@@ -1,0 +1,276 @@
+"""What the examples share: command line, training loop with checkpoints, the digits, timing and pictures."""
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fastelbo
+
+CHECKPOINT = "checkpoint.pt"
+DIGIT_LEVELS = 17
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; main prints the sentence and returns 2."""
+
+
+def new_parser(description: str, output: str, epochs: int, batch_size: int) -> argparse.ArgumentParser:
+    """A parser with the options of every example; the arguments are the defaults."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="Ctrl-C keeps the checkpoint of the last full epoch; the same command with --resume goes on from it.",
+    )
+    device, backends = "cuda" if torch.cuda.is_available() else "cpu", list(fastelbo.backends.BACKENDS)
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("--output", type=Path, default=output, metavar="DIR", help=f"for checkpoint and pictures {default}")
+    add("--epochs", type=int, default=epochs, help=f"passes over the training set in all {default}")
+    add("--batch-size", type=int, default=batch_size, help=f"images per step {default}")
+    add("--seed", type=int, default=0, help=f"decides split, weights, order and noise {default}")
+    add("--device", default=device, help=f"torch device {default}")
+    add("--backend", choices=backends, help="implementation of the fused ops (default: the fastest that can run)")
+    add("--resume", action="store_true", help="go on from the checkpoint in --output")
+    return parser
+
+
+def check_whole_numbers(args: argparse.Namespace, **lowest: int) -> None:
+    """Checks options of whole numbers against their lowest values."""
+    for name, least in lowest.items():
+        value = getattr(args, name)
+        if not least <= value < 2**31:
+            raise InputError(f"--{name.replace('_', '-')} must be from {least} to {2**31 - 1}; got {value}")
+
+
+def choose_device_and_backend(args: argparse.Namespace) -> tuple[torch.device, str]:
+    """The device, if tensors can live on it and be read back; the backend asked for, or the fastest that runs there."""
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"--device: {args.device!r} cannot be used: {reason}") from None
+    try:
+        return device, fastelbo.backends.choose(device, args.backend)
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f"--backend: {error}") from None
+
+
+def make_output(directory: Path) -> None:
+    """Creates the directory, and makes sure that files can be written there."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise InputError(f"--output: cannot write to {directory}: {error.strerror}") from None
+
+
+def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Runs an example; 0, or 2 after a sentence on bad input, or 130 after Ctrl-C."""
+    checkpoint = args.output / CHECKPOINT
+    try:
+        run(args)
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        saved = checkpoint.exists()
+        advice = "the same command with --resume goes on from" if saved else "there is no checkpoint yet in"
+        print(f"\nInterrupted; {advice} {checkpoint}", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextlib.contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """For 8x8 pixels: a second thread gains little there, and waits long for its turn on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if wanted else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def load_digits() -> np.ndarray:
+    """The 1797 digits of scikit-learn: grey levels from 0 to 16, uint8 [N, 8, 8]."""
+    import sklearn.datasets
+
+    return sklearn.datasets.load_digits().images.astype(np.uint8)
+
+
+def split(images: np.ndarray, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Training and test images; a sixth, drawn by the seed, is the test set."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    shuffled = torch.from_numpy(images[order.numpy()]).to(device)
+    held_out = max(1, len(images) // 6)
+    return shuffled[held_out:], shuffled[:held_out]
+
+
+@dataclass
+class Training:
+    """Everything that a checkpoint keeps, so that a resumed run is bit for bit the run that was never interrupted."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    order: torch.Generator
+    settings: dict[str, int | str]  # what a resumed run must share; with batch_size
+    history: list[tuple[float, float]] = field(default_factory=list)  # a training and a test figure of each epoch
+
+    def steps(self, images: Tensor) -> int:
+        """Steps in an epoch. A last, incomplete batch is left out."""
+        return max(1, len(images) // self.settings["batch_size"])
+
+    def batches(self, images: Tensor) -> Iterator[Tensor]:
+        """The batches of an epoch, in a new order."""
+        batch_size = min(self.settings["batch_size"], len(images))
+        order = torch.randperm(len(images), generator=self.order).to(images.device)
+        for batch in order[: len(order) - len(order) % batch_size].split(batch_size):
+            yield images[batch]
+
+    def step(self, loss: Tensor) -> None:
+        """Moves the weights against the gradient."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def run(
+        self,
+        epochs: int,
+        steps: int,
+        run_epoch: Callable[[Callable[[], object]], tuple[tuple[float, float], str]],
+        checkpoint: Path,
+    ) -> None:
+        """Trains up to the given epoch, and saves a checkpoint after each.
+
+        Args:
+            epochs: in all, those of the checkpoint included.
+            steps: in an epoch.
+            run_epoch: trains for one epoch, and calls its argument after each step; returns what enters the history,
+                and a sentence on it for the progress bar.
+            checkpoint: where to save.
+        """
+        done = len(self.history)
+        with tqdm(total=epochs * steps, initial=done * steps, unit="step", desc="training", disable=None) as bar:
+            for _ in range(done, epochs):
+                figures, sentence = run_epoch(bar.update)
+                self.history.append(figures)
+                self.save(checkpoint)
+                bar.set_postfix_str(sentence)
+
+    def save(self, path: Path) -> None:
+        """Writes the checkpoint aside and moves it into place, so that no half-written one is ever under its name."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "order": self.order.get_state(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all(),
+            "settings": self.settings,
+            "history": self.history,
+        }
+        temporary = path.with_suffix(".tmp")
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load(self, path: Path) -> None:
+        """Restores what save wrote; the random states last, so that nothing after them draws."""
+        try:
+            if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at the checksums
+                raise ValueError(f"wrong checksum of {broken}")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            settings = dict(state["settings"])
+            if settings == self.settings:
+                self.model.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.history = state["history"]
+                self.order.set_state(state["order"])
+                torch.set_rng_state(state["rng"])
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"--resume: there is no checkpoint {path}") from None
+        except Exception as error:  # a damaged file can make torch.load raise nearly anything
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"--resume: {path} is damaged, or not of this script: {reason}") from None
+        if settings != self.settings:
+            raise InputError(f"--resume: {path} was made with {settings}; this run has {self.settings}")
+
+    def resume(self, args: argparse.Namespace) -> None:
+        """Loads the checkpoint in --output, if --resume asks for it."""
+        if args.resume:
+            self.load(args.output / CHECKPOINT)
+            if len(self.history) > args.epochs:
+                raise InputError(f"--epochs: the checkpoint has {len(self.history)} already; got {args.epochs}")
+
+
+def fastest_calls(calls: Sequence[Callable[[], object]], device: torch.device, seconds: float = 4) -> list[float]:
+    """Seconds that each call takes: the fastest of at least ten, interleaved so that all meet the same machine."""
+    best = [math.inf] * len(calls)
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < 10 or time.perf_counter() < end:
+        rounds += 1
+        for index, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best[index] = min(best[index], time.perf_counter() - start)
+    return best
+
+
+def save_grid(
+    path: Path, images: Tensor, title: str, labels: Sequence[str] = (), ticks: Sequence[str] = (), x_label: str = ""
+) -> None:
+    """Draws images [rows, columns, H, W] or [rows, columns, 3, H, W], values in [0, 1], as one labelled picture."""
+    from matplotlib.figure import Figure
+
+    framed = nn.functional.pad(images, (1, 1, 1, 1), value=0.35)
+    rows, columns, *_, height, width = framed.shape
+    sheet = framed.reshape(rows, columns, -1, height, width).permute(0, 3, 1, 4, 2)
+    sheet = sheet.reshape(rows * height, columns * width, -1).squeeze(2).cpu().numpy()
+    axes = Figure(figsize=(0.8 * columns, 0.8 * rows * height / width)).subplots()
+    axes.imshow(sheet, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title(title)
+    axes.set_xlabel(x_label)
+    axes.set_xticks([(index + 0.5) * width - 0.5 for index in range(len(ticks))], ticks)
+    axes.set_yticks([(index + 0.5) * height - 0.5 for index in range(len(labels))], labels)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def save_curve(
+    path: Path,
+    history: list[tuple[float, float]],
+    title: str,
+    y_label: str,
+    level: tuple[str, float] | None = None,
+) -> None:
+    """Draws the history, and a level to compare it with, against the epoch."""
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(7, 4)).subplots()
+    train, test = zip(*history, strict=True)
+    for label, figures in (("train, mean over the epoch", train), ("test, after the epoch", test)):
+        axes.plot(range(1, len(history) + 1), figures, label=label, marker="o" if len(history) < 10 else None)
+    if level is not None:
+        axes.axhline(level[1], color="gray", linestyle="--", label=level[0])
+    axes.set(title=title, xlabel="epoch", ylabel=y_label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.figure.savefig(path, dpi=150, bbox_inches="tight")
