@@ -6,6 +6,9 @@ A file imports the project that it is named after only where it must have it: py
 
 import importlib
 
+from fastelbo import _seed
+from fastelbo.ops.gaussian_rsample import gaussian_rsample
+
 _PROJECTS = ("bayesian", "diffusers", "dreamer", "guided_diffusion", "nvae", "pyro", "pythae", "vdvae", "vits")
 
 
@@ -14,3 +17,10 @@ def __getattr__(name):
     if name in _PROJECTS:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def sample_and_noise(mean, s, scale):
+    """(z, noise) for lines that return both. The noise is drawn twice rather than kept for the backward."""
+    seed = _seed.as_seed(None, None, mean.device)
+    noise = gaussian_rsample(mean.new_zeros(()).expand_as(mean), 1.0, scale="std", seed=seed)
+    return gaussian_rsample(mean, s, scale=scale, seed=seed), noise

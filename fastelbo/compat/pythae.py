@@ -12,11 +12,8 @@ posterior's KL has no digits and often the wrong sign; in half precision exp(log
 kept for the backward, and std beside log_var, take memory that is not needed.
 """
 
-import torch
-
-from fastelbo import _seed
+from fastelbo.compat import sample_and_noise
 from fastelbo.ops.gaussian_kl import gaussian_kl
-from fastelbo.ops.gaussian_rsample import gaussian_rsample
 from fastelbo.ops.gaussian_rsample_kl import gaussian_rsample_kl
 
 __all__ = ["kl", "sample_and_kl", "sample_gauss"]
@@ -37,15 +34,6 @@ def sample_gauss(mu, std):
         True
     """
     return sample_and_noise(mu, std, "std")
-
-
-def sample_and_noise(mean, s, scale):
-    """A draw and its noise. The noise is drawn twice, and so need not be kept for the backward."""
-    seed = _seed.as_seed(None, None, mean.device)
-    zero, one = torch.zeros_like(mean), mean.new_ones(())
-    with torch.no_grad():
-        eps = gaussian_rsample(zero, one, scale="std", seed=seed)
-    return gaussian_rsample(mean, s, scale=scale, seed=seed), eps
 
 
 def kl(mu, log_var):
