@@ -1,6 +1,6 @@
 """torch.distributions' Normal, Independent and kl_divergence on the fused ops: one changed import line.
 
-Replaces ``from torch.distributions import Normal, Independent, kl_divergence``. The classes are subclasses of torch's, so
+Replaces ``from torch.distributions import Normal, Independent, kl_divergence``. The classes are subclasses of torch's:
 isinstance checks, transforms and other libraries take them for what they are, and torch's own kl_divergence computes
 theirs with gaussian_kl, against each other and against torch's.
 
@@ -59,12 +59,12 @@ class Normal(torch.distributions.Normal):
         """The same distribution with its batch dimensions expanded."""
         return super().expand(batch_shape, self._get_checked_instance(Normal, _instance))
 
-    def sample(self, sample_shape=torch.Size(), generator=None):
+    def sample(self, sample_shape=(), generator=None):
         """rsample without gradients."""
         with torch.no_grad():
             return self.rsample(sample_shape, generator)
 
-    def rsample(self, sample_shape=torch.Size(), generator=None):
+    def rsample(self, sample_shape=(), generator=None):
         """Draws of shape sample_shape + batch_shape, through which gradients reach loc and scale.
 
         Args:
@@ -115,11 +115,11 @@ class Independent(torch.distributions.Independent):
         tensor([-2.7568, -2.7568])
     """
 
-    def sample(self, sample_shape=torch.Size(), generator=None):
+    def sample(self, sample_shape=(), generator=None):
         """Draws without gradients; generator only for a base that takes one."""
         return self.base_dist.sample(sample_shape, **({} if generator is None else {"generator": generator}))
 
-    def rsample(self, sample_shape=torch.Size(), generator=None):
+    def rsample(self, sample_shape=(), generator=None):
         """Draws with gradients; generator only for a base that takes one."""
         return self.base_dist.rsample(sample_shape, **({} if generator is None else {"generator": generator}))
 

@@ -522,7 +522,14 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
     """
 
     def forward(self, input, target, var):
-        """The loss of input [N, *] as mean; target as input; var as input, with one dimension 1 or missing, or a number."""
+        """The loss.
+
+        Args:
+            input: the means, of any shape.
+            target: broadcasts with input.
+            var: the variances, of input's shape, or of that shape with one dimension 1 or the last one missing; or a
+                number.
+        """
         negative = "var has negative entry/entries"
         if isinstance(var, torch.Tensor):
             _checks.values(~(var < 0), negative)

@@ -12,12 +12,12 @@ generator's state as in diffusers, but is another.
 
 Where the originals (diffusers 0.42) are wrong:
 
-* kl and nll sum dimensions 1, 2 and 3 whatever the rank: of a video's [B, C, T, H, W] the width is left over, and with
+* kl and nll sum dimensions 1, 2 and 3 whatever the rank: of a video's [B, C, T, H, W] the width is left over, and for
   audio's [B, C, T] they raise IndexError. Here all but the first are summed.
 * Where the posterior is close to the prior the KL has no digits; in half precision it is NaN or infinite for log-variances
   of 12 and more. Here it is computed and returned in float32.
-* The KL and NLL of a deterministic distribution, a 0, are in host memory wherever the parameters are, and the KL from a
-  deterministic distribution may be NaN. Here the former are with the parameters and the latter is infinite.
+* The KL and NLL of a deterministic distribution, a 0, lie in host memory wherever the parameters are, and the KL from a
+  deterministic distribution may be NaN. Here the former lie with the parameters and the latter is infinite.
 * The Oobleck distribution adds ln var_q - ln var_p in kl(other), instead of subtracting it, and draws at random even if
   deterministic.
 
@@ -148,7 +148,7 @@ class OobleckDiagonalGaussianDistribution(_Posterior):
     Example:
         >>> q = fastelbo.compat.diffusers.OobleckDiagonalGaussianDistribution(torch.zeros(2, 8, 16))
         >>> q.kl()
-        tensor(1.8241)
+        tensor(0.8533)
     """
 
     _scale = Scale.softplus(1e-4)

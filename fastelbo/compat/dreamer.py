@@ -1,5 +1,5 @@
-"""World models with Gaussian latents (Dreamer and its descendants, sheeprl, torchrl): the KL of posterior and prior with
-free nats and balance, in the three versions.
+"""World models with Gaussian latents (Dreamer and its descendants, sheeprl, torchrl): the KL of posterior from prior,
+with free nats and balance, in the three versions.
 
 Replaces lines such as::
 
@@ -8,8 +8,8 @@ Replaces lines such as::
     loss = alpha * lhs + (1 - alpha) * rhs                                          # DreamerV2
     loss = dyn_scale * dyn.clamp(min=free) + rep_scale * rep.clamp(min=free)        # DreamerV3
 
-Where originals are wrong: sheeprl's DreamerV2 with kl_free_avg=False gives torch.maximum a number, which raises TypeError;
-KLs of a posterior that is close to its prior lose their digits. Below the floor the gradient is exactly 0.
+Where originals are wrong: sheeprl's DreamerV2 with kl_free_avg=False gives torch.maximum a number, which raises a
+TypeError; KLs of a posterior close to its prior lose their digits. Below the floor the gradient is exactly 0.
 
 Balance takes two KLs here, as it does there: one with the posterior held, one with the prior held.
 """

@@ -2,8 +2,8 @@
 
 Replaces ``from guided_diffusion.losses import normal_kl``.
 
-Where the original is wrong: it loses its digits, and its sign, where the two Gaussians are close, which they are at most
-diffusion steps; a difference of means of 0 times an infinite exp(-logvar2) is NaN for logvar2 below -88.
+Where the original is wrong: it loses its digits, and its sign, where the two Gaussians are close; and a difference of
+means of 0 times an infinite exp(-logvar2) is NaN, for logvar2 below -88.
 """
 
 import torch

@@ -2,8 +2,8 @@
 
 Replaces ``from distributions import Normal``.
 
-What the original does and this keeps: means and log standard deviations are limited to (-5, 5) by 5 tanh(x / 5), and 0.01
-is added to the standard deviation; so its "standard normal" prior Normal(0, 0) has a standard deviation of 1.01.
+What the original does and this keeps: 5 tanh(x / 5) limits means and log standard deviations to (-5, 5), and 0.01 is
+added to the standard deviation; so its "standard normal" prior Normal(0, 0) has a standard deviation of 1.01.
 
 Where the original is wrong: its KL loses its digits, and its sign, where the posterior is close to the prior, which its
 residual posteriors are by construction; under autocast in half precision it is computed in half precision.
@@ -66,6 +66,4 @@ class Normal:
     def kl(self, normal_dist):
         """KL of this from another such Normal, elementwise."""
         other = normal_dist
-        return gaussian_kl(
-            self.mu, self._s, other.mu, other._s, scale=self._scale, scale_p=other._scale, event_ndim=0
-        )
+        return gaussian_kl(self.mu, self._s, other.mu, other._s, scale=self._scale, scale_p=other._scale, event_ndim=0)

@@ -7,9 +7,9 @@ Replaces::
 
 by ``z, kld = sample_and_kl(mu, log_var)``, or each line by ``sample_gauss`` and ``kl``.
 
-Where the original is wrong: close to the prior every term is near 1 and the difference near 0, so that a collapsed
-posterior's KL has no digits and often the wrong sign; in half precision exp(log_var) overflows from 11.1 on. Noise that is
-kept for the backward, and std beside log_var, take memory that is not needed.
+Where the original is wrong: close to the prior it subtracts numbers near 1, so that a collapsed posterior's KL has no
+digits and often the wrong sign; in float16 exp(log_var) overflows from 11.1 on. Here the noise is not kept for the
+backward either.
 """
 
 from fastelbo.compat import sample_and_noise

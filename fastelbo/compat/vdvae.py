@@ -1,10 +1,10 @@
-"""Very deep VAEs (openai/vdvae and its descendants): elementwise KL and sampling from log standard deviations.
+"""Very deep VAEs (openai/vdvae and its descendants): elementwise KL and draws, from log standard deviations.
 
 Replaces ``from vae_helpers import gaussian_analytical_kl, draw_gaussian_diag_samples``.
 
-Where the original is wrong: the KL squares exp(logsigma) and divides by it, which in float32 is NaN or infinite, with its
-gradients, for log standard deviations beyond 44, and it loses its digits, and its sign, near the prior; half-precision
-inputs are computed with in half precision. Here it is right in all of these, and float32 for half inputs.
+Where the original is wrong: its KL squares exp(logsigma) and divides by it, which in float32 is NaN or infinite for log
+standard deviations beyond 44, and it loses its digits, and its sign, near the prior; of half-precision inputs it is
+computed in half precision. Here it is right in all of these, and float32 for half inputs.
 """
 
 from fastelbo.ops.gaussian_kl import gaussian_kl

@@ -6,7 +6,7 @@ The loss draws the cross-entropy from one sample z_p and takes the entropy in cl
 and is meant so. It is divided by the number of frames, not of elements.
 
 Where the original is wrong: it multiplies by the mask, so that a NaN or an infinity in a padded frame spoils the whole
-loss, and exp(-2 logs_p) overflows for logs_p below -44. Here padded frames are never read, and get gradient 0.
+loss. Here padded frames are never read, and get gradient 0.
 """
 
 import math
@@ -37,8 +37,8 @@ def kl_loss(z_p, logs_q, m_p, logs_p, z_mask):
     live = z_mask != 0
     # filled rather than left to the selection below: a gradient of 0 times NaN is NaN
     z_p, logs_q, m_p, logs_p = (x.masked_fill(~live, 0) for x in (z_p, logs_q, m_p, logs_p))
-    entropy = logs_q.float() + 0.5 * math.log(2 * math.pi * math.e)
-    terms = gaussian_nll(z_p, m_p, logs_p, scale="log_std", event_ndim=0) - entropy
+    nll = gaussian_nll(z_p, m_p, logs_p, scale="log_std", event_ndim=0)
+    terms = nll - logs_q - 0.5 * math.log(2 * math.pi * math.e)  # the last two: the entropy
     return torch.where(live, terms, 0).sum() / live.sum()
 
 
