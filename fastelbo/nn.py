@@ -1,5 +1,6 @@
 """Modules: parameters around the ops, and no mathematics."""
 
+import functools
 import math
 import warnings
 
@@ -532,7 +533,7 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
         """
         negative = "var has negative entry/entries"
         if isinstance(var, torch.Tensor):
-            _checks.values(~(var < 0), negative)
+            _checks.values((var < 0).logical_not(), negative)  # NaN passes
             if input.shape[:-1] == var.shape != input.shape:
                 var = var.unsqueeze(-1)
             elif var.shape != input.shape and not _one_is_1(input.shape, var.shape):
@@ -543,11 +544,16 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
             raise ValueError(f"{self.reduction} is not valid")
         if target.shape != input.shape:
             input, target = torch.broadcast_tensors(input, target)
-        scale = Scale.gaussian_nll_loss(self.eps)
-        loss = gaussian_nll(target, input, var, scale=scale, event_ndim=0, reduction=self.reduction)
+        summed = 0 if self.reduction == "none" else input.dim()
+        loss = gaussian_nll(target, input, var, scale=_scale(self.eps), event_ndim=summed)
+        if self.reduction == "mean":
+            loss = loss / input.numel()
         if self.full:
             return loss
         return loss - 0.5 * math.log(2 * math.pi) * (input.numel() if self.reduction == "sum" else 1)
+
+
+_scale = functools.cache(Scale.gaussian_nll_loss)  # making one takes longer than a small loss
 
 
 def _one_is_1(shape, other):

@@ -106,23 +106,23 @@ def bayesian_kl_loss(model, reduction="mean", last_layer_only=False):
     return total / count if reduction == "mean" else total
 
 
-def sample_weights(means, scales, prior_mean=0.0, prior_std=1.0, *, scale="softplus", generator=None):
+def sample_weights(means, scales, prior_mean=0.0, prior_std=1.0, *, scale="softplus", seed=None, generator=None):
     """Draws all weights of a model, and returns their KL from the prior: the complexity cost of Bayes by backprop.
 
-    One fused op for each tensor.
+    One op for all: they are concatenated first, and the noise is that of the concatenated tensor.
 
     Args:
         means: tensors of any shapes.
         scales: their raw scales, of the same shapes.
-        prior_mean, prior_std: numbers for all, or one number or tensor for each.
+        prior_mean, prior_std: a number for all, or a number or tensor for each.
         scale: a Scale or one of its kinds; what the scales are.
-        generator: a torch.Generator to draw the seeds from; torch's default one where None.
+        seed, generator: as in gaussian_rsample.
 
     Returns:
-        (weights, kl): a list of tensors, and the KL of all together in nats, a 0-d tensor.
+        (weights, kl): a list of tensors, views of one; and the KL of all together in nats, a 0-d tensor.
 
     Raises:
-        ValueError: another number of scales or priors than of means; whatever gaussian_rsample_kl raises.
+        ValueError: means, scales and priors that do not match; whatever gaussian_rsample_kl raises.
 
     Source:
         Blundell et al. 2015, "Weight Uncertainty in Neural Networks".
@@ -133,17 +133,34 @@ def sample_weights(means, scales, prior_mean=0.0, prior_std=1.0, *, scale="softp
         >>> [weight.shape for weight in weights], kl
         ([torch.Size([3, 2]), torch.Size([3])], tensor(0.9607))
     """
-    means = list(means)
-    columns = {"scales": scales, "prior_mean": prior_mean, "prior_std": prior_std}
-    for name, value in columns.items():
-        one = isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.dim() == 0)
-        columns[name] = [value] * len(means) if one else list(value)
-        if len(columns[name]) != len(means):
-            raise ValueError(f"{name} must hold one for each of the {len(means)} means; got {len(columns[name])}")
-    weights, kls = [], []
-    for mean, s, mean_p, std_p in zip(means, *columns.values(), strict=True):
-        draw = {"scale": scale, "scale_p": "std", "generator": generator}
-        weight, kl = gaussian_rsample_kl(mean, s, mean_p, std_p, **draw, event_ndim=mean.dim())
-        weights.append(weight)
-        kls.append(kl)
-    return weights, torch.stack(kls).sum()
+    means, scales = list(means), list(scales)
+    if [s.shape for s in scales] != [mean.shape for mean in means]:
+        shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (means, scales)]
+        raise ValueError(f"scales must have the shapes of means, {shapes[0]}; got {shapes[1]}")
+    flat, kl = gaussian_rsample_kl(
+        _concatenated(means),
+        _concatenated(scales),
+        _prior("prior_mean", prior_mean, means),
+        _prior("prior_std", prior_std, means),
+        scale=scale,
+        scale_p="std",
+        seed=seed,
+        generator=generator,
+        event_ndim=1,
+    )
+    parts = flat.split([mean.numel() for mean in means])
+    return [part.view(mean.shape) for part, mean in zip(parts, means, strict=True)], kl
+
+
+def _prior(name, value, means):
+    """A number as it is; one for each of the means as a tensor, concatenated as they are."""
+    if isinstance(value, (int, float)):
+        return value
+    values = list(value)
+    if len(values) != len(means):
+        raise ValueError(f"{name} must be a number, or one for each of the {len(means)} means; got {len(values)}")
+    return _concatenated([torch.as_tensor(v).to(mean).expand_as(mean) for v, mean in zip(values, means, strict=True)])
+
+
+def _concatenated(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])

@@ -7,17 +7,17 @@ Replaces::
 
 and, in models and pipelines as they are, with ``fastelbo.compat.diffusers.patch()``.
 
-Both read the network's output in place, and compute std, var and logvar only for those who ask. A draw depends on the
-generator's state as in diffusers, but is another.
+Both read the network's output in place, and compute std, var and logvar only for those who ask. A draw follows from the
+generator's state, as there, but is another one.
 
 Where the originals (diffusers 0.42) are wrong:
 
-* kl and nll sum dimensions 1, 2 and 3 whatever the rank: of a video's [B, C, T, H, W] the width is left over, and for
-  audio's [B, C, T] they raise IndexError. Here all but the first are summed.
+* kl and nll sum dimensions 1, 2 and 3 whatever the rank: of a video's [B, C, T, H, W] the width is left, and audio's
+  [B, C, T] raises IndexError. Here all but the first are summed.
 * Where the posterior is close to the prior the KL has no digits; in half precision it is NaN or infinite for log-variances
   of 12 and more. Here it is computed and returned in float32.
-* The KL and NLL of a deterministic distribution, a 0, lie in host memory wherever the parameters are, and the KL from a
-  deterministic distribution may be NaN. Here the former lie with the parameters and the latter is infinite.
+* The KL and NLL of a deterministic distribution, a 0, lie in host memory wherever the parameters are; the KL from a
+  deterministic distribution may be NaN. Here the former lie with the parameters, and the latter is infinite.
 * The Oobleck distribution adds ln var_q - ln var_p in kl(other), instead of subtracting it, and draws at random even if
   deterministic.
 

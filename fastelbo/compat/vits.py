@@ -2,8 +2,8 @@
 
 Replaces ``from losses import kl_loss`` and ``z = (m + torch.randn_like(m) * torch.exp(logs)) * x_mask``.
 
-The loss draws the cross-entropy from one sample z_p and takes the entropy in closed form; a single value may be negative,
-and is meant so. It is divided by the number of frames, not of elements.
+The loss takes the cross-entropy from one sample z_p and the entropy in closed form; a single value may be negative, and
+is meant so. It is divided by the number of frames, not of elements.
 
 Where the original is wrong: it multiplies by the mask, so that a NaN or an infinity in a padded frame spoils the whole
 loss. Here padded frames are never read, and get gradient 0.
