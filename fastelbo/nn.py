@@ -1,6 +1,5 @@
 """Modules: parameters around the ops, and no mathematics."""
 
-import functools
 import math
 import warnings
 
@@ -545,15 +544,12 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
         if target.shape != input.shape:
             input, target = torch.broadcast_tensors(input, target)
         summed = 0 if self.reduction == "none" else input.dim()
-        loss = gaussian_nll(target, input, var, scale=_scale(self.eps), event_ndim=summed)
+        loss = gaussian_nll(target, input, var, scale=Scale.gaussian_nll_loss(self.eps), event_ndim=summed)
         if self.reduction == "mean":
             loss = loss / input.numel()
         if self.full:
             return loss
         return loss - 0.5 * math.log(2 * math.pi) * (input.numel() if self.reduction == "sum" else 1)
-
-
-_scale = functools.cache(Scale.gaussian_nll_loss)  # making one takes longer than a small loss
 
 
 def _one_is_1(shape, other):
