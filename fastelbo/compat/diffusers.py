@@ -14,8 +14,8 @@ Where the originals (diffusers 0.42) are wrong:
 
 * kl and nll sum dimensions 1, 2 and 3 whatever the rank: of a video's [B, C, T, H, W] the width is left, and audio's
   [B, C, T] raises IndexError. Here all but the first are summed.
-* Where the posterior is close to the prior the KL has no digits; in half precision it is NaN or infinite for log-variances
-  of 12 and more. Here it is computed and returned in float32.
+* Close to the prior the KL loses its digits, and its sign; in float16 it is infinite for log-variances from 11.1 on.
+  Here it is right, and float32 for half inputs.
 * The KL and NLL of a deterministic distribution, a 0, lie in host memory wherever the parameters are; the KL from a
   deterministic distribution may be NaN. Here the former lie with the parameters, and the latter is infinite.
 * The Oobleck distribution adds ln var_q - ln var_p in kl(other), instead of subtracting it, and draws at random even if
