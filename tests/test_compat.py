@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
 import fastelbo
-from fastelbo.compat import _PROJECTS, bayesian, dreamer, guided_diffusion, nvae, pythae, vdvae, vits
+from fastelbo.compat import PROJECTS, bayesian, dreamer, guided_diffusion, nvae, pythae, vdvae, vits
 from fastelbo.compat import diffusers as ours
 from fastelbo.testing import assert_within_budget
 
@@ -45,7 +45,7 @@ def assert_same(actual, expected, *inputs, **options):
     )
 
 
-@pytest.mark.parametrize("project", _PROJECTS)
+@pytest.mark.parametrize("project", PROJECTS)
 def test_a_file_says_what_it_replaces_and_what_is_wrong(project):
     module = importlib.import_module(f"fastelbo.compat.{project}")
     assert "Replaces" in module.__doc__ and re.search("Where (the )?originals? ", module.__doc__)
@@ -311,6 +311,22 @@ def test_packed_parameters_are_read_in_place():
     z, expected = (dist.sample(torch.Generator().manual_seed(0)) for dist in (q, plain))
     assert q.mean.data_ptr() == parameters.data_ptr()
     torch.testing.assert_close((z, q.kl()), (expected, plain.kl()))
+
+
+def test_a_patched_encoder_compiles_without_a_break():
+    model, shape = image_model()
+    x = randn(*shape, dtype=torch.float32)
+
+    def bottleneck(x):
+        posterior = model.encode(x).latent_dist
+        return posterior.sample(), posterior.kl()
+
+    with ours.patch():
+        compiled = torch.compile(bottleneck, fullgraph=True, backend="aot_eager")
+        torch.manual_seed(0)
+        actual = compiled(x)
+        torch.manual_seed(0)
+        torch.testing.assert_close(actual, bottleneck(x))
 
 
 # The elementwise lines

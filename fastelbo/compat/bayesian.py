@@ -13,7 +13,7 @@ Those packages are not imported: a layer is known by the names of its parameters
 
 Where the originals are wrong:
 
-* log1p(exp(rho)) is infinite for rho above 88 in float32 (11 in half precision), and its gradient NaN.
+* log1p(exp(rho)) is infinite for rho above 88 in float32 (11 in float16), and its gradient NaN.
 * Close to the prior, where layers start, the KL loses its digits.
 * bayesian-torch (0.5): an average per tensor is not the KL that an ELBO needs, and weighs a bias as much as a kernel;
   ``prior_variance`` is used as a standard deviation; get_kl_loss counts an LSTM's inner layers twice.
