@@ -1,6 +1,6 @@
 """Other projects' lines on the fused ops, one file per project.
 
-Each file's docstring says what it replaces, and where the original is wrong. A file imports the project that it is named
+Each file's docstring says what it replaces, and where the original is wrong. A file imports the project it is named
 after only where it must: pyro, and diffusers in patch().
 """
 
