@@ -1,5 +1,7 @@
 """Fused kernels that make variational autoencoders, Bayesian layers and PixelCNNs train faster and exactly."""
 
+import importlib
+
 from fastelbo import backends, nn, reference
 from fastelbo.ops.gaussian_kl import gaussian_kl
 from fastelbo.ops.gaussian_log_prob import gaussian_log_prob, gaussian_nll
@@ -14,7 +16,9 @@ __all__ = [
     "__version__",
     "backends",
     "causal_conv2d",
+    "compat",
     "conv_mask2d",
+    "distributions",
     "gaussian_kl",
     "gaussian_log_prob",
     "gaussian_nll",
@@ -24,3 +28,10 @@ __all__ = [
     "nn",
     "reference",
 ]
+
+
+def __getattr__(name):
+    """Imports what most programs do not use when it is first asked for."""
+    if name in ("compat", "distributions"):
+        return importlib.import_module(f"fastelbo.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

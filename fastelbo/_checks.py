@@ -1,8 +1,11 @@
-"""Argument checks. Errors have one voice: the argument, the rule, what came. All on metadata, none synchronises."""
+"""Argument checks. Errors have one voice: the argument, the rule, what came. None waits for a device: all are on
+metadata, but for `values`, which drop-ins use whose originals look at values."""
 
 import functools
 
 import torch
+
+from fastelbo import _library
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_DIMS = 15
@@ -158,3 +161,22 @@ def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperatu
 def out_dtype(value):
     if value is not None and value not in _DTYPES:
         raise TypeError(f"out_dtype must be float32, float64, bfloat16 or float16; got {value}")
+
+
+def readable(tensor):
+    """Whether Python can look at a tensor's values: they lie in host memory, and nothing is being traced."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not _library.transformed()
+
+
+def values(valid, message):
+    """Checks values: a ValueError where Python can look at them; elsewhere the device asserts it and nobody waits.
+
+    Args:
+        valid: bool tensor, of the values' device.
+        message: of the error. (What a device says is its own.)
+    """
+    if readable(valid):
+        if not valid.all():
+            raise ValueError(message)
+    elif not _library.transformed():  # whose tensors stand for others'
+        torch._assert_async(valid.all(), message)

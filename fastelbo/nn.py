@@ -1,14 +1,18 @@
 """Modules: parameters around the ops, and no mathematics."""
 
+import math
 import warnings
 
 import torch
 from torch import nn
 
+from fastelbo import _checks
 from fastelbo.ops import masked_conv2d as op
+from fastelbo.ops.gaussian_log_prob import gaussian_nll
 from fastelbo.reference.masked_conv2d import activate
+from fastelbo.scale import Scale
 
-__all__ = ["GatedMaskedConv2d", "HorizontalStackConv2d", "MaskedConv2d", "VerticalStackConv2d"]
+__all__ = ["GatedMaskedConv2d", "GaussianNLLLoss", "HorizontalStackConv2d", "MaskedConv2d", "VerticalStackConv2d"]
 
 
 class _CausalConv2d(nn.Conv2d):
@@ -489,6 +493,68 @@ class GatedMaskedConv2d(nn.Module):
             seen = nn.functional.pad(z, (0, 0, 1, 0))[:, :, :-1]
         gated = self.horizontal(h, cond=self.link(seen) + h_cond)
         return activate(z + v_cond, self.activation), self.out(gated, residual=h if self.residual else None)
+
+
+class GaussianNLLLoss(nn.GaussianNLLLoss):
+    r"""gaussian_nll as a module that takes the place of nn.GaussianNLLLoss: the same arguments, errors and gradients.
+
+    .. math:: \tfrac12 \left(\ln v + \frac{(\text{input} - \text{target})^2}{v}\right), \qquad v = \max(var, eps)
+
+    Unlike the original it does not wait for a GPU to see whether var has negative entries: there the device asserts it.
+    Results are float32 for half inputs.
+
+    Args:
+        full: whether to add the constant ln(2 pi) / 2.
+        eps: least variance; the gradient ignores the limit.
+        reduction: "none", "mean" or "sum".
+
+    Raises:
+        ValueError: in a call, for negative entries of var, a var of the wrong size, or an unknown reduction.
+        RuntimeError: in a call, for a target that does not broadcast with input.
+
+    Source:
+        Nix and Weigend 1994, "Estimating the mean and variance of the target probability distribution".
+
+    Example:
+        >>> loss = fastelbo.nn.GaussianNLLLoss()
+        >>> loss(torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2, 3))
+        tensor(0.5000)
+    """
+
+    def forward(self, input, target, var):
+        """The loss.
+
+        Args:
+            input: the means, of any shape.
+            target: broadcasts with input.
+            var: the variances, of input's shape, or of that shape with one dimension 1 or the last one missing; or a
+                number.
+        """
+        negative = "var has negative entry/entries"
+        if isinstance(var, torch.Tensor):
+            _checks.values((var < 0).logical_not(), negative)  # NaN passes
+            if input.shape[:-1] == var.shape != input.shape:
+                var = var.unsqueeze(-1)
+            elif var.shape != input.shape and not _one_is_1(input.shape, var.shape):
+                raise ValueError("var is of incorrect size")
+        elif var < 0:
+            raise ValueError(negative)
+        if self.reduction not in ("none", "mean", "sum"):
+            raise ValueError(f"{self.reduction} is not valid")
+        if target.shape != input.shape:
+            input, target = torch.broadcast_tensors(input, target)
+        summed = 0 if self.reduction == "none" else input.dim()
+        loss = gaussian_nll(target, input, var, scale=Scale.gaussian_nll_loss(self.eps), event_ndim=summed)
+        if self.reduction == "mean":
+            loss = loss / input.numel()
+        if self.full:
+            return loss
+        return loss - 0.5 * math.log(2 * math.pi) * (input.numel() if self.reduction == "sum" else 1)
+
+
+def _one_is_1(shape, other):
+    """Whether the other shape differs from the first in one dimension, where it is 1."""
+    return len(shape) == len(other) and sum(b for a, b in zip(shape, other, strict=True) if a != b) == 1
 
 
 def _square(name, value):

@@ -44,13 +44,17 @@ def test_reference_takes_the_arguments_in_the_same_order(op):
     assert positional == [name for name, p in reference.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
-def test_docstring_examples_run():
+MODULES = [fastelbo, fastelbo.distributions, *(getattr(fastelbo.compat, name) for name in fastelbo.compat.PROJECTS)]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_docstring_examples_run(module):
     import doctest
 
     import torch
 
-    for name in fastelbo.__all__:
-        thing = getattr(fastelbo, name)
+    for name in module.__all__:
+        thing = getattr(module, name)
         if not callable(thing):
             continue
         parser = doctest.DocTestParser().get_doctest(

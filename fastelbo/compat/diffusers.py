@@ -1,0 +1,216 @@
+"""diffusers: the posteriors of its autoencoders.
+
+Replaces::
+
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+    from diffusers.models.autoencoders.autoencoder_oobleck import OobleckDiagonalGaussianDistribution
+
+and, in models and pipelines as they are, with ``fastelbo.compat.diffusers.patch()``.
+
+Both read the network's output in place, and compute std, var and logvar only for those who ask. A draw follows from the
+generator's state, as there, but is another one.
+
+Where the originals (diffusers 0.42) are wrong:
+
+* kl and nll sum dimensions 1, 2 and 3 whatever the rank: of a video's [B, C, T, H, W] the width is left, and audio's
+  [B, C, T] raises IndexError. Here all but the first are summed.
+* Close to the prior the KL loses its digits, and its sign; in float16 it is infinite for log-variances from 11.1 on.
+  Here it is right, and float32 for half inputs.
+* The KL and NLL of a deterministic distribution, a 0, lie in host memory wherever the parameters are; the KL from a
+  deterministic distribution may be NaN. Here the former lie with the parameters, and the latter is infinite.
+* The Oobleck distribution adds ln var_q - ln var_p in kl(other), instead of subtracting it, and draws at random even if
+  deterministic.
+
+Kept: the Oobleck distribution's kl is twice the KL divergence, summed over channels and averaged over batch and time.
+"""
+
+import contextlib
+import importlib
+import sys
+
+import torch
+
+from fastelbo import _seed
+from fastelbo.ops.gaussian_kl import gaussian_kl
+from fastelbo.ops.gaussian_log_prob import gaussian_nll
+from fastelbo.ops.gaussian_rsample import gaussian_rsample
+from fastelbo.scale import Scale
+
+__all__ = ["DiagonalGaussianDistribution", "OobleckDiagonalGaussianDistribution", "patch"]
+
+
+class _Posterior:
+    _scale = None
+
+    def __init__(self, parameters, deterministic=False):
+        self.parameters = parameters
+        self.mean, self._s = torch.chunk(parameters, 2, dim=1)
+        self.deterministic = deterministic
+
+    def sample(self, generator=None):
+        """A draw.
+
+        Args:
+            generator: a torch.Generator, of the CPU or of the parameters' device, or a list of one for each example.
+        """
+        temperature = 0.0 if self.deterministic else 1.0
+        if isinstance(generator, list) and len(generator) == 1:
+            generator = generator[0]
+        if not isinstance(generator, list):
+            return _draw(self.mean, self._s, self._scale, temperature, generator)
+        return torch.cat(
+            [
+                _draw(self.mean[i : i + 1], self._s[i : i + 1], self._scale, temperature, generator[i])
+                for i in range(len(self.mean))
+            ]
+        )
+
+    def mode(self):
+        """The mean."""
+        return self.mean
+
+    def _zero(self):
+        return self.parameters.new_zeros(1, dtype=torch.float32)
+
+    def _kl(self, other, **options):
+        if other is None:
+            return gaussian_kl(self.mean, self._s, scale=self._scale, **options)
+        s_p = torch.chunk(other.parameters, 2, dim=1)[1]
+        kl = gaussian_kl(self.mean, self._s, other.mean, s_p, scale=self._scale, **options)
+        return torch.full_like(kl, torch.inf) if other.deterministic else kl
+
+
+def _draw(mean, s, scale, temperature, generator):
+    seed, device = None, mean.device.type
+    if generator is not None and generator.device.type != device:
+        if generator.device.type != "cpu":
+            raise ValueError(f"Cannot generate a {device} tensor from a generator of type {generator.device.type}.")
+        seed, generator = int(_seed.as_seed(None, generator, generator.device)), None
+    return gaussian_rsample(mean, s, scale=scale, temperature=temperature, seed=seed, generator=generator)
+
+
+class DiagonalGaussianDistribution(_Posterior):
+    """A diagonal Gaussian with its log-variance clamped to [-30, 20].
+
+    Args:
+        parameters: [B, 2C, ...], means before log-variances.
+        deterministic: whether the standard deviation is 0.
+
+    Attributes:
+        parameters, mean, deterministic; logvar, std, var, each computed when asked for.
+
+    Example:
+        >>> q = fastelbo.compat.diffusers.DiagonalGaussianDistribution(torch.zeros(2, 8, 3, 4, 4))
+        >>> q.sample(torch.Generator().manual_seed(0)).shape, q.kl()
+        (torch.Size([2, 4, 3, 4, 4]), tensor([0., 0.]))
+    """
+
+    _scale = Scale.diffusers()
+
+    @property
+    def logvar(self):
+        """The clamped log-variance."""
+        return torch.clamp(self._s, *self._scale.clamp)
+
+    @property
+    def std(self):
+        """The standard deviation."""
+        return torch.zeros_like(self.mean) if self.deterministic else torch.exp(0.5 * self.logvar)
+
+    @property
+    def var(self):
+        """The variance."""
+        return torch.zeros_like(self.mean) if self.deterministic else torch.exp(self.logvar)
+
+    def kl(self, other=None):
+        """KL from another such distribution, or from the standard normal: [B]."""
+        return self._zero() if self.deterministic else self._kl(other)
+
+    def nll(self, sample, dims=None):
+        """Negative log-likelihood of a sample, summed over dims, or over all but the first dimension: [B]."""
+        if self.deterministic:
+            return self._zero()
+        if dims is None:
+            return gaussian_nll(sample, self.mean, self._s, scale=self._scale)
+        return gaussian_nll(sample, self.mean, self._s, scale=self._scale, event_ndim=0).sum(dim=dims)
+
+
+class OobleckDiagonalGaussianDistribution(_Posterior):
+    """A diagonal Gaussian with standard deviation softplus(scale) + 0.0001.
+
+    Args:
+        parameters: [B, 2C, T], means before scales.
+        deterministic: whether a draw is the mean, and the KL 0.
+
+    Attributes:
+        parameters, mean, scale, deterministic; std, var, logvar, each computed when asked for.
+
+    Example:
+        >>> q = fastelbo.compat.diffusers.OobleckDiagonalGaussianDistribution(torch.zeros(2, 8, 16))
+        >>> q.kl()
+        tensor(0.8533)
+    """
+
+    _scale = Scale.softplus(1e-4)
+
+    @property
+    def scale(self):
+        """The network's output."""
+        return self._s
+
+    @property
+    def std(self):
+        """The standard deviation."""
+        return torch.nn.functional.softplus(self._s) + self._scale.min_std
+
+    @property
+    def var(self):
+        """The variance."""
+        return self.std**2
+
+    @property
+    def logvar(self):
+        """The log-variance."""
+        return torch.log(self.var)
+
+    def kl(self, other=None):
+        """Twice the KL from another such distribution, or from the standard normal, as nats per example and time."""
+        if self.deterministic:
+            return self._zero()
+        return 2 * self.mean.shape[1] * self._kl(other, event_ndim=0, reduction="mean")
+
+
+def patch():
+    """Puts these classes in the place of diffusers' own in all of its modules, those imported later included.
+
+    Returns:
+        A context manager: leaving it, or calling its close(), puts diffusers' classes back.
+
+    Raises:
+        ImportError: diffusers is not installed.
+
+    Example:
+        >>> from diffusers.models.autoencoders import vae
+        >>> with fastelbo.compat.diffusers.patch():
+        ...     vae.DiagonalGaussianDistribution.__module__
+        'fastelbo.compat.diffusers'
+        >>> vae.DiagonalGaussianDistribution.__module__
+        'diffusers.models.autoencoders.vae'
+    """
+    homes = {"vae": DiagonalGaussianDistribution, "autoencoder_oobleck": OobleckDiagonalGaussianDistribution}
+    theirs = {}
+    for home, ours in homes.items():
+        module = importlib.import_module(f"diffusers.models.autoencoders.{home}")
+        theirs[getattr(module, ours.__name__)] = ours
+    _replace(theirs)
+    undo = contextlib.ExitStack()
+    undo.callback(_replace, {ours: original for original, ours in theirs.items()})
+    return undo
+
+
+def _replace(classes):
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "diffusers":
+            for attribute, value in list(vars(module).items()):
+                if isinstance(value, type) and value in classes:
+                    setattr(module, attribute, classes[value])

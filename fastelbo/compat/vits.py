@@ -1,0 +1,63 @@
+"""VITS and its descendants: the prior loss of one sample under a mask, and the posterior's sample.
+
+Replaces ``from losses import kl_loss`` and ``z = (m + torch.randn_like(m) * torch.exp(logs)) * x_mask``.
+
+The loss takes the cross-entropy from one sample z_p and the entropy in closed form; a single value may be negative, and
+is meant so. It is divided by the number of frames, not of elements.
+
+Where the original is wrong: it multiplies by the mask, so that a NaN or an infinity in a padded frame spoils the whole
+loss. Here padded frames are never read, and get gradient 0.
+"""
+
+import math
+
+import torch
+
+from fastelbo.ops.gaussian_log_prob import gaussian_nll
+from fastelbo.ops.gaussian_rsample import gaussian_rsample
+
+__all__ = ["kl_loss", "posterior_sample"]
+
+
+def kl_loss(z_p, logs_q, m_p, logs_p, z_mask):
+    """One-sample KL of N(., exp(logs_q)^2), which the flow took to z_p, from N(m_p, exp(logs_p)^2); per frame.
+
+    Args:
+        z_p, logs_q, m_p, logs_p: [B, H, T].
+        z_mask: [B, 1, T], not 0 where a frame counts.
+
+    Returns:
+        A 0-d tensor: nats per frame that counts.
+
+    Example:
+        >>> zeros, mask = torch.zeros(2, 3, 4), torch.ones(2, 1, 4)
+        >>> fastelbo.compat.vits.kl_loss(zeros + 1, zeros, zeros, zeros, mask)
+        tensor(0.)
+    """
+    live = z_mask != 0
+    # filled rather than left to the selection below: a gradient of 0 times NaN is NaN
+    z_p, logs_q, m_p, logs_p = (x.masked_fill(~live, 0) for x in (z_p, logs_q, m_p, logs_p))
+    nll = gaussian_nll(z_p, m_p, logs_p, scale="log_std", event_ndim=0)
+    terms = nll - logs_q - 0.5 * math.log(2 * math.pi * math.e)  # the last two: the entropy
+    return torch.where(live, terms, 0).sum() / live.sum()
+
+
+def posterior_sample(m, logs, x_mask, noise_scale=1.0):
+    """Draws from N(m, exp(logs)^2), and 0 where the mask is 0.
+
+    Args:
+        m, logs: [B, H, T].
+        x_mask: [B, 1, T], not 0 where a frame counts.
+        noise_scale: multiplies the standard deviation, as inference does.
+
+    Returns:
+        [B, H, T].
+
+    Example:
+        >>> m, logs = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)
+        >>> fastelbo.compat.vits.posterior_sample(m, logs, torch.zeros(2, 1, 4)).abs().sum()
+        tensor(0.)
+    """
+    padded = x_mask == 0
+    m, logs = m.masked_fill(padded, 0), logs.masked_fill(padded, 0)
+    return gaussian_rsample(m, logs, scale="log_std", temperature=noise_scale).masked_fill(padded, 0)

@@ -1,0 +1,174 @@
+"""torch.distributions' Normal, Independent and kl_divergence on the fused ops: one changed import line.
+
+Replaces ``from torch.distributions import Normal, Independent, kl_divergence``. The classes are subclasses of torch's:
+isinstance checks, transforms and other libraries take them for what they are, and torch's own kl_divergence computes
+theirs with gaussian_kl, against each other and against torch's.
+
+What differs from the originals:
+
+* the noise is that of gaussian_rsample: a function of a seed, which torch.manual_seed decides or a ``generator=``;
+* validation follows ``validate_args`` and torch's process-wide default, which is read and never set, and raises torch's
+  errors for tensors in host memory; the values of any other tensor are asserted on its device, and nobody waits for it;
+* KL and log-densities of half-precision distributions are computed and returned in float32;
+* KL divergences near 0 keep their digits (docs/numerics.md).
+"""
+
+import math
+
+import torch
+from torch.distributions.utils import broadcast_all
+
+from fastelbo import _checks
+from fastelbo.ops.gaussian_kl import gaussian_kl
+from fastelbo.ops.gaussian_log_prob import gaussian_log_prob
+from fastelbo.ops.gaussian_rsample import gaussian_rsample
+
+__all__ = ["Independent", "Normal", "kl_divergence"]
+
+
+class Normal(torch.distributions.Normal):
+    """torch.distributions.Normal on the fused ops.
+
+    Args:
+        loc: the mean, a tensor or a number.
+        scale: the standard deviation, a tensor or a number that broadcasts with loc.
+        validate_args: whether to check values; torch's process-wide default where None.
+
+    Raises:
+        ValueError: a scale that is not positive, or a loc or value that is NaN, in host memory.
+
+    Example:
+        >>> q = fastelbo.distributions.Normal(torch.zeros(2, 3), 1.0)
+        >>> q.rsample((5,), generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([5, 2, 3])
+    """
+
+    def __init__(self, loc, scale, validate_args=None):
+        self.loc, self.scale = broadcast_all(loc, scale)
+        validate = self._validate_args if validate_args is None else validate_args
+        readable = _checks.readable(self.loc)
+        # past torch's Normal, whose constructor is what stands above
+        super(torch.distributions.Normal, self).__init__(self.loc.shape, validate_args=validate and readable)
+        self._validate_args = validate
+        if validate and not readable:
+            for name, constraint in self.arg_constraints.items():
+                valid = constraint.check(getattr(self, name))
+                _checks.values(valid, f"Expected parameter {name} to satisfy the constraint {constraint!r}")
+
+    def expand(self, batch_shape, _instance=None):
+        """The same distribution with its batch dimensions expanded."""
+        return super().expand(batch_shape, self._get_checked_instance(Normal, _instance))
+
+    def sample(self, sample_shape=(), generator=None):
+        """rsample without gradients."""
+        with torch.no_grad():
+            return self.rsample(sample_shape, generator)
+
+    def rsample(self, sample_shape=(), generator=None):
+        """Draws of shape sample_shape + batch_shape, through which gradients reach loc and scale.
+
+        Args:
+            sample_shape: of the draws, in front.
+            generator: a torch.Generator of loc's device to draw the seed from; torch's default one where None.
+        """
+        shape = self._extended_shape(sample_shape)
+        if len(shape) == len(self._batch_shape):
+            return gaussian_rsample(self.loc, self.scale, scale="std", generator=generator)
+        num_samples = math.prod(shape[: len(shape) - len(self._batch_shape)])
+        if num_samples == 0:
+            return (self.loc + self.scale).expand(shape)
+        z = gaussian_rsample(self.loc, self.scale, scale="std", num_samples=num_samples, generator=generator)
+        return z.reshape(shape)
+
+    def log_prob(self, value):
+        """Log-density of value, elementwise."""
+        return self._log_prob(value, event_ndim=0)
+
+    def _log_prob(self, value, event_ndim):
+        if self._validate_args:
+            self._validate_sample(value)
+        if isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
+            value = value.to(self.loc.dtype)
+        return gaussian_log_prob(value, self.loc, self.scale, scale="std", event_ndim=event_ndim)
+
+    def _validate_sample(self, value):
+        if isinstance(value, torch.Tensor) and not _checks.readable(value):
+            _checks.values(self.support.check(value), f"Expected value to be within the support {self.support!r}")
+        else:
+            super()._validate_sample(value)
+
+
+class Independent(torch.distributions.Independent):
+    """torch.distributions.Independent, whose log-density of a Normal is summed where it is computed.
+
+    Args:
+        base_distribution: any distribution; those other than this module's Normal behave as under torch's class.
+        reinterpreted_batch_ndims: how many trailing batch dimensions are one event.
+        validate_args: as in torch.
+
+    Raises:
+        ValueError: more dimensions than the base has batch dimensions.
+
+    Example:
+        >>> q = fastelbo.distributions.Normal(torch.zeros(2, 3), torch.ones(2, 3))
+        >>> fastelbo.distributions.Independent(q, 1).log_prob(torch.zeros(2, 3))
+        tensor([-2.7568, -2.7568])
+    """
+
+    def sample(self, sample_shape=(), generator=None):
+        """Draws without gradients; generator only for a base that takes one."""
+        return self.base_dist.sample(sample_shape, **({} if generator is None else {"generator": generator}))
+
+    def rsample(self, sample_shape=(), generator=None):
+        """Draws with gradients; generator only for a base that takes one."""
+        return self.base_dist.rsample(sample_shape, **({} if generator is None else {"generator": generator}))
+
+    def log_prob(self, value):
+        """Log-density of value, summed over each event."""
+        if isinstance(self.base_dist, Normal):
+            return self.base_dist._log_prob(value, self.reinterpreted_batch_ndims)
+        return super().log_prob(value)
+
+
+def kl_divergence(p, q):
+    r"""KL(p || q), with gaussian_kl where p and q are (Independent) Normals; torch's for anything else.
+
+    It computes what torch.distributions.kl_divergence does of the same two, and can be traced in full by torch.compile.
+
+    Args:
+        p, q: distributions.
+
+    Returns:
+        KL in nats, of the shape to which the batches broadcast.
+
+    Raises:
+        NotImplementedError: a pair of types for which no KL is registered.
+
+    Example:
+        >>> p, q = fastelbo.distributions.Normal(torch.ones(3), 1.0), torch.distributions.Normal(torch.zeros(3), 1.0)
+        >>> fastelbo.distributions.kl_divergence(p, q)
+        tensor([0.5000, 0.5000, 0.5000])
+    """
+    function = _KL.get((type(p), type(q)), torch.distributions.kl_divergence)
+    return function(p, q)
+
+
+def _kl_normal(p, q, event_ndim=0):
+    return gaussian_kl(p.loc, p.scale, q.loc, q.scale, scale="std", event_ndim=event_ndim)
+
+
+def _kl_independent(p, q):
+    bases, ndims = (p.base_dist, q.base_dist), (p.reinterpreted_batch_ndims, q.reinterpreted_batch_ndims)
+    if ndims[0] == ndims[1] and all(isinstance(base, torch.distributions.Normal) for base in bases):
+        return _kl_normal(*bases, ndims[0])
+    plain = (torch.distributions.Independent(base, n) for base, n in zip(bases, ndims, strict=True))
+    return torch.distributions.kl_divergence(*plain)
+
+
+_KL = {}
+for _ours, _theirs, _function in (
+    (Normal, torch.distributions.Normal, _kl_normal),
+    (Independent, torch.distributions.Independent, _kl_independent),
+):
+    for _pair in ((_ours, _ours), (_ours, _theirs), (_theirs, _ours)):
+        _KL[_pair] = torch.distributions.register_kl(*_pair)(_function)

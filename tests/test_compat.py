@@ -1,0 +1,645 @@
+"""Drop-ins against the originals where the package index has them, and against float64 formulas."""
+
+import importlib
+import inspect
+import math
+import re
+import sys
+import types
+
+import diffusers
+import pytest
+import torch
+import torchbnn
+import torchbnn.functional
+from diffusers.models.autoencoders import autoencoder_oobleck, vae
+from torch import nn
+from torch.distributions import Independent, Normal, kl_divergence
+
+import fastelbo
+from fastelbo.compat import PROJECTS, bayesian, dreamer, guided_diffusion, nvae, pythae, vdvae, vits
+from fastelbo.compat import diffusers as ours
+from fastelbo.testing import assert_within_budget
+
+TRUE = {"DiagonalGaussianDistribution": vae, "OobleckDiagonalGaussianDistribution": autoencoder_oobleck}
+THEIRS = {name: getattr(module, name) for name, module in TRUE.items()}
+PAIRS = {name: (getattr(ours, name), theirs) for name, theirs in THEIRS.items()}
+both = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+
+
+def randn(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def value_and_gradients(function, *inputs, dtype=None):
+    """A function's value and gradients; upstream is the same whatever function it is."""
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+    value = function(*leaves)
+    upstream = randn(*value.shape, seed=9).to(value.dtype)
+    return value.detach(), *torch.autograd.grad(value, leaves, upstream)
+
+
+def assert_same(actual, expected, *inputs, **options):
+    torch.testing.assert_close(
+        value_and_gradients(actual, *inputs), value_and_gradients(expected, *inputs), check_dtype=False, **options
+    )
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_a_file_says_what_it_replaces_and_what_is_wrong(project):
+    module = importlib.import_module(f"fastelbo.compat.{project}")
+    assert "Replaces" in module.__doc__ and re.search("Where (the )?originals? ", module.__doc__)
+
+
+# diffusers
+
+
+def image_model():
+    blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    return diffusers.AutoencoderKL(**blocks, block_out_channels=(8,), norm_num_groups=4, sample_size=8), (2, 3, 8, 8)
+
+
+def video_model():
+    small = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+    return diffusers.AutoencoderKLWan(**small), (2, 3, 1, 8, 8)
+
+
+def audio_model():
+    small = {"encoder_hidden_size": 8, "decoder_channels": 8, "decoder_input_channels": 4, "audio_channels": 1}
+    return diffusers.AutoencoderOobleck(**small, downsampling_ratios=[2], channel_multiples=[1]), (2, 1, 16)
+
+
+def train_step(model, x):
+    """Value and gradients of a training step's loss, and the draw in it."""
+    posterior = model.encode(x).latent_dist
+    z = posterior.sample(torch.Generator().manual_seed(3))
+    loss = (model.decode(z).sample - x).pow(2).mean() + 0.01 * posterior.kl().sum()
+    return type(posterior), z, loss, torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+
+@pytest.mark.parametrize("make", [image_model, video_model, audio_model], ids=["image", "video", "audio"])
+def test_autoencoders_train_as_with_their_own(make, monkeypatch):
+    torch.manual_seed(0)
+    model, shape = make()
+    x = randn(*shape, dtype=torch.float32)
+    with ours.patch():
+        cls, z, *actual = train_step(model, x)
+    assert cls in (ours.DiagonalGaussianDistribution, ours.OobleckDiagonalGaussianDistribution)
+    # our noise in their draw
+    noise = fastelbo.gaussian_rsample(torch.zeros_like(z), 0.0, generator=torch.Generator().manual_seed(3))
+    for module in TRUE.values():
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: noise)
+    cls, their_z, *expected = train_step(model, x)
+    assert cls in THEIRS.values()
+    torch.testing.assert_close((z, *actual), (their_z, *expected))
+
+
+def test_models_and_pipelines_use_patched_classes():
+    model, shape = image_model()
+    with ours.patch():
+        assert type(model.encode(torch.zeros(shape)).latent_dist) is ours.DiagonalGaussianDistribution
+        out = model(torch.zeros(shape), sample_posterior=True, generator=torch.Generator().manual_seed(0))
+        assert out.sample.shape == shape
+    assert type(model.encode(torch.zeros(shape)).latent_dist) is vae.DiagonalGaussianDistribution
+
+
+def test_patch_can_be_undone():
+    def state():
+        return [getattr(module, name) for name, module in TRUE.items()]
+
+    outer = ours.patch()
+    with ours.patch():
+        assert [cls.__module__ for cls in state()] == ["fastelbo.compat.diffusers"] * 2
+        # as a module that is imported while patched has it
+        late = types.ModuleType("diffusers.late")
+        late.DiagonalGaussianDistribution = vae.DiagonalGaussianDistribution
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setitem(sys.modules, "diffusers.late", late)
+            outer.close()
+        assert late.DiagonalGaussianDistribution is THEIRS["DiagonalGaussianDistribution"]
+    assert state() == list(THEIRS.values())
+    with pytest.raises(ZeroDivisionError), ours.patch():
+        raise ZeroDivisionError
+    assert state() == list(THEIRS.values())
+
+
+@both
+def test_same_attributes_and_methods(pair):
+    parameters = randn(2, 6, 4, 5, dtype=torch.float32)
+    mine, theirs = (cls(parameters) for cls in pair)
+    assert set(dir(theirs)) - set(dir(object())) <= set(dir(mine))
+    for name in ("__init__", "sample", "kl", "mode"):
+        signatures = [inspect.signature(getattr(cls, name)).parameters.values() for cls in pair]
+        assert [(p.name, p.default) for p in signatures[0]] == [(p.name, p.default) for p in signatures[1]]
+    for name in vars(theirs):
+        torch.testing.assert_close(getattr(mine, name), getattr(theirs, name))
+    assert torch.equal(mine.mode(), theirs.mode())
+
+
+@both
+def test_attributes_have_their_gradients(pair):
+    parameters = torch.cat([randn(2, 3, 4), 20 * randn(2, 3, 4, seed=1)], dim=1)
+    for name in ("mean", "logvar", "std", "var"):
+        assert_same(*(lambda x, cls=cls, name=name: getattr(cls(x), name) for cls in pair), parameters)
+
+
+def wide(*shape):
+    """Parameters with log-variances on both sides of the clamp."""
+    return torch.cat([randn(*shape), 15 * randn(*shape, seed=1)], dim=1)
+
+
+def test_kl_and_nll_are_theirs_of_images():
+    cls, theirs = PAIRS["DiagonalGaussianDistribution"]
+    parameters, sample, prior = wide(2, 3, 4, 5), randn(2, 3, 4, 5, seed=2), wide(2, 3, 4, 5).flip(0)
+    assert_same(lambda p: cls(p).kl(), lambda p: theirs(p).kl(), parameters)
+    assert_same(lambda p, q: cls(p).kl(cls(q)), lambda p, q: theirs(p).kl(theirs(q)), parameters, prior)
+    assert_same(lambda p, q: cls(p).kl(theirs(q)), lambda p, q: theirs(p).kl(theirs(q)), parameters, prior)
+    assert_same(lambda p, x: cls(p).nll(x), lambda p, x: theirs(p).nll(x), parameters, sample)
+    for dims in ([1, 2, 3], (1,), [-1, -2], [0, 1, 2, 3]):
+        assert_same(*(lambda p, x, c=c, dims=dims: c(p).nll(x, dims) for c in (cls, theirs)), parameters, sample)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3), (2, 3, 4), (2, 3, 4, 5), (2, 3, 2, 4, 5)], ids=lambda shape: f"{len(shape)}-D"
+)
+def test_kl_and_nll_of_every_rank(shape):
+    cls = ours.DiagonalGaussianDistribution
+    parameters, sample, prior = wide(*shape), randn(*shape, seed=2), wide(*shape).flip(0)
+
+    def normal(p):
+        mean, logvar = p.chunk(2, 1)
+        return Independent(Normal(mean, torch.exp(0.5 * logvar.clamp(-30, 20))), len(shape) - 1)
+
+    def standard(p):
+        return Independent(Normal(torch.zeros_like(sample), 1.0), len(shape) - 1)
+
+    assert_same(lambda p: cls(p).kl(), lambda p: kl_divergence(normal(p), standard(p)), parameters)
+    assert_same(lambda p, q: cls(p).kl(cls(q)), lambda p, q: kl_divergence(normal(p), normal(q)), parameters, prior)
+    assert_same(lambda p, x: cls(p).nll(x), lambda p, x: -normal(p).log_prob(x), parameters, sample)
+
+
+def test_oobleck_kl():
+    cls, theirs = PAIRS["OobleckDiagonalGaussianDistribution"]
+    parameters, prior = (torch.cat([randn(2, 3, 8, seed=i), 3 * randn(2, 3, 8, seed=i + 1)], dim=1) for i in (0, 2))
+
+    def twice_kl(p, q):
+        p, q = (Normal(mean, nn.functional.softplus(s) + 1e-4) for mean, s in (x.chunk(2, 1) for x in (p, q)))
+        return 2 * kl_divergence(p, q).sum(1).mean()
+
+    assert_same(lambda p: cls(p).kl(), lambda p: theirs(p).kl(), parameters)
+    assert_same(lambda p, q: cls(p).kl(cls(q)), twice_kl, parameters, prior)
+
+
+def test_where_the_originals_are_wrong():
+    """What the docstring says of them, as far as it is not in the tests above."""
+    image, video, audio = (torch.zeros(2, 6, *rest) for rest in ((4, 5), (3, 4, 5), (4,)))
+    cls, theirs = PAIRS["DiagonalGaussianDistribution"]
+    assert theirs(video).kl().shape == theirs(video).nll(video[:, :3]).shape == (2, 5)
+    assert cls(video).kl().shape == cls(video).nll(video[:, :3]).shape == (2,)
+    with pytest.raises(IndexError):
+        theirs(audio).kl()
+    assert cls(audio).kl().shape == (2,)
+
+    near = torch.full((2, 6, 4, 5), 1e-4)
+    exact = cls(near.double()).kl()
+    assert (theirs(near).kl().double() / exact - 1).abs().max() > 0.01
+    torch.testing.assert_close(cls(near).kl().double(), exact, rtol=1e-6, atol=0)
+
+    half = torch.full((2, 6, 4, 5), 12.0, dtype=torch.float16)
+    assert theirs(half).kl().isinf().all()
+    torch.testing.assert_close(cls(half).kl().double(), cls(half.double()).kl())
+
+    assert theirs(image).kl(theirs(image, deterministic=True)).isnan().all()
+    assert cls(image).kl(cls(image, deterministic=True)).eq(math.inf).all()
+    assert theirs(image.to("meta"), deterministic=True).kl().device.type == "cpu"
+    assert cls(image.to("meta"), deterministic=True).kl().device.type == "meta"
+
+    cls, theirs = PAIRS["OobleckDiagonalGaussianDistribution"]
+    narrow = torch.cat([torch.zeros(2, 3, 4), torch.full((2, 3, 4), -2.0)], dim=1)
+    assert theirs(narrow).kl(theirs(audio)) < 0 < cls(narrow).kl(cls(audio))
+    assert not torch.equal(theirs(audio, deterministic=True).sample(), audio[:, :3])
+
+
+@both
+def test_deterministic(pair):
+    parameters = randn(2, 6, 4, 5, dtype=torch.float32).requires_grad_()
+    mine, theirs = (cls(parameters, deterministic=True) for cls in pair)
+    assert torch.equal(mine.sample(), mine.mean)
+    assert torch.equal(mine.kl(), theirs.kl())
+    if hasattr(theirs, "nll"):
+        assert torch.equal(mine.nll(mine.mean), theirs.nll(mine.mean))
+    (gradient,) = torch.autograd.grad(mine.sample().sum(), parameters)
+    assert torch.equal(gradient, torch.cat([torch.ones(2, 3, 4, 5), torch.zeros(2, 3, 4, 5)], dim=1))
+    for name in ("std", "var"):
+        assert torch.equal(getattr(mine, name), getattr(theirs, name))
+
+
+@both
+def test_draws(pair):
+    q = pair[0](torch.cat([torch.full((2, 3, 100, 100), 2.0), torch.full((2, 3, 100, 100), -1.0)], dim=1))
+
+    def draw(seed):
+        return q.sample(torch.Generator().manual_seed(seed))
+
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+    noise = (draw(0) - q.mean) / q.std
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    torch.manual_seed(5)
+    first = q.sample()
+    torch.manual_seed(5)
+    assert torch.equal(first, q.sample())
+
+
+@both
+def test_one_generator_for_each_example(pair):
+    parameters = randn(3, 6, 4, 5, dtype=torch.float32)
+
+    def generators():
+        return [torch.Generator().manual_seed(i) for i in range(3)]
+
+    z = pair[0](parameters).sample(generators())
+    for i, generator in enumerate(generators()):
+        assert torch.equal(z[i : i + 1], pair[0](parameters[i : i + 1]).sample(generator))
+        assert torch.equal(z[i : i + 1], pair[0](parameters[i : i + 1]).sample([torch.Generator().manual_seed(i)]))
+    with pytest.raises(IndexError):
+        pair[1](parameters).sample(generators()[:2])
+    with pytest.raises(IndexError):
+        pair[0](parameters).sample(generators()[:2])
+
+
+@both
+def test_generator_of_another_device(pair):
+    class Elsewhere(torch.Generator):
+        device = torch.device("cuda")
+
+    for cls in pair:
+        with pytest.raises(ValueError, match="Cannot generate a cpu tensor from a generator of type cuda"):
+            cls(torch.zeros(2, 6, 4)).sample(Elsewhere())
+    # the host's generator decides elsewhere too, as in diffusers
+    assert pair[0](torch.zeros(2, 6, 4, device="meta")).sample(torch.Generator()).device.type == "meta"
+
+
+@both
+@pytest.mark.parametrize("bad", [torch.zeros(2, 1, 4), torch.zeros(2)], ids=["one-channel", "1-D"])
+def test_raises_what_diffusers_raises(pair, bad):
+    errors = []
+    for cls in reversed(pair):
+        with pytest.raises((ValueError, IndexError)) as caught:
+            cls(bad)
+        errors.append(caught)
+    assert errors[0].type is errors[1].type
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_diffusers_error_budget(dtype):
+    cls, theirs = PAIRS["DiagonalGaussianDistribution"]
+    parameters = randn(4, 16, 8, 8)
+    run = value_and_gradients
+    three = [
+        run(lambda p: cls(p).kl(), parameters, dtype=dtype),
+        run(lambda p: theirs(p).kl(), parameters.to(dtype), dtype=torch.float64),
+        run(lambda p: theirs(p).kl(), parameters, dtype=dtype),
+    ]
+    for values in zip(*three, strict=True):
+        assert_within_budget(*values)
+
+
+def test_packed_parameters_are_read_in_place():
+    """Channels-last, as convolutions write them."""
+    parameters = randn(2, 6, 4, 5, dtype=torch.float32).to(memory_format=torch.channels_last)
+    q, plain = (ours.DiagonalGaussianDistribution(p) for p in (parameters, parameters.contiguous()))
+    z, expected = (dist.sample(torch.Generator().manual_seed(0)) for dist in (q, plain))
+    assert q.mean.data_ptr() == parameters.data_ptr()
+    torch.testing.assert_close((z, q.kl()), (expected, plain.kl()))
+
+
+@both
+def test_compiles_without_a_break(pair):
+    def bottleneck(parameters):
+        q = pair[0](parameters)
+        return q.sample(), q.kl()
+
+    parameters = randn(2, 6, 4, 5)
+    torch.manual_seed(0)
+    expected = bottleneck(parameters)
+    torch.manual_seed(0)
+    torch.testing.assert_close(torch.compile(bottleneck, fullgraph=True, backend="aot_eager")(parameters), expected)
+
+
+# The elementwise lines
+
+
+def exact_kl(mean1, std1, mean2, std2):
+    return kl_divergence(Normal(mean1, std1), Normal(mean2, std2))
+
+
+FOUR = [randn(3, 4, seed=seed) for seed in range(4)]
+
+
+def test_vdvae():
+    def expected(m1, m2, s1, s2):
+        return exact_kl(m1, torch.exp(s1), m2, torch.exp(s2))
+
+    assert_same(vdvae.gaussian_analytical_kl, expected, *FOUR)
+    assert_same(vdvae.gaussian_analytical_kl, expected, FOUR[0], FOUR[1][:1], FOUR[2], FOUR[3][:1])
+    wide = vdvae.gaussian_analytical_kl(torch.zeros(2), torch.zeros(2), torch.full((2,), 45.0), torch.full((2,), 45.0))
+    assert torch.equal(wide, torch.zeros(2))
+    torch.manual_seed(1)
+    z = vdvae.draw_gaussian_diag_samples(*FOUR[:2])
+    torch.manual_seed(1)
+    assert torch.equal(z, fastelbo.gaussian_rsample(*FOUR[:2], scale="log_std"))
+
+
+def test_guided_diffusion():
+    def expected(m1, s1, m2, s2):
+        return exact_kl(m1, torch.exp(0.5 * s1), m2, torch.exp(0.5 * s2))
+
+    assert_same(guided_diffusion.normal_kl, expected, *FOUR)
+    zero = torch.zeros((), dtype=torch.float64)
+    assert_same(
+        lambda m, s: guided_diffusion.normal_kl(m, s, 0.0, 0.0), lambda m, s: expected(m, s, zero, zero), *FOUR[:2]
+    )
+    assert_same(
+        lambda m, s: guided_diffusion.normal_kl(0.5, -1.0, m, s),
+        lambda m, s: expected(zero + 0.5, zero - 1.0, m, s),
+        *FOUR[:2],
+    )
+    same = guided_diffusion.normal_kl(torch.zeros(2), torch.full((2,), -89.0), 0.0, torch.full((2,), -89.0))
+    assert torch.equal(same, torch.zeros(2))
+    with pytest.raises(AssertionError, match="at least one argument must be a Tensor"):
+        guided_diffusion.normal_kl(0.0, 0.0, 0.0, 0.0)
+
+
+def test_pythae():
+    mu, log_var = FOUR[:2]
+
+    def lines(mu, log_var):
+        return -0.5 * torch.sum(1 + log_var - mu.pow(2) - log_var.exp(), dim=-1)
+
+    assert_same(pythae.kl, lines, mu, log_var)
+    assert_same(lambda *x: pythae.sample_and_kl(*x)[1], lines, mu, log_var)
+    assert pythae.kl(randn(2, 5, 4), randn(2, 5, 4)).shape == (2, 5)
+    torch.manual_seed(0)
+    z, eps = pythae.sample_gauss(mu, log_var.exp())
+    torch.testing.assert_close(z, mu + log_var.exp() * eps)
+    torch.manual_seed(0)
+    torch.testing.assert_close(pythae.sample_and_kl(mu, 2 * log_var)[0], z)
+    assert not eps.requires_grad and not torch.equal(eps, pythae.sample_gauss(mu, log_var.exp())[1])
+
+
+@pytest.mark.parametrize("temp", [1.0, 0.7])
+def test_nvae(temp):
+    def sigma(log_sigma):
+        return temp * (torch.exp(5 * torch.tanh(log_sigma / 5)) + 1e-2)
+
+    def normal(mu, log_sigma):
+        return Normal(5 * torch.tanh(mu / 5), sigma(log_sigma))
+
+    def q(mu, log_sigma):
+        return nvae.Normal(mu, log_sigma, temp)
+
+    inputs = [3 * x for x in FOUR]
+    torch.testing.assert_close(q(*inputs[:2]).sigma, normal(*inputs[:2]).scale)
+    torch.testing.assert_close(q(*inputs[:2]).mu, normal(*inputs[:2]).loc)
+    assert_same(lambda *x: q(*x[:2]).kl(q(*x[2:])), lambda *x: kl_divergence(normal(*x[:2]), normal(*x[2:])), *inputs)
+    assert_same(lambda x, *p: q(*p).log_p(x), lambda x, *p: normal(*p).log_prob(x), *inputs[:3])
+    z, eps = q(*inputs[:2]).sample()
+    torch.testing.assert_close(z, normal(*inputs[:2]).loc + normal(*inputs[:2]).scale * eps)
+    assert_same(
+        lambda *x: q(*x[:2]).sample_given_eps(x[2]),
+        lambda *x: normal(*x[:2]).loc + normal(*x[:2]).scale * x[2],
+        *inputs[:3],
+    )
+    assert not torch.equal(eps, q(*inputs[:2]).sample()[1])
+
+
+def test_vits():
+    inputs = [randn(2, 3, 5, seed=seed) for seed in range(4)]
+    mask = torch.tensor([[1.0, 1, 1, 0, 0], [1, 1, 1, 1, 0]])[:, None]
+
+    def lines(z_p, logs_q, m_p, logs_p):
+        kl = logs_p - logs_q - 0.5 + 0.5 * (z_p - m_p) ** 2 * torch.exp(-2 * logs_p)
+        return (kl * mask).sum() / mask.sum()
+
+    assert_same(lambda *x: vits.kl_loss(*x, mask), lines, *inputs)
+    assert vits.kl_loss(*(x.bfloat16() for x in inputs), mask.bfloat16()).dtype == torch.float32
+    padding = (math.nan, math.inf, math.nan, -math.inf)
+    poisoned = [x.masked_fill(mask == 0, value) for x, value in zip(inputs, padding, strict=True)]
+    actual = value_and_gradients(lambda *x: vits.kl_loss(*x, mask), *poisoned)
+    torch.testing.assert_close(actual, value_and_gradients(lines, *inputs), check_dtype=False)
+
+    torch.manual_seed(0)
+    z = vits.posterior_sample(*poisoned[:1], inputs[1], mask, noise_scale=0.5)
+    torch.manual_seed(0)
+    expected = fastelbo.gaussian_rsample(inputs[0], inputs[1], scale="log_std", temperature=0.5)
+    torch.testing.assert_close(z, expected * mask)
+
+
+# dreamer
+
+
+def two_kls(mean_q, std_q, mean_p, std_p):
+    def kl(mean_q, std_q, mean_p, std_p):
+        return kl_divergence(Independent(Normal(mean_q, std_q), 1), Independent(Normal(mean_p, std_p), 1))
+
+    return (
+        kl(mean_q.detach(), std_q.detach(), mean_p, std_p),
+        kl(mean_q, std_q, mean_p.detach(), std_p.detach()),
+    )
+
+
+LATENTS = [randn(5, 6, 4), randn(5, 6, 4, seed=1).exp(), randn(5, 6, 4, seed=2), randn(5, 6, 4, seed=3).exp()]
+FLOOR = two_kls(*LATENTS)[0].median().item()
+
+
+@pytest.mark.parametrize("free_nats", [0.0, FLOOR, 1e3], ids=["no-floor", "some-below", "all-below"])
+def test_dreamer(free_nats):
+    def v1(*x):
+        kl = kl_divergence(Independent(Normal(*x[:2]), 1), Independent(Normal(*x[2:]), 1))
+        return torch.max(kl.mean(), torch.tensor(free_nats, dtype=torch.float64))
+
+    def v2(*x, free_avg=True):
+        lhs, rhs = (
+            kl.mean().clamp(min=free_nats) if free_avg else kl.clamp(min=free_nats).mean() for kl in two_kls(*x)
+        )
+        return 0.8 * lhs + 0.2 * rhs
+
+    def v3(*x):
+        dyn, rep = (kl.clamp(min=free_nats).mean() for kl in two_kls(*x))
+        return 0.5 * dyn + 0.1 * rep
+
+    assert_same(lambda *x: dreamer.kl_loss_v1(*x, free_nats=free_nats), v1, *LATENTS)
+    assert_same(lambda *x: dreamer.kl_loss_v2(*x, free_nats=free_nats), v2, *LATENTS)
+    assert_same(
+        lambda *x: dreamer.kl_loss_v2(*x, free_nats=free_nats, free_avg=False),
+        lambda *x: v2(*x, free_avg=False),
+        *LATENTS,
+    )
+    assert_same(lambda *x: dreamer.kl_loss_v3(*x, free_nats=free_nats, dyn_scale=0.5), v3, *LATENTS)
+
+
+def test_dreamer_below_the_floor_has_no_gradient():
+    for loss in (dreamer.kl_loss_v1, dreamer.kl_loss_v2, dreamer.kl_loss_v3):
+        value, *gradients = value_and_gradients(lambda *x, loss=loss: loss(*x, free_nats=1e3), *LATENTS)
+        assert value >= 1e3 and not any(gradient.any() for gradient in gradients)
+
+
+def test_dreamer_balance_is_what_each_side_gets():
+    _, *full = value_and_gradients(lambda *x: dreamer.kl_loss_v1(*x, free_nats=0.0), *LATENTS)
+    _, *balanced = value_and_gradients(lambda *x: dreamer.kl_loss_v2(*x, alpha=0.8), *LATENTS)
+    for share, gradient, whole in zip((0.2, 0.2, 0.8, 0.8), balanced, full, strict=True):
+        torch.testing.assert_close(gradient, share * whole)
+
+
+# Bayesian layers
+
+
+def bnn():
+    torch.manual_seed(0)
+    prior = {"prior_mu": 0.1, "prior_sigma": 0.2}
+    model = nn.Sequential(
+        torchbnn.BayesConv2d(**prior, in_channels=2, out_channels=3, kernel_size=3),
+        torchbnn.BayesBatchNorm2d(**prior, num_features=3),
+        torchbnn.BayesBatchNorm2d(**prior, num_features=3, affine=False),
+        nn.Linear(3, 3),
+        torchbnn.BayesLinear(**prior, in_features=3, out_features=4, bias=False),
+        torchbnn.BayesLinear(**prior, in_features=4, out_features=2),
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_torchbnn(reduction):
+    model = bnn()
+    actual = bayesian.bayesian_kl_loss(model, reduction)
+    expected = torchbnn.functional.bayesian_kl_loss(model, reduction)
+    assert actual.shape == expected.shape == (1,)
+    torch.testing.assert_close(actual, expected)
+    parameters = list(model.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, parameters, allow_unused=True),
+        torch.autograd.grad(expected, parameters, allow_unused=True),
+    )
+
+
+def test_torchbnns_last_layer_and_bad_input():
+    model = bnn()
+    last = bayesian.bayesian_kl_loss(model, last_layer_only=True)
+    torch.testing.assert_close(last, torchbnn.functional.bayesian_kl_loss(model[-1:], "sum"))
+    assert torchbnn.functional.bayesian_kl_loss(model, last_layer_only=True) < last  # the bias alone
+    for kl_loss in (bayesian.bayesian_kl_loss, torchbnn.functional.bayesian_kl_loss):
+        with pytest.raises(ValueError, match=r"^median is not valid$"):
+            kl_loss(model, "median")
+        assert torch.equal(kl_loss(nn.Linear(2, 2)), torch.zeros(1))
+
+
+class Reparameterized(nn.Module):
+    """The parameters of a layer of bayesian-torch."""
+
+    def __init__(self, name, shape, bias=True):
+        super().__init__()
+        self.tensors = {name: shape, **({"bias": shape[:1]} if bias else {})}
+        for name, shape in self.tensors.items():
+            prior = name.replace("kernel", "weight")
+            self.register_parameter(f"mu_{name}", nn.Parameter(torch.randn(shape)))
+            self.register_parameter(f"rho_{name}", nn.Parameter(torch.randn(shape) - 3))
+            self.register_buffer(f"prior_{prior}_mu", torch.full(shape, 0.1))
+            self.register_buffer(f"prior_{prior}_sigma", torch.full(shape, 0.5))
+        if not bias:
+            self.mu_bias = self.rho_bias = None
+
+    def lines(self):
+        for name in self.tensors:
+            mu, rho = getattr(self, f"mu_{name}").double(), getattr(self, f"rho_{name}").double()
+            sigma = torch.log1p(torch.exp(rho))
+            yield (math.log(0.5) - torch.log(sigma) + (sigma**2 + (mu - 0.1) ** 2) / (2 * 0.5**2) - 0.5).mean()
+
+
+def test_bayesian_torch():
+    layers = [Reparameterized("kernel", (3, 2, 3, 3)), Reparameterized("weight", (4, 5), bias=False)]
+    model = nn.Sequential(*layers, nn.Linear(2, 2))
+    expected = sum(kl for layer in layers for kl in layer.lines())
+    actual = bayesian.get_kl_loss(model)
+    torch.testing.assert_close(actual, expected.float())
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    torch.testing.assert_close(torch.autograd.grad(actual, parameters), torch.autograd.grad(expected, parameters))
+    assert bayesian.get_kl_loss(nn.Linear(2, 2)) is None
+
+
+def test_bayesian_torchs_kl_div():
+    mu, sigma, mu_p, sigma_p = LATENTS
+    assert_same(bayesian.kl_div, lambda *x: exact_kl(*x).mean(), mu, sigma, mu_p, sigma_p)
+    torch.testing.assert_close(
+        bayesian.kl_div(mu, sigma, 0.5, 2.0), exact_kl(mu, sigma, mu.new_tensor(0.5), mu.new_tensor(2.0)).mean()
+    )
+
+
+SHAPES = [(3, 2, 3, 3), (3,), (5, 4), (), (2, 0)]
+
+
+def weights(dtype=torch.float64):
+    return [
+        [(offset + randn(*shape, seed=10 * i + j)).to(dtype).requires_grad_() for j, shape in enumerate(SHAPES)]
+        for i, offset in enumerate((0.0, -3.0))
+    ]
+
+
+PRIORS = {
+    "numbers": (0.1, 0.5),
+    "lists": ([0.1 * i for i in range(5)], [0.5 + i for i in range(5)]),
+    "tensors": ([randn(*s, seed=7) for s in SHAPES], [randn(*s, seed=8).exp() for s in SHAPES]),
+}
+
+
+@pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS)
+def test_sample_weights(prior):
+    means, rhos = weights()
+    drawn, kl = bayesian.sample_weights(means, rhos, *prior, seed=3)
+    expected, offset = 0, 0
+    for i, (mean, rho, weight) in enumerate(zip(means, rhos, drawn, strict=True)):
+        options = {"scale": "softplus", "seed": 3, "noise_offset": offset}
+        torch.testing.assert_close(weight, fastelbo.gaussian_rsample(mean, rho, **options))
+        offset += mean.numel()
+        mean_p, std_p = (torch.as_tensor(p[i] if isinstance(p, list) else p, dtype=torch.float64) for p in prior)
+        expected = expected + exact_kl(mean, torch.log1p(torch.exp(rho)), mean_p, std_p).sum()
+    torch.testing.assert_close(kl, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(kl, [*means, *rhos], retain_graph=True), torch.autograd.grad(expected, [*means, *rhos])
+    )
+    gradients = torch.autograd.grad(sum(weight.sum() for weight in drawn), means)
+    assert all(torch.equal(gradient, torch.ones_like(gradient)) for gradient in gradients)
+
+
+def test_sample_weights_trains_a_network():
+    """Bayes by backprop of a line: the posterior moves from the prior to the data."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 1, generator=generator)
+    y = 2 * x - 1 + 0.1 * torch.randn(64, 1, generator=generator)
+    means, rhos = (
+        [nn.Parameter(torch.zeros(1, 1)), nn.Parameter(torch.zeros(1))],
+        [
+            nn.Parameter(torch.full((1, 1), -3.0)),
+            nn.Parameter(torch.full((1,), -3.0)),
+        ],
+    )
+    optimizer = torch.optim.Adam([*means, *rhos], lr=0.05)
+    for _ in range(200):
+        (weight, bias), kl = bayesian.sample_weights(means, rhos, generator=generator)
+        nll = fastelbo.gaussian_nll(y, nn.functional.linear(x, weight, bias), 0.1, scale="std", event_ndim=2)
+        optimizer.zero_grad()
+        (nll + kl).backward()
+        optimizer.step()
+    assert abs(means[0].item() - 2) < 0.1 and abs(means[1].item() + 1) < 0.1
+
+
+def test_sample_weights_bad_input():
+    means, rhos = weights()
+    with pytest.raises(ValueError, match="scales must have the shapes of means"):
+        bayesian.sample_weights(means, rhos[:-1])
+    with pytest.raises(ValueError, match="for each of the 5 means; got 2"):
+        bayesian.sample_weights(means, rhos, 0.0, [1.0, 2.0])
+    with pytest.raises(ValueError, match="scale must be one of"):
+        bayesian.sample_weights(means, rhos, scale="rho")
