@@ -1,7 +1,7 @@
 // KL divergence and log-density of diagonal Gaussians, element by element, and their gradients. Derivations stand in
 // fastelbo/reference/. Templates over the value type V; see common/philox.h for how these files are included.
 
-constexpr float kHalfLogTwoPi = 0.91893853320467274178f;
+constexpr double kHalfLogTwoPi = 0.91893853320467274178;
 
 // For the ratio exp(h) of two standard deviations, with e = exp(h) - 1: half the excess of their variances' ratio,
 // (exp(2h) - 1) / 2 = e + e^2 / 2, and what that costs in KL, e + e^2 / 2 - h >= 0. Neither overflows before its own value
