@@ -442,11 +442,11 @@ def test_functional_transforms_run_on_the_reference():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast_casts_as_it_does_for_convolutions(backend, compiled):
-    tensors = operands(dtype=torch.float32, activation="tanh_sigmoid")
+    tensors, device = operands(dtype=torch.float32, activation="tanh_sigmoid"), torch.get_default_device().type
     keywords = {"mask_type": "B", "activation": "tanh_sigmoid", "backend": backend}
 
     def function(*args, **more):
-        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16):
             return fastelbo.masked_conv2d(*args, **more, **keywords)
 
     used = torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function
