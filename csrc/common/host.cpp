@@ -98,9 +98,7 @@ Device::Device(const Tensor& tensor) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
 }
 
-namespace {
-
-Tensor empty_strided(const Shape& shape, const int64_t* strides, ScalarType dtype, Device device) {
+Tensor allocate_strided(const Shape& shape, const int64_t* strides, ScalarType dtype, Device device) {
   AtenTensorHandle handle;
   // The C shim costs a quarter of torch::stable::empty, which looks its operator up by name on every call.
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
@@ -109,15 +107,13 @@ Tensor empty_strided(const Shape& shape, const int64_t* strides, ScalarType dtyp
   return Tensor(handle);
 }
 
-}  // namespace
-
 Tensor allocate(const Shape& shape, ScalarType dtype, Device device) {
   int64_t strides[kMaxDims], step = 1;
   for (int d = shape.ndim - 1; d >= 0; --d) {
     strides[d] = step;
     step *= std::max<int64_t>(shape.size[d], 1);
   }
-  return empty_strided(shape, strides, dtype, device);
+  return allocate_strided(shape, strides, dtype, device);
 }
 
 Tensor allocate(const Shape& shape, ScalarType dtype, const Tensor& like) {
@@ -147,7 +143,7 @@ Tensor allocate(const Shape& shape, ScalarType dtype, const Tensor& like) {
     strides[perm[d]] = step;
     step *= std::max<int64_t>(shape.size[perm[d]], 1);
   }
-  return empty_strided(shape, strides, dtype, Device(like));
+  return allocate_strided(shape, strides, dtype, Device(like));
 }
 
 Tensor allocate_gradient(const Shape& shape, const std::optional<Tensor>& of, Device device, bool wanted) {

@@ -59,6 +59,7 @@ struct Device {
 // A new tensor with the memory order of `like`, where that has the full shape, else contiguous; on the same device.
 Tensor allocate(const Shape& shape, ScalarType dtype, const Tensor& like);
 Tensor allocate(const Shape& shape, ScalarType dtype, Device device);
+Tensor allocate_strided(const Shape& shape, const int64_t* strides, ScalarType dtype, Device device);
 // The gradient of `of`, before it is summed to its shape; an empty tensor where it is not wanted.
 Tensor allocate_gradient(const Shape& shape, const std::optional<Tensor>& of, Device device, bool wanted = true);
 

@@ -9,38 +9,10 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <string>
+
+#include "../common/masked_conv2d.h"
 
 namespace fastelbo {
-
-enum class Activation { none, relu, elu, tanh_sigmoid, glu };
-
-// An image of shape [n, channels, rows, columns] in any format, or none.
-struct Image {
-  char* data = nullptr;
-  Format format = Format::f32;
-  int64_t stride[4] = {};  // in elements
-  explicit operator bool() const { return data != nullptr; }
-  int64_t at(int64_t n, int64_t c, int64_t row) const { return n * stride[0] + c * stride[1] + row * stride[2]; }
-};
-
-struct Tap {
-  int row, column;    // in the weight
-  int64_t down, right;  // of the pixel that it reads, from the output's
-};
-
-// Which taps are live, and for which channels.
-struct Mask {
-  std::vector<Tap> taps;  // those live for every pair of channels
-  bool centre = false;    // whether there is a further one, live for some pairs at least: that of the pixel itself
-  Tap centre_tap;
-  bool strict = false;    // mask A: a channel must be of a lesser group, not of the same
-  std::vector<int> group_out, group_in;
-  int groups = 1;
-  int64_t up = 0, left = 0, right = 0;  // how far the taps reach
-
-  bool live(int64_t out, int64_t in) const { return strict ? group_in[in] < group_out[out] : group_in[in] <= group_out[out]; }
-};
 
 // How a band of rows lies in its planes: `above` and `below` further rows, and `gap` zeros between any two rows.
 struct Planes {
@@ -122,7 +94,7 @@ struct ConvArgs {
   }
   bool live(int64_t tap, int64_t out, int64_t in) const { return tap < int64_t(mask.taps.size()) || mask.live(out, in); }
   const int32_t* pair_offsets(int64_t first) const { return pair_offset.data() + first; }
-  bool gated() const { return activation == Activation::tanh_sigmoid || activation == Activation::glu; }
+  bool gated() const { return is_gate(activation); }
 };
 
 }  // namespace fastelbo
@@ -133,6 +105,8 @@ struct ConvArgs {
 
 #ifdef FASTELBO_ISA
 namespace fastelbo::FASTELBO_ISA {
+
+#include "../common/activation.h"
 
 // A register of doubles, for the float64 convolution; the elementwise loops have scalar ones.
 typedef double NativeD __attribute__((vector_size(4 * kLanes)));
@@ -283,11 +257,6 @@ inline void conv_band(const T* in, const int32_t* offsets, int64_t pairs, const 
   }
 }
 
-template <class V>
-FASTELBO_INLINE V sigmoid(V x) {
-  return V(1.0f) / (V(1.0f) + exp(-x));
-}
-
 // The weights of units begin .. end - 1 in the order in which conv_tile reads them.
 template <class T>
 inline void pack_weights(const ConvArgs& args, const Direction& direction, bool transposed, T* to, int64_t begin, int64_t end) {
@@ -356,7 +325,6 @@ inline void add_rows(const Image& image, int64_t n, int64_t c, int64_t first, in
 // What follows the sum over taps and the bias, for the rows of one output channel: z[half], gaps and all.
 template <class T>
 inline void finish_channel(const ConvArgs& args, int64_t n, int64_t c, int64_t first, int64_t rows, T* const* z, T* scratch) {
-  using V = typename VectorOf<T>::type;
   int64_t columns = args.columns, pitch = args.planes.pitch, positions = args.planes.positions(rows);
   bool gated = args.gated();
   for (int h = 0; h < (gated ? 2 : 1); ++h) {
@@ -365,20 +333,13 @@ inline void finish_channel(const ConvArgs& args, int64_t n, int64_t c, int64_t f
     if (args.kept && gated) write_rows(args.kept, n, channel, first, rows, columns, z[h], pitch);
   }
   T* y = z[0];
-  const V none(0.0f);
   switch (args.activation) {
     case Activation::none: break;
     case Activation::relu:
-      for_covered<T>(positions, [&](int64_t i) FASTELBO_LAMBDA {
-        V a = load(y + i, Whole{});
-        store(y + i, select(a < none, none, a), Whole{});
-      });
+      for_covered<T>(positions, [&](int64_t i) FASTELBO_LAMBDA { store(y + i, relu(load(y + i, Whole{})), Whole{}); });
       break;
     case Activation::elu:
-      for_covered<T>(positions, [&](int64_t i) FASTELBO_LAMBDA {
-        V a = load(y + i, Whole{});
-        store(y + i, select(a > none, a, expm1(a)), Whole{});
-      });
+      for_covered<T>(positions, [&](int64_t i) FASTELBO_LAMBDA { store(y + i, elu(load(y + i, Whole{})), Whole{}); });
       break;
     case Activation::tanh_sigmoid:
       for_covered<T>(positions, [&](int64_t i) FASTELBO_LAMBDA {
@@ -441,32 +402,32 @@ inline void activation_gradient(const ConvArgs& args, int64_t n, int64_t c, int6
   read_row(args.d_y, args.d_y.at(n, c, row), columns, up);
   read_row(args.kept, args.kept.at(n, c, row), columns, a);
   if (args.gated()) read_row(args.kept, args.kept.at(n, c + args.y_channels, row), columns, b);
-  const V none(0.0f), one(1.0f);
   switch (args.activation) {
     case Activation::none: break;
     case Activation::relu:
       for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA {
-        store(up + i, select(load(a + i, Whole{}) > none, load(up + i, Whole{}), none), Whole{});
+        store(up + i, relu_gradient(load(a + i, Whole{}), load(up + i, Whole{})), Whole{});
       });
       break;
     case Activation::elu:
       for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA {
-        V y = load(a + i, Whole{}), g = load(up + i, Whole{});
-        store(up + i, select(y > none, g, g * (y + one)), Whole{});
+        store(up + i, elu_gradient(load(a + i, Whole{}), load(up + i, Whole{})), Whole{});
       });
       break;
     case Activation::tanh_sigmoid:
       for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA {
-        V t = tanh(load(a + i, Whole{})), s = sigmoid(load(b + i, Whole{})), g = load(up + i, Whole{});
-        store(up + i, g * s * (one - t * t), Whole{});
-        store(b + i, g * t * s * (one - s), Whole{});
+        V d_a, d_b;
+        tanh_sigmoid_gradient(load(a + i, Whole{}), load(b + i, Whole{}), load(up + i, Whole{}), d_a, d_b);
+        store(up + i, d_a, Whole{});
+        store(b + i, d_b, Whole{});
       });
       break;
     case Activation::glu:
       for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA {
-        V s = sigmoid(load(b + i, Whole{})), g = load(up + i, Whole{});
-        store(up + i, g * s, Whole{});
-        store(b + i, g * load(a + i, Whole{}) * s * (one - s), Whole{});
+        V d_a, d_b;
+        glu_gradient(load(a + i, Whole{}), load(b + i, Whole{}), load(up + i, Whole{}), d_a, d_b);
+        store(up + i, d_a, Whole{});
+        store(b + i, d_b, Whole{});
       });
       break;
   }
@@ -659,81 +620,6 @@ void run_tasks(Loop loop, const ConvArgs& args, int64_t tasks) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { loop(args, begin, end); });
 }
 
-Image image_of(const Tensor& tensor) {
-  Image image;
-  image.data = static_cast<char*>(tensor.data_ptr());
-  image.format = format_of(tensor.scalar_type());
-  auto strides = tensor.strides();
-  std::copy(strides.begin(), strides.end(), image.stride);
-  return image;
-}
-Image image_of(const std::optional<Tensor>& tensor) { return tensor ? image_of(*tensor) : Image(); }
-
-Tensor new_tensor(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, ScalarType dtype) {
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides.begin(),
-                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-Tensor new_tensor(int64_t size, ScalarType dtype) { return new_tensor({size}, {1}, dtype); }
-
-// As is_channels_last in the op's Python file.
-bool is_channels_last(const Tensor& tensor) {
-  return tensor.sizes()[1] > 1 && tensor.strides()[1] == 1 && tensor.strides()[3] > 1;
-}
-
-// A new image in the memory format of another.
-Tensor allocate_image(int64_t n, int64_t channels, const Tensor& like) {
-  int64_t rows = like.sizes()[2], columns = like.sizes()[3], image = channels * rows * columns;
-  ScalarType dtype = like.scalar_type();
-  if (is_channels_last(like)) return new_tensor({n, channels, rows, columns}, {image, 1, channels * columns, channels}, dtype);
-  return new_tensor({n, channels, rows, columns}, {image, rows * columns, columns, 1}, dtype);
-}
-
-Activation parse_activation(const std::string& name) {
-  if (name.empty()) return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "elu") return Activation::elu;
-  if (name == "tanh_sigmoid") return Activation::tanh_sigmoid;
-  STD_TORCH_CHECK(name == "glu", "activation: got ", name);
-  return Activation::glu;
-}
-
-std::vector<int> channel_groups(int64_t channels, int64_t groups, const std::string& order, bool gated) {
-  int64_t half = gated ? channels / 2 : channels;
-  std::vector<int> group(channels);
-  for (int64_t c = 0; c < channels; ++c)
-    group[c] = int(order == "interleaved" ? c % half % groups : c % half * groups / half);
-  return group;
-}
-
-Mask parse_mask(const Tensor& weight, const std::string& type, const std::string& stack, int64_t dilation, int64_t groups,
-                const std::string& order, bool gated) {
-  Mask mask;
-  int rows = int(weight.sizes()[2]), columns = int(weight.sizes()[3]);
-  int row = stack == "square" ? rows / 2 : rows - 1, column = stack == "horizontal" ? columns - 1 : columns / 2;
-  bool vertical = stack == "vertical";
-  for (int i = 0; i <= row; ++i) {
-    for (int j = 0; j < columns; ++j) {
-      bool live = i < row || (vertical ? type == "B" : j < column);
-      if (live) mask.taps.push_back({i, j, (i - row) * dilation, (j - column) * dilation});
-    }
-  }
-  mask.groups = int(groups);
-  mask.strict = type == "A";
-  mask.centre = !vertical && (type == "B" || groups > 1);
-  mask.centre_tap = {row, column, 0, 0};
-  mask.group_out = channel_groups(weight.sizes()[0], groups, order, gated);
-  mask.group_in = channel_groups(weight.sizes()[1], groups, order, false);
-  for (const Tap& tap : mask.taps) {
-    mask.up = std::max(mask.up, -tap.down);
-    mask.left = std::max(mask.left, -tap.right);
-    mask.right = std::max(mask.right, tap.right);
-  }
-  return mask;
-}
-
 // sign: 1 for the convolution, -1 for its input gradient, whose outputs are the convolution's inputs.
 Direction direction_of(const Mask& mask, int64_t outputs, int64_t inputs, const Planes& planes, int block, bool gated, int sign) {
   Direction direction;
@@ -794,7 +680,7 @@ ConvArgs arguments(const Tensor& input, const Tensor& weight, const std::string&
   args.activation = parse_activation(activation);
   args.z_channels = weight.sizes()[0];
   args.y_channels = args.gated() ? args.z_channels / 2 : args.z_channels;
-  args.mask = parse_mask(weight, mask_type, stack, dilation, groups, order, args.gated());
+  args.mask = Mask(weight, mask_type, stack, dilation, groups, order, args.gated());
   args.input = image_of(input);
   args.weight = image_of(weight);
   int64_t gap = std::max(args.mask.left, args.mask.right);
@@ -813,7 +699,7 @@ std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::o
   Constants constants(dtype);
   ConvArgs args = arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, constants);
   Tensor y = allocate_image(args.n, args.y_channels, input);
-  Tensor kept = keep ? allocate_image(args.n, args.z_channels, input) : new_tensor(0, input.scalar_type());
+  Tensor kept = keep ? allocate_image(args.n, args.z_channels, input) : allocate(Shape{0}, input.scalar_type(), Device(input));
   args.y = image_of(y);
   if (keep) args.kept = image_of(kept);
   args.residual = image_of(residual);
@@ -821,7 +707,7 @@ std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::o
   if (cond) args.cond_ndim = int64_t(cond->sizes().size());
   args.bias = image_of(bias);
   args.forward = direction_of(args.mask, args.z_channels, args.in_channels, args.planes, int(constants.block), args.gated(), 1);
-  Tensor packed = new_tensor(args.forward.weights, dtype);
+  Tensor packed = allocate(Shape{args.forward.weights}, dtype, Device(input));
   args.packed = packed.data_ptr();
   run_tasks(FASTELBO_CONV_LOOP(conv_pack_forward, dtype), args, args.forward.units());
   run_tasks(FASTELBO_CONV_LOOP(masked_conv2d_fwd, dtype), args, args.units());
@@ -836,15 +722,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   Constants constants(dtype);
   ConvArgs args = arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, constants);
   const Mask& mask = args.mask;
+  Device device(input);
   args.d_y = image_of(d_y);
   args.kept = image_of(kept);
   args.d_planes = Planes(args.columns, args.band, args.planes.gap, 0, want_input ? mask.up : 0, constants.slack);
-  Tensor d_input = want_input ? allocate(Shape(input), stored, input) : new_tensor(0, stored);
-  Tensor d_weight = want_weight ? allocate(Shape(weight), stored, weight) : new_tensor(0, stored);
-  Tensor d_bias = new_tensor(want_bias ? args.z_channels : 0, stored);
+  Tensor d_input = want_input ? allocate(Shape(input), stored, input) : allocate(Shape{0}, stored, device);
+  Tensor d_weight = want_weight ? allocate(Shape(weight), stored, weight) : allocate(Shape{0}, stored, device);
+  Tensor d_bias = allocate(Shape{want_bias ? args.z_channels : 0}, stored, device);
   Tensor d_cond = cond_ndim == 4   ? allocate_image(args.n, args.z_channels, input)
-                  : cond_ndim == 2 ? new_tensor({args.n, args.z_channels}, {args.z_channels, 1}, stored)
-                                   : new_tensor(0, stored);
+                  : cond_ndim == 2 ? allocate(Shape{args.n, args.z_channels}, stored, device)
+                                   : allocate(Shape{0}, stored, device);
   if (cond_ndim == 4) args.d_cond = image_of(d_cond);
   std::vector<double> sums;
   if (want_bias || cond_ndim == 2) {
@@ -856,7 +743,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   if (want_input) {
     args.d_input = image_of(d_input);
     args.backward = direction_of(mask, args.in_channels, args.z_channels, args.d_planes, int(constants.block), false, -1);
-    d_packed = new_tensor(args.backward.weights, dtype);
+    d_packed = allocate(Shape{args.backward.weights}, dtype, device);
     args.d_packed = d_packed->data_ptr();
     run_tasks(FASTELBO_CONV_LOOP(conv_pack_backward, dtype), args, args.backward.units());
   }
@@ -877,7 +764,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
     int64_t blocks = (args.z_channels + constants.lanes - 1) / constants.lanes, share = blocks * args.pairs * constants.lanes;
     int64_t most = std::max<int64_t>(args.n * args.rows * args.columns / kChunkPixels, 4);
     args.chunks = std::min(args.chunks, most);
-    partial = new_tensor(args.chunks * share, dtype);
+    partial = allocate(Shape{args.chunks * share}, dtype, device);
     args.partial = count ? partial->data_ptr() : nullptr;
   }
   run_tasks(FASTELBO_CONV_LOOP(masked_conv2d_bwd, dtype), args, args.chunks);
