@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -20,6 +21,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kMaxDims = 16;
+
+// A string of a schema. torch's own conversion to std::string, up to 2.13 at least, leaks it on every call.
+struct Text : std::string {
+  using std::string::string;
+};
 
 // From the schema's list: kind, clamp_grad, clamp_lo, clamp_hi, soft_clamp, min_std, var_eps, beta; trailing defaults are
 // left out.
@@ -68,3 +74,17 @@ ScalarType arithmetic_type(std::initializer_list<const Tensor*> tensors);
 inline const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
 
 }  // namespace fastelbo
+
+template <>
+struct torch::stable::detail::ToImpl<fastelbo::Text> {
+  static fastelbo::Text call(StableIValue value, uint64_t, bool) {
+    StringHandle handle = to<StringHandle>(value);
+    size_t length;
+    const char* data;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    fastelbo::Text text(data, length);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return text;
+  }
+};

@@ -1,8 +1,6 @@
 // What describes a masked convolution, on every device.
 #pragma once
 
-#include <string>
-
 #include "host.h"
 
 #if defined(__CUDACC__)

@@ -163,14 +163,35 @@ void conv_constants(int64_t* block, int64_t* slack, int64_t* lanes, int64_t* pai
   *pairs = kPairs;
 }
 
-// One row of an image to and from the arithmetic type.
+// Rows of one channel of an image, from an offset on, to and from rows of the arithmetic type that lie `pitch` apart.
 template <class T>
-inline void read_row(const Image& image, int64_t offset, int n, T* to) {
-  with_format(image.format, [&](auto format) { gather<decltype(format)>(image.data, offset, image.stride[3], n, to); });
+inline void read_rows(const Image& image, int64_t offset, int64_t rows, int64_t columns, T* to, int64_t pitch) {
+  if (pitch == columns && image.stride[2] == columns * image.stride[3]) {
+    columns *= rows;
+    rows = 1;
+  }
+  with_format(image.format, [&](auto format) {
+    for (int64_t row = 0; row < rows; ++row)
+      gather<decltype(format)>(image.data, offset + row * image.stride[2], image.stride[3], int(columns), to + row * pitch);
+  });
 }
 template <class T>
-inline void write_row(const Image& image, int64_t offset, int n, const T* from) {
-  with_format(image.format, [&](auto format) { scatter<decltype(format)>(image.data, offset, image.stride[3], n, from); });
+inline void write_rows(const Image& image, int64_t offset, int64_t rows, int64_t columns, const T* from, int64_t pitch) {
+  if (pitch == columns && image.stride[2] == columns * image.stride[3]) {
+    columns *= rows;
+    rows = 1;
+  }
+  with_format(image.format, [&](auto format) {
+    for (int64_t row = 0; row < rows; ++row)
+      scatter<decltype(format)>(image.data, offset + row * image.stride[2], image.stride[3], int(columns), from + row * pitch);
+  });
+}
+
+// How many rows to take of one channel before the next: with channels last one, so that a row of all channels stays in
+// the cache, else some that fill vectors.
+inline int64_t rows_of_a_channel(const Image& image, int64_t columns) {
+  constexpr int64_t kPixels = 1024;
+  return image.stride[3] == 1 && columns < kPixels ? kPixels / columns : 1;
 }
 
 template <class T>
@@ -178,32 +199,29 @@ FASTELBO_INLINE void zero(T* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = 0;
 }
 
-// Rows first - above .. first + rows + below - 1 of all channels, through fetch(channel, row, to).
+// Rows first - above .. first + rows + below - 1 of all channels. Those inside the image come through fetch(row, count, i),
+// `step` at a time: row .. row + count - 1 of all channels, into rows i .. of the planes.
 template <class T, class Fetch>
-inline void pack_planes(const Planes& planes, int64_t image_rows, int64_t channels, int64_t first, int64_t rows, T* to, Fetch&& fetch) {
-  int64_t used = planes.front + (planes.above + rows + planes.below) * planes.pitch;
+inline void pack_planes(const Planes& planes, int64_t image_rows, int64_t channels, int64_t first, int64_t rows, int64_t step, T* to,
+                        Fetch&& fetch) {
+  int64_t all = planes.above + rows + planes.below, start = first - planes.above;
+  int64_t begin = std::max<int64_t>(-start, 0), end = std::min(all, image_rows - start);
   for (int64_t c = 0; c < channels; ++c) {
-    zero(to + c * planes.size, planes.front);
-    zero(to + c * planes.size + used, planes.size - used);
+    T* plane = to + c * planes.size;
+    zero(plane, planes.front + begin * planes.pitch);
+    for (int64_t i = begin; i < end; ++i) zero(plane + planes.front + i * planes.pitch + planes.columns, planes.gap);
+    zero(plane + planes.front + end * planes.pitch, planes.size - planes.front - end * planes.pitch);
   }
-  for (int64_t i = 0; i < planes.above + rows + planes.below; ++i) {
-    int64_t row = first - planes.above + i;
-    bool inside = row >= 0 && row < image_rows;
-    for (int64_t c = 0; c < channels; ++c) {  // innermost: with channels last, a row of all channels stays in the cache
-      T* line = to + c * planes.size + planes.front + i * planes.pitch;
-      if (!inside) zero(line, planes.pitch);
-      else zero(line + planes.columns, planes.gap);
-    }
-    if (inside) fetch(row, i);
-  }
+  for (int64_t i = begin; i < end; i += step) fetch(start + i, std::min(step, end - i), i);
 }
 
 template <class T>
 inline void pack_input(const ConvArgs& args, int64_t n, int64_t first, int64_t rows, T* to) {
   const Planes& planes = args.planes;
-  pack_planes(planes, args.rows, args.in_channels, first, rows, to, [&](int64_t row, int64_t i) {
+  int64_t step = rows_of_a_channel(args.input, args.columns);
+  pack_planes(planes, args.rows, args.in_channels, first, rows, step, to, [&](int64_t row, int64_t count, int64_t i) {
     for (int64_t c = 0; c < args.in_channels; ++c)
-      read_row(args.input, args.input.at(n, c, row), int(args.columns), to + c * planes.size + planes.front + i * planes.pitch);
+      read_rows(args.input, args.input.at(n, c, row), count, args.columns, to + c * planes.size + planes.front + i * planes.pitch, planes.pitch);
   });
 }
 
@@ -261,23 +279,24 @@ inline void conv_band(const T* in, const int32_t* offsets, int64_t pairs, const 
 template <class T>
 inline void pack_weights(const ConvArgs& args, const Direction& direction, bool transposed, T* to, int64_t begin, int64_t end) {
   const Image& weight = args.weight;
-  for (int64_t u = begin; u < end; ++u) {
-    for (int h = 0; h < direction.halves; ++h) {
-      T* at = to + direction.weights_of(u, h);
-      for (int64_t k = 0; k < direction.pairs(u); ++k) {
-        Pair pair = direction.pair(u, k);
-        const Tap& tap = args.tap(pair.tap);
-        for (int m = 0; m < kBlock; ++m, ++at) {
-          int own = direction.channel(u, m);
-          *at = 0;
-          if (own < 0) continue;
-          int64_t out = transposed ? pair.channel : own + h * direction.half, in = transposed ? own : pair.channel;
-          int64_t offset = out * weight.stride[0] + in * weight.stride[1] + tap.row * weight.stride[2] + tap.column * weight.stride[3];
-          with_format(weight.format, [&](auto format) { gather<decltype(format)>(weight.data, offset, 0, 1, at); });
+  int64_t own_stride = weight.stride[transposed ? 1 : 0], pair_stride = weight.stride[transposed ? 0 : 1];
+  with_format(weight.format, [&](auto format) {
+    for (int64_t u = begin; u < end; ++u) {
+      for (int h = 0; h < direction.halves; ++h) {
+        T* at = to + direction.weights_of(u, h);
+        for (int64_t k = 0; k < direction.pairs(u); ++k) {
+          Pair pair = direction.pair(u, k);
+          const Tap& tap = args.tap(pair.tap);
+          int64_t offset = pair.channel * pair_stride + tap.row * weight.stride[2] + tap.column * weight.stride[3];
+          for (int m = 0; m < kBlock; ++m, ++at) {
+            int own = direction.channel(u, m);
+            if (own < 0) *at = 0;
+            else gather<decltype(format)>(weight.data, offset + (own + h * direction.half) * own_stride, 0, 1, at);
+          }
         }
       }
     }
-  }
+  });
 }
 
 template <class T, bool>
@@ -307,17 +326,12 @@ FASTELBO_INLINE void for_covered(int64_t n, F&& f) {
   for (int64_t i = 0; i < n; i += VectorOf<T>::lanes) f(i);
 }
 
-template <class T>
-inline void write_rows(const Image& image, int64_t n, int64_t c, int64_t first, int64_t rows, int64_t columns, const T* from, int64_t pitch) {
-  for (int64_t row = 0; row < rows; ++row) write_row(image, image.at(n, c, first + row), int(columns), from + row * pitch);
-}
-
 // Adds rows of an image; past the end of a row it adds zeros to the gap, and to the next row.
 template <class T>
-inline void add_rows(const Image& image, int64_t n, int64_t c, int64_t first, int64_t rows, int64_t columns, T* to, int64_t pitch, T* scratch) {
+inline void add_rows(const Image& image, int64_t offset, int64_t rows, int64_t columns, T* to, int64_t pitch, T* scratch) {
   zero(scratch + columns, covered<T>(columns) - columns);
   for (int64_t row = 0; row < rows; ++row, to += pitch) {
-    read_row(image, image.at(n, c, first + row), int(columns), scratch);
+    read_rows(image, offset + row * image.stride[2], 1, columns, scratch, columns);
     for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA { store(to + i, load(to + i, Whole{}) + load(scratch + i, Whole{}), Whole{}); });
   }
 }
@@ -329,8 +343,8 @@ inline void finish_channel(const ConvArgs& args, int64_t n, int64_t c, int64_t f
   bool gated = args.gated();
   for (int h = 0; h < (gated ? 2 : 1); ++h) {
     int64_t channel = c + h * args.y_channels;
-    if (args.cond && args.cond_ndim == 4) add_rows(args.cond, n, channel, first, rows, columns, z[h], pitch, scratch);
-    if (args.kept && gated) write_rows(args.kept, n, channel, first, rows, columns, z[h], pitch);
+    if (args.cond && args.cond_ndim == 4) add_rows(args.cond, args.cond.at(n, channel, first), rows, columns, z[h], pitch, scratch);
+    if (args.kept && gated) write_rows(args.kept, args.kept.at(n, channel, first), rows, columns, z[h], pitch);
   }
   T* y = z[0];
   switch (args.activation) {
@@ -352,9 +366,9 @@ inline void finish_channel(const ConvArgs& args, int64_t n, int64_t c, int64_t f
       });
       break;
   }
-  if (args.kept && !gated) write_rows(args.kept, n, c, first, rows, columns, y, pitch);
-  if (args.residual) add_rows(args.residual, n, c, first, rows, columns, y, pitch, scratch);
-  write_rows(args.y, n, c, first, rows, columns, y, pitch);
+  if (args.kept && !gated) write_rows(args.kept, args.kept.at(n, c, first), rows, columns, y, pitch);
+  if (args.residual) add_rows(args.residual, args.residual.at(n, c, first), rows, columns, y, pitch, scratch);
+  write_rows(args.y, args.y.at(n, c, first), rows, columns, y, pitch);
 }
 
 template <class T>
@@ -392,30 +406,32 @@ void masked_conv2d_fwd(const ConvArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// The gradient before the activation, for one row of one output channel: d[half].
+// The gradient before the activation, for some rows of one output channel: d[half], whose rows lie `pitch` apart. scratch:
+// three times `most`.
 template <class T>
-inline void activation_gradient(const ConvArgs& args, int64_t n, int64_t c, int64_t row, T* const* d, T* scratch, int64_t pitch) {
+inline void activation_gradient(const ConvArgs& args, int64_t n, int64_t c, int64_t row, int64_t rows, T* const* d, int64_t pitch,
+                                T* scratch, int64_t most) {
   using V = typename VectorOf<T>::type;
-  int columns = int(args.columns);
-  if (args.activation == Activation::none) return read_row(args.d_y, args.d_y.at(n, c, row), columns, d[0]);
-  T *up = scratch, *a = up + pitch, *b = a + pitch;  // both of up and a, or of up and b, become the results
-  read_row(args.d_y, args.d_y.at(n, c, row), columns, up);
-  read_row(args.kept, args.kept.at(n, c, row), columns, a);
-  if (args.gated()) read_row(args.kept, args.kept.at(n, c + args.y_channels, row), columns, b);
+  int64_t columns = args.columns, count = rows * columns;
+  if (args.activation == Activation::none) return read_rows(args.d_y, args.d_y.at(n, c, row), rows, columns, d[0], pitch);
+  T *up = scratch, *a = up + most, *b = a + most;  // both of up and a, or of up and b, become the results
+  read_rows(args.d_y, args.d_y.at(n, c, row), rows, columns, up, columns);
+  read_rows(args.kept, args.kept.at(n, c, row), rows, columns, a, columns);
+  if (args.gated()) read_rows(args.kept, args.kept.at(n, c + args.y_channels, row), rows, columns, b, columns);
   switch (args.activation) {
     case Activation::none: break;
     case Activation::relu:
-      for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA {
+      for_covered<T>(count, [&](int64_t i) FASTELBO_LAMBDA {
         store(up + i, relu_gradient(load(a + i, Whole{}), load(up + i, Whole{})), Whole{});
       });
       break;
     case Activation::elu:
-      for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA {
+      for_covered<T>(count, [&](int64_t i) FASTELBO_LAMBDA {
         store(up + i, elu_gradient(load(a + i, Whole{}), load(up + i, Whole{})), Whole{});
       });
       break;
     case Activation::tanh_sigmoid:
-      for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA {
+      for_covered<T>(count, [&](int64_t i) FASTELBO_LAMBDA {
         V d_a, d_b;
         tanh_sigmoid_gradient(load(a + i, Whole{}), load(b + i, Whole{}), load(up + i, Whole{}), d_a, d_b);
         store(up + i, d_a, Whole{});
@@ -423,7 +439,7 @@ inline void activation_gradient(const ConvArgs& args, int64_t n, int64_t c, int6
       });
       break;
     case Activation::glu:
-      for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA {
+      for_covered<T>(count, [&](int64_t i) FASTELBO_LAMBDA {
         V d_a, d_b;
         glu_gradient(load(a + i, Whole{}), load(b + i, Whole{}), load(up + i, Whole{}), d_a, d_b);
         store(up + i, d_a, Whole{});
@@ -431,9 +447,11 @@ inline void activation_gradient(const ConvArgs& args, int64_t n, int64_t c, int6
       });
       break;
   }
-  for (int i = 0; i < columns; ++i) d[0][i] = up[i];
-  if (args.gated())
-    for (int i = 0; i < columns; ++i) d[1][i] = b[i];
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < columns; ++i) d[0][r * pitch + i] = up[r * columns + i];
+    if (args.gated())
+      for (int64_t i = 0; i < columns; ++i) d[1][r * pitch + i] = b[r * columns + i];
+  }
 }
 
 // to[position][channel] of lanes channels, from planes; zeros for channels that are not there.
@@ -530,9 +548,9 @@ void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
   int64_t pitch = d_planes.positions(args.band) + kVectors * WideOf<T>::lanes;
   int64_t blocks = (args.z_channels + lanes - 1) / lanes;
   int64_t rows_at_once = std::max<int64_t>(1, std::min(kWeightPositions / args.columns, args.band));
-  int64_t row_pitch = covered<T>(args.columns);
-  ScratchOf<T> dz(args.z_channels * d_planes.size), row_scratch(3 * row_pitch);
-  zero(row_scratch.get(), 3 * row_pitch);
+  int64_t step = rows_of_a_channel(args.d_y, args.columns), most = covered<T>(step * args.columns);
+  ScratchOf<T> dz(args.z_channels * d_planes.size), row_scratch(3 * most);
+  zero(row_scratch.get(), 3 * most);
   ScratchOf<T> in(args.partial ? args.in_channels * planes.size : 0);
   ScratchOf<T> transposed(args.partial ? rows_at_once * args.columns * lanes : 0);
   ScratchOf<T> d_in(args.d_input ? kBlock * pitch : 0);
@@ -542,17 +560,17 @@ void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
     if (partial) zero(partial, blocks * args.pairs * lanes);
     for (int64_t unit = args.first_unit(chunk); unit < args.first_unit(chunk + 1); ++unit) {
       int64_t n = unit / args.bands, first = unit % args.bands * args.band, rows = std::min(args.band, args.rows - first);
-      pack_planes(d_planes, args.rows, args.z_channels, first, rows, dz.get(), [&](int64_t row, int64_t i) {
+      pack_planes(d_planes, args.rows, args.z_channels, first, rows, step, dz.get(), [&](int64_t row, int64_t count, int64_t i) {
         for (int64_t c = 0; c < args.y_channels; ++c) {
           T* line = dz.get() + c * d_planes.size + d_planes.front + i * d_planes.pitch;
           T* lines[2] = {line, line + args.y_channels * d_planes.size};
-          activation_gradient(args, n, c, row, lines, row_scratch.get(), row_pitch);
+          activation_gradient(args, n, c, row, count, lines, d_planes.pitch, row_scratch.get(), most);
         }
       });
       if (args.d_cond || args.sums_wanted) {
         for (int64_t c = 0; c < args.z_channels; ++c) {
           const T* line = dz.get() + c * d_planes.size + d_planes.first();
-          if (args.d_cond) write_rows(args.d_cond, n, c, first, rows, args.columns, line, d_planes.pitch);
+          if (args.d_cond) write_rows(args.d_cond, args.d_cond.at(n, c, first), rows, args.columns, line, d_planes.pitch);
           if (args.sums_wanted) args.sums[unit * args.z_channels + c] = sum_plane(line, d_planes.positions(rows));
         }
       }
@@ -562,7 +580,8 @@ void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
                     static_cast<const T*>(args.d_packed) + backward.weights_of(u, 0), no_constants, d_planes.positions(rows),
                     d_in.get(), pitch);
           for (int m = 0; m < kBlock && backward.channel(u, m) >= 0; ++m)
-            write_rows(args.d_input, n, backward.channel(u, m), first, rows, args.columns, d_in.get() + m * pitch, d_planes.pitch);
+            write_rows(args.d_input, args.d_input.at(n, backward.channel(u, m), first), rows, args.columns, d_in.get() + m * pitch,
+                       d_planes.pitch);
         }
       }
       if (partial) {
@@ -693,8 +712,8 @@ ConvArgs arguments(const Tensor& input, const Tensor& weight, const std::string&
 }  // namespace
 
 std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> cond,
-                                             std::optional<Tensor> residual, std::string mask_type, std::string stack, int64_t dilation,
-                                             int64_t channel_groups, std::string group_order, std::string activation, bool keep) {
+                                             std::optional<Tensor> residual, Text mask_type, Text stack, int64_t dilation,
+                                             int64_t channel_groups, Text group_order, Text activation, bool keep) {
   ScalarType dtype = arithmetic_type({&input});
   Constants constants(dtype);
   ConvArgs args = arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, constants);
@@ -715,8 +734,8 @@ std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::o
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor input, Tensor weight, std::optional<Tensor> kept,
-                                                             std::string mask_type, std::string stack, int64_t dilation,
-                                                             int64_t channel_groups, std::string group_order, std::string activation,
+                                                             Text mask_type, Text stack, int64_t dilation,
+                                                             int64_t channel_groups, Text group_order, Text activation,
                                                              bool want_input, bool want_weight, bool want_bias, int64_t cond_ndim) {
   ScalarType dtype = arithmetic_type({&input}), stored = input.scalar_type();
   Constants constants(dtype);
