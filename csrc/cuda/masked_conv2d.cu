@@ -67,6 +67,12 @@ struct alignas(16) Pair {
 
 constexpr Pair kNoPair{0, kNever, 0};
 
+// In one instruction: else the offset would be loaded when the rest is known to be inside.
+FASTELBO_INLINE Pair load_whole(const Pair* from) {
+  uint4 bits = *reinterpret_cast<const uint4*>(from);
+  return {int64_t(uint64_t(bits.y) << 32 | bits.x), int(bits.z), int(bits.w)};
+}
+
 // The taps of a weight, live or not, in raster order.
 struct Kernel {
   int taps, columns, centre_row, centre_column, dilation;
@@ -153,7 +159,7 @@ __global__ void __launch_bounds__(kThreads) masked_conv2d_pack_kernel(const __gr
   }
   T weight = 0;
   if (real && unit < outputs.count(group, group + 1)) {
-    int own = outputs.member(group, group + 1, unit) + position / units * outputs.half;
+    int own = outputs.member(group, unit) + position / units * outputs.half;
     int64_t out = direction.transposed ? other : own, in = direction.transposed ? own : other;
     weight = read<T>(args.weight.format, args.weight.data,
                      out * args.weight.stride[0] + in * args.weight.stride[1] + tap / args.kernel.columns * args.weight.stride[2] +
@@ -173,7 +179,7 @@ struct Convolution {
   const void* weights;
   const Pair* pairs;
   Activation activation = Activation::none;
-  Image bias, cond, residual, kept;  // bias: [channels]; cond: of a class, with strides of 0
+  Image bias, cond, residual, kept;  // bias: [channels]; the cond of a class has strides of 0
   Image output;
 };
 
@@ -193,19 +199,8 @@ struct ConvTile {
   };
 };
 
-template <class T>
-FASTELBO_INLINE T activate(Activation activation, T a, T b) {
-  switch (activation) {
-    case Activation::relu: return relu(a);
-    case Activation::elu: return elu(a);
-    case Activation::tanh_sigmoid: return tanh(a) * sigmoid(b);
-    case Activation::glu: return a * sigmoid(b);
-    default: return a;
-  }
-}
-
 template <Format format, int channels>
-__global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 4)
+__global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
     masked_conv2d_kernel(const __grid_constant__ Convolution args) {
   using Element = Stored<format>;
   using T = typename Element::Value;
@@ -215,7 +210,8 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 4)
   __shared__ typename Tile::Memory memory;
   __shared__ Place places[pixels];
   const Channels& outputs = args.direction.outputs;
-  int thread = int(threadIdx.x), tile = int(blockIdx.x % unsigned(args.tile_count)), group = args.tiles.group(tile);
+  unsigned thread = threadIdx.x;
+  int tile = int(blockIdx.x % unsigned(args.tile_count)), group = args.tiles.group(tile);
   int64_t first = int64_t(blockIdx.x / unsigned(args.tile_count)) * pixels;
   int units = args.tiles.units(outputs), first_unit = args.tiles.first_unit(tile, outputs);
   int members = outputs.count(group, group + 1) - first_unit;
@@ -244,7 +240,7 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 4)
     FASTELBO_UNROLL
     for (int i = 0; i < count; ++i) {
       const Place& place = inner.value ? places[pixel_of(i, inner)] : mine[i % (pixels / lanes)];
-      Pair pair = pairs[chunk * kChunk + pair_of(i, inner)];
+      Pair pair = load_whole(pairs + chunk * kChunk + pair_of(i, inner));
       x[i] = pair.inside(place, args.raster) ? input[place.offset + pair.offset] : Bits(0);
     }
     if (thread < vectors) w = weights[chunk * vectors + thread];
@@ -259,8 +255,12 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 4)
   T total[own][8];
   FASTELBO_UNROLL
   for (int m = 0; m < own; ++m) {
+    int position = own_channel + m / 4 * (channels / (own / 4)) + m % 4, half = position >= units, unit = position - half * units;
+    T bias = 0;
+    if (args.bias.data && unit < members)
+      bias = Element::read(args.bias.data, (outputs.member(group, first_unit + unit) + half * outputs.half) * args.bias.stride[0]);
     FASTELBO_UNROLL
-    for (int i = 0; i < 8; ++i) total[m][i] = 0;
+    for (int i = 0; i < 8; ++i) total[m][i] = bias;
   }
   int chunks = (args.direction.pairs(group) + kChunk - 1) / kChunk;
   for (int chunk = -1; chunk < chunks; ++chunk) {
@@ -306,28 +306,47 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 4)
     }
   }
   __syncthreads();
-  bool inner = args.output_inner;
-  int unit_lanes = inner ? 8 : kConvThreads / lanes;
-  for (int pixel = inner ? thread / 8 : thread % lanes; pixel < pixels && first + pixel < args.raster.pixels; pixel += kConvThreads / unit_lanes) {
+  // Four channels at a time: what there is to be done is asked less often.
+  int unit_lanes = args.output_inner ? 8 : kConvThreads / lanes, step = unit_lanes * (outputs.contiguous ? 1 : outputs.groups);
+  for (int pixel = args.output_inner ? thread / 8 : thread % lanes; pixel < pixels && first + pixel < args.raster.pixels;
+       pixel += kConvThreads / unit_lanes) {
     Pixel place = args.raster.at(first + pixel);
     int64_t cond = offset(args.cond, place), kept = offset(args.kept, place);
     int64_t residual = offset(args.residual, place), output = offset(args.output, place);
-    for (int unit = inner ? thread % 8 : thread / lanes; unit < members; unit += unit_lanes) {
-      int64_t channel = outputs.member(group, group + 1, first_unit + unit);
-      T z[2] = {0, 0};
-      FASTELBO_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        if (half >= outputs.halves) continue;
-        int64_t c = channel + half * outputs.half;
-        z[half] = memory.z[unit + half * units][pixel];
-        if (args.bias.data) z[half] += Element::read(args.bias.data, c * args.bias.stride[0]);
-        if (args.cond.data) z[half] += Element::read(args.cond.data, cond + c * args.cond.stride[1]);
-        if (args.kept.data && is_gate(args.activation)) Element::write(args.kept.data, kept + c * args.kept.stride[1], z[half]);
+    for (int unit = args.output_inner ? thread % 8 : thread / lanes; unit < members; unit += 4 * unit_lanes) {
+      int channel = outputs.member(group, first_unit + unit);
+      T y[4] = {0, 0, 0, 0}, gate[4] = {0, 0, 0, 0};
+      auto each = [&](auto&& f) {
+        FASTELBO_UNROLL
+        for (int i = 0; i < 4; ++i)
+          if (unit + i * unit_lanes < members) f(i);
+      };
+      auto add = [&](const Image& image, int64_t at, T(&to)[4]) {
+        if (image.data) each([&](int i) { to[i] += Element::read(image.data, at + i * step * image.stride[1]); });
+      };
+      auto store = [&](const Image& image, int64_t at, const T(&from)[4]) {
+        if (image.data) each([&](int i) { Element::write(image.data, at + i * step * image.stride[1], from[i]); });
+      };
+      auto replace = [&](auto&& f) {
+        FASTELBO_UNROLL
+        for (int i = 0; i < 4; ++i) y[i] = f(y[i], gate[i]);
+      };
+      each([&](int i) { y[i] = memory.z[unit + i * unit_lanes][pixel]; });
+      add(args.cond, cond + channel * args.cond.stride[1], y);
+      if (outputs.halves == 2) {
+        int other = channel + outputs.half;
+        each([&](int i) { gate[i] = memory.z[unit + i * unit_lanes + units][pixel]; });
+        add(args.cond, cond + other * args.cond.stride[1], gate);
+        store(args.kept, kept + channel * args.kept.stride[1], y);
+        store(args.kept, kept + other * args.kept.stride[1], gate);
       }
-      T y = activate(args.activation, z[0], z[1]);
-      if (args.kept.data && !is_gate(args.activation)) Element::write(args.kept.data, kept + channel * args.kept.stride[1], y);
-      if (args.residual.data) y += Element::read(args.residual.data, residual + channel * args.residual.stride[1]);
-      Element::write(args.output.data, output + channel * args.output.stride[1], y);
+      if (args.activation == Activation::relu) replace([](T a, T) { return relu(a); });
+      else if (args.activation == Activation::elu) replace([](T a, T) { return elu(a); });
+      else if (args.activation == Activation::tanh_sigmoid) replace([](T a, T b) { return tanh(a) * sigmoid(b); });
+      else if (args.activation == Activation::glu) replace([](T a, T b) { return a * sigmoid(b); });
+      if (outputs.halves == 1) store(args.kept, kept + channel * args.kept.stride[1], y);
+      add(args.residual, residual + channel * args.residual.stride[1], y);
+      store(args.output, output + channel * args.output.stride[1], y);
     }
   }
 }
@@ -337,8 +356,8 @@ constexpr int kSlice = 256;  // pixels of an image that a block takes
 // The gradient before the activation.
 struct ActivationGradient {
   Raster raster;
-  int64_t slices;  // of an image
-  int units, halves, unit_blocks;
+  unsigned slices, unit_blocks;  // slices of an image
+  int units, halves;
   bool inner;      // whether the channels lie innermost in memory
   Activation activation;
   Image d_y, kept;
@@ -352,10 +371,10 @@ __global__ void __launch_bounds__(kThreads) masked_conv2d_activation_kernel(cons
   using T = typename Element::Value;
   __shared__ double sums[2][kThreads];
   int thread = int(threadIdx.x), unit_lanes = args.inner ? 32 : kThreads / 32;
-  int64_t unit_block = blockIdx.x % unsigned(args.unit_blocks), image_slice = blockIdx.x / unsigned(args.unit_blocks);
+  unsigned image_slice = blockIdx.x / args.unit_blocks, unit_block = blockIdx.x % args.unit_blocks;
   int64_t n = image_slice / args.slices, slice = image_slice % args.slices, begin = slice * kSlice;
   int64_t end = begin + kSlice < args.raster.image ? begin + kSlice : args.raster.image;
-  int64_t unit = unit_block * unit_lanes + (args.inner ? thread % 32 : thread / 32), other = unit + args.units;
+  int unit = int(unit_block) * unit_lanes + (args.inner ? thread % 32 : thread / 32), other = unit + args.units;
   T total[2] = {0, 0};
   if (unit < args.units) {
     for (int64_t i = begin + (args.inner ? thread / 32 : thread % 32); i < end; i += kThreads / unit_lanes) {
@@ -385,7 +404,7 @@ __global__ void __launch_bounds__(kThreads) masked_conv2d_activation_kernel(cons
   sums[1][thread] = double(total[1]);
   __syncthreads();
   int half = thread / unit_lanes, mine = thread % unit_lanes;
-  unit = unit_block * unit_lanes + mine;
+  unit = int(unit_block) * unit_lanes + mine;
   if (half >= args.halves || unit >= args.units) return;
   double sum = 0;
   for (int i = 0; i < kThreads / unit_lanes; ++i) sum += sums[half][args.inner ? i * 32 + mine : mine * 32 + i];
@@ -395,15 +414,15 @@ __global__ void __launch_bounds__(kThreads) masked_conv2d_activation_kernel(cons
 // Sums over the pixels of each entry, which is as many images one after the other.
 struct PixelSums {
   const double* partial;  // [n, channels, slices]
-  int64_t channels, slices, images;
+  unsigned channels, slices, images;
   Format format;
   char* out;  // [entries, channels]
 };
 
 __global__ void __launch_bounds__(kThreads) masked_conv2d_sum_kernel(const __grid_constant__ PixelSums args) {
-  int64_t entry = blockIdx.x / args.channels, channel = blockIdx.x % args.channels;
+  unsigned entry = blockIdx.x / args.channels, channel = blockIdx.x % args.channels;
   double total = 0;
-  for (int64_t i = threadIdx.x; i < args.images * args.slices; i += kThreads) {
+  for (unsigned i = threadIdx.x; i < args.images * args.slices; i += kThreads) {
     int64_t n = entry * args.images + i / args.slices;
     total += args.partial[(n * args.channels + channel) * args.slices + i % args.slices];
   }
@@ -441,7 +460,7 @@ struct WeightTile {
 
 // Two groups of 64 threads take half of the pixels each; a thread makes 8 pairs of 8 channels, both in runs of four.
 template <Format format>
-__global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 4)
+__global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
     masked_conv2d_weight_kernel(const __grid_constant__ WeightGradient args) {
   using Element = Stored<format>;
   using T = typename Element::Value;
@@ -651,8 +670,8 @@ struct Problem {
     const Channels &outputs = transposed ? mask.in : mask.out, &inputs = transposed ? mask.out : mask.in;
     int64_t members = divide_up(outputs.half, outputs.groups) * outputs.halves;  // of the largest group
     auto channels_in_tiles = [&](int64_t width) { return divide_up(members, width) * width; };
-    // a narrow tile makes two thirds as many channels in the same time
-    int64_t width = channels_in_tiles(16) * 4 < channels_in_tiles(64) * 3 ? 16 : 64;
+    // a channel takes 1.5 times as many instructions in a narrow tile
+    int64_t width = channels_in_tiles(16) * 3 < channels_in_tiles(64) * 2 ? 16 : 64;
     int64_t per_group = divide_up(members, width), tiles = per_group * outputs.groups;
     int64_t most_pairs = divide_up((int64_t(mask.taps.size()) + mask.centre) * inputs.all(), device::kChunk) * device::kChunk;
     int64_t count = tiles * most_pairs * width;
@@ -745,9 +764,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   std::optional<Tensor> partial;
   if (sums) partial = allocate(Shape{n * channels * slices}, ScalarType::Double, problem.device);
   if (sums || fill) {
-    device::ActivationGradient args{raster, slices, problem.mask.out.half, problem.mask.out.halves};
+    device::ActivationGradient args{raster, unsigned(slices)};
+    args.units = problem.mask.out.half;
+    args.halves = problem.mask.out.halves;
     args.inner = is_channels_last(d_z);
-    args.unit_blocks = int(divide_up(args.units, args.inner ? 32 : device::kThreads / 32));
+    args.unit_blocks = unsigned(divide_up(args.units, args.inner ? 32 : device::kThreads / 32));
     args.activation = problem.activation;
     args.d_y = image_of(d_y);
     args.kept = image_of(kept);
@@ -759,7 +780,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   }
   auto sum = [&](const Tensor& out, int64_t entries) {
     if (entries == 0) return;
-    device::PixelSums args{static_cast<const double*>(partial->data_ptr()), channels, slices, n / entries, problem.format, static_cast<char*>(out.data_ptr())};
+    device::PixelSums args{static_cast<const double*>(partial->data_ptr()), unsigned(channels), unsigned(slices), unsigned(n / entries),
+                           problem.format, static_cast<char*>(out.data_ptr())};
     launch(device::masked_conv2d_sum_kernel, args, entries * channels);
   };
   if (want_bias) sum(d_bias, 1);
