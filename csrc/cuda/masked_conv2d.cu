@@ -50,10 +50,7 @@ struct alignas(16) Place {
 };
 constexpr Place kNowhere{0, kNever, 0};
 
-FASTELBO_INLINE Place place_of(const Image& image, const Raster& raster, int64_t index) {
-  Pixel pixel = raster.at(index);
-  return {offset(image, pixel), pixel.row, pixel.column};
-}
+FASTELBO_INLINE Place place_of(const Image& image, const Pixel& pixel) { return {offset(image, pixel), pixel.row, pixel.column}; }
 
 // An input channel and a tap: where they lie from an output's pixel.
 struct alignas(16) Pair {
@@ -222,7 +219,7 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   FASTELBO_UNROLL
   for (int run = 0; run < pixels / lanes; ++run) {
     int64_t index = first + thread % lanes + run * lanes;
-    mine[run] = index < args.raster.pixels ? place_of(args.input, args.raster, index) : kNowhere;
+    mine[run] = index < args.raster.pixels ? place_of(args.input, args.raster.at(index)) : kNowhere;
     if (thread < lanes) places[thread + run * lanes] = mine[run];
   }
   __syncthreads();
@@ -468,7 +465,7 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   __shared__ typename WeightTile<T>::Memory memory;
   __shared__ Pair pairs[kTile];
   __shared__ Place places[2][kPixels];
-  __shared__ int64_t d_places[2][kPixels];
+  __shared__ int64_t d_places[2][kPixels];  // -1 for none
   int thread = int(threadIdx.x);
   int64_t block = blockIdx.x;
   int first_pair = int(block % args.pair_tiles) * kTile;
@@ -479,16 +476,21 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
 
   auto find = [&](int chunk) {
     if (thread >= kPixels) return;
-    int64_t index = begin + chunk * kPixels + thread;
-    places[chunk % 2][thread] = index < end ? place_of(args.input, args.raster, index) : kNowhere;
-    d_places[chunk % 2][thread] = index < end ? offset(args.d_z, args.raster.at(index)) : -1;
+    int64_t index = begin + chunk * kPixels + thread, d_place = -1;
+    Place place = kNowhere;
+    if (index < end) {
+      Pixel pixel = args.raster.at(index);
+      place = place_of(args.input, pixel);
+      d_place = offset(args.d_z, pixel);
+    }
+    places[chunk % 2][thread] = place;
+    d_places[chunk % 2][thread] = d_place;
   };
   if (thread < kTile) {
     int k = first_pair + thread;
     pairs[thread] = k < args.pairs ? args.kernel.pair(k / args.in_channels, k % args.in_channels, args.input, args.raster, 1) : kNoPair;
   }
   find(0);
-  find(1);
   __syncthreads();
 
   const Bits *input = reinterpret_cast<const Bits*>(args.input.data), *d_z = reinterpret_cast<const Bits*>(args.d_z.data);
@@ -534,8 +536,8 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
       if (args.d_z_inner) load_d(chunk + 1, std::true_type());
       else load_d(chunk + 1, std::false_type());
     }
+    find(chunk + 2);
     if (chunk >= 0) {
-      find(chunk + 2);
       FASTELBO_UNROLL
       for (int p = 0; p < kPixels / 2; ++p) {
         const T *row = memory.staged.x[chunk % 2][group * (kPixels / 2) + p], *d_row = memory.staged.d[chunk % 2][group * (kPixels / 2) + p];
