@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(kThreads) masked_conv2d_activation_kernel(cons
   int64_t n = image_slice / args.slices, slice = image_slice % args.slices, begin = slice * kSlice;
   int64_t end = begin + kSlice < args.raster.image ? begin + kSlice : args.raster.image;
   int unit = int(unit_block) * unit_lanes + (args.inner ? thread % 32 : thread / 32), other = unit + args.units;
-  T total[2] = {0, 0};
+  double total[2] = {0, 0};
   if (unit < args.units) {
     for (int64_t i = begin + (args.inner ? thread / 32 : thread % 32); i < end; i += kThreads / unit_lanes) {
       Pixel pixel = args.raster.at(i);
@@ -392,13 +392,13 @@ __global__ void __launch_bounds__(kThreads) masked_conv2d_activation_kernel(cons
         Element::write(args.d_z.data, d_z + unit * args.d_z.stride[1], d_a);
         if (args.halves == 2) Element::write(args.d_z.data, d_z + other * args.d_z.stride[1], d_b);
       }
-      total[0] += d_a;
-      total[1] += d_b;
+      total[0] += double(d_a);
+      total[1] += double(d_b);
     }
   }
   if (!args.partial) return;
-  sums[0][thread] = double(total[0]);
-  sums[1][thread] = double(total[1]);
+  sums[0][thread] = total[0];
+  sums[1][thread] = total[1];
   __syncthreads();
   int half = thread / unit_lanes, mine = thread % unit_lanes;
   unit = int(unit_block) * unit_lanes + mine;
