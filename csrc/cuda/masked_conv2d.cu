@@ -88,8 +88,8 @@ struct Kernel {
 struct Direction {
   Channels outputs, inputs;
   int taps;     // live for all channels, the first in raster order
-  bool centre;  // whether the next one is live for some
-  bool strict;
+  bool centre;  // whether the next one is live for some: that of the pixel itself
+  bool strict;  // mask A
   bool transposed;  // the input gradient, whose outputs are the convolution's inputs
 
   // The groups that a group reads at the centre: first .. end - 1.
@@ -123,7 +123,22 @@ struct alignas(16) Vec4 {
   T v[4];
 };
 
-constexpr int kChunk = 8;  // pairs
+// The products of 8 values with `own`, which both lie in runs of four with gaps between where they start.
+template <int own, class T>
+FASTELBO_INLINE void multiply_add(const T* a, int a_gap, const T* b, int b_gap, T (&total)[own][8]) {
+  Vec4<T> eight[2], others[own / 4];
+  FASTELBO_UNROLL
+  for (int run = 0; run < 2; ++run) eight[run] = *reinterpret_cast<const Vec4<T>*>(a + run * a_gap);
+  FASTELBO_UNROLL
+  for (int run = 0; run < own / 4; ++run) others[run] = *reinterpret_cast<const Vec4<T>*>(b + run * b_gap);
+  FASTELBO_UNROLL
+  for (int m = 0; m < own; ++m) {
+    FASTELBO_UNROLL
+    for (int i = 0; i < 8; ++i) total[m][i] = fma(others[m / 4].v[m % 4], eight[i / 4].v[i % 4], total[m][i]);
+  }
+}
+
+constexpr int kChunk = 8;  // pairs in shared memory at a time, two times over
 
 template <class T>
 struct Pack {
@@ -185,6 +200,7 @@ template <class T, int channels>
 struct ConvTile {
   static constexpr int pixels = channels == 16 ? 256 : sizeof(T) == 8 ? 64 : 128;
   static constexpr int own = pixels * channels / 8 / kConvThreads;
+  static constexpr int pixel_gap = pixels / 2, channel_gap = channels / (own / 4);  // between the starts of runs
   static constexpr int pitch = pixels + 4;  // spreads channels over the banks
   struct Chunks {
     T x[2][kChunk][pitch];
@@ -203,7 +219,7 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   using T = typename Element::Value;
   using Bits = typename Element::Type;
   using Tile = ConvTile<T, channels>;
-  constexpr int pixels = Tile::pixels, own = Tile::own, lanes = pixels < kConvThreads ? pixels : kConvThreads;
+  constexpr int pixels = Tile::pixels, own = Tile::own, lanes = pixels < kConvThreads ? pixels : kConvThreads, runs = pixels / lanes;
   __shared__ typename Tile::Memory memory;
   __shared__ Place places[pixels];
   const Channels& outputs = args.direction.outputs;
@@ -215,9 +231,9 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   if (members <= 0) return;
   if (members > units) members = units;
 
-  Place mine[pixels / lanes];
+  Place mine[runs];
   FASTELBO_UNROLL
-  for (int run = 0; run < pixels / lanes; ++run) {
+  for (int run = 0; run < runs; ++run) {
     int64_t index = first + thread % lanes + run * lanes;
     mine[run] = index < args.raster.pixels ? place_of(args.input, args.raster.at(index)) : kNowhere;
     if (thread < lanes) places[thread + run * lanes] = mine[run];
@@ -231,12 +247,16 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   Bits x[count];
   Vec4<T> w;
   // The i-th of what a thread loads of a chunk; neighbours in memory are for neighbouring threads.
-  auto pixel_of = [&](int i, auto inner) { return inner.value ? thread / kChunk + i * (kConvThreads / kChunk) : thread % lanes + i % (pixels / lanes) * lanes; };
-  auto pair_of = [&](int i, auto inner) { return inner.value ? thread % kChunk : thread / lanes + i / (pixels / lanes) * (kConvThreads / lanes); };
+  auto pixel_of = [&](int i, auto inner) {
+    return inner.value ? thread / kChunk + i * (kConvThreads / kChunk) : thread % lanes + i % runs * lanes;
+  };
+  auto pair_of = [&](int i, auto inner) {
+    return inner.value ? thread % kChunk : thread / lanes + i / runs * (kConvThreads / lanes);
+  };
   auto load = [&](int chunk, auto inner) {
     FASTELBO_UNROLL
     for (int i = 0; i < count; ++i) {
-      const Place& place = inner.value ? places[pixel_of(i, inner)] : mine[i % (pixels / lanes)];
+      const Place& place = inner.value ? places[pixel_of(i, inner)] : mine[i % runs];
       Pair pair = load_whole(pairs + chunk * kChunk + pair_of(i, inner));
       x[i] = pair.inside(place, args.raster) ? input[place.offset + pair.offset] : Bits(0);
     }
@@ -252,7 +272,7 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   T total[own][8];
   FASTELBO_UNROLL
   for (int m = 0; m < own; ++m) {
-    int position = own_channel + m / 4 * (channels / (own / 4)) + m % 4, half = position >= units, unit = position - half * units;
+    int position = own_channel + m / 4 * Tile::channel_gap + m % 4, half = position >= units, unit = position - half * units;
     T bias = 0;
     if (args.bias.data && unit < members)
       bias = Element::read(args.bias.data, (outputs.member(group, first_unit + unit) + half * outputs.half) * args.bias.stride[0]);
@@ -268,20 +288,9 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
     }
     if (chunk >= 0) {
       FASTELBO_UNROLL
-      for (int k = 0; k < kChunk; ++k) {
-        Vec4<T> a[2], b[own / 4];
-        FASTELBO_UNROLL
-        for (int run = 0; run < 2; ++run)
-          a[run] = *reinterpret_cast<const Vec4<T>*>(&memory.staged.x[chunk % 2][k][own_pixel + run * (pixels / 2)]);
-        FASTELBO_UNROLL
-        for (int run = 0; run < own / 4; ++run)
-          b[run] = *reinterpret_cast<const Vec4<T>*>(&memory.staged.w[chunk % 2][k][own_channel + run * (channels / (own / 4))]);
-        FASTELBO_UNROLL
-        for (int m = 0; m < own; ++m) {
-          FASTELBO_UNROLL
-          for (int i = 0; i < 8; ++i) total[m][i] = fma(b[m / 4].v[m % 4], a[i / 4].v[i % 4], total[m][i]);
-        }
-      }
+      for (int k = 0; k < kChunk; ++k)
+        multiply_add<own>(&memory.staged.x[chunk % 2][k][own_pixel], Tile::pixel_gap, &memory.staged.w[chunk % 2][k][own_channel],
+                          Tile::channel_gap, total);
     }
     if (more) {
       if (args.input_inner) put((chunk + 1) % 2, std::true_type());
@@ -298,8 +307,8 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
       Vec4<T> some;
       FASTELBO_UNROLL
       for (int i = 0; i < 4; ++i) some.v[i] = total[m][run * 4 + i];
-      int channel = own_channel + m / 4 * (channels / (own / 4)) + m % 4;
-      *reinterpret_cast<Vec4<T>*>(&memory.z[channel][own_pixel + run * (pixels / 2)]) = some;
+      int channel = own_channel + m / 4 * Tile::channel_gap + m % 4;
+      *reinterpret_cast<Vec4<T>*>(&memory.z[channel][own_pixel + run * Tile::pixel_gap]) = some;
     }
   }
   __syncthreads();
@@ -427,9 +436,8 @@ __global__ void __launch_bounds__(kThreads) masked_conv2d_sum_kernel(const __gri
   if (threadIdx.x == 0) write(args.format, args.out, blockIdx.x, total);
 }
 
-constexpr int kTile = 64;         // pairs, and output channels
-constexpr int kPixels = 16;       // in shared memory at a time, two times over
-constexpr int kTilePitch = kTile + 4;
+constexpr int kTileChannels = 64;
+constexpr int kPixels = 16;  // in shared memory at a time, two times over
 
 // Both images are of one format.
 struct WeightGradient {
@@ -440,43 +448,47 @@ struct WeightGradient {
   int64_t per_split;                     // pixels
   Image input, d_z;
   bool input_inner, d_z_inner;           // whether the channels lie innermost in memory
-  void* partial;                         // [splits, pair_tiles * kTile, channel_tiles * kTile]
+  void* partial;                         // [splits, pairs of the tiles, channels of the tiles]
 };
 
+// Two groups of 64 threads take half of the pixels each; a thread makes `own` pairs of 8 channels, both in runs of four.
 template <class T>
 struct WeightTile {
+  static constexpr int own = sizeof(T) == 8 ? 4 : 8, pairs = 8 * own;
+  static constexpr int pair_gap = 32, channel_gap = kTileChannels / 2;  // between the starts of runs
   struct Chunks {
-    T x[2][kPixels][kTilePitch];
-    T d[2][kPixels][kTilePitch];
+    T x[2][kPixels][pairs + 4];  // the rest spreads pixels over the banks
+    T d[2][kPixels][kTileChannels + 4];
   };
   union alignas(16) Memory {
     Chunks staged;
-    Vec4<T> sums[16][kConvThreads / 2];
+    Vec4<T> sums[own * 2][kConvThreads / 2];
   };
 };
 
-// Two groups of 64 threads take half of the pixels each; a thread makes 8 pairs of 8 channels, both in runs of four.
 template <Format format>
 __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
     masked_conv2d_weight_kernel(const __grid_constant__ WeightGradient args) {
   using Element = Stored<format>;
   using T = typename Element::Value;
   using Bits = typename Element::Type;
-  __shared__ typename WeightTile<T>::Memory memory;
-  __shared__ Pair pairs[kTile];
+  using Tile = WeightTile<T>;
+  constexpr int own = Tile::own;
+  __shared__ typename Tile::Memory memory;
+  __shared__ Pair pairs[Tile::pairs];
   __shared__ Place places[2][kPixels];
   __shared__ int64_t d_places[2][kPixels];  // -1 for none
   int thread = int(threadIdx.x);
   int64_t block = blockIdx.x;
-  int first_pair = int(block % args.pair_tiles) * kTile;
+  int first_pair = int(block % args.pair_tiles) * Tile::pairs;
   block /= args.pair_tiles;
-  int first_channel = int(block % args.channel_tiles) * kTile;
+  int first_channel = int(block % args.channel_tiles) * kTileChannels;
   int64_t split = block / args.channel_tiles, begin = split * args.per_split, end = begin + args.per_split;
   if (end > args.raster.pixels) end = args.raster.pixels;
 
   auto find = [&](int chunk) {
     if (thread >= kPixels) return;
-    int64_t index = begin + chunk * kPixels + thread, d_place = -1;
+    int64_t index = begin + int64_t(chunk) * kPixels + thread, d_place = -1;
     Place place = kNowhere;
     if (index < end) {
       Pixel pixel = args.raster.at(index);
@@ -486,44 +498,51 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
     places[chunk % 2][thread] = place;
     d_places[chunk % 2][thread] = d_place;
   };
-  if (thread < kTile) {
+  if (thread < Tile::pairs) {
     int k = first_pair + thread;
-    pairs[thread] = k < args.pairs ? args.kernel.pair(k / args.in_channels, k % args.in_channels, args.input, args.raster, 1) : kNoPair;
+    int tap = k / args.in_channels, channel = k % args.in_channels;
+    pairs[thread] = k < args.pairs ? args.kernel.pair(tap, channel, args.input, args.raster, 1) : kNoPair;
   }
   find(0);
   __syncthreads();
 
   const Bits *input = reinterpret_cast<const Bits*>(args.input.data), *d_z = reinterpret_cast<const Bits*>(args.d_z.data);
-  constexpr int count = kPixels * kTile / kConvThreads;
-  Bits x[count], d[count];
-  // The i-th of what a thread loads of a chunk; neighbours in memory are for neighbouring threads.
-  auto pixel_of = [&](int i, auto inner) { return inner.value ? thread / kTile + i * (kConvThreads / kTile) : thread % kPixels; };
-  auto column_of = [&](int i, auto inner) { return inner.value ? thread % kTile : thread / kPixels + i * (kConvThreads / kPixels); };
+  Bits x[kPixels * Tile::pairs / kConvThreads], d[kPixels * kTileChannels / kConvThreads];
+  // The i-th of what a thread loads of a chunk of so many columns; neighbours in memory are for neighbouring threads.
+  auto pixel_of = [&](int i, int columns, auto inner) {
+    return inner.value ? thread / columns + i * (kConvThreads / columns) : thread % kPixels;
+  };
+  auto column_of = [&](int i, int columns, auto inner) {
+    return inner.value ? thread % columns : thread / kPixels + i * (kConvThreads / kPixels);
+  };
   auto load_x = [&](int chunk, auto inner) {
     FASTELBO_UNROLL
-    for (int i = 0; i < count; ++i) {
-      const Place& place = places[chunk % 2][pixel_of(i, inner)];
-      const Pair& pair = pairs[column_of(i, inner)];
+    for (int i = 0; i < kPixels * Tile::pairs / kConvThreads; ++i) {
+      const Place& place = places[chunk % 2][pixel_of(i, Tile::pairs, inner)];
+      const Pair& pair = pairs[column_of(i, Tile::pairs, inner)];
       x[i] = pair.inside(place, args.raster) ? input[place.offset + pair.offset] : Bits(0);
     }
   };
   auto load_d = [&](int chunk, auto inner) {
     FASTELBO_UNROLL
-    for (int i = 0; i < count; ++i) {
-      int64_t place = d_places[chunk % 2][pixel_of(i, inner)];
-      int channel = first_channel + column_of(i, inner);
+    for (int i = 0; i < kPixels * kTileChannels / kConvThreads; ++i) {
+      int64_t place = d_places[chunk % 2][pixel_of(i, kTileChannels, inner)];
+      int channel = first_channel + column_of(i, kTileChannels, inner);
       d[i] = place >= 0 && channel < args.out_channels ? d_z[place + channel * args.d_z.stride[1]] : Bits(0);
     }
   };
-  auto put = [&](const Bits(&from)[count], T(&to)[kPixels][kTilePitch], auto inner) {
+  auto put = [&](const auto& from, auto& to, auto columns, auto inner) {
     FASTELBO_UNROLL
-    for (int i = 0; i < count; ++i) to[pixel_of(i, inner)][column_of(i, inner)] = Element::decode(from[i]);
+    for (int i = 0; i < kPixels * columns.value / kConvThreads; ++i)
+      to[pixel_of(i, columns.value, inner)][column_of(i, columns.value, inner)] = Element::decode(from[i]);
   };
+  std::integral_constant<int, Tile::pairs> x_columns;
+  std::integral_constant<int, kTileChannels> d_columns;
 
   int group = thread / 64, own_pair = thread % 8 * 4, own_channel = thread % 64 / 8 * 4;
-  T total[8][8];
+  T total[own][8];
   FASTELBO_UNROLL
-  for (int m = 0; m < 8; ++m) {
+  for (int m = 0; m < own; ++m) {
     FASTELBO_UNROLL
     for (int i = 0; i < 8; ++i) total[m][i] = 0;
   }
@@ -540,49 +559,41 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
     if (chunk >= 0) {
       FASTELBO_UNROLL
       for (int p = 0; p < kPixels / 2; ++p) {
-        const T *row = memory.staged.x[chunk % 2][group * (kPixels / 2) + p], *d_row = memory.staged.d[chunk % 2][group * (kPixels / 2) + p];
-        Vec4<T> a[2], b[2];
-        FASTELBO_UNROLL
-        for (int run = 0; run < 2; ++run) {
-          a[run] = *reinterpret_cast<const Vec4<T>*>(row + own_pair + run * (kTile / 2));
-          b[run] = *reinterpret_cast<const Vec4<T>*>(d_row + own_channel + run * (kTile / 2));
-        }
-        FASTELBO_UNROLL
-        for (int m = 0; m < 8; ++m) {
-          FASTELBO_UNROLL
-          for (int i = 0; i < 8; ++i) total[m][i] = fma(a[m / 4].v[m % 4], b[i / 4].v[i % 4], total[m][i]);
-        }
+        int pixel = group * (kPixels / 2) + p;
+        multiply_add<own>(&memory.staged.d[chunk % 2][pixel][own_channel], Tile::channel_gap,
+                          &memory.staged.x[chunk % 2][pixel][own_pair], Tile::pair_gap, total);
       }
     }
     if (more) {
       int buffer = (chunk + 1) % 2;
-      if (args.input_inner) put(x, memory.staged.x[buffer], std::true_type());
-      else put(x, memory.staged.x[buffer], std::false_type());
-      if (args.d_z_inner) put(d, memory.staged.d[buffer], std::true_type());
-      else put(d, memory.staged.d[buffer], std::false_type());
+      if (args.input_inner) put(x, memory.staged.x[buffer], x_columns, std::true_type());
+      else put(x, memory.staged.x[buffer], x_columns, std::false_type());
+      if (args.d_z_inner) put(d, memory.staged.d[buffer], d_columns, std::true_type());
+      else put(d, memory.staged.d[buffer], d_columns, std::false_type());
     }
     __syncthreads();
   }
 
-  Vec4<T>* out = static_cast<Vec4<T>*>(args.partial);
-  int64_t width = int64_t(args.channel_tiles) * kTile, row = (split * args.pair_tiles * kTile + first_pair + own_pair) * width;
-  FASTELBO_UNROLL
-  for (int m = 0; m < 16; ++m)
-    if (group == 1) {
+  if (group == 1) {
+    FASTELBO_UNROLL
+    for (int m = 0; m < own * 2; ++m) {
       Vec4<T> some;
       FASTELBO_UNROLL
       for (int i = 0; i < 4; ++i) some.v[i] = total[m / 2][m % 2 * 4 + i];
       memory.sums[m][thread - 64] = some;
     }
+  }
   __syncthreads();
   if (group == 1) return;
+  Vec4<T>* out = static_cast<Vec4<T>*>(args.partial);
+  int64_t width = int64_t(args.channel_tiles) * kTileChannels, row = split * args.pair_tiles * Tile::pairs + first_pair + own_pair;
   FASTELBO_UNROLL
-  for (int m = 0; m < 16; ++m) {
+  for (int m = 0; m < own * 2; ++m) {
     Vec4<T> some = memory.sums[m][thread];
     FASTELBO_UNROLL
     for (int i = 0; i < 4; ++i) some.v[i] += total[m / 2][m % 2 * 4 + i];
-    int64_t pair = m / 8 * (kTile / 2) + m / 2 % 4, channel = first_channel + own_channel + m % 2 * (kTile / 2);
-    out[(row + pair * width + channel) / 4] = some;
+    int pair = m / 8 * Tile::pair_gap + m / 2 % 4, channel = first_channel + own_channel + m % 2 * Tile::channel_gap;
+    out[((row + pair) * width + channel) / 4] = some;
   }
 }
 
@@ -659,7 +670,8 @@ struct Problem {
                     rows, " and ", columns);
     const Tap& centre = mask.centre_tap;
     int64_t beyond = -device::kNever;  // as far as any image reaches
-    kernel = {int(weight.sizes()[2] * weight.sizes()[3]), int(weight.sizes()[3]), centre.row, centre.column, int(std::min(dilation, beyond))};
+    kernel = {int(weight.sizes()[2] * weight.sizes()[3]), int(weight.sizes()[3]), centre.row, centre.column,
+              int(std::min(dilation, beyond))};
   }
 
   device::Direction direction(bool transposed) const {
@@ -704,21 +716,25 @@ struct Problem {
 
   void weight_gradient(const Launcher& launch, const Tensor& input, const Tensor& d_z, const Tensor& d_weight) const {
     int64_t pairs = (int64_t(mask.taps.size()) + mask.centre) * mask.in.all();
-    int64_t pair_tiles = divide_up(pairs, device::kTile), channel_tiles = divide_up(z_channels, device::kTile), tiles = pair_tiles * channel_tiles;
+    int64_t in_tile = dtype == ScalarType::Double ? device::WeightTile<double>::pairs : device::WeightTile<float>::pairs;
+    int64_t pair_tiles = divide_up(pairs, in_tile), channel_tiles = divide_up(z_channels, device::kTileChannels);
+    int64_t tiles = pair_tiles * channel_tiles;
     int64_t splits = 0, per_split = 0;
     if (raster.pixels && tiles) {  // enough blocks for a large GPU, of enough pixels each; a function of the shapes alone
       splits = std::max<int64_t>(1, std::min(512 / tiles, raster.pixels / 256));
       per_split = divide_up(divide_up(raster.pixels, splits), device::kPixels) * device::kPixels;
       splits = divide_up(raster.pixels, per_split);
     }
-    int64_t partial_rows = pair_tiles * device::kTile, width = channel_tiles * device::kTile;
+    int64_t partial_rows = pair_tiles * in_tile, width = channel_tiles * device::kTileChannels;
     Tensor partial = allocate(Shape{splits * partial_rows * width}, dtype, device);
-    device::WeightGradient args{raster, kernel, mask.in.all(), mask.out.all(), int(pairs), int(pair_tiles), int(channel_tiles), per_split,
-                                image_of(input), image_of(d_z), is_channels_last(input), is_channels_last(d_z), partial.data_ptr()};
+    device::WeightGradient args{raster, kernel, mask.in.all(), mask.out.all(), int(pairs), int(pair_tiles), int(channel_tiles),
+                                per_split, image_of(input), image_of(d_z), is_channels_last(input), is_channels_last(d_z),
+                                partial.data_ptr()};
     with_format(format, [&](auto format) {
       using T = typename device::Stored<format.value>::Value;
       launch(device::masked_conv2d_weight_kernel<format.value>, args, tiles * splits, device::kConvThreads);
-      device::Reduce<T> reduce{kernel, direction(false), splits, partial_rows, width, static_cast<const T*>(partial.data_ptr()), image_of(d_weight)};
+      device::Reduce<T> reduce{kernel, direction(false), splits, partial_rows, width, static_cast<const T*>(partial.data_ptr()),
+                               image_of(d_weight)};
       launch(device::masked_conv2d_reduce_kernel<T>, reduce, int64_t(kernel.taps) * mask.in.all() * divide_up(z_channels, 32));
     });
   }
