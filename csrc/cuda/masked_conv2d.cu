@@ -649,6 +649,7 @@ void with_format(Format format, F&& f) {
   }
 }
 
+// What the forward and the backward have in common.
 struct Problem {
   int64_t n, rows, columns, z_channels;
   Activation activation;
@@ -684,7 +685,7 @@ struct Problem {
     const Channels &outputs = transposed ? mask.in : mask.out, &inputs = transposed ? mask.out : mask.in;
     int64_t members = divide_up(outputs.half, outputs.groups) * outputs.halves;  // of the largest group
     auto channels_in_tiles = [&](int64_t width) { return divide_up(members, width) * width; };
-    // a channel takes 1.5 times as many instructions in a narrow tile
+    // in a narrow tile, a channel takes about 1.5 times as many instructions
     int64_t width = channels_in_tiles(16) * 3 < channels_in_tiles(64) * 2 ? 16 : 64;
     int64_t per_group = divide_up(members, width), tiles = per_group * outputs.groups;
     int64_t most_pairs = divide_up((int64_t(mask.taps.size()) + mask.centre) * inputs.all(), device::kChunk) * device::kChunk;
@@ -775,7 +776,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
                   : cond_ndim == 2 ? allocate(Shape{n, channels}, stored, problem.device)
                                    : allocate(Shape{0}, stored, problem.device);
 
-  // An image's condition gets the gradient before the activation itself, which without an activation is d_y.
+  // The gradient before the activation, in the images' format, as kept is: what an image's condition gets, and without an
+  // activation d_y.
   Tensor d_z = cond_ndim == 4 ? d_cond : problem.activation == Activation::none ? d_y : allocate_image(n, channels, input);
   bool sums = want_bias || cond_ndim == 2, fill = cond_ndim == 4 || problem.activation != Activation::none;
   int64_t slices = divide_up(raster.image, device::kSlice);
