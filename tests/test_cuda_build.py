@@ -17,6 +17,10 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # A block has 256 threads and a multiprocessor 65536 registers, so these are 4, 2, 2 and 1 blocks at a time, as
 # csrc/cuda/tile.cuh asks of the compiler. Half-precision kernels have twice the elements of a 16-byte vector at hand.
 MOST_REGISTERS = {"packed f32": 64, "packed half": 128, "strided f32": 128, "strided f64": 255}
+# The tiles of a convolution have 128 threads: 3 and 2 blocks at a time. What surrounds them has 256: 4 blocks.
+MOST_REGISTERS |= {"tile": 168, "tile f64": 255, "elementwise": 64}
+# A multiprocessor has 163 KiB of shared memory or more: 3 blocks at a time here too.
+MOST_SHARED = {"tile": 54 * 1024, "tile f64": 81 * 1024}
 
 # Per element, of gaussian_rsample_kl's packed forward with a standard normal prior and no clamp: the instructions of
 # the loop over vectors of 16 bytes, less the branches that a sample from a seed with a summed KL does not take. The
@@ -73,6 +77,10 @@ def code(built, request):
 
 
 def kind(name):
+    if "conv2d_kernel" in name or "conv2d_weight_kernel" in name:
+        return "tile f64" if "FormatE1E" in name else "tile"
+    if "conv2d" in name:
+        return "elementwise"
     if "Strided" in name:
         return "strided f64" if "StridedId" in name else "strided f32"
     if "Packed" in name:
@@ -82,7 +90,10 @@ def kind(name):
 
 def test_every_kernel_is_there(code):
     # 3 packed formats, clamped or not, and 4 strided; with and without a prior where there may be one; both directions
-    assert len(code) == 2 * (2 * (6 * 2 + 4) + 2 * (6 + 4)) + 2
+    gaussian = 2 * (2 * (6 * 2 + 4) + 2 * (6 + 4)) + 2
+    # of 4 formats: two widths, the weight gradient and that of the activation; of 2 types: packing and reducing; sums
+    convolution = 4 * 4 + 2 * 2 + 1
+    assert len(code) == gaussian + convolution
 
 
 def test_nothing_goes_to_local_memory(code):
@@ -91,9 +102,10 @@ def test_nothing_goes_to_local_memory(code):
         assert not [text for _, text in instructions if re.search(r"\b(LDL|STL)\b", text)], name
 
 
-def test_registers(code):
+def test_registers_and_shared_memory(code):
     for name, (usage, _) in code.items():
         assert usage["REG"] <= MOST_REGISTERS[kind(name)], f"{name} takes {usage['REG']}"
+        assert usage["SHARED"] <= MOST_SHARED.get(kind(name), 8 * 1024), f"{name} takes {usage['SHARED']}"
 
 
 def test_packed_kernels_read_and_write_16_bytes_at_a_time(code):

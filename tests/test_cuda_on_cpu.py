@@ -1,7 +1,7 @@
 """The CUDA kernels' own code on a CPU, thread by thread: what a GPU would read, write and add up (not how fast).
 
 A C++ compiler builds csrc/cuda with a stand-in for CUDA (tests/cuda_on_cpu), registered for torch's CPU tensors. The
-tests of the Gaussian ops then run in a process of their own, where this library takes the place of the CPU's kernels.
+ops' own tests then run in a process of their own, where this library takes the place of the CPU's kernels.
 """
 
 import os
@@ -49,11 +49,14 @@ def library(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("op", ["rsample", "kl", "rsample_kl", "log_prob"])
+@pytest.mark.parametrize(
+    "op", ["gaussian_rsample", "gaussian_kl", "gaussian_rsample_kl", "gaussian_log_prob", "masked_conv2d"]
+)
 def test_ops(library, op):
-    """Without the rows of 33: one that starts inside a block of four normals is summed from the block's start, so that
-    its KL may differ in the last bit from that of the op without noise."""
-    command = [sys.executable, "-c", RUN, library, f"tests/test_gaussian_{op}.py", f"--rootdir={ROOT}"]
-    command += ["-q", "-m", "not slow", "-k", "cpu and not 33", "--import-mode=importlib", "-p", "no:cacheprovider"]
+    """Without the Gaussian rows of 33: one that starts inside a block of four normals is summed from the block's start,
+    so that its KL may differ in the last bit from that of the op without noise."""
+    chosen = "cpu or opcheck" if op == "masked_conv2d" else "cpu and not 33"
+    command = [sys.executable, "-c", RUN, library, f"tests/test_{op}.py", f"--rootdir={ROOT}"]
+    command += ["-q", "-m", "not slow", "-k", chosen, "--import-mode=importlib", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]

@@ -10,7 +10,6 @@ import fastelbo
 
 ROOT = Path(__file__).parent.parent
 OPS = sorted(path.stem for path in (ROOT / "fastelbo" / "ops").glob("*.py") if path.stem != "__init__")
-WITHOUT_GPU = {"masked_conv2d"}  # no kernels of their own for GPUs yet
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -19,7 +18,8 @@ def test_an_op_is_files_of_one_name(op):
         "fastelbo/reference/{}.py",
         "csrc/cpu/{}.cpp",
         "tests/test_{}.py",
-        *(() if op in WITHOUT_GPU else ("csrc/cuda/{}.cu", "kernels/{}.py")),
+        "csrc/cuda/{}.cu",
+        "kernels/{}.py",
     ):
         assert (ROOT / place.format(op)).exists(), place.format(op)
     assert op in fastelbo.__all__

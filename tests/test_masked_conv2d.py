@@ -149,11 +149,22 @@ def test_sizes_and_dilations(backend, size, dilation, k):
     assert_close(got, outputs_and_gradients(lines, tensors, mask=mask, dilation=dilation))
 
 
-@pytest.mark.parametrize("channels", [(1, 1), (1, 64), (3, 21), (17, 30), (40, 9)], ids=str)
+@pytest.mark.parametrize("channels", [(1, 1), (1, 64), (3, 21), (17, 30), (40, 9), (70, 131)], ids=str)
 def test_channels(backend, channels):
     tensors = operands(1, *channels, 19, 17, 5)
     got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, mask_type="A", backend=backend)
     assert_close(got, outputs_and_gradients(lines, tensors, mask=published_mask(*channels[::-1], 5, "A").double()))
+
+
+@pytest.mark.parametrize("order", ["interleaved", "contiguous"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_many_gated_channels(backend, groups, order):
+    """A gate whose halves, and whose groups, take several tiles of a kernel; in contiguous order, tiles in part."""
+    tensors = operands(1, 3, 300, 3, 5, 3, activation="glu")
+    mask = published_mask(300, 3, 3, "A", groups, order, gated=True).double()
+    keywords = {"mask_type": "A", "channel_groups": groups, "group_order": order, "backend": backend}
+    got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, activation="glu", **keywords)
+    assert_close(got, outputs_and_gradients(lines, tensors, mask=mask, activation="glu"))
 
 
 LAYOUTS = {
@@ -166,14 +177,17 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
-def test_memory_layouts(backend, layout):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("channels", [(6, 12), (5, 70)], ids=str)
+def test_memory_layouts(backend, layout, dtype, channels):
     lay_out = LAYOUTS[layout] if layout != "transposed" else lambda t: LAYOUTS[layout](t) if t.dim() > 1 else t
-    tensors = operands(activation="glu", cond="image", h=6)
+    tensors = operands(2, *channels, activation="glu", cond="image", h=6, dtype=dtype)
     keywords = {"mask_type": "B", "activation": "glu", "backend": backend}
     want = outputs_and_gradients(fastelbo.masked_conv2d, tensors, **keywords)
     got = outputs_and_gradients(fastelbo.masked_conv2d, [lay_out(t) for t in tensors], **keywords)
+    tolerance = 450 * torch.finfo(dtype).eps  # the sums may be added up in another order
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     if layout == "channels_last" and backend != "reference":
         assert got[0].is_contiguous(memory_format=torch.channels_last)
         assert got[1].is_contiguous(memory_format=torch.channels_last)
@@ -190,7 +204,7 @@ def test_gradient_of_any_strides(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(4, 3, 32, 16, 15, 7), (2, 32, 24, 12, 13, 5), (3, 60, 30, 9, 8, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 3, 40, 16, 15, 7), (2, 32, 24, 12, 13, 5), (3, 60, 30, 9, 8, 3)], ids=str)
 def test_error_budget(backend, dtype, activation, shape):
     *shape, k = shape
     tensors = operands(*shape, k, activation=activation, cond="image", residual=False, dtype=dtype)
@@ -484,7 +498,7 @@ BAD = [
     ((X.long(), W), {}, TypeError, "input must be float32, float64, bfloat16 or float16; got torch.int64"),
     ((X, None), {}, TypeError, "weight must be a tensor; got NoneType"),
     ((X, W.to("meta")), {}, ValueError, "weight must be on the device of input, cpu; got meta"),
-    ((X, W), {"backend": "cuda"}, NotImplementedError, "backend 'cuda' cannot run this input"),
+    ((X, W), {"backend": "cuda"}, NotImplementedError, "backend 'cuda' cannot run this input (cuda: "),
     ((X, W), {"backend": "gpu"}, ValueError, "backend must be one of reference, cpu, triton, cuda; got 'gpu'"),
 ]  # fmt: skip
 

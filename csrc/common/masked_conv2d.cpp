@@ -35,7 +35,8 @@ Tensor allocate_image(int64_t n, int64_t channels, const Tensor& like) {
 }
 
 Channels::Channels(int64_t channels, int64_t groups, const std::string& order, bool gated)
-    : half(int(gated ? channels / 2 : channels)), halves(gated ? 2 : 1), groups(int(groups)), contiguous(order == "contiguous") {}
+    : half(int(gated ? channels / 2 : channels)), halves(gated ? 2 : 1), groups(int(groups)), contiguous(order == "contiguous"),
+      each(half / this->groups), rest(half % this->groups) {}
 
 Mask::Mask(const Tensor& weight, const std::string& type, const std::string& stack, int64_t dilation, int64_t groups,
            const std::string& order, bool gated)

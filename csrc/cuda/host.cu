@@ -178,11 +178,11 @@ Launcher::Launcher(const char* op, const Tensor& on) : op_(op) {
 
 Launcher::~Launcher() { aoti_torch_delete_cuda_guard(guard_); }
 
-cudaLaunchConfig_t Launcher::configuration(int64_t blocks) const {
+cudaLaunchConfig_t Launcher::configuration(int64_t blocks, int threads) const {
   STD_TORCH_CHECK(blocks <= INT32_MAX, op_, ": too many elements for one launch, which takes 2^31 - 1 blocks; got ", blocks);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(device::kThreads);
+  config.blockDim = dim3(unsigned(threads));
   config.stream = stream_;
   return config;
 }

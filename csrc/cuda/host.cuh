@@ -103,14 +103,14 @@ class Launcher {
   Launcher(const Launcher&) = delete;
 
   template <class Args>
-  void operator()(void (*kernel)(Args), const Args& args, int64_t blocks) const {
+  void operator()(void (*kernel)(Args), const Args& args, int64_t blocks, int threads = device::kThreads) const {
     if (blocks == 0) return;
-    cudaLaunchConfig_t config = configuration(blocks);
+    cudaLaunchConfig_t config = configuration(blocks, threads);
     check(cudaLaunchKernelEx(&config, kernel, args));
   }
 
  private:
-  cudaLaunchConfig_t configuration(int64_t blocks) const;
+  cudaLaunchConfig_t configuration(int64_t blocks, int threads) const;
   void check(cudaError_t error) const;
 
   const char* op_;

@@ -110,6 +110,46 @@ struct Sums {
 
 FASTELBO_INLINE float bf16_to_float(uint32_t bits) { return as_float(int32_t(bits << 16)); }
 
+// An element of a storage format, and the arithmetic type.
+template <Format format>
+struct Stored {
+  using Type = std::conditional_t<format == Format::f64, double, std::conditional_t<format == Format::f32, float, uint16_t>>;
+  using Value = std::conditional_t<format == Format::f64, double, float>;
+
+  static FASTELBO_INLINE Value decode(Type x) {
+    if constexpr (format == Format::bf16) return bf16_to_float(x);
+    else if constexpr (format == Format::f16) return f16_to_float(x);
+    else return x;
+  }
+  static FASTELBO_INLINE Type encode(Value x) {
+    if constexpr (format == Format::bf16) return uint16_t(pack_bf16(x, 0));
+    else if constexpr (format == Format::f16) return uint16_t(pack_f16(x, 0));
+    else return x;
+  }
+  static FASTELBO_INLINE Value read(const char* data, int64_t at) { return decode(reinterpret_cast<const Type*>(data)[at]); }
+  static FASTELBO_INLINE void write(char* data, int64_t at, Value x) { reinterpret_cast<Type*>(data)[at] = encode(x); }
+};
+
+// Where the format is known at run time only.
+template <class T>
+FASTELBO_INLINE T read(Format format, const char* data, int64_t at) {
+  switch (format) {
+    case Format::f32: return T(Stored<Format::f32>::read(data, at));
+    case Format::f64: return T(Stored<Format::f64>::read(data, at));
+    case Format::bf16: return T(Stored<Format::bf16>::read(data, at));
+    default: return T(Stored<Format::f16>::read(data, at));
+  }
+}
+template <class T>
+FASTELBO_INLINE void write(Format format, char* data, int64_t at, T x) {
+  switch (format) {
+    case Format::f32: return Stored<Format::f32>::write(data, at, float(x));
+    case Format::f64: return Stored<Format::f64>::write(data, at, double(x));
+    case Format::bf16: return Stored<Format::bf16>::write(data, at, float(x));
+    default: return Stored<Format::f16>::write(data, at, float(x));
+  }
+}
+
 // An exponential scale without a soft clamp, which is what packed kernels take.
 template <bool is_clamped>
 struct PlainScale : ScaleKinds {
@@ -273,36 +313,19 @@ struct Strided {
     return offset + n * operand.stride[begin];
   }
 
-  static FASTELBO_INLINE T read(const Operand& operand, int64_t at) {
-    switch (operand.format) {
-      case Format::f32: return T(reinterpret_cast<const float*>(operand.data)[at]);
-      case Format::f64: return T(reinterpret_cast<const double*>(operand.data)[at]);
-      case Format::bf16: return T(bf16_to_float(reinterpret_cast<const uint16_t*>(operand.data)[at]));
-      default: return T(f16_to_float(reinterpret_cast<const uint16_t*>(operand.data)[at]));
-    }
-  }
-  static FASTELBO_INLINE void write(const Operand& operand, int64_t at, T x) {
-    switch (operand.format) {
-      case Format::f32: reinterpret_cast<float*>(operand.data)[at] = float(x); return;
-      case Format::f64: reinterpret_cast<double*>(operand.data)[at] = double(x); return;
-      case Format::bf16: reinterpret_cast<uint16_t*>(operand.data)[at] = uint16_t(pack_bf16(float(x), 0)); return;
-      default: reinterpret_cast<uint16_t*>(operand.data)[at] = uint16_t(pack_f16(float(x), 0));
-    }
-  }
-
   static FASTELBO_INLINE void load(const Operand& operand, const Layout& layout, const Place& place, T (&out)[width], int64_t sample = 0) {
     int64_t row = sample * operand.sample_stride + walk(operand, layout, place.row, 0, layout.outer);
     FASTELBO_UNROLL
     for (int i = 0; i < width; ++i) {
       out[i] = 0;
-      if (place.inside(i)) out[i] = read(operand, row + walk(operand, layout, place.column + i, layout.outer, layout.outer + layout.inner));
+      if (place.inside(i)) out[i] = read<T>(operand.format, operand.data, row + walk(operand, layout, place.column + i, layout.outer, layout.outer + layout.inner));
     }
   }
   static FASTELBO_INLINE void store(const Operand& operand, const Layout& layout, const Place& place, const T (&x)[width], int64_t sample = 0) {
     int64_t row = sample * operand.sample_stride + walk(operand, layout, place.row, 0, layout.outer);
     FASTELBO_UNROLL
     for (int i = 0; i < width; ++i)
-      if (place.inside(i)) write(operand, row + walk(operand, layout, place.column + i, layout.outer, layout.outer + layout.inner), x[i]);
+      if (place.inside(i)) write(operand.format, operand.data, row + walk(operand, layout, place.column + i, layout.outer, layout.outer + layout.inner), x[i]);
   }
 
   static FASTELBO_INLINE void load_repeated(const Operand& operand, const Layout& layout, const Place& place, T (&out)[width]) { load(operand, layout, place, out); }

@@ -52,7 +52,10 @@ def masked_conv2d(
             them: "tanh_sigmoid" is tanh(a) sigmoid(b), "glu" is a sigmoid(b).
         cond: added before the activation: [N, C_out] (a class) or [N, C_out, H, W]; without N for an unbatched input.
         residual: added after the activation: of the output's shape.
-        backend: "reference" or "cpu"; the fastest that can run the input where None.
+        backend: "reference", "cpu", "triton" or "cuda"; the fastest that can run the input where None. Triton's
+            kernels multiply float32 as torch's own convolutions do, in TF32 unless
+            torch.backends.cudnn.conv.fp32_precision is "ieee", and time several tiles at their first call where
+            torch.backends.cudnn.benchmark is set.
 
     Returns:
         y, [N, C_out or C_out / 2, H, W], of the input's dtype and memory format. Arithmetic is float32 for half inputs.
@@ -289,7 +292,7 @@ def _run(input, weight, bias, cond, residual, options, backend):
     if unbatched:
         input, weight, bias, cond, residual = tensors
         tensors = (input[None], weight, bias, *(t if t is None else t[None] for t in (cond, residual)))
-    backend = backends.choose(input.device, backend, _only_reference(input.device, backend))
+    backend = backends.choose(input.device, backend, backends.only_reference())
     if backend == "reference":
         if autocast:  # its arithmetic is float32, whatever autocast wants convolutions to be
             with torch.autocast(tensors[0].device.type, enabled=False):
@@ -300,13 +303,6 @@ def _run(input, weight, bias, cond, residual, options, backend):
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         y = _MaskedConv2d.apply(*_library.distinct(*tensors), *options, keep, backend)
     return y[0] if unbatched else y
-
-
-def _only_reference(device, backend):
-    """Why a call must run on the reference, or None."""
-    if (backend or backends.OVERRIDE) == "cuda":
-        return "masked convolutions have no CUDA C++ kernels yet"
-    return backends.only_reference()
 
 
 def _autocast(input):

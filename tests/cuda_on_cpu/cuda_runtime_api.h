@@ -3,8 +3,10 @@
 // indices, masks, sums and host code; not the instructions, the memory model or the speed of a GPU.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -48,12 +50,15 @@ __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t,
 
 inline dim3 threadIdx, blockIdx;
 
-// The threads of a block take turns: each runs until it meets the others.
+// The threads of a block take turns: each runs until it meets the others. A context starts a thread on its own stack; from
+// then on jumps switch, which unlike swapcontext make no system call.
 struct Block {
   static constexpr size_t kStack = 1 << 16;
-  ucontext_t scheduler;
-  std::vector<ucontext_t> threads;
-  std::vector<bool> done;
+  jmp_buf scheduler;
+  std::vector<ucontext_t> starts;
+  std::vector<std::array<jmp_buf, 1>> threads;
+  enum State { fresh, waiting, done };
+  std::vector<State> states;
   std::vector<double> exchanged;
   std::unique_ptr<char[]> stacks;
   std::function<void()> kernel;
@@ -64,32 +69,40 @@ struct Block {
   }
   static void enter() {
     current().kernel();
-    current().done[threadIdx.x] = true;
+    current().states[threadIdx.x] = done;
+    _longjmp(current().scheduler, 1);
   }
   void run(unsigned count) {
-    if (threads.size() != count) {
+    if (starts.size() < count) {
+      starts.resize(count);
       threads.resize(count);
       exchanged.resize(count);
       stacks.reset(new char[count * kStack]);
+      for (unsigned i = 0; i < count; ++i) {
+        getcontext(&starts[i]);
+        starts[i].uc_stack = {stacks.get() + i * kStack, 0, kStack};
+        makecontext(&starts[i], enter, 0);
+      }
     }
-    done.assign(count, false);
-    for (unsigned i = 0; i < count; ++i) {
-      getcontext(&threads[i]);
-      threads[i].uc_stack = {stacks.get() + i * kStack, 0, kStack};
-      threads[i].uc_link = &scheduler;
-      makecontext(&threads[i], enter, 0);
-    }
+    states.assign(count, fresh);
     for (bool left = true; left;) {
       left = false;
       for (unsigned i = 0; i < count; ++i) {
-        if (done[i]) continue;
-        threadIdx.x = i;
-        swapcontext(&scheduler, &threads[i]);
-        left |= !done[i];
+        if (states[i] != done) resume(i);
+        left |= states[i] != done;
       }
     }
   }
-  void wait_for_others() { swapcontext(&threads[threadIdx.x], &scheduler); }
+  void resume(unsigned i) {
+    threadIdx.x = i;
+    if (_setjmp(scheduler)) return;
+    if (states[i] == fresh) setcontext(&starts[i]);
+    _longjmp(threads[i][0], 1);
+  }
+  void wait_for_others() {
+    states[threadIdx.x] = waiting;
+    if (!_setjmp(threads[threadIdx.x][0])) _longjmp(scheduler, 1);
+  }
 };
 
 inline void __syncthreads() { Block::current().wait_for_others(); }
