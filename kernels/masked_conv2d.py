@@ -532,7 +532,8 @@ def _plain(x, weight, taps, dilation, halves):
 
 
 def masked_conv2d_fwd(
-    results, input, weight, bias, cond, residual, mask_type, stack, dilation, channel_groups, group_order, activation, keep
+    results, input, weight, bias, cond, residual,
+    mask_type, stack, dilation, channel_groups, group_order, activation, keep,
 ):  # fmt: skip
     """Fills y and kept; the arguments of the op's schema."""
     y, kept = results

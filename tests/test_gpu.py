@@ -590,7 +590,7 @@ def test_a_convolution_of_more_than_2_to_the_31_elements(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("channels", [(1, 64), (64, 128), (60, 60)], ids=str)
 def test_tuned_tiles_compute_the_same(channels, dtype, backend, monkeypatch):
-    """As with torch's own convolutions, torch.backends.cudnn.benchmark lets the fastest tiles win, if they are right."""
+    """torch.backends.cudnn.benchmark lets the fastest tiles win, as with torch's convolutions, if they are right."""
     inputs, outputs = channels
     x = torch.randn(8, inputs, 28, 28, device=DEVICE).to(dtype, memory_format=torch.channels_last).requires_grad_()
     weight = (torch.randn(outputs, inputs, 5, 5, device=DEVICE) / (13 * inputs) ** 0.5).to(dtype).requires_grad_()
