@@ -7,17 +7,16 @@ run; rows go to benchmarks/results/conv_<device>.csv.
 """
 
 import argparse
+import csv
 import gc
 import math
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
+import machine
 import rows
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -26,6 +25,8 @@ import fastelbo
 
 ROOT = Path(__file__).parent.parent
 SAMPLE_SECONDS = 5e-3
+# Of an H200: multiplications and additions a second in bfloat16 that matrix products reach, bytes a second of a copy.
+TENSOR_CORES, COPY = 7.9e14, 4.3e12
 PASSES = ("forward", "forward_backward")
 
 
@@ -161,30 +162,31 @@ def bytes_moved(layer: Layer, dtype, with_backward: bool) -> int:
     return size * (operands + image * layer.c_out + with_backward * (2 * operands + image * layer.c_out))
 
 
-def session(device, verified: bool) -> dict:
-    def git(*arguments):
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()
+def bounds() -> "list[dict]":
+    """What an H200 allows a bfloat16 forward, and how many times as long rivals take that are as efficient.
 
-    info = Path("/proc/cpuinfo")
-    model = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
-    return {
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else model[0].split(": ")[1] if model else "",
-        "threads": torch.get_num_threads(),
-        "isa": fastelbo.backends.cpu_isa() if fastelbo.backends.usable("cpu") is None else "",
-        "torch": torch.__version__,
-        "fastelbo": fastelbo.__version__,
-        "python": platform.python_version(),
-        "commit": git("describe", "--always") + ("-dirty" if changed else ""),
-        "verified": "yes" if verified else "no",
-    }
+    Predicted, not measured.
+    """
+    found = []
+    for layer in LAYERS:
+        pixels = layer.n * layer.size**2
+        moved = bytes_moved(layer, torch.bfloat16, with_backward=False) / COPY
 
+        def seconds(taps, pixels=pixels, layer=layer, moved=moved):
+            return max(2 * pixels * layer.c_in * layer.c_out * taps / TENSOR_CORES, moved)
 
-def tests_pass(backends: list[str]) -> bool:
-    """Those of the backends that are timed; tests of others (Triton's interpreter) say nothing about these."""
-    command = [sys.executable, "-m", "pytest", "tests/test_masked_conv2d.py", "-x", "-q", "-p", "no:cacheprovider"]
-    command += ["-k", " or ".join(f"[{name}" for name in backends)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+        ours = seconds(layer.live)
+        found.append(
+            {
+                "layer": layer.name,
+                "shape": layer.shape,
+                "predicted_us": f"{1e6 * ours:.1f}",
+                "bound_by": "bytes" if ours == moved else "products",
+                "over_eager_at_most": f"{seconds(layer.k**2) / ours:.2f}",
+                "over_crop_at_most": f"{seconds(layer.k * (layer.k // 2 + 1)) / ours:.2f}",
+            }
+        )
+    return found
 
 
 def main():
@@ -196,16 +198,36 @@ def main():
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes its time")
+    parser.add_argument("--bounds", action="store_true", help="no timing: what an H200 allows, to conv_bounds.csv")
     parser.add_argument("--no-save", action="store_true", help="append no rows to the results")
+    parser.add_argument("--results", type=Path, metavar="DIR", default=rows.RESULTS, help="of conv_<device>.csv")
     parser.add_argument("--unverified", action="store_true", help="without running the op's tests; the rows say so")
+    parser.add_argument(
+        "--verdict", type=Path, metavar="XML", help="pytest's --junitxml of the op's tests, run just before"
+    )
     options = parser.parse_args()
+    if options.bounds:
+        lines = bounds()
+        with (options.results / "conv_bounds.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, lines[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+        print(rows.aligned([tuple(lines[0]), *(tuple(line.values()) for line in lines)]))
+        return
     if options.threads:
         torch.set_num_threads(options.threads)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     backends = [name for name in rows.OURS if fastelbo.backends.why_not(name, device) is None]
-    if not options.unverified and not tests_pass(backends):
-        sys.exit("tests/test_masked_conv2d.py must pass first (or --unverified)")
-    about = session(device, not options.unverified)
+    if options.verdict:
+        failure = machine.recorded_failure("masked_conv2d", options.verdict)
+    elif not options.unverified:  # tests of other backends (Triton's interpreter) say nothing about these
+        only = " or ".join(f"[{name}" for name in backends)
+        failure = machine.test_failure("masked_conv2d", ROOT, only)
+    else:
+        failure = ""
+    if failure:
+        sys.exit(f"its tests must pass before an op is timed (or --unverified): {failure}")
+    about = machine.session(device) | machine.threads() | {"verified": "no" if options.unverified else "yes"}
     for index in options.layer or range(len(LAYERS)):
         layer = LAYERS[index]
         for pass_ in options.passes:
@@ -226,7 +248,7 @@ def report(layer, pass_, options, backends, samples, fastest, about):
     def best(rival):
         return min((time for name, time in fastest.items() if name.startswith(rival)), default=None)
 
-    made, now = [], f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
+    made, now = [], machine.now()
     for name, values in samples.items():
         ratios = {}
         if name.removesuffix("_channels_last") in backends:
@@ -247,7 +269,7 @@ def report(layer, pass_, options, backends, samples, fastest, about):
         common |= {"pass_": pass_, "contestant": name, "rounds": options.rounds, "bytes": moved, "timestamp": now}
         made.append(rows.Row(**about, **common, **rows.times(values), **ratios))
     if not options.no_save:
-        rows.append(rows.RESULTS / f"conv_{options.device}.csv", made)
+        rows.append(options.results / f"conv_{options.device}.csv", made)
 
 
 if __name__ == "__main__":

@@ -5,20 +5,22 @@ set -u -o pipefail
 
 usage() {
     cat <<'HELP'
-usage: benchmarks/gpu.sh [--quick] [--skip-build] [--skip-tests] [--skip-sanitizer] [--skip-benchmarks]
+usage: benchmarks/gpu.sh [--convolutions] [--quick] [--skip-build] [--skip-tests] [--skip-sanitizer] [--skip-benchmarks]
                          [--wheel FILE] [--out DIR] [--commit ID]
 
 Installs fastelbo from this checkout into the current Python without network, tests every backend on the GPU, runs
 compute-sanitizer on a short list of calls, counts memory, times every op against its rivals, and prints a short table
 last. Every stage has its own time limit, and a stage that fails does not keep later ones from running.
 
+  --convolutions     the masked convolutions in place of the Gaussian ops, which have other tests, timings and rows; tests
+                     that are no op's run with the Gaussian ops
   --quick            the tests that need a GPU and a few timings, to see that everything works
   --skip-build       use the fastelbo that is installed
   --skip-tests       no tests; the rows of the timings then say that they are unverified
   --skip-sanitizer   no compute-sanitizer
   --skip-benchmarks  no timings and no memory
   --wheel FILE       install this wheel rather than the checkout; needs no nvcc
-  --out DIR          where rows (cuda.csv, memory_cuda.csv) are appended and the log is put; default: benchmarks/results
+  --out DIR          where rows (cuda.csv, memory_cuda.csv, conv_cuda.csv) are appended and the log is put; default: benchmarks/results
   --commit ID        of the checkout, where git cannot tell
 
 Environment: PYTHON (default python3), CUDA_HOME (default /usr/local/cuda), TORCH_CUDA_ARCH_LIST (default: only the GPU's
@@ -38,7 +40,7 @@ MEMORY_GIB=12 # what the eager rival allocates at most at 2^26 elements, with it
 LIMIT=515     # seconds for everything
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
-quick= build=1 tests=1 sanitizer=1 benchmarks=1 wheel= out=$root/benchmarks/results commit=${FASTELBO_COMMIT:-}
+quick= convolutions= build=1 tests=1 sanitizer=1 benchmarks=1 wheel= out=$root/benchmarks/results commit=${FASTELBO_COMMIT:-}
 
 while [ $# -gt 0 ]; do
     case $1 in
@@ -47,6 +49,7 @@ while [ $# -gt 0 ]; do
         exit 0
         ;;
     --quick) quick=1 ;;
+    --convolutions) convolutions=1 ;;
     --skip-build) build= ;;
     --skip-tests) tests= ;;
     --skip-sanitizer) sanitizer= ;;
@@ -207,15 +210,24 @@ fi
 pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
 verdict=(--unverified)
 if [ -n "$tests" ]; then
-    stage "tests that need a GPU" 90 250 "${pytest[@]}" -m "not slow" --maxfail 50 tests/test_gpu.py
-    if [ -z "$quick" ]; then
+    only="not masked_conv2d and not convolution and not tuned"
+    [ -z "$convolutions" ] || only="masked_conv2d or convolution or tuned"
+    stage "tests that need a GPU" 90 250 "${pytest[@]}" -m "not slow" -k "$only" --maxfail 50 tests/test_gpu.py
+    if [ -z "$quick" ] && [ -n "$convolutions" ]; then
+        # every layer's sizes are constants of its kernels: most of the time goes to compiling them
+        stage "tests of the convolutions" 200 110 "${pytest[@]}" -m "not slow" "${workers[@]}" \
+            --junitxml "$scratch/tests.xml" tests/test_masked_conv2d.py tests/test_nn.py
+        status=$?
+        if [ $status -le 1 ] && [ -f "$scratch/tests.xml" ]; then
+            verdict=(--verdict "$scratch/tests.xml")
+        fi
+    elif [ -z "$quick" ]; then
         ops=() others=()
         for file in tests/test_*.py; do
-            if [ -f "fastelbo/ops/${file#tests/test_}" ]; then
-                ops+=("$file")
-            elif [ "$file" != tests/test_gpu.py ]; then
-                others+=("$file")
-            fi
+            case $file in
+            tests/test_gpu.py | tests/test_masked_conv2d.py | tests/test_nn.py) ;;
+            *) if [ -f "fastelbo/ops/${file#tests/test_}" ]; then ops+=("$file"); else others+=("$file"); fi ;;
+            esac
         done
         stage "tests of the ops" 120 240 "${pytest[@]}" -m "not slow" "${workers[@]}" --junitxml "$scratch/tests.xml" \
             "${ops[@]}"
@@ -230,7 +242,11 @@ fi
 
 # benchmarks
 
-if [ -n "$benchmarks" ]; then
+if [ -n "$benchmarks" ] && [ -n "$convolutions" ]; then
+    options=(--device cuda --dtype bfloat16 --results "$out" --rounds 7)
+    [ -z "$quick" ] || options+=(--layer 0 2 8 --no-compile)
+    stage "timings" 250 10 "$python" benchmarks/convolutions.py "${options[@]}" "${verdict[@]}"
+elif [ -n "$benchmarks" ]; then
     options=(--device cuda --results "$out")
     [ -z "$quick" ] || options+=(--quick)
     stage "memory" 70 160 "${pytest[@]}" benchmarks/test_memory.py "${options[@]}"
@@ -266,7 +282,7 @@ fi
 {
     echo
     if [ -n "$benchmarks" ]; then
-        for rows in "$out"/cuda.csv "$out"/memory_cuda.csv; do
+        for rows in "$out"/cuda.csv "$out"/memory_cuda.csv; do # the convolutions' timings print their table themselves
             [ ! -f "$rows" ] || "$python" benchmarks/report.py --goals "$rows"
         done
     fi

@@ -181,9 +181,9 @@ def stored(paths: Iterable[Path], kind: type = Row) -> list:
 
 
 def result_files(kind: type = Row) -> list[Path]:
-    """The files of committed rows of a kind."""
-    memory = kind is MemoryRow
-    return [path for path in sorted(RESULTS.glob("*.csv")) if path.name.startswith("memory_") == memory]
+    """The files of committed rows of a kind; those of the convolutions (conv_*.csv) have tables of their own."""
+    paths = (RESULTS / f"{'memory_' if kind is MemoryRow else ''}{device}.csv" for device in ("cpu", "cuda"))
+    return [path for path in paths if path.exists()]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A result that is off is an error too, because a tool that watches memory sees no
 """
 
 import argparse
+import math
 
 import torch
 
@@ -16,6 +17,11 @@ OPS = {  # with how many tensors each takes
     "gaussian_log_prob": (3,),
 }
 SHAPES = [(0, 5), (7, 1), (5, 3), (3, 31), (2, 1024), (3, 257), (1, 20_011)]
+LAYERS = [  # images, channels of input and output, rows, columns, size of the kernel, keywords
+    (2, 1, 16, 7, 9, 7, {"mask_type": "A"}),
+    (1, 17, 30, 5, 3, 3, {"mask_type": "B", "activation": "glu", "channel_groups": 3}),
+    (3, 32, 64, 6, 11, 5, {"mask_type": "B", "activation": "relu", "dilation": 2}),
+]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
@@ -34,6 +40,11 @@ def results(op, inputs, backend, **keywords):
     return [tensor.detach().float() for tensor in (*outputs, *grads)]
 
 
+def compare(got, want, dtype, what):
+    error = (got - want).abs().max() / want.abs().max() if want.numel() else 0.0
+    assert error < TOLERANCE[dtype], f"{what}: off by {error:.1e}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -50,9 +61,22 @@ def main() -> None:
                 expected = results(op, inputs, "reference", **keywords)
                 for backend in backends:
                     for got, want in zip(results(op, inputs, backend, **keywords), expected, strict=True):
-                        error = (got - want).abs().max() / want.abs().max() if want.numel() else 0.0
-                        assert error < TOLERANCE[dtype], f"{op} on {backend}, {shape}, {dtype}: off by {error:.1e}"
+                        compare(got, want, dtype, f"{op} on {backend}, {shape}, {dtype}")
                     calls += 1
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    for number, (images, inputs, outputs, rows, columns, size, keywords) in enumerate(LAYERS):
+        dtype = torch.bfloat16 if number % 2 else torch.float32
+        shapes = (images, inputs, rows, columns), (outputs, inputs, size, size), (1, outputs)
+        x, weight, bias = (
+            view((1, math.prod(shape)), dtype, number + k, device, k).reshape(shape) for k, shape in enumerate(shapes)
+        )
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias[0])]
+        expected = results("masked_conv2d", leaves, "reference", **keywords)
+        for backend in backends:
+            found = results("masked_conv2d", leaves, backend, **keywords)
+            for got, want in zip(found, expected, strict=True):
+                compare(got, want, dtype, f"masked_conv2d on {backend}, layer {number}, {dtype}")
+            calls += 1
     print(f"{calls} calls on {', '.join(backends)} agree with the reference on {device}")
 
 

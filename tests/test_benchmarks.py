@@ -1,6 +1,5 @@
 """The benchmarks' own tools, as far as a machine without a GPU can tell: gpu.sh, collection, rows, report and plot."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -156,9 +155,8 @@ def test_every_size_says_what_it_times(modules):
 
 def test_verdict_of_tests_that_ran_before(modules, tmp_path):
     """What pytest --junitxml writes decides whether an op may be timed."""
-    spec = importlib.util.spec_from_file_location("benchmarks_conftest", BENCHMARKS / "conftest.py")
-    conftest = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(conftest)
+    import machine
+
     bodies = {
         "right": "def test_a(): pass",
         "wrong": "def test_a(): pass\ndef test_b(): assert False",
@@ -169,14 +167,14 @@ def test_verdict_of_tests_that_ran_before(modules, tmp_path):
     tests.mkdir()
     for op, body in bodies.items():
         (tests / f"test_{op}.py").write_text(body)
-    absent = conftest.recorded_failure("right", verdict)
+    absent = machine.recorded_failure("right", verdict)
     assert absent == f"{verdict} does not exist: the tests were not run to their end"
     options = ("--import-mode=importlib", "-q", "-p", "no:cacheprovider", "--junitxml", verdict, "tests")
     run(sys.executable, "-m", "pytest", *options, cwd=tmp_path)
     fails = f"1 of its 2 tests fail in {verdict}, first test_b"
     none = f"none of its tests ran in {verdict}"
     expected = {"right": "", "wrong": fails, "broken": fails, "skipped": none, "unknown": none}
-    assert {op: conftest.recorded_failure(op, verdict) for op in expected} == expected
+    assert {op: machine.recorded_failure(op, verdict) for op in expected} == expected
 
 
 # Rows

@@ -1,5 +1,6 @@
 """What the ops keep, allocate and copy."""
 
+import ctypes
 from typing import NamedTuple
 
 import pytest
@@ -210,3 +211,46 @@ def test_results_lie_in_memory_as_the_inputs_do(op, layout):
         assert out.stride() == torch.empty_like(inputs[0]).stride()
     for grad, x in zip(torch.autograd.grad(outputs, inputs, upstream(outputs)), inputs, strict=True):
         assert grad.stride() == torch.empty_like(x).stride()
+
+
+class HeapUse(ctypes.Structure):
+    """What glibc's mallinfo2 returns."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    ]
+
+
+def test_calls_leave_nothing_behind(kernels):
+    """A few bytes that a call leaves would also keep its freed results from being used again."""
+    if kernels != "cpu" or not hasattr(libc := ctypes.CDLL(None), "mallinfo2"):
+        pytest.skip("counts the heap of glibc, which no interpreter shares")
+    libc.mallinfo2.restype = HeapUse
+    mean, s = gaussian((4, 4))
+    image, weight, bias = torch.randn(1, 2, 3, 3), torch.randn(4, 2, 3, 3), torch.randn(4)
+    calls = {
+        "rsample_kl": lambda: fastelbo.gaussian_rsample_kl(mean, s, seed=Op.seed, backend="cpu"),
+        "log_prob": lambda: fastelbo.gaussian_log_prob(mean, mean, s, backend="cpu"),
+        "conv": lambda: fastelbo.masked_conv2d(
+            image, weight, bias, mask_type="B", activation="tanh_sigmoid", backend="cpu"
+        ),
+    }
+    for name, call in calls.items():
+        for _ in range(50):
+            call()
+        before = libc.mallinfo2().uordblks
+        for _ in range(2000):
+            call()
+        assert libc.mallinfo2().uordblks - before < 8 * 2000, name
