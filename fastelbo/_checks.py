@@ -2,6 +2,7 @@
 metadata, but for `values`, which drop-ins use whose originals look at values."""
 
 import functools
+import math
 
 import torch
 
@@ -122,11 +123,54 @@ def prior(mean_p, s_p, scale_p):
         raise ValueError("scale_p must come with mean_p and s_p; got it alone")
 
 
-def later(**named):
-    """Arguments of the contract that a coming version implements."""
-    for name, value in named.items():
-        if value is not None:
-            raise NotImplementedError(f"{name} is not implemented yet; got {value!r}")
+def mask(name, value, shape, device):
+    """A mask says which elements count."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+        kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor of bool; got {kind}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on the device of the other tensors, {device}; got {value.device}")
+    if _broadcast(value.shape, shape) != shape:
+        raise ValueError(f"{name} must broadcast to shape {tuple(shape)}; got {tuple(value.shape)}")
+
+
+def scalar(name, value, device, at_least=-math.inf):
+    """A number that training may change: as a 0-d tensor, which no traced function is compiled again for."""
+    if isinstance(value, torch.Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a number or a floating-point tensor; got {value.dtype}")
+        if value.dim() > 0:
+            raise ValueError(f"{name} must be a number or 0-d; got shape {tuple(value.shape)}")
+        if value.device != device:
+            raise ValueError(f"{name} must be on the device of the other tensors, {device}; got {value.device}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a 0-d tensor; got {type(value).__name__}")
+    if not value >= at_least:
+        raise ValueError(f"{name} must be at least {at_least}; got {value}")
+
+
+def fraction(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1; got {value}")
+
+
+def kl_objective(free_bits, free_bits_per, balance, mask_, shape, event_ndim, device, mean_p):
+    """What turns a KL divergence into an objective."""
+    if free_bits_per not in ("dim", "example", "batch"):
+        raise ValueError(f"free_bits_per must be dim, example or batch; got {free_bits_per!r}")
+    if free_bits is not None:
+        scalar("free_bits", free_bits, device, at_least=0)
+        if free_bits_per == "dim" and event_ndim == 0:
+            raise ValueError("event_ndim must be at least 1 for free_bits_per='dim'; got 0")
+    if balance is not None:
+        if mean_p is None:
+            raise ValueError("balance must come with mean_p and s_p; got it alone")
+        fraction("balance", balance)
+    if mask_ is not None:
+        mask("mask", mask_, shape, device)
 
 
 def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperature, shape, device):
