@@ -56,13 +56,13 @@ def _mixed_operands(named):
         if value.dim() == 0:
             continue
         if value.shape != shape:
-            broadcast = _broadcast(shape, value.shape)
-            if broadcast is None:
+            joint = broadcast(shape, value.shape)
+            if joint is None:
                 raise ValueError(
                     f"{name} must broadcast with {widest} of shape {tuple(shape)}; got {tuple(value.shape)}"
                 )
-            if broadcast != shape:
-                shape, widest = broadcast, name
+            if joint != shape:
+                shape, widest = joint, name
     if len(shape) > _MAX_DIMS:
         raise ValueError(f"{widest} must have at most {_MAX_DIMS} dimensions; got {len(shape)}")
     dtype = promoted(*named.values())
@@ -84,7 +84,7 @@ def promoted(*values):
     return functools.reduce(torch.promote_types, dtypes)
 
 
-def _broadcast(a, b):
+def broadcast(a, b):
     """The shape to which two shapes broadcast, or None (tracing cannot catch what torch.broadcast_shapes raises)."""
     if len(a) < len(b):
         a, b = b, a
@@ -97,15 +97,27 @@ def _broadcast(a, b):
     return torch.Size(sizes)
 
 
-def event_ndim(value, shape):
+def event_ndim(value, shape, name="event_ndim"):
     """The number of trailing dimensions to sum: all but the first where None came."""
     rank = len(shape)
     if value is None:
         return max(rank - 1, 0)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"event_ndim must be an int or None; got {type(value).__name__}")
+        raise TypeError(f"{name} must be an int or None; got {type(value).__name__}")
     if not 0 <= value <= rank:
-        raise ValueError(f"event_ndim must be between 0 and {rank} for shape {tuple(shape)}; got {value}")
+        raise ValueError(f"{name} must be between 0 and {rank} for shape {tuple(shape)}; got {value}")
+    return value
+
+
+def sample_dim(value, shape):
+    """The dimension of the samples, of which there must be one."""
+    rank = len(shape)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"dim must be an int; got {type(value).__name__}")
+    if not -rank <= value < rank:
+        raise ValueError(f"dim must be between {-rank} and {rank - 1} for shape {tuple(shape)}; got {value}")
+    if shape[value] == 0:
+        raise ValueError(f"dim must have at least one sample; got shape {tuple(shape)}")
     return value
 
 
@@ -130,7 +142,7 @@ def mask(name, value, shape, device):
         raise TypeError(f"{name} must be a tensor of bool; got {kind}")
     if value.device != device:
         raise ValueError(f"{name} must be on the device of the other tensors, {device}; got {value.device}")
-    if _broadcast(value.shape, shape) != shape:
+    if broadcast(value.shape, shape) != shape:
         raise ValueError(f"{name} must broadcast to shape {tuple(shape)}; got {tuple(value.shape)}")
 
 
@@ -198,7 +210,7 @@ def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperatu
         raise TypeError(f"noise must be a tensor of float32, float64, bfloat16 or float16; got {kind}")
     if noise.device != device:
         raise ValueError(f"noise must be on the device of mean, {device}; got {noise.device}")
-    if _broadcast(noise.shape, shape) != shape:
+    if broadcast(noise.shape, shape) != shape:
         raise ValueError(f"noise must broadcast to the sample's shape {tuple(shape)}; got {tuple(noise.shape)}")
 
 
