@@ -3,6 +3,15 @@
 import importlib
 
 from fastelbo import backends, nn, reference
+from fastelbo.elbo import (
+    ELBO,
+    gaussian_elbo,
+    gaussian_one_sample_kl,
+    gaussian_rsample_log_prob,
+    importance_weighted_log_likelihood,
+    iwae_bound,
+    optimal_sigma,
+)
 from fastelbo.ops.gaussian_kl import gaussian_kl
 from fastelbo.ops.gaussian_log_prob import gaussian_log_prob, gaussian_nll
 from fastelbo.ops.gaussian_rsample import gaussian_rsample
@@ -12,6 +21,7 @@ from fastelbo.scale import Scale
 from fastelbo.version import __version__
 
 __all__ = [
+    "ELBO",
     "Scale",
     "__version__",
     "backends",
@@ -19,13 +29,19 @@ __all__ = [
     "compat",
     "conv_mask2d",
     "distributions",
+    "gaussian_elbo",
     "gaussian_kl",
     "gaussian_log_prob",
     "gaussian_nll",
+    "gaussian_one_sample_kl",
     "gaussian_rsample",
     "gaussian_rsample_kl",
+    "gaussian_rsample_log_prob",
+    "importance_weighted_log_likelihood",
+    "iwae_bound",
     "masked_conv2d",
     "nn",
+    "optimal_sigma",
     "reference",
 ]
 

@@ -2,6 +2,7 @@
 metadata, but for `values`, which drop-ins use whose originals look at values."""
 
 import functools
+import math
 
 import torch
 
@@ -55,13 +56,13 @@ def _mixed_operands(named):
         if value.dim() == 0:
             continue
         if value.shape != shape:
-            broadcast = _broadcast(shape, value.shape)
-            if broadcast is None:
+            joint = broadcast(shape, value.shape)
+            if joint is None:
                 raise ValueError(
                     f"{name} must broadcast with {widest} of shape {tuple(shape)}; got {tuple(value.shape)}"
                 )
-            if broadcast != shape:
-                shape, widest = broadcast, name
+            if joint != shape:
+                shape, widest = joint, name
     if len(shape) > _MAX_DIMS:
         raise ValueError(f"{widest} must have at most {_MAX_DIMS} dimensions; got {len(shape)}")
     dtype = promoted(*named.values())
@@ -83,7 +84,7 @@ def promoted(*values):
     return functools.reduce(torch.promote_types, dtypes)
 
 
-def _broadcast(a, b):
+def broadcast(a, b):
     """The shape to which two shapes broadcast, or None (tracing cannot catch what torch.broadcast_shapes raises)."""
     if len(a) < len(b):
         a, b = b, a
@@ -96,15 +97,27 @@ def _broadcast(a, b):
     return torch.Size(sizes)
 
 
-def event_ndim(value, shape):
+def event_ndim(value, shape, name="event_ndim"):
     """The number of trailing dimensions to sum: all but the first where None came."""
     rank = len(shape)
     if value is None:
         return max(rank - 1, 0)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"event_ndim must be an int or None; got {type(value).__name__}")
+        raise TypeError(f"{name} must be an int or None; got {type(value).__name__}")
     if not 0 <= value <= rank:
-        raise ValueError(f"event_ndim must be between 0 and {rank} for shape {tuple(shape)}; got {value}")
+        raise ValueError(f"{name} must be between 0 and {rank} for shape {tuple(shape)}; got {value}")
+    return value
+
+
+def sample_dim(value, shape):
+    """The dimension of the samples, of which there must be one."""
+    rank = len(shape)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"dim must be an int; got {type(value).__name__}")
+    if not -rank <= value < rank:
+        raise ValueError(f"dim must be between {-rank} and {rank - 1} for shape {tuple(shape)}; got {value}")
+    if shape[value] == 0:
+        raise ValueError(f"dim must have at least one sample; got shape {tuple(shape)}")
     return value
 
 
@@ -122,11 +135,54 @@ def prior(mean_p, s_p, scale_p):
         raise ValueError("scale_p must come with mean_p and s_p; got it alone")
 
 
-def later(**named):
-    """Arguments of the contract that a coming version implements."""
-    for name, value in named.items():
-        if value is not None:
-            raise NotImplementedError(f"{name} is not implemented yet; got {value!r}")
+def mask(name, value, shape, device):
+    """A mask says which elements count."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+        kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a tensor of bool; got {kind}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on the device of the other tensors, {device}; got {value.device}")
+    if broadcast(value.shape, shape) != shape:
+        raise ValueError(f"{name} must broadcast to shape {tuple(shape)}; got {tuple(value.shape)}")
+
+
+def scalar(name, value, device, at_least=-math.inf):
+    """A number that training may change: as a 0-d tensor, which no traced function is compiled again for."""
+    if isinstance(value, torch.Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a number or a floating-point tensor; got {value.dtype}")
+        if value.dim() > 0:
+            raise ValueError(f"{name} must be a number or 0-d; got shape {tuple(value.shape)}")
+        if value.device != device:
+            raise ValueError(f"{name} must be on the device of the other tensors, {device}; got {value.device}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number or a 0-d tensor; got {type(value).__name__}")
+    if not value >= at_least:
+        raise ValueError(f"{name} must be at least {at_least}; got {value}")
+
+
+def fraction(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1; got {value}")
+
+
+def kl_objective(free_bits, free_bits_per, balance, mask_, shape, event_ndim, device, mean_p):
+    """What turns a KL divergence into an objective."""
+    if free_bits_per not in ("dim", "example", "batch"):
+        raise ValueError(f"free_bits_per must be dim, example or batch; got {free_bits_per!r}")
+    if free_bits is not None:
+        scalar("free_bits", free_bits, device, at_least=0)
+        if free_bits_per == "dim" and event_ndim == 0:
+            raise ValueError("event_ndim must be at least 1 for free_bits_per='dim'; got 0")
+    if balance is not None:
+        if mean_p is None:
+            raise ValueError("balance must come with mean_p and s_p; got it alone")
+        fraction("balance", balance)
+    if mask_ is not None:
+        mask("mask", mask_, shape, device)
 
 
 def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperature, shape, device):
@@ -154,7 +210,7 @@ def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperatu
         raise TypeError(f"noise must be a tensor of float32, float64, bfloat16 or float16; got {kind}")
     if noise.device != device:
         raise ValueError(f"noise must be on the device of mean, {device}; got {noise.device}")
-    if _broadcast(noise.shape, shape) != shape:
+    if broadcast(noise.shape, shape) != shape:
         raise ValueError(f"noise must broadcast to the sample's shape {tuple(shape)}; got {tuple(noise.shape)}")
 
 

@@ -7,6 +7,8 @@ import os
 
 import torch
 
+from fastelbo.reference.gaussian_kl import event_sum
+
 # Two namespaces, so that Triton and CUDA C++ can both run tensors of one device.
 _library = torch.library.Library("fastelbo", "DEF")
 _triton_library = torch.library.Library("fastelbo_triton", "DEF")
@@ -104,20 +106,38 @@ def kernel_event_ndim(event_ndim, reduction, shape):
     return len(shape) if event_ndim == 0 and reduction != "none" else event_ndim
 
 
-def reduce(value, reduction, shape, event_ndim):
-    """Reduces what the kernel returned for kernel_event_ndim."""
+def reduce(value, reduction, shape, event_ndim, mask=None):
+    """Reduces what the kernel returned for kernel_event_ndim; a mean is over the events that count."""
     if reduction == "none":
         return value
     total = value.sum()
     if reduction == "sum":
         return total
+    if mask is not None:
+        return total / counted_events(mask, shape, event_ndim).sum()
     return total / math.prod(shape[: len(shape) - event_ndim])
 
 
-def input_gradients(grads, inputs, wanted):
-    """Gradients of the broadcast shape as those of the inputs; None where none is wanted."""
+def counted_events(mask, shape, event_ndim):
+    """The events of which the mask lets an element count: bool, of the shape less the event's dimensions."""
+    mask = mask.reshape((1,) * (len(shape) - mask.dim()) + mask.shape)
+    if event_ndim > 0:
+        mask = mask.any(dim=tuple(range(-event_ndim, 0)))
+    return mask.expand(shape[: len(shape) - event_ndim])
+
+
+def masked_sum(terms, mask, event_ndim):
+    """The sums of fresh elementwise terms over their events, without what the mask leaves out."""
+    terms.masked_fill_(~mask, 0)
+    return event_sum(terms, event_ndim)
+
+
+def input_gradients(grads, inputs, wanted, mask=None):
+    """Fresh gradients of the broadcast shape as those of the inputs; None where none is wanted."""
+    masked_out = None if mask is None else ~mask
     return tuple(
-        sum_to(grad, tensor) if want else None for grad, tensor, want in zip(grads, inputs, wanted, strict=False)
+        sum_to(grad if mask is None else grad.masked_fill_(masked_out, 0), tensor) if want else None
+        for grad, tensor, want in zip(grads, inputs, wanted, strict=False)
     )
 
 

@@ -104,3 +104,70 @@ def test_gradient_of_one_sigma_keeps_its_digits(backend):
     (d_s,) = torch.autograd.grad(fastelbo.gaussian_nll(x, 0.1, s, reduction="sum", backend=backend), s)
     exact = 0.5 * (1 - (x.double() - float(torch.tensor(0.1))) ** 2 * torch.exp(-s.detach().double())).sum()
     assert abs(d_s.item() / exact.item() - 1) < 1e-6
+
+
+@pytest.mark.parametrize("shape", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("mask_shape", [(6, 5), (5,), (6, 1), ()], ids=str)
+@pytest.mark.parametrize("event_ndim", [0, 1])
+@pytest.mark.parametrize("beta_nll", [0.0, 0.5])
+def test_mask_selects(backend, shape, mask_shape, event_ndim, beta_nll):
+    x, mean = torch.randn(2, 6, 5, dtype=torch.float64)
+    std = torch.rand(shape, dtype=torch.float64) + 0.1
+    mask = torch.rand(mask_shape) < 0.6
+    clean = [tensor.clone().requires_grad_() for tensor in (x, mean, std)]
+    poisoned = [x.masked_fill(~mask, math.nan), mean.masked_fill(~mask, math.inf), std]
+    if shape == (6, 5):
+        poisoned[2] = std.masked_fill(~mask, -math.inf)
+    poisoned = [tensor.clone().requires_grad_() for tensor in poisoned]
+    terms = -torch.distributions.Normal(clean[1], clean[2]).log_prob(clean[0]) * clean[2].detach() ** (2 * beta_nll)
+    expected = (
+        torch.where(mask, terms, 0).sum(tuple(range(2 - event_ndim, 2))) if event_ndim else torch.where(mask, terms, 0)
+    )
+    options = {"scale": "std", "event_ndim": event_ndim, "mask": mask, "backend": backend}
+    nll = fastelbo.gaussian_nll(*poisoned, beta_nll=beta_nll, **options)
+    torch.testing.assert_close(nll, expected)
+    if beta_nll == 0:
+        assert torch.equal(fastelbo.gaussian_log_prob(*poisoned, **options), -nll)
+    upstream = torch.randn_like(nll)
+    wanted = torch.autograd.grad(expected, clean, upstream)
+    for create_graph in (False, True):
+        for got, want in zip(
+            torch.autograd.grad(nll, poisoned, upstream, retain_graph=True, create_graph=create_graph),
+            wanted,
+            strict=True,
+        ):
+            torch.testing.assert_close(got, want)
+            if got.shape == (6, 5):
+                assert not got.masked_select(~mask).any()
+
+
+def test_mean_is_over_what_counts(backend):
+    x, mask = torch.zeros(3, 4), torch.tensor([[True, True, True, False], [True, False, False, False], [False] * 4])
+    half_log = 0.5 * math.log(2 * math.pi)
+    for event_ndim, events in ((1, 2), (0, 4), (2, 1)):
+        nll = fastelbo.gaussian_nll(x, 0.0, 0.0, mask=mask, event_ndim=event_ndim, reduction="mean", backend=backend)
+        torch.testing.assert_close(nll, torch.tensor(4 * half_log / events))
+
+
+@pytest.mark.parametrize("beta_nll", [0.25, 0.5, 1.0, 1])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("kind", ["var", "logvar"])
+def test_beta_nll(backend, beta_nll, reduction, kind):
+    """The paper's lines, with the constant."""
+    mean, s = gaussian((6, 5), kind=kind, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    variance = s if kind == "var" else s.exp()
+    terms = 0.5 * ((x - mean) ** 2 / variance + variance.log() + math.log(2 * math.pi))
+    expected = (terms * variance.detach() ** beta_nll).sum(1)
+    expected = expected if reduction == "none" else getattr(expected, reduction)()
+    actual = fastelbo.gaussian_nll(x, mean, s, scale=kind, beta_nll=beta_nll, reduction=reduction, backend=backend)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual.sum(), (x, mean, s)), torch.autograd.grad(expected.sum(), (x, mean, s))
+    )
+
+
+def test_beta_nll_of_1_gives_the_mean_the_gradient_of_the_squared_error(backend):
+    (mean, logvar), x = gaussian((6, 5), requires_grad=True), torch.randn(6, 5)
+    (d_mean,) = torch.autograd.grad(fastelbo.gaussian_nll(x, mean, logvar, beta_nll=1.0, backend=backend).sum(), mean)
+    torch.testing.assert_close(d_mean, (mean - x).detach())

@@ -1,5 +1,7 @@
 """A sample and its KL in one pass equal the two ops."""
 
+import math
+
 import pytest
 import torch
 
@@ -95,3 +97,75 @@ def test_rows_of_any_length_from_any_address(backend, columns, start):
         results.append((z, kl, *grads))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
+
+
+OBJECTIVES = {
+    "dim": {"free_bits": 0.5},
+    "example": {"free_bits": 2.5, "free_bits_per": "example"},
+    "batch": {"free_bits": 1e3, "free_bits_per": "batch"},
+    "balance": {"balance": 0.8},
+    "balance-1": {"balance": 1.0},
+    "balance-0": {"balance": 0.0},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("num_samples", [None, 3])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_objectives_are_those_of_the_two_ops(backend, objective, num_samples, reduction):
+    inputs = [*gaussian((5, 6), dtype=torch.float64), *gaussian((5, 6), dtype=torch.float64, seed=1)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    draw = {"seed": 11, "num_samples": num_samples, "backend": backend}
+    z, kl = fastelbo.gaussian_rsample_kl(*inputs, **draw, **objective, reduction=reduction)
+    z_alone = fastelbo.gaussian_rsample(*inputs[:2], **draw)
+    kl_alone = fastelbo.gaussian_kl(*inputs, **objective, reduction=reduction, backend=backend)
+    assert torch.equal(z, z_alone)
+    torch.testing.assert_close(kl, kl_alone, rtol=1e-15, atol=0)
+    upstream = torch.randn_like(z), torch.randn_like(kl)
+    for used in ([0, 1], [0], [1]):
+        for create_graph in (False, True):
+            got, want = (
+                torch.autograd.grad(
+                    [outputs[i] for i in used],
+                    inputs,
+                    [upstream[i] for i in used],
+                    allow_unused=True,
+                    materialize_grads=True,
+                    retain_graph=True,
+                    create_graph=create_graph,
+                )
+                for outputs in ((z, kl), (z_alone, kl_alone))
+            )
+            # the differentiable backward draws the reference's noise, a few float32 units from the kernel's
+            tolerance = 1e-5 if create_graph and 0 in used and backend != "reference" else 1e-13
+            torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+POISON = float("nan"), float("inf"), -float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("mask_shape", [(5, 6), (6,), (5, 1)], ids=str)
+@pytest.mark.parametrize("num_samples", [None, 3])
+@pytest.mark.parametrize("prior", [False, True], ids=["standard-normal", "learned-prior"])
+def test_mask_takes_elements_out(backend, mask_shape, num_samples, prior):
+    """The sample is 0 there; elsewhere all is as with no mask, whatever stands in the masked elements."""
+    clean = [*gaussian((5, 6), dtype=torch.float64), *(gaussian((5, 6), dtype=torch.float64, seed=1) if prior else ())]
+    mask = (torch.arange(math.prod(mask_shape)) % 3 > 0).reshape(mask_shape)
+    poisoned = [x.masked_fill(~mask, value).requires_grad_() for x, value in zip(clean, POISON, strict=False)]
+    clean = [x.requires_grad_() for x in clean]
+    options = {"seed": 3, "num_samples": num_samples, "backend": backend}
+    z, kl = fastelbo.gaussian_rsample_kl(*poisoned, mask=mask, **options)
+    z_clean, terms = fastelbo.gaussian_rsample_kl(*clean, event_ndim=0, **options)
+    assert not z.masked_select(~mask).any()
+    assert torch.equal(z.masked_select(mask), z_clean.masked_select(mask))
+    torch.testing.assert_close(kl, torch.where(mask, terms, 0).sum(1))
+    d_z, d_kl = torch.randn_like(z), torch.randn_like(kl)
+    want = torch.autograd.grad(
+        (z_clean, terms), clean, (torch.where(mask, d_z, 0), torch.where(mask, d_kl[:, None].expand(5, 6), 0))
+    )
+    for create_graph in (False, True):
+        grads = torch.autograd.grad((z, kl), poisoned, (d_z, d_kl), retain_graph=True, create_graph=create_graph)
+        tolerance = 1e-5 if create_graph and backend != "reference" else 1e-13  # noise, as above
+        for grad, wanted in zip(grads, want, strict=True):
+            assert not grad.masked_select(~mask).any()
+            torch.testing.assert_close(grad, wanted, rtol=tolerance, atol=tolerance)

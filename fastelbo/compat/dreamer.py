@@ -11,7 +11,7 @@ Replaces lines such as::
 Where originals are wrong: sheeprl's DreamerV2 with kl_free_avg=False gives torch.maximum a number, which raises a
 TypeError; KLs of a posterior close to its prior lose their digits. Below the floor the gradient is exactly 0.
 
-Balance takes two KLs here, as it does there: one with the posterior held, one with the prior held.
+They evaluate the KL twice, once with the posterior held and once with the prior held; here it is evaluated once.
 """
 
 from fastelbo.ops.gaussian_kl import gaussian_kl
@@ -39,7 +39,7 @@ def kl_loss_v1(mean_q, s_q, mean_p, s_p, *, free_nats=3.0, scale="std"):
         >>> fastelbo.compat.dreamer.kl_loss_v1(zeros, ones, zeros, ones)
         tensor(3.)
     """
-    return gaussian_kl(mean_q, s_q, mean_p, s_p, scale=scale, event_ndim=1, reduction="mean").clamp(min=free_nats)
+    return _kl_loss(mean_q, s_q, mean_p, s_p, scale, free_nats, "batch")
 
 
 def kl_loss_v2(mean_q, s_q, mean_p, s_p, *, alpha=0.8, free_nats=0.0, free_avg=True, scale="std"):
@@ -47,7 +47,7 @@ def kl_loss_v2(mean_q, s_q, mean_p, s_p, *, alpha=0.8, free_nats=0.0, free_avg=T
 
     Args:
         mean_q, s_q, mean_p, s_p, scale: as in kl_loss_v1.
-        alpha: the balance.
+        alpha: the balance, between 0 and 1.
         free_nats: the floor of the mean KL (free_avg), or of each KL.
         free_avg: see free_nats.
 
@@ -62,11 +62,8 @@ def kl_loss_v2(mean_q, s_q, mean_p, s_p, *, alpha=0.8, free_nats=0.0, free_avg=T
         >>> fastelbo.compat.dreamer.kl_loss_v2(ones, ones, zeros, ones)
         tensor(1.)
     """
-    reduction = "mean" if free_avg else "none"
-    to_prior, to_posterior = (
-        kl.clamp(min=free_nats).mean() for kl in _both(mean_q, s_q, mean_p, s_p, scale, reduction)
-    )
-    return alpha * to_prior + (1 - alpha) * to_posterior
+    per = "batch" if free_avg else "example"
+    return _kl_loss(mean_q, s_q, mean_p, s_p, scale, free_nats, per, balance=alpha)
 
 
 def kl_loss_v3(mean_q, s_q, mean_p, s_p, *, dyn_scale=1.0, rep_scale=0.1, free_nats=1.0, scale="std"):
@@ -75,7 +72,7 @@ def kl_loss_v3(mean_q, s_q, mean_p, s_p, *, dyn_scale=1.0, rep_scale=0.1, free_n
 
     Args:
         mean_q, s_q, mean_p, s_p, scale: as in kl_loss_v1.
-        dyn_scale, rep_scale: weights.
+        dyn_scale, rep_scale: weights, at least 0.
         free_nats: the floor of each KL.
 
     Returns:
@@ -89,14 +86,11 @@ def kl_loss_v3(mean_q, s_q, mean_p, s_p, *, dyn_scale=1.0, rep_scale=0.1, free_n
         >>> fastelbo.compat.dreamer.kl_loss_v3(zeros, ones, zeros, ones)
         tensor(1.1000)
     """
-    dyn, rep = (kl.clamp(min=free_nats).mean() for kl in _both(mean_q, s_q, mean_p, s_p, scale, "none"))
-    return dyn_scale * dyn + rep_scale * rep
+    total = dyn_scale + rep_scale
+    balance = dyn_scale / total if total else 0.0
+    return total * _kl_loss(mean_q, s_q, mean_p, s_p, scale, free_nats, "example", balance=balance)
 
 
-def _both(mean_q, s_q, mean_p, s_p, scale, reduction):
-    """The KL whose gradient reaches the prior alone, and that whose gradient reaches the posterior alone."""
-    options = {"scale": scale, "event_ndim": 1, "reduction": reduction}
-    return (
-        gaussian_kl(mean_q.detach(), s_q.detach(), mean_p, s_p, **options),
-        gaussian_kl(mean_q, s_q, mean_p.detach(), s_p.detach(), **options),
-    )
+def _kl_loss(mean_q, s_q, mean_p, s_p, scale, free_nats, per, balance=None):
+    options = {"free_bits": free_nats, "free_bits_per": per, "balance": balance, "event_ndim": 1, "reduction": "mean"}
+    return gaussian_kl(mean_q, s_q, mean_p, s_p, scale=scale, **options)

@@ -35,9 +35,7 @@ def kl_loss(z_p, logs_q, m_p, logs_p, z_mask):
         tensor(0.)
     """
     live = z_mask != 0
-    # filled rather than left to the selection below: a gradient of 0 times NaN is NaN
-    z_p, logs_q, m_p, logs_p = (x.masked_fill(~live, 0) for x in (z_p, logs_q, m_p, logs_p))
-    nll = gaussian_nll(z_p, m_p, logs_p, scale="log_std", event_ndim=0)
+    nll = gaussian_nll(z_p, m_p, logs_p, scale="log_std", event_ndim=0, mask=live)
     terms = nll - logs_q - 0.5 * math.log(2 * math.pi * math.e)  # the last two: the entropy
     return torch.where(live, terms, 0).sum() / live.sum()
 

@@ -4,6 +4,7 @@ import torch
 
 from fastelbo import _checks, _library, backends, reference
 from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
+from fastelbo.reference.gaussian_kl import event_sum
 from fastelbo.scale import as_scale
 
 
@@ -40,7 +41,17 @@ def gaussian_kl(
         event_ndim: how many trailing dimensions are one event and are summed; all but the first where None, none
             where 0.
         reduction: "none", or "sum" or "mean" over the dimensions that remain.
-        free_bits, free_bits_per, balance, mask: not implemented yet.
+        free_bits: a floor in nats, a number or a 0-d tensor. Where a KL lies at or below it the floor takes its place,
+            and the gradient is exactly 0.
+        free_bits_per: what has the floor: "dim", the mean of each element of an event over the batch (the dimensions
+            that are no event's); "example", the KL of each event; "batch", its mean over the batch. Means are not what
+            is returned: each event keeps its own KL, or its own elements', where their mean lies above the floor.
+        balance: between 0 and 1; multiplies the gradient that reaches p, and 1 - balance the one that reaches q, as in
+            balance * KL(q held || p) + (1 - balance) * KL(q || p held), whose value is the same KL.
+        mask: bool, broadcasts to the shape of q and p: True where an element counts. One that does not adds 0 (not the
+            floor either) and receives gradient 0, even where it is NaN. The means of reduction and of free_bits are
+            over the events, and in "dim" the elements, that count: an event counts with any of its elements, and a
+            mean over nothing is NaN, as in torch's losses.
         backend: "reference", "cpu", "triton" or "cuda"; the fastest that can run the input where None.
 
     Returns:
@@ -48,36 +59,80 @@ def gaussian_kl(
         after a reduction.
 
     Raises:
-        ValueError: shapes that do not broadcast, tensors on several devices, event_ndim out of range.
+        ValueError: shapes that do not broadcast, tensors on several devices, a number out of range.
         TypeError: a dtype that is not supported.
         NotImplementedError: an explicit backend that cannot run this input.
 
     Source:
-        Kingma and Welling 2013, "Auto-Encoding Variational Bayes", appendix B.
+        Kingma and Welling 2013, "Auto-Encoding Variational Bayes", appendix B. Free bits: Kingma et al. 2016,
+        "Improving Variational Inference with Inverse Autoregressive Flow" (dim); Hafner et al. 2020, "Dream to Control"
+        (batch), and 2023, "Mastering Diverse Domains through World Models" (example). Balance: Hafner et al. 2021,
+        "Mastering Atari with Discrete World Models".
 
     Example:
         >>> fastelbo.gaussian_kl(torch.ones(2, 3), torch.zeros(2, 3))
         tensor([1.5000, 1.5000])
+        >>> mean = torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]])
+        >>> fastelbo.gaussian_kl(mean, torch.zeros(2, 3), free_bits=0.25, mask=torch.tensor([True, True, False]))
+        tensor([2.5000, 4.5000])
+        >>> fastelbo.gaussian_kl(mean, torch.zeros(2, 3), free_bits=3.0, free_bits_per="example")
+        tensor([3.0000, 4.5000])
     """
-    if free_bits is not None or balance is not None or mask is not None:
-        _checks.later(free_bits=free_bits, balance=balance, mask=mask)
     scale = as_scale(scale)
     _checks.prior(mean_p, s_p, scale_p)
     scale_p = prior_scale(scale, mean_p, scale_p)
     (mean_q, s_q, mean_p, s_p), shape, _ = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)
     event_ndim = _checks.event_ndim(event_ndim, shape)
     _checks.reduction(reduction)
+    if free_bits is not None or balance is not None or mask is not None or free_bits_per != "dim":
+        _checks.kl_objective(free_bits, free_bits_per, balance, mask, shape, event_ndim, mean_q.device, mean_p)
     backend = backends.choose(mean_q.device, backend, backends.only_reference())
-    if backend == "reference":
-        return reference.gaussian_kl(
-            mean_q, s_q, mean_p, s_p, scale=scale, scale_p=scale_p, event_ndim=event_ndim, reduction=reduction
-        )
     s_q, scale = clamp_before_broadcast(s_q, shape, scale)
     if s_p is not None:
         s_p, scale_p = clamp_before_broadcast(s_p, shape, scale_p)
-    kernel_ndim = _library.kernel_event_ndim(event_ndim, reduction, shape)
-    kl = _GaussianKL.apply(*_library.distinct(mean_q, s_q, mean_p, s_p), scale, scale_p, kernel_ndim, backend)
-    return _library.reduce(kl, reduction, shape, event_ndim)
+    inputs = _library.distinct(mean_q, s_q, mean_p, s_p)
+    kernel_ndim = computed_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
+    if backend == "reference":
+        options = {"scale": scale, "scale_p": scale_p, "event_ndim": kernel_ndim, "balance": balance, "mask": mask}
+        kl = reference.gaussian_kl(*inputs, **options)
+    else:
+        kl = _GaussianKL.apply(*inputs, mask, scale, scale_p, balance, kernel_ndim, backend)
+    if free_bits is not None:
+        kl = floored(kl, shape, event_ndim, free_bits, free_bits_per, mask)
+    return _library.reduce(kl, reduction, shape, event_ndim, mask)
+
+
+def computed_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per):
+    """How many dimensions are summed before the floor of free bits."""
+    if free_bits is None:
+        return _library.kernel_event_ndim(event_ndim, reduction, shape)
+    return 0 if free_bits_per == "dim" else event_ndim
+
+
+def floored(kl, shape, event_ndim, free_bits, free_bits_per, mask):
+    """The KL of each event with the floor of free bits.
+
+    Args:
+        kl: summed over the dimensions that computed_event_ndim says.
+        shape, event_ndim: of the elementwise KL.
+    """
+    counted = mask
+    if mask is not None and free_bits_per != "dim":
+        counted = _library.counted_events(mask, shape, event_ndim)
+    judged = kl.detach()
+    if free_bits_per != "example":
+        batch_dims = tuple(range(len(shape) - event_ndim + 1))
+        judged = judged[None]  # a mean over no dimensions would be one over all
+        if counted is None:
+            judged = judged.mean(dim=batch_dims)
+        else:
+            judged = judged.sum(dim=batch_dims) / counted.expand(kl.shape)[None].sum(dim=batch_dims)
+    if isinstance(free_bits, torch.Tensor):
+        free_bits = free_bits.to(kl.dtype)
+    kl = torch.where(judged <= free_bits, free_bits, kl)  # a NaN is not at the floor
+    if counted is not None:
+        kl = torch.where(counted, kl, 0.0)
+    return event_sum(kl, event_ndim) if free_bits_per == "dim" else kl
 
 
 def prior_scale(scale, mean_p, scale_p):
@@ -94,30 +149,35 @@ def numbers(scale):
 
 class _GaussianKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, backend):
-        ctx.save_for_backward(mean_q, s_q, mean_p, s_p)
+    def forward(ctx, mean_q, s_q, mean_p, s_p, mask, scale, scale_p, balance, event_ndim, backend):
+        ctx.save_for_backward(mean_q, s_q, mean_p, s_p, mask)
         ctx.set_materialize_grads(False)
-        ctx.scale, ctx.scale_p, ctx.event_ndim, ctx.backend = scale, scale_p, event_ndim, backend
-        return _FWD[backend](mean_q, s_q, mean_p, s_p, scale.numbers, numbers(scale_p), event_ndim)
+        ctx.scale, ctx.scale_p, ctx.balance = scale, scale_p, balance
+        ctx.event_ndim, ctx.backend = event_ndim, backend
+        summed = event_ndim if mask is None else 0
+        kl = _FWD[backend](mean_q, s_q, mean_p, s_p, scale.numbers, numbers(scale_p), summed)
+        return kl if mask is None else _library.masked_sum(kl, mask, event_ndim)
 
     @staticmethod
     def backward(ctx, d_kl):
         if d_kl is None:
-            return (None,) * 8
-        inputs = ctx.saved_tensors
+            return (None,) * 10
+        *inputs, mask = ctx.saved_tensors
         if _library.differentiable_backward():
 
             def kl(*inputs):
-                return reference.gaussian_kl(*inputs, scale=ctx.scale, scale_p=ctx.scale_p, event_ndim=ctx.event_ndim)
+                options = {"event_ndim": ctx.event_ndim, "balance": ctx.balance, "mask": mask}
+                return reference.gaussian_kl(*inputs, scale=ctx.scale, scale_p=ctx.scale_p, **options)
 
             grads = _library.reference_gradients(kl, inputs, ctx.needs_input_grad[:4], (d_kl,))
         else:
             prior_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-            grads = _BWD[ctx.backend](
-                d_kl, *inputs, ctx.scale.numbers, numbers(ctx.scale_p), ctx.event_ndim, prior_grad
-            )
-            grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad)
-        return *grads, None, None, None, None
+            grads = BWD[ctx.backend](d_kl, *inputs, ctx.scale.numbers, numbers(ctx.scale_p), ctx.event_ndim, prior_grad)
+            if ctx.balance is not None:
+                shares = (1 - ctx.balance,) * 2 + (ctx.balance,) * 2
+                grads = tuple(grad.mul_(share) for grad, share in zip(grads, shares, strict=True))
+            grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad, mask)
+        return *grads, None, None, None, None, None, None
 
 
 def prior_shape(mean_q, s_q, mean_p, s_p):
@@ -150,7 +210,7 @@ _FWD = _library.define(
     " -> Tensor",
     _fwd_fake,
 )
-_BWD = _library.define(
+BWD = _library.define(
     "gaussian_kl_bwd",
     "(Tensor d_kl, Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, float[] scale, float[]? scale_p,"
     " int event_ndim, bool prior_grad) -> (Tensor, Tensor, Tensor, Tensor)",

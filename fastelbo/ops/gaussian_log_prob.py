@@ -4,6 +4,8 @@ import torch
 
 from fastelbo import _checks, _library, backends, reference
 from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
+from fastelbo.reference.gaussian_kl import event_sum
+from fastelbo.reference.scale import arithmetic, log_std_and_std
 from fastelbo.scale import as_scale
 
 
@@ -22,7 +24,9 @@ def gaussian_log_prob(x, mean, s, *, scale="logvar", event_ndim=None, reduction=
         event_ndim: how many trailing dimensions are one event and are summed; all but the first where None, none
             where 0.
         reduction: "none", or "sum" or "mean" over the dimensions that remain.
-        mask: not implemented yet.
+        mask: bool, broadcasts to the shape of x, mean and s: True where an element counts. One that does not adds 0 and
+            receives gradient 0, even where it is NaN. A mean is over the events that have an element that counts (NaN
+            where none has, as in torch's losses).
         backend: "reference", "cpu", "triton" or "cuda"; the fastest that can run the input where None.
 
     Returns:
@@ -41,8 +45,7 @@ def gaussian_log_prob(x, mean, s, *, scale="logvar", event_ndim=None, reduction=
         >>> fastelbo.gaussian_log_prob(torch.zeros(2, 3), 0.0, 0.0)
         tensor([-2.7568, -2.7568])
     """
-    _checks.later(mask=mask)
-    return _log_prob(x, mean, s, scale, event_ndim, reduction, backend, negative=False)
+    return _log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative=False)
 
 
 def gaussian_nll(
@@ -52,7 +55,8 @@ def gaussian_nll(
 
     Args:
         x, mean, s, scale, event_ndim, reduction, mask, backend: as in gaussian_log_prob.
-        beta_nll: must be 0; other values are not implemented yet.
+        beta_nll: between 0 and 1; each element, constant included, is multiplied by its :math:`\sigma^{2\beta}`, which
+            is held for the gradient. 0 is the likelihood; 1 gives the mean the gradient of the squared error.
 
     Returns:
         As gaussian_log_prob, negated.
@@ -61,57 +65,77 @@ def gaussian_nll(
         As gaussian_log_prob.
 
     Source:
-        The density of the normal distribution.
+        The density of the normal distribution. beta-NLL: Seitzer et al. 2022, "On the Pitfalls of Heteroscedastic
+        Uncertainty Estimation with Probabilistic Neural Networks".
 
     Example:
         >>> fastelbo.gaussian_nll(torch.zeros(2, 3), 0.0, 0.0)
         tensor([2.7568, 2.7568])
+        >>> fastelbo.gaussian_nll(torch.zeros(2, 3), 0.0, 4.0, scale="var", beta_nll=0.5)
+        tensor([9.6725, 9.6725])
     """
-    _checks.later(mask=mask, beta_nll=beta_nll or None)
-    return _log_prob(x, mean, s, scale, event_ndim, reduction, backend, negative=True)
-
-
-def _log_prob(x, mean, s, scale, event_ndim, reduction, backend, negative):
+    _checks.fraction("beta_nll", beta_nll)
+    if beta_nll == 0:
+        return _log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative=True)
     scale = as_scale(scale)
     (x, mean, s), shape, _ = _checks.operands(x=x, mean=mean, s=s)
     event_ndim = _checks.event_ndim(event_ndim, shape)
     _checks.reduction(reduction)
+    nll = _log_prob(x, mean, s, scale, 0, "none", mask, backend, negative=True)
+    weight = (2 * beta_nll * log_std_and_std(*arithmetic(s.detach()), scale)[0]).exp()
+    if mask is not None:
+        weight = torch.where(mask, weight, 0.0)
+    return _library.reduce(event_sum(weight * nll, event_ndim), reduction, shape, event_ndim, mask)
+
+
+def _log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative):
+    scale = as_scale(scale)
+    (x, mean, s), shape, _ = _checks.operands(x=x, mean=mean, s=s)
+    event_ndim = _checks.event_ndim(event_ndim, shape)
+    _checks.reduction(reduction)
+    if mask is not None:
+        _checks.mask("mask", mask, shape, x.device)
     backend = backends.choose(x.device, backend, backends.only_reference())
+    s, scale = clamp_before_broadcast(s, shape, scale)
+    if mask is not None:
+        s = s.expand(shape)  # the kernel sums the gradient of a single sigma, before the mask can select
+    inputs = _library.distinct(x, mean, s)
+    kernel_ndim = _library.kernel_event_ndim(event_ndim, reduction, shape)
     if backend == "reference":
         function = reference.gaussian_nll if negative else reference.gaussian_log_prob
-        return function(x, mean, s, scale=scale, event_ndim=event_ndim, reduction=reduction)
-    s, scale = clamp_before_broadcast(s, shape, scale)
-    kernel_ndim = _library.kernel_event_ndim(event_ndim, reduction, shape)
-    out = _GaussianLogProb.apply(*_library.distinct(x, mean, s), scale, kernel_ndim, negative, backend)
-    return _library.reduce(out, reduction, shape, event_ndim)
+        out = function(*inputs, scale=scale, event_ndim=kernel_ndim, mask=mask)
+    else:
+        out = _GaussianLogProb.apply(*inputs, mask, scale, kernel_ndim, negative, backend)
+    return _library.reduce(out, reduction, shape, event_ndim, mask)
 
 
 class _GaussianLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, mean, s, scale, event_ndim, negative, backend):
-        ctx.save_for_backward(x, mean, s)
+    def forward(ctx, x, mean, s, mask, scale, event_ndim, negative, backend):
+        ctx.save_for_backward(x, mean, s, mask)
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.event_ndim, ctx.negative, ctx.backend = scale, event_ndim, negative, backend
-        return _FWD[backend](x, mean, s, scale.numbers, event_ndim, negative)
+        out = _FWD[backend](x, mean, s, scale.numbers, event_ndim if mask is None else 0, negative)
+        return out if mask is None else _library.masked_sum(out, mask, event_ndim)
 
     @staticmethod
     def backward(ctx, d_out):
         if d_out is None:
-            return (None,) * 7
-        inputs = ctx.saved_tensors
+            return (None,) * 8
+        *inputs, mask = ctx.saved_tensors
         if _library.differentiable_backward():
             function = reference.gaussian_nll if ctx.negative else reference.gaussian_log_prob
 
             def log_prob(*inputs):
-                return function(*inputs, scale=ctx.scale, event_ndim=ctx.event_ndim)
+                return function(*inputs, scale=ctx.scale, event_ndim=ctx.event_ndim, mask=mask)
 
             grads = _library.reference_gradients(log_prob, inputs, ctx.needs_input_grad[:3], (d_out,))
         else:
             grads = _BWD[ctx.backend](
                 d_out, *inputs, ctx.scale.numbers, ctx.event_ndim, ctx.negative, ctx.needs_input_grad[0]
             )
-            grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad)
-        return *grads, None, None, None, None
+            grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad, mask)
+        return *grads, None, None, None, None, None
 
 
 def _fwd_fake(x, mean, s, scale, event_ndim, negative):

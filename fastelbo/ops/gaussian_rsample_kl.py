@@ -3,7 +3,15 @@
 import torch
 
 from fastelbo import _checks, _library, _seed, backends, reference
-from fastelbo.ops.gaussian_kl import gradients_fake, numbers, prior_scale, prior_shape
+from fastelbo.ops.gaussian_kl import BWD as KL_BWD
+from fastelbo.ops.gaussian_kl import (
+    computed_event_ndim,
+    floored,
+    gradients_fake,
+    numbers,
+    prior_scale,
+    prior_shape,
+)
 from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
 from fastelbo.scale import as_scale
 
@@ -45,7 +53,8 @@ def gaussian_rsample_kl(
         num_samples, temperature, noise, seed, generator, noise_offset, out_dtype: as in gaussian_rsample. The KL does
             not depend on them.
         event_ndim, reduction: as in gaussian_kl; they do not touch z.
-        free_bits, free_bits_per, balance, mask: not implemented yet.
+        free_bits, free_bits_per, balance: as in gaussian_kl; they do not touch z.
+        mask: as in gaussian_kl. Where an element does not count, z is 0 and passes no gradient on either.
         backend: "reference", "cpu", "triton" or "cuda"; the fastest that can run the input where None.
 
     Returns:
@@ -58,15 +67,13 @@ def gaussian_rsample_kl(
         NotImplementedError: an explicit backend that cannot run this input.
 
     Source:
-        Kingma and Welling 2013, "Auto-Encoding Variational Bayes".
+        Kingma and Welling 2013, "Auto-Encoding Variational Bayes"; gaussian_kl names those of its objectives.
 
     Example:
         >>> z, kl = fastelbo.gaussian_rsample_kl(torch.ones(2, 3), torch.zeros(2, 3), seed=0)
         >>> z.shape, kl
         (torch.Size([2, 3]), tensor([1.5000, 1.5000]))
     """
-    if free_bits is not None or balance is not None or mask is not None:
-        _checks.later(free_bits=free_bits, balance=balance, mask=mask)
     scale = as_scale(scale)
     _checks.prior(mean_p, s_p, scale_p)
     scale_p = prior_scale(scale, mean_p, scale_p)
@@ -78,15 +85,19 @@ def gaussian_rsample_kl(
         out_dtype = dtype if mean_p is None else _checks.promoted(mean_q, s_q)
     event_ndim = _checks.event_ndim(event_ndim, shape)
     _checks.reduction(reduction)
+    if free_bits is not None or balance is not None or mask is not None or free_bits_per != "dim":
+        _checks.kl_objective(free_bits, free_bits_per, balance, mask, shape, event_ndim, device, mean_p)
     backend = backends.choose(device, backend, backends.only_reference(noise))
     if noise is None:
         seed = _seed.as_seed(seed, generator, device)
+    s_q, scale = clamp_before_broadcast(s_q, shape, scale)
+    if s_p is not None:
+        s_p, scale_p = clamp_before_broadcast(s_p, shape, scale_p)
+    inputs = _library.distinct(mean_q, s_q, mean_p, s_p)
+    kernel_ndim = computed_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
     if backend == "reference":
-        return reference.gaussian_rsample_kl(
-            mean_q,
-            s_q,
-            mean_p,
-            s_p,
+        z, kl = reference.gaussian_rsample_kl(
+            *inputs,
             scale=scale,
             scale_p=scale_p,
             num_samples=num_samples,
@@ -95,36 +106,42 @@ def gaussian_rsample_kl(
             seed=seed,
             noise_offset=noise_offset,
             out_dtype=out_dtype,
-            event_ndim=event_ndim,
-            reduction=reduction,
+            event_ndim=kernel_ndim,
+            balance=balance,
+            mask=mask,
         )
-    s_q, scale = clamp_before_broadcast(s_q, shape, scale)
-    if s_p is not None:
-        s_p, scale_p = clamp_before_broadcast(s_p, shape, scale_p)
-    kernel_ndim = _library.kernel_event_ndim(event_ndim, reduction, shape)
-    draw = (noise_offset, num_samples, temperature)
-    z, kl = _GaussianRsampleKL.apply(
-        *_library.distinct(mean_q, s_q, mean_p, s_p), seed, noise, draw, scale, scale_p, kernel_ndim, out_dtype, backend
-    )
-    return z, _library.reduce(kl, reduction, shape, event_ndim)
+    else:
+        draw = (noise_offset, num_samples, temperature)
+        z, kl = _GaussianRsampleKL.apply(
+            *inputs, seed, noise, mask, draw, scale, scale_p, balance, kernel_ndim, out_dtype, backend
+        )
+    if free_bits is not None:
+        kl = floored(kl, shape, event_ndim, free_bits, free_bits_per, mask)
+    return z, _library.reduce(kl, reduction, shape, event_ndim, mask)
 
 
 class _GaussianRsampleKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mean_q, s_q, mean_p, s_p, seed, noise, draw, scale, scale_p, event_ndim, out_dtype, backend):
-        ctx.save_for_backward(mean_q, s_q, mean_p, s_p, seed, noise)
+    def forward(
+        ctx, mean_q, s_q, mean_p, s_p, seed, noise, mask, draw, scale, scale_p, balance, event_ndim, out_dtype, backend
+    ):
+        ctx.save_for_backward(mean_q, s_q, mean_p, s_p, seed, noise, mask)
         ctx.set_materialize_grads(False)
-        ctx.draw, ctx.scale, ctx.scale_p = draw, scale, scale_p
+        ctx.draw, ctx.scale, ctx.scale_p, ctx.balance = draw, scale, scale_p, balance
         ctx.event_ndim, ctx.out_dtype, ctx.backend = event_ndim, out_dtype, backend
-        return _FWD[backend](
-            mean_q, s_q, mean_p, s_p, seed, noise, *draw, scale.numbers, numbers(scale_p), event_ndim, out_dtype
+        summed = event_ndim if mask is None else 0
+        z, kl = _FWD[backend](
+            mean_q, s_q, mean_p, s_p, seed, noise, *draw, scale.numbers, numbers(scale_p), summed, out_dtype
         )
+        if mask is not None:
+            z, kl = z.masked_fill_(~mask, 0), _library.masked_sum(kl, mask, event_ndim)
+        return z, kl
 
     @staticmethod
     def backward(ctx, d_z, d_kl):
         if d_z is None and d_kl is None:
-            return (None,) * 12
-        *inputs, seed, noise = ctx.saved_tensors
+            return (None,) * 14
+        *inputs, seed, noise, mask = ctx.saved_tensors
         noise_offset, num_samples, temperature = ctx.draw
         if _library.differentiable_backward():
 
@@ -140,6 +157,8 @@ class _GaussianRsampleKL(torch.autograd.Function):
                     noise_offset=noise_offset,
                     out_dtype=ctx.out_dtype,
                     event_ndim=ctx.event_ndim,
+                    balance=ctx.balance,
+                    mask=mask,
                 )
 
             grads = _library.reference_gradients(sample_kl, inputs, ctx.needs_input_grad[:4], (d_z, d_kl))
@@ -152,20 +171,17 @@ class _GaussianRsampleKL(torch.autograd.Function):
                 else:
                     d_kl = zero.expand(shape[: len(shape) - ctx.event_ndim])
             prior_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-            grads = _BWD[ctx.backend](
-                d_z,
-                d_kl,
-                *inputs,
-                seed,
-                noise,
-                *ctx.draw,
-                ctx.scale.numbers,
-                numbers(ctx.scale_p),
-                ctx.event_ndim,
-                prior_grad,
-            )
-            grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad)
-        return *grads, None, None, None, None, None, None, None, None
+            scales = ctx.scale.numbers, numbers(ctx.scale_p)
+            draw = seed, noise, *ctx.draw
+            if ctx.balance is None:
+                grads = _BWD[ctx.backend](d_z, d_kl, *inputs, *draw, *scales, ctx.event_ndim, prior_grad)
+            else:  # two passes: the gradients of q, in which that of z has a part, cannot be scaled afterwards
+                d_kl_q, d_kl_p = (1 - ctx.balance) * d_kl, ctx.balance * d_kl
+                grads = _BWD[ctx.backend](d_z, d_kl_q, *inputs, *draw, *scales, ctx.event_ndim, False)
+                if prior_grad:
+                    grads = *grads[:2], *KL_BWD[ctx.backend](d_kl_p, *inputs, *scales, ctx.event_ndim, True)[2:]
+            grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad, mask)
+        return *grads, None, None, None, None, None, None, None, None, None, None
 
 
 def _fwd_fake(

@@ -38,19 +38,50 @@ def log_ratio(log_std_q, std_q, log_std_p, std_p):
     return torch.where(near, torch.log1p(torch.where(near, relative, 0.0)), log_std_q - log_std_p)
 
 
-def reduce(value, event_ndim, reduction):
-    """Sums the last event_ndim dimensions, then reduces what remains."""
-    if event_ndim > 0:
-        value = value.sum(dim=tuple(range(-event_ndim, 0)))
-    if reduction == "sum":
-        return value.sum()
-    return value.mean() if reduction == "mean" else value
+def event_sum(value, event_ndim):
+    """Sums the last event_ndim dimensions, all but the first where None."""
+    if event_ndim is None:
+        event_ndim = max(value.dim() - 1, 0)
+    return value.sum(dim=tuple(range(-event_ndim, 0))) if event_ndim > 0 else value
 
 
-def gaussian_kl(mean_q, s_q, mean_p=None, s_p=None, *, scale, scale_p=None, event_ndim=None, reduction="none"):
+def fill(mask, means, raws):
+    """Means and raw scales whose masked elements are ones that no formula stumbles over: selected before the formula,
+    because the gradient 0 of a selection after it is multiplied by what may be NaN."""
+    means = (x if x is None else torch.where(mask, x, 0.0) for x in means)
+    return *means, *(x if x is None else torch.where(mask, x, 1.0) for x in raws)
+
+
+def gaussian_kl(
+    mean_q,
+    s_q,
+    mean_p=None,
+    s_p=None,
+    *,
+    scale,
+    scale_p=None,
+    event_ndim=None,
+    balance=None,
+    mask=None,
+):
     """KL(q || p); see fastelbo.gaussian_kl."""
     scale_p = scale if scale_p is None else scale_p
     mean_q, s_q, mean_p, s_p = arithmetic(mean_q, s_q, mean_p, s_p)
+    if mask is not None:
+        mean_q, mean_p, s_q, s_p = fill(mask, (mean_q, mean_p), (s_q, s_p))
+    if balance is None:
+        value = elementwise_kl(mean_q, s_q, mean_p, s_p, scale, scale_p)
+    else:
+        to_q = elementwise_kl(mean_q, s_q, mean_p.detach(), s_p.detach(), scale, scale_p)
+        to_p = elementwise_kl(mean_q.detach(), s_q.detach(), mean_p, s_p, scale, scale_p)
+        value = (1 - balance) * to_q + balance * to_p
+    if mask is not None:
+        value = torch.where(mask, value, 0.0)
+    return event_sum(value, event_ndim)
+
+
+def elementwise_kl(mean_q, s_q, mean_p, s_p, scale, scale_p):
+    """KL(q || p) of every element."""
     log_std_q, std_q = log_std_and_std(s_q, scale)
     if mean_p is None:
         value = gap(log_std_q) + 0.5 * mean_q * mean_q
@@ -62,4 +93,4 @@ def gaussian_kl(mean_q, s_q, mean_p=None, s_p=None, *, scale, scale_p=None, even
             h = log_ratio(log_std_q, std_q, log_std_p, std_p)
         r = standardise(mean_q - mean_p, log_std_p, std_p, scale_p)
         value = gap(h) + 0.5 * r * r
-    return reduce(value, max(value.dim() - 1, 0) if event_ndim is None else event_ndim, reduction)
+    return value

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastelbo.reference.gaussian_kl import gaussian_kl
+from fastelbo.reference.gaussian_kl import fill, gaussian_kl
 from fastelbo.reference.gaussian_rsample import gaussian_rsample
 
 
@@ -15,11 +15,17 @@ def gaussian_rsample_kl(
     scale,
     scale_p=None,
     event_ndim=None,
-    reduction="none",
+    balance=None,
+    mask=None,
     **draw,
 ):
     """(z, kl); see fastelbo.gaussian_rsample_kl. ``draw`` are the keywords of gaussian_rsample."""
     shapes = [tensor.shape for tensor in (mean_q, s_q, mean_p, s_p) if tensor is not None]
-    z = gaussian_rsample(mean_q.expand(torch.broadcast_shapes(*shapes)), s_q, scale=scale, **draw)
-    kl = gaussian_kl(mean_q, s_q, mean_p, s_p, scale=scale, scale_p=scale_p, event_ndim=event_ndim, reduction=reduction)
-    return z, kl
+    mean, s = mean_q.expand(torch.broadcast_shapes(*shapes)), s_q
+    if mask is not None:
+        mean, s = fill(mask, (mean,), (s,))
+    z = gaussian_rsample(mean, s, scale=scale, **draw)
+    if mask is not None:
+        z = torch.where(mask, z, 0.0)
+    options = {"scale": scale, "scale_p": scale_p, "event_ndim": event_ndim, "balance": balance, "mask": mask}
+    return z, gaussian_kl(mean_q, s_q, mean_p, s_p, **options)
