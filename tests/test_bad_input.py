@@ -55,11 +55,27 @@ CASES = [
     ("rsample", (M, S), {"seed": torch.zeros(2).long()}, ValueError, "seed must have one element; got shape (2,)"),
     ("rsample", (M, S), {"seed": torch.zeros(1, device="meta").long()}, ValueError, "seed must be on the device of mean, cpu; got meta"),
     ("rsample", (M, S), {"generator": 3}, TypeError, "generator must be a torch.Generator; got int"),
-    # what comes later
-    ("kl", (M, S), {"free_bits": 0.5}, NotImplementedError, "free_bits is not implemented yet; got 0.5"),
-    ("rsample_kl", (M, S), {"balance": 0.8}, NotImplementedError, "balance is not implemented yet; got 0.8"),
+    # objectives
+    ("kl", (M, S), {"free_bits": -0.5}, ValueError, "free_bits must be at least 0; got -0.5"),
+    ("kl", (M, S), {"free_bits": float("nan")}, ValueError, "free_bits must be at least 0; got nan"),
+    ("kl", (M, S), {"free_bits": "1"}, TypeError, "free_bits must be a number or a 0-d tensor; got str"),
+    ("kl", (M, S), {"free_bits": True}, TypeError, "free_bits must be a number or a 0-d tensor; got bool"),
+    ("kl", (M, S), {"free_bits": torch.ones(1)}, ValueError, "free_bits must be a number or 0-d; got shape (1,)"),
+    ("kl", (M, S), {"free_bits": torch.tensor(1)}, TypeError, "free_bits must be a number or a floating-point tensor; got torch.int64"),
+    ("kl", (M, S), {"free_bits": torch.tensor(1.0, device="meta")}, ValueError, "free_bits must be on the device of the other tensors, cpu; got meta"),
+    ("rsample_kl", (M, S), {"free_bits_per": "batchmean"}, ValueError, "free_bits_per must be dim, example or batch; got 'batchmean'"),
+    ("kl", (M, S), {"free_bits": 1.0, "event_ndim": 0}, ValueError, "event_ndim must be at least 1 for free_bits_per='dim'; got 0"),
+    ("kl", (M, S), {"balance": 0.8}, ValueError, "balance must come with mean_p and s_p; got it alone"),
+    ("rsample_kl", (M, S, M, S), {"balance": 1.5}, ValueError, "balance must be between 0 and 1; got 1.5"),
+    ("kl", (M, S, M, S), {"balance": torch.tensor(0.5)}, TypeError, "balance must be a number; got Tensor"),
+    ("kl", (M, S), {"mask": torch.ones(32)}, TypeError, "mask must be a tensor of bool; got torch.float32"),
+    ("rsample_kl", (M, S), {"mask": [True]}, TypeError, "mask must be a tensor of bool; got list"),
+    ("nll", (M, M, S), {"mask": torch.ones(8).bool()}, ValueError, "mask must broadcast to shape (8, 32); got (8,)"),
+    ("log_prob", (M, M, S), {"mask": torch.ones(2, 8, 32).bool()}, ValueError, "mask must broadcast to shape (8, 32); got (2, 8, 32)"),
+    ("log_prob", (M, M, S), {"mask": torch.ones(32, device="meta").bool()}, ValueError, "mask must be on the device of the other tensors, cpu; got meta"),
     ("log_prob", (M, M, S), {"mask": None, "reduction": "all"}, ValueError, "reduction must be none, sum or mean"),
-    ("nll", (M, M, S), {"beta_nll": 0.5}, NotImplementedError, "beta_nll is not implemented yet; got 0.5"),
+    ("nll", (M, M, S), {"beta_nll": 1.5}, ValueError, "beta_nll must be between 0 and 1; got 1.5"),
+    ("nll", (M, M, S), {"beta_nll": None}, TypeError, "beta_nll must be a number; got NoneType"),
 ]  # fmt: skip
 
 
@@ -73,6 +89,46 @@ def test_raises(backend, case):
     op, arguments, keywords, error, message = case
     with pytest.raises(error) as caught:
         getattr(fastelbo, f"gaussian_{op}")(*arguments, **keywords, backend=backend)
+    assert message in str(caught.value)
+
+
+B, D, K = torch.zeros(8), torch.zeros(8, 32), torch.zeros(5, 8)
+OBJECTIVES = [
+    ("gaussian_elbo", (M, M, torch.zeros(7), D, D), {}, ValueError, "x_s must broadcast with x of shape (8, 32); got (7,)"),
+    ("gaussian_elbo", (M, M, S, torch.zeros(3, 4), 0.0), {}, ValueError, "mean_q must be of the examples of x, (8,); got (3,)"),
+    ("gaussian_elbo", (M, M, S, D.to("meta"), 0.0), {}, ValueError, "mean_q must be on the device of x, cpu; got meta"),
+    ("gaussian_elbo", (M, M, S, D, D), {"beta": torch.ones(8)}, ValueError, "beta must be a number or 0-d; got shape (8,)"),
+    ("gaussian_elbo", (M, M, S, D, D), {"beta": None}, TypeError, "beta must be a number or a 0-d tensor; got NoneType"),
+    ("gaussian_elbo", (M, M, S, D, D), {"x_event_ndim": 3}, ValueError, "x_event_ndim must be between 0 and 2"),
+    ("gaussian_elbo", (M, M, S, D, D), {"x_mask": M}, TypeError, "x_mask must be a tensor of bool; got torch.float32"),
+    ("gaussian_elbo", (M, M, S, D, D), {"backend": "mkl"}, ValueError, "backend must be one of"),
+    ("iwae_bound", (K, K, K), {"estimator": "vimco"}, ValueError, "estimator must be one of iwae, stl, dreg; got 'vimco'"),
+    ("iwae_bound", (K, K, torch.zeros(3)), {}, ValueError, "log_q_z must broadcast with log_p_x of shape (5, 8); got (3,)"),
+    ("iwae_bound", (K, K, K), {"dim": 2}, ValueError, "dim must be between -2 and 1 for shape (5, 8); got 2"),
+    ("iwae_bound", (K, K, K), {"dim": None}, TypeError, "dim must be an int; got NoneType"),
+    ("iwae_bound", (K[:0], 0.0, 0.0), {}, ValueError, "dim must have at least one sample; got shape (0, 8)"),
+    ("iwae_bound", (K.long(), K, K), {}, TypeError, "log_p_x must be float32, float64, bfloat16 or float16; got torch.int64"),
+    ("iwae_bound", (K, K, K), {"estimator": "stl"}, ValueError, "z must be given for estimator 'stl'; got None"),
+    ("iwae_bound", (K, K, K), {"estimator": "dreg"}, ValueError, "z must be given for estimator 'dreg'; got None"),
+    ("iwae_bound", (K, K, K), {"estimator": "dreg", "z": 1.0}, TypeError, "z must be a tensor; got float"),
+    ("iwae_bound", (K, K, K), {"estimator": "dreg", "z": D}, ValueError, "z must begin with the shape of the log-densities, (5, 8); got (8, 32)"),
+    ("importance_weighted_log_likelihood", ([],), {}, ValueError, "log_weights must hold at least one sample; got none"),
+    ("importance_weighted_log_likelihood", ([K, K[:, :1]],), {}, ValueError, "log_weights must be of one batch, (8,); got (1,)"),
+    ("importance_weighted_log_likelihood", (K,), {"dim": 2}, ValueError, "dim must be between -2 and 1"),
+    ("gaussian_rsample_log_prob", (M, torch.zeros(7)), {}, ValueError, "s must broadcast with mean of shape (8, 32); got (7,)"),
+    ("gaussian_rsample_log_prob", (M, S), {"noise": M, "seed": 0}, ValueError, "noise must not be given together with seed or generator"),
+    ("gaussian_rsample_log_prob", (M, S), {"num_samples": 0}, ValueError, "num_samples must be at least 1; got 0"),
+    ("gaussian_one_sample_kl", (M, S, M), {}, ValueError, "mean_p and s_p must both be given, or neither; got no s_p"),
+    ("optimal_sigma", (M, torch.zeros(7)), {}, ValueError, "mean must broadcast with x of shape (8, 32); got (7,)"),
+    ("optimal_sigma", (M, M), {"mask": M}, TypeError, "mask must be a tensor of bool; got torch.float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OBJECTIVES, ids=case_id)
+def test_objectives_raise(case):
+    function, arguments, keywords, error, message = case
+    with pytest.raises(error) as caught:
+        getattr(fastelbo, function)(*arguments, **keywords)
     assert message in str(caught.value)
 
 
