@@ -73,7 +73,7 @@ class Convolution:
     """A masked convolution of images [2, 3, rows, columns], for the tests of how ops are launched."""
 
     draws = False
-    function = fastelbo.masked_conv2d
+    function = staticmethod(fastelbo.masked_conv2d)
 
     def __call__(self, x, weight, bias, *, backend, **_):
         return (self.function(x, weight, bias, mask_type="B", activation="tanh_sigmoid", backend=backend),)
