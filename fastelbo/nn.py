@@ -70,6 +70,7 @@ class _CausalConv2d(nn.Conv2d):
         """Takes weights of nn.Conv2d and of masked convolutions of other projects, which hold a `mask` buffer."""
         mask, name = state_dict.pop(prefix + "mask", None), prefix + "weight"
         weight = state_dict.get(name)
+        mask, weight = (t if t is None or t.dim() != 4 else self._full(t) for t in (mask, weight))
         if mask is not None and (reason := self._reject(mask)):
             errors.append(f"{prefix}mask {reason}")
         elif weight is not None and weight.dim() == 4:
@@ -88,6 +89,10 @@ class _CausalConv2d(nn.Conv2d):
                 weight = torch.where(live, weight, 0)
             state_dict[name] = weight
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+
+    def _full(self, weight):
+        """A kernel of another project's shape as the k x k one that it is a part of."""
+        return weight
 
     def _dropped(self, full):
         """Whether cropping a k x k kernel loses anything that is not 0."""
@@ -358,8 +363,11 @@ class HorizontalStackConv2d(_CausalConv2d):
         )
 
     def _crop(self, full):
-        row = self.k // 2 if full.shape[2] == self.k else 0
-        return full[:, :, row : row + 1, : self.k // 2 + 1]
+        return full[:, :, self.k // 2 : self.k // 2 + 1, : self.k // 2 + 1]
+
+    def _full(self, weight):
+        rows = self.k // 2 if weight.shape[2:] == (1, self.k) else 0
+        return nn.functional.pad(weight, (0, 0, rows, rows))
 
     def _where(self, kept):
         return slice(self.k // 2, self.k // 2 + 1), slice(0, kept[1])

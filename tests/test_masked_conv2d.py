@@ -167,6 +167,14 @@ def test_many_gated_channels(backend, groups, order):
     assert_close(got, outputs_and_gradients(lines, tensors, mask=mask, activation="glu"))
 
 
+def test_groups_that_write_no_channel(backend):
+    tensors = operands(1, 6, 3, 4, 5, 3, cond=None, residual=False)
+    keywords = {"mask_type": "B", "channel_groups": 5, "backend": backend}
+    got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, **keywords)
+    mask = published_mask(3, 6, 3, "B", 5, "interleaved").double()
+    assert_close(got, outputs_and_gradients(lines, tensors, mask=mask))
+
+
 LAYOUTS = {
     "contiguous": lambda t: t,
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t,

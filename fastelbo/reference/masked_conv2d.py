@@ -75,12 +75,14 @@ def _centre(x, weight, mask_type, groups, order, gated):
     for group in range(groups):
         reads = [c for c in range(in_channels) if g_in[c] < group + (mask_type == "B")]
         writes = [c for c in range(out_channels) if g_out[c] == group]
+        if not writes:
+            continue
         order_of_pieces += writes
         if reads and len(reads) < in_channels:
             pieces.append(F.conv2d(x[:, reads], weight[writes][:, reads, None, None]))
         elif reads:
             pieces.append(F.conv2d(x, weight[writes][:, :, None, None]))
-        elif writes:
+        else:
             pieces.append(_nothing(x, weight, len(writes)))
     back = sorted(range(out_channels), key=order_of_pieces.__getitem__)
     return torch.cat(pieces, dim=1)[:, back]
