@@ -140,6 +140,30 @@ def test_what_a_draw_keeps(op, source):
         assert [(x.numel(), x.dtype) for x in others] == [(1, torch.int64)]
 
 
+OBJECTIVES = {
+    "mask": {"mask": torch.ones(2, 1, 16, 1, dtype=torch.bool)},
+    "balance": {"balance": 0.8},
+    "batch": {"free_bits": 0.1, "free_bits_per": "batch"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [
+        *((name, objective) for name in ("kl-prior", "rsample_kl-prior") for objective in OBJECTIVES),
+        ("log_prob", "mask"),
+    ],
+)
+def test_an_objective_keeps_its_mask(name, objective):
+    """No copy of an input, and of free bits a number for each example."""
+    op, keywords = OPS[name], OBJECTIVES[objective]
+    inputs = op.inputs()
+    kept, outputs = saved(op, inputs, **keywords)
+    known = [x.data_ptr() for x in (*inputs, *outputs, Op.seed, *keywords.values()) if isinstance(x, torch.Tensor)]
+    others = [x for x in kept if x.data_ptr() not in known]
+    assert all(x.numel() <= 3 for x in others), [tuple(x.shape) for x in others]
+
+
 # What is run and allocated
 
 
@@ -162,6 +186,20 @@ def test_one_kernel_each_way(op, layout, dtype):
     with Recorder() as recorder:
         torch.autograd.grad(outputs, inputs, weights)
     assert recorder.names == [run_names(op)[1]]
+
+
+@pytest.mark.parametrize("name", ["kl-prior", "rsample_kl-prior"])
+def test_balance_evaluates_the_kl_once(name):
+    """In the backward of rsample_kl the prior's gradient takes a second pass."""
+    op = OPS[name]
+    inputs = op.inputs()
+    with Recorder() as recorder:
+        outputs = op(*inputs, balance=0.8)
+    assert recorder.names == [run_names(op)[0]]
+    with Recorder() as recorder:
+        torch.autograd.grad(outputs, inputs, upstream(outputs))
+    ours = [call for call in recorder.names if call.startswith("fastelbo")]
+    assert ours == ([run_names(op)[1]] if name == "kl-prior" else [run_names(op)[1], run_names(OPS["kl"])[1]])
 
 
 @allocations_of_the_cpu

@@ -678,6 +678,107 @@ def test_differentiable_backward_gives_the_same_gradient(op, layout, dtype):
             assert (a - b).abs().max() <= 8 * torch.finfo(dtype).eps * scale
 
 
+# The objectives
+
+MASK = torch.arange(24).reshape(4, 6) % 5 > 0
+FREE_BITS = [
+    {"free_bits": floor, "free_bits_per": per} for per, floor in (("dim", 0.8), ("example", 6.0), ("batch", 5.0))
+]
+OBJECTIVES = {
+    "kl-mask": ("kl-prior", {"mask": MASK}),
+    "rsample_kl-mask": ("rsample_kl-prior", {"mask": MASK}),
+    "log_prob-mask": ("log_prob", {"mask": MASK}),
+    "nll-mask-mean": ("nll", {"mask": MASK[:, :1], "reduction": "mean"}),
+    **{f"kl-{o['free_bits_per']}": ("kl-prior", o) for o in FREE_BITS},
+    **{f"rsample_kl-{o['free_bits_per']}-mask": ("rsample_kl-prior", {**o, "mask": MASK}) for o in FREE_BITS},
+    # these hold a gradient, so that they are not the derivatives of their value
+    "kl-balance": ("kl-prior", {"balance": 0.8}),
+    "rsample_kl-all": ("rsample_kl-prior", {"balance": 0.8, "free_bits": 0.8, "mask": MASK, "reduction": "mean"}),
+    "nll-beta": ("nll", {"beta_nll": 0.5, "mask": MASK}),
+}
+HOLDING = ("kl-balance", "rsample_kl-all", "nll-beta")
+every_objective = pytest.mark.parametrize(
+    ("op", "keywords"), [(OPS[name], keywords) for name, keywords in OBJECTIVES.values()], ids=OBJECTIVES
+)
+
+
+@every_objective
+def test_objectives_compile(op, keywords):
+    inputs = op.inputs()
+
+    def function(*inputs):
+        return op(*inputs, **keywords)
+
+    got, want = results(compiled(function), inputs), results(function, inputs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_annealing_compiles_once():
+    op, inputs = OPS["kl-prior"], OPS["kl-prior"].inputs()
+
+    def function(value, *inputs):
+        return op(*inputs, free_bits=value)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled_function = compiled(function, backend=counter)
+    for value in map(torch.tensor, (0.1, 0.5, 0.9, 1.1)):
+        got = results(functools.partial(compiled_function, value), inputs)
+        assert_equal(got, results(functools.partial(function, value), inputs))
+    assert counter.frame_count == 1
+
+
+@every_objective
+def test_objectives_under_vmap(op, keywords):
+    """With noise that is given: drawn in float32, it may differ in the last bit from shape to shape."""
+    inputs = op.inputs((5, 4, 6), dtype=torch.float64)
+    if op.draws:
+        keywords = {**keywords, "noise": torch.randn(4, 6, dtype=torch.float64), "seed": None}
+    masks = torch.stack([keywords["mask"].roll(i, 0) for i in range(5)]) if "mask" in keywords else None
+
+    def row(mask, *row):
+        return op(*row, **{**keywords, **({} if mask is None else {"mask": mask})})
+
+    def loss(mask, *inputs):
+        return sum(out.square().sum() for out in row(mask, *inputs))
+
+    axes = (None if masks is None else 0, *(0,) * op.arity)
+    rows = list(zip([None] * 5 if masks is None else masks, *inputs, strict=True))
+    detached = [x.detach() for x in inputs]
+    got = vmap(row, in_dims=axes)(masks, *detached)
+    assert_close(
+        got,
+        map(
+            torch.stack,
+            zip(
+                *(
+                    reference(op)(*one[1:], **{**keywords, **({} if masks is None else {"mask": one[0]})})
+                    for one in rows
+                ),
+                strict=True,
+            ),
+        ),
+    )
+    per_example = vmap(grad(loss, argnums=tuple(range(1, 1 + op.arity))), in_dims=axes)(masks, *detached)
+    assert_close(per_example, torch.autograd.grad(sum(loss(*one) for one in rows), inputs))
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in HOLDING])
+@both_orders
+def test_gradcheck_objectives(name, checker):
+    op, keywords = OBJECTIVES[name]
+    check(checker, OPS[op], (4, 6), **keywords)
+
+
+@pytest.mark.parametrize("side", [(0, 1), (2, 3)], ids=["q", "p"])
+def test_gradgradcheck_balance(side):
+    """Of one side, whose gradient is a multiple of the KL's."""
+    inputs = OPS["kl-prior"].inputs((2, 3), dtype=torch.float64, requires_grad=False)
+    for i in side:
+        inputs[i].requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda *inputs: fastelbo.gaussian_kl(*inputs, balance=0.8), inputs)
+
+
 # Modules and threads
 
 
