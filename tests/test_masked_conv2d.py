@@ -426,6 +426,7 @@ def test_opcheck(activation, residual, layout):
 
 @pytest.mark.parametrize("activation", [None, "elu", "tanh_sigmoid"])
 def test_compile(backend, activation):
+    torch._dynamo.reset()  # torch gives up on a function that it has compiled for eight cases
     tensors = operands(activation=activation)
 
     def function(*args, **keywords):
@@ -464,6 +465,7 @@ def test_functional_transforms_run_on_the_reference():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast_casts_as_it_does_for_convolutions(backend, compiled):
+    torch._dynamo.reset()
     tensors, device = operands(dtype=torch.float32, activation="tanh_sigmoid"), torch.get_default_device().type
     keywords = {"mask_type": "B", "activation": "tanh_sigmoid", "backend": backend}
 
