@@ -20,6 +20,7 @@ from tqdm import tqdm
 import fastelbo
 
 CHECKPOINT = "checkpoint.pt"
+DEFAULT = "(default: %(default)s)"
 DIGIT_LEVELS = 17
 
 
@@ -27,20 +28,25 @@ class InputError(Exception):
     """Something the user gave cannot be used; main prints the sentence and returns 2."""
 
 
-def new_parser(description: str, output: str, epochs: int, batch_size: int) -> argparse.ArgumentParser:
-    """A parser with the options of every example; the arguments are the defaults."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog="Ctrl-C keeps the checkpoint of the last full epoch; the same command with --resume goes on from it.",
-    )
+def new_parser(description: str, output: str) -> argparse.ArgumentParser:
+    """A parser with the options of every example."""
+    parser = argparse.ArgumentParser(description=description)
     device, backends = "cuda" if torch.cuda.is_available() else "cpu", list(fastelbo.backends.BACKENDS)
-    add, default = parser.add_argument, "(default: %(default)s)"
-    add("--output", type=Path, default=output, metavar="DIR", help=f"for checkpoint and pictures {default}")
-    add("--epochs", type=int, default=epochs, help=f"passes over the training set in all {default}")
-    add("--batch-size", type=int, default=batch_size, help=f"images per step {default}")
-    add("--seed", type=int, default=0, help=f"decides split, weights, order and noise {default}")
-    add("--device", default=device, help=f"torch device {default}")
+    add = parser.add_argument
+    add("--output", type=Path, default=output, metavar="DIR", help=f"for all that is written {DEFAULT}")
+    add("--seed", type=int, default=0, help=f"decides all that is random {DEFAULT}")
+    add("--device", default=device, help=f"torch device {DEFAULT}")
     add("--backend", choices=backends, help="implementation of the fused ops (default: the fastest that can run)")
+    return parser
+
+
+def new_training_parser(description: str, output: str, epochs: int, batch_size: int) -> argparse.ArgumentParser:
+    """A parser with the options of every example that keeps a checkpoint; the arguments are the defaults."""
+    parser = new_parser(description, output)
+    parser.epilog = "Ctrl-C keeps the checkpoint of the last full epoch; the same command with --resume goes on."
+    add = parser.add_argument
+    add("--epochs", type=int, default=epochs, help=f"passes over the training set in all {DEFAULT}")
+    add("--batch-size", type=int, default=batch_size, help=f"images per step {DEFAULT}")
     add("--resume", action="store_true", help="go on from the checkpoint in --output")
     return parser
 
@@ -85,9 +91,12 @@ def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespac
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        saved = checkpoint.exists()
-        advice = "the same command with --resume goes on from" if saved else "there is no checkpoint yet in"
-        print(f"\nInterrupted; {advice} {checkpoint}", file=sys.stderr)
+        sentence = "\nInterrupted"
+        if "resume" in args:
+            saved = checkpoint.exists()
+            advice = "the same command with --resume goes on from" if saved else "there is no checkpoint yet in"
+            sentence += f"; {advice} {checkpoint}"
+        print(sentence, file=sys.stderr)
         return 130
     return 0
 
@@ -110,12 +119,31 @@ def load_digits() -> np.ndarray:
     return sklearn.datasets.load_digits().images.astype(np.uint8)
 
 
+def load_digit_classes() -> np.ndarray:
+    """Which digit each of them is: uint8 [N]."""
+    import sklearn.datasets
+
+    return sklearn.datasets.load_digits().target.astype(np.uint8)
+
+
 def split(images: np.ndarray, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Training and test images; a sixth, drawn by the seed, is the test set."""
+    """Training and test images, or their classes; a sixth, drawn by the seed, is the test set."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     shuffled = torch.from_numpy(images[order.numpy()]).to(device)
     held_out = max(1, len(images) // 6)
     return shuffled[held_out:], shuffled[:held_out]
+
+
+def dequantise(images: Tensor, levels: int, generator: torch.Generator | None = None) -> Tensor:
+    """Pixels [N, H * W] in [0, 1): each grey level spread evenly over its share of the unit interval."""
+    x = images.flatten(1)
+    return (x + torch.rand(x.shape, device=x.device, generator=generator)) / levels
+
+
+def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """Two hidden layers."""
+    first, second, last = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
+    return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
 
 
 @dataclass
@@ -125,8 +153,13 @@ class Training:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     order: torch.Generator
-    settings: dict[str, int | str]  # what a resumed run must share; with batch_size
+    settings: dict[str, int | float | str | list]  # what a resumed run must share; with batch_size
     history: list[tuple[float, float]] = field(default_factory=list)  # a training and a test figure of each epoch
+
+    def curves(self) -> dict[str, Sequence[float]]:
+        """The history, labelled for a picture."""
+        train, test = zip(*self.history, strict=True)
+        return {"train, mean over the epoch": train, "test, after the epoch": test}
 
     def steps(self, images: Tensor) -> int:
         """Steps in an epoch. A last, incomplete batch is left out."""
@@ -253,23 +286,23 @@ def save_grid(
     axes.figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
-def save_curve(
+def save_curves(
     path: Path,
-    history: list[tuple[float, float]],
+    curves: dict[str, Sequence[float]],
     title: str,
+    x_label: str,
     y_label: str,
-    level: tuple[str, float] | None = None,
+    levels: dict[str, float] | None = None,
 ) -> None:
-    """Draws the history, and a level to compare it with, against the epoch."""
+    """Draws curves over 1, 2, ..., and levels to compare them with; all by their labels."""
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(7, 4)).subplots()
-    train, test = zip(*history, strict=True)
-    for label, figures in (("train, mean over the epoch", train), ("test, after the epoch", test)):
-        axes.plot(range(1, len(history) + 1), figures, label=label, marker="o" if len(history) < 10 else None)
-    if level is not None:
-        axes.axhline(level[1], color="gray", linestyle="--", label=level[0])
-    axes.set(title=title, xlabel="epoch", ylabel=y_label)
+    for label, curve in curves.items():
+        axes.plot(range(1, len(curve) + 1), curve, label=label, marker="o" if len(curve) < 10 else None)
+    for style, (label, level) in zip(("--", ":", "-."), (levels or {}).items(), strict=False):
+        axes.axhline(level, color="gray", linestyle=style, label=label)
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -49,7 +49,7 @@ GRID = {1: (8, 12), 3: (2, 4)}  # rows and columns of samples, by the number of 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = common.new_parser(
+    parser = common.new_training_parser(
         "Train a Gated PixelCNN on handwritten digits or on patches of photographs, with fastelbo's causal "
         "convolutions; its bits per dimension on held-out images, samples and training curve.",
         output="demo/pixelcnn",
@@ -293,8 +293,8 @@ def save_pictures(output: Path, training: Training, data: Data) -> None:
         ("test_images.png", data.test[: rows * columns], "Test images"),
     ):
         common.save_grid(output / name, images.unflatten(0, (rows, columns)) / (data.levels - 1), title)
-    title, level = "Gated PixelCNN during training", ("test, independent pixels", independent_pixels(data))
-    common.save_curve(output / "training_curve.png", training.history, title, "bits per dimension", level)
+    title, levels = "Gated PixelCNN during training", {"test, independent pixels": independent_pixels(data)}
+    common.save_curves(output / "training_curve.png", training.curves(), title, "epoch", "bits per dimension", levels)
 
 
 def run(args: argparse.Namespace) -> None:

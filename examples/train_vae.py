@@ -43,7 +43,7 @@ EVALUATION_SEED = 1
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = common.new_parser(
+    parser = common.new_training_parser(
         "Train a VAE with a learned decoder sigma on handwritten digits, using the fused ops of fastelbo.",
         output="demo",
         epochs=80,
@@ -89,11 +89,6 @@ class Data:
     levels: int
     checksum: int
 
-    def dequantise(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Pixels [N, H * W] in [0, 1): each level spread evenly over its share of the unit interval."""
-        levels = images.flatten(1)
-        return (levels + torch.rand(levels.shape, device=levels.device, generator=generator)) / self.levels
-
 
 def load_data(path: Path | None, seed: int, device: torch.device) -> Data:
     """The digits of scikit-learn, or the images of an IDX file; a sixth, drawn by the seed, is the test set."""
@@ -101,19 +96,13 @@ def load_data(path: Path | None, seed: int, device: torch.device) -> Data:
     return Data(*common.split(images, seed, device), levels, zlib.crc32(images))
 
 
-def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Two hidden layers."""
-    first, second, last = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, outputs)
-    return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
-
-
 class VAE(nn.Module):
     """A multilayer perceptron on either side of a Gaussian bottleneck, and one learned log-variance for all pixels."""
 
     def __init__(self, pixels: int) -> None:
         super().__init__()
-        self.encoder = mlp(pixels, HIDDEN, 2 * LATENT)
-        self.decoder = mlp(LATENT, HIDDEN, pixels)
+        self.encoder = common.mlp(pixels, HIDDEN, 2 * LATENT)
+        self.decoder = common.mlp(LATENT, HIDDEN, pixels)
         self.x_logvar = nn.Parameter(torch.tensor(-3.0))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +136,7 @@ def train_epoch(training: Training, data: Data, backend: str, on_step: Callable[
     """One pass in a new order; returns the loss of each step."""
     losses = []
     for images in training.batches(data.train):
-        nll, kl = training.model(data.dequantise(images), backend)
+        nll, kl = training.model(common.dequantise(images, data.levels), backend)
         loss = (nll + kl).mean()
         training.step(loss)
         losses.append(loss.detach())
@@ -159,7 +148,7 @@ def train_epoch(training: Training, data: Data, backend: str, on_step: Callable[
 def evaluate(model: VAE, data: Data, backend: str) -> tuple[float, float]:
     """Test NLL and KL in nats per image, always with the same dequantisation and the same posterior noise."""
     generator = torch.Generator(data.test.device).manual_seed(EVALUATION_SEED)
-    nll, kl = model(data.dequantise(data.test, generator), backend, seed=EVALUATION_SEED)
+    nll, kl = model(common.dequantise(data.test, data.levels, generator), backend, seed=EVALUATION_SEED)
     return nll.mean().item(), kl.mean().item()
 
 
@@ -262,7 +251,7 @@ def save_pictures(output: Path, training: Training, data: Data, backend: str) ->
     title = "Traversal: one latent at a time, the others as in the first test image"
     common.save_grid(output / "traversal.png", rows, title, labels, ticks, "value of the latent")
     title, y_label = "Evidence lower bound during training", "ELBO (nats per image)"
-    common.save_curve(output / "training_curve.png", training.history, title, y_label)
+    common.save_curves(output / "training_curve.png", training.curves(), title, "epoch", y_label)
 
 
 def run(args: argparse.Namespace) -> None:

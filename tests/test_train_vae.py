@@ -185,7 +185,7 @@ def test_split_and_dequantisation(vae, idx, images):
     )
     assert_same(vae.load_data(idx, 3, CPU).test, data.test)
     assert not torch.equal(vae.load_data(idx, 4, CPU).test, data.test)
-    x = data.dequantise(data.test, torch.Generator().manual_seed(0))
+    x = vae.common.dequantise(data.test, data.levels, torch.Generator().manual_seed(0))
     assert x.min() >= 0 and x.max() < 1
     assert torch.equal((x * 256).floor().byte(), data.test.flatten(1))
 
