@@ -7,8 +7,6 @@ import os
 
 import torch
 
-from fastelbo.reference.gaussian_kl import event_sum
-
 # Two namespaces, so that Triton and CUDA C++ can both run tensors of one device.
 _library = torch.library.Library("fastelbo", "DEF")
 _triton_library = torch.library.Library("fastelbo_triton", "DEF")
@@ -126,18 +124,10 @@ def counted_events(mask, shape, event_ndim):
     return mask.expand(shape[: len(shape) - event_ndim])
 
 
-def masked_sum(terms, mask, event_ndim):
-    """The sums of fresh elementwise terms over their events, without what the mask leaves out."""
-    terms.masked_fill_(~mask, 0)
-    return event_sum(terms, event_ndim)
-
-
-def input_gradients(grads, inputs, wanted, mask=None):
-    """Fresh gradients of the broadcast shape as those of the inputs; None where none is wanted."""
-    masked_out = None if mask is None else ~mask
+def input_gradients(grads, inputs, wanted):
+    """Gradients of the broadcast shape as those of the inputs; None where none is wanted."""
     return tuple(
-        sum_to(grad if mask is None else grad.masked_fill_(masked_out, 0), tensor) if want else None
-        for grad, tensor, want in zip(grads, inputs, wanted, strict=False)
+        sum_to(grad, tensor) if want else None for grad, tensor, want in zip(grads, inputs, wanted, strict=False)
     )
 
 

@@ -110,6 +110,15 @@ class Scale:
         return cls("var", clamp=(eps, math.inf), clamp_grad="straight_through")
 
 
+def numbers(scale: "Scale | None") -> "list[float] | None":
+    """A Scale or None as the compiled ops take it."""
+    return None if scale is None else scale.numbers
+
+
+# Constant in a traced function: with dynamic shapes torch.compile would make unknowns of the floats, which no op takes.
+numbers._dynamo_marked_constant = True
+
+
 _SCALES = {kind: Scale(kind) for kind in KINDS}
 
 

@@ -48,9 +48,26 @@ def load_gaussians(
         return mean_q, s_q, q, mean_p, s_p, scales.spread(s_p, SCALE_P)
 
 
+@triton.jit
+def shares(upstream, balance, BALANCED: tl.constexpr):
+    """What of the gradient of KL reaches q, and what p."""
+    if BALANCED:
+        share = tl.full([1, 1], balance, upstream.dtype)
+        return upstream * (1.0 - share), upstream * share
+    else:
+        return upstream, upstream
+
+
+@triton.jit
+def store_prior_gradients(gradients, window, kept, d_mean_q, s_p, d_s_p, SCALE_P: tl.constexpr, VECTOR: tl.constexpr):
+    """Writes d_mean_p, the negative of d_mean_q, and d_s_p, which the clamp has yet to limit."""
+    tile.store(gradients[2], window, tl.where(kept, -d_mean_q, 0.0), VECTOR)
+    tile.store(gradients[3], window, tl.where(kept, scales.clamp_gradient(s_p, d_s_p, SCALE_P), 0.0), VECTOR)
+
+
 @triton.jit(do_not_specialize=plan.PLAIN)
 def _fwd(
-    gaussians,  # mean_q, s_q, mean_p, s_p: [rows, columns]
+    gaussians, mask,  # mean_q, s_q, mean_p, s_p; the elements that count, all where None: [rows, columns]
     kl,  # [rows, columns], or [rows, splits] where summed
     rows, columns, row_sizes, column_sizes, splits,
     SCALE: tl.constexpr, SCALE_P: tl.constexpr, SUM: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr,
@@ -64,6 +81,7 @@ def _fwd(
         window = tile.window(row, rows, first, columns, 0, row_sizes, column_sizes, C, EVEN)
         mean_q, _, q, mean_p, _, p = load_gaussians(gaussians, window, SCALE, SCALE_P, T, VECTOR)
         terms, _, _, _ = kl_terms(mean_q, q, mean_p, p, SCALE, SCALE_P)
+        terms = tl.where(tile.kept(mask, window, VECTOR), terms, 0.0)
         if SUM:
             total += tile.inside(terms, window)
         else:
@@ -74,54 +92,59 @@ def _fwd(
 
 @triton.jit(do_not_specialize=plan.PLAIN)
 def _bwd(
-    d_kl, gaussians,  # d_kl; mean_q, s_q, mean_p, s_p: [rows, columns]
+    d_kl, gaussians, mask,  # d_kl; mean_q, s_q, mean_p, s_p; the elements that count: [rows, columns]
     gradients,  # d_mean_q, d_s_q, and d_mean_p, d_s_p where wanted: [rows, columns]
+    balance: "fp64",
     rows, columns, row_sizes, column_sizes, splits,
-    SCALE: tl.constexpr, SCALE_P: tl.constexpr, PRIOR_GRAD: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
+    SCALE: tl.constexpr, SCALE_P: tl.constexpr, PRIOR_GRAD: tl.constexpr, BALANCED: tl.constexpr, T: tl.constexpr,
+    VECTOR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     columns = columns.to(tl.int64) * VECTOR
     row, split = tile.start(splits, R)
     window = tile.window(row, rows, split.to(tl.int64) * C, columns, 0, row_sizes, column_sizes, C, EVEN)
     mean_q, s_q, q, mean_p, s_p, p = load_gaussians(gaussians, window, SCALE, SCALE_P, T, VECTOR)
     upstream = tile.load(d_kl, window, T, VECTOR)
+    to_q, to_p = shares(upstream, balance, BALANCED)
     _, d_mean, d_logvar_q, d_logvar_p = kl_terms(mean_q, q, mean_p, p, SCALE, SCALE_P)
-    d_mean *= upstream
-    tile.store(gradients[0], window, d_mean, VECTOR)
-    tile.store(gradients[1], window, scales.clamp_gradient(s_q, upstream * (d_logvar_q * q[3]), SCALE), VECTOR)
+    kept = tile.kept(mask, window, VECTOR)
+    d_s = scales.clamp_gradient(s_q, to_q * (d_logvar_q * q[3]), SCALE)
+    tile.store(gradients[0], window, tl.where(kept, to_q * d_mean, 0.0), VECTOR)
+    tile.store(gradients[1], window, tl.where(kept, d_s, 0.0), VECTOR)
     if PRIOR_GRAD:
-        tile.store(gradients[2], window, -d_mean, VECTOR)
-        tile.store(gradients[3], window, scales.clamp_gradient(s_p, upstream * (d_logvar_p * p[3]), SCALE_P), VECTOR)
+        store_prior_gradients(gradients, window, kept, to_p * d_mean, s_p, to_p * (d_logvar_p * p[3]), SCALE_P, VECTOR)
 
 
-def gaussian_kl_fwd(kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim):
+def gaussian_kl_fwd(kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask):
     """Fills kl; the arguments of the op's schema."""
     found = plan.plan(
-        event_ndim, mean_q, s_q, mean_p, s_p, None if event_ndim else kl, tile=plan.tile_size(kl.dtype, scale, scale_p)
-    )
+        event_ndim, mean_q, s_q, mean_p, s_p, mask, None if event_ndim else kl,
+        tile=plan.tile_size(kl.dtype, scale, scale_p),
+    )  # fmt: skip
     if found is None:
         return kl.zero_()
-    *gaussians, elements = found.operands
+    *gaussians, kept, elements = found.operands
     out = elements or found.sums(kl)
     found.launch(
-        _fwd, tuple(gaussians), out,
+        _fwd, tuple(gaussians), kept, out,
         SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), SUM=elements is None, T=plan.TYPES[kl.dtype],
     )  # fmt: skip
     if elements is None:
         plan.add_sums(kl, out)
 
 
-def gaussian_kl_bwd(gradients, d_kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, prior_grad):
+def gaussian_kl_bwd(gradients, d_kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, balance, mask, prior_grad):
     """Fills d_mean_q, d_s_q and, with prior_grad, d_mean_p and d_s_p; the arguments of the op's schema."""
     wanted = gradients if prior_grad else (*gradients[:2], None, None)
     dtype = _library.arithmetic(mean_q, s_q, mean_p, s_p)
     found = plan.plan(
-        0, plan.of_event(d_kl, event_ndim), mean_q, s_q, mean_p, s_p, *wanted,
+        0, plan.of_event(d_kl, event_ndim), mean_q, s_q, mean_p, s_p, mask, *wanted,
         tile=plan.tile_size(dtype, scale, scale_p),
     )  # fmt: skip
     if found is None:
         return
     found.launch(
-        _bwd, found.operands[0], found.operands[1:5], tuple(filter(None, found.operands[5:])),
-        SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), PRIOR_GRAD=prior_grad, T=plan.TYPES[dtype],
+        _bwd, found.operands[0], found.operands[1:5], found.operands[5], tuple(filter(None, found.operands[6:])),
+        balance or 0.0,
+        SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), PRIOR_GRAD=prior_grad,
+        BALANCED=balance is not None, T=plan.TYPES[dtype],
     )  # fmt: skip

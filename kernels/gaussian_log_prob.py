@@ -10,7 +10,7 @@ from fastelbo.kernels import scale as scales
 
 @triton.jit(do_not_specialize=plan.PLAIN)
 def _fwd(
-    x, mean, s,  # [rows, columns]
+    x, mean, s, mask,  # the last: the elements that count, all where None: [rows, columns]
     out,  # [rows, columns], or [rows, splits] where summed
     rows, columns, row_sizes, column_sizes, splits,
     SCALE: tl.constexpr, NEGATIVE: tl.constexpr, SUM: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr,
@@ -27,6 +27,7 @@ def _fwd(
         terms = tl.fma(0.5 * r, r, p[1] + 0.9189385332046727)  # ln(2 pi) / 2
         if not NEGATIVE:
             terms = -terms
+        terms = tl.where(tile.kept(mask, window, VECTOR), terms, 0.0)
         if SUM:
             total += tile.inside(terms, window)
         else:
@@ -37,7 +38,7 @@ def _fwd(
 
 @triton.jit(do_not_specialize=plan.PLAIN)
 def _bwd(
-    d_out, x, mean, s, d_x, d_mean, d_s,  # [rows, columns]
+    d_out, x, mean, s, mask, d_x, d_mean, d_s,  # [rows, columns]
     d_s_sums,  # [programs]: the sums that make up the gradient of a single s, in place of d_s
     rows, columns, row_sizes, column_sizes, splits,
     SCALE: tl.constexpr, NEGATIVE: tl.constexpr, X_GRAD: tl.constexpr, ONE_S: tl.constexpr, T: tl.constexpr,
@@ -52,40 +53,42 @@ def _bwd(
     raw = tile.load(s, window, T, VECTOR)
     p = scales.spread(raw, SCALE)
     r = scales.divide(tile.load(x, window, T, VECTOR) - tile.load(mean, window, T, VECTOR), p, SCALE)
-    d_delta = upstream * scales.divide(r, p, SCALE)
+    kept = tile.kept(mask, window, VECTOR)
+    d_delta = tl.where(kept, upstream * scales.divide(r, p, SCALE), 0.0)
     if X_GRAD:
         tile.store(d_x, window, d_delta, VECTOR)
     tile.store(d_mean, window, -d_delta, VECTOR)
     d_raw = scales.clamp_gradient(raw, upstream * (0.5 * tl.fma(-r, r, 1.0) * p[3]), SCALE)
+    d_raw = tl.where(kept, d_raw, 0.0)
     if ONE_S:
         tl.store(d_s_sums + tl.program_id(0), tl.sum(tile.inside(d_raw, window)))
     else:
         tile.store(d_s, window, d_raw, VECTOR)
 
 
-def gaussian_log_prob_fwd(out, x, mean, s, scale, event_ndim, negative):
+def gaussian_log_prob_fwd(out, x, mean, s, scale, event_ndim, negative, mask):
     """Fills out; the arguments of the op's schema."""
-    found = plan.plan(event_ndim, x, mean, s, None if event_ndim else out, tile=plan.tile_size(out.dtype, scale))
+    found = plan.plan(event_ndim, x, mean, s, mask, None if event_ndim else out, tile=plan.tile_size(out.dtype, scale))
     if found is None:
         return out.zero_()
-    x, mean, s, elements = found.operands
+    *inputs, elements = found.operands
     terms = elements or found.sums(out)
     found.launch(
-        _fwd, x, mean, s, terms,
+        _fwd, *inputs, terms,
         SCALE=plan.numbers(scale), NEGATIVE=negative, SUM=elements is None, T=plan.TYPES[out.dtype],
     )  # fmt: skip
     if elements is None:
         plan.add_sums(out, terms)
 
 
-def gaussian_log_prob_bwd(gradients, d_out, x, mean, s, scale, event_ndim, negative, x_grad):
+def gaussian_log_prob_bwd(gradients, d_out, x, mean, s, scale, event_ndim, negative, mask, x_grad):
     """Fills d_x with x_grad, d_mean and d_s, that of a single s summed; the arguments of the op's schema."""
     d_x, d_mean, d_s = gradients
     one_s = s.numel() == 1
     dtype = _library.arithmetic(x, mean, s)
     found = plan.plan(
-        0, plan.of_event(d_out, event_ndim), x, mean, s, d_x if x_grad else None, d_mean, None if one_s else d_s,
-        tile=plan.tile_size(dtype, scale),
+        0, plan.of_event(d_out, event_ndim), x, mean, s, mask, d_x if x_grad else None, d_mean,
+        None if one_s else d_s, tile=plan.tile_size(dtype, scale),
     )  # fmt: skip
     if found is None:
         if one_s:

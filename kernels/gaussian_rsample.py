@@ -29,17 +29,18 @@ def heat(std, temperature, HEATED: tl.constexpr):
 
 @triton.jit
 def store_samples(
-    z, z_stride, mean, std, draws, samples, window, shift, columns,
+    z, z_stride, kept, mean, std, draws, samples, window, shift, columns,
     T: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr, APPROXIMATE: tl.constexpr,
 ):  # fmt: skip
-    """Writes mean + std * noise of every sample."""
+    """Writes mean + std * noise of every sample, and 0 where it is not kept."""
     if z_stride is None:
         noise = tile.draw(draws, 0, window, shift, columns, T, VECTOR, ALIGNED, APPROXIMATE)
-        tile.store(z, window, tl.fma(std, noise, mean), VECTOR)
+        tile.store(z, window, tl.where(kept, tl.fma(std, noise, mean), 0.0), VECTOR)
     else:
         for sample in range(samples):
             noise = tile.draw(draws, sample, window, shift, columns, T, VECTOR, ALIGNED, APPROXIMATE)
-            tile.store(z, window, tl.fma(std, noise, mean), VECTOR, tile.sample_start(sample, z_stride))
+            values = tl.where(kept, tl.fma(std, noise, mean), 0.0)
+            tile.store(z, window, values, VECTOR, tile.sample_start(sample, z_stride))
 
 
 @triton.jit
@@ -76,8 +77,8 @@ def _fwd(
     window = tile.window(row, rows, split.to(tl.int64) * C, columns, shift, row_sizes, column_sizes, C, EVEN, ALIGNED)
     std = heat(scales.spread(tile.load(s, window, T, VECTOR), SCALE)[0], temperature, HEATED)
     store_samples(
-        z, z_stride, tile.load(mean, window, T, VECTOR), std, (seed, noise, noise_stride, noise_offset), samples,
-        window, shift, columns, T, VECTOR, ALIGNED, APPROXIMATE,
+        z, z_stride, tile.kept(None, window, VECTOR), tile.load(mean, window, T, VECTOR), std,
+        (seed, noise, noise_stride, noise_offset), samples, window, shift, columns, T, VECTOR, ALIGNED, APPROXIMATE,
     )  # fmt: skip
 
 

@@ -6,13 +6,13 @@ import triton.language as tl
 from fastelbo import _library
 from fastelbo.kernels import plan, tile
 from fastelbo.kernels import scale as scales
-from fastelbo.kernels.gaussian_kl import kl_terms, load_gaussians
+from fastelbo.kernels.gaussian_kl import kl_terms, load_gaussians, shares, store_prior_gradients
 from fastelbo.kernels.gaussian_rsample import approximate, heat, sample_gradients, store_samples
 
 
 @triton.jit(do_not_specialize=plan.PLAIN)
 def _fwd(
-    gaussians,  # mean_q, s_q, mean_p, s_p: [rows, columns]
+    gaussians, mask,  # mean_q, s_q, mean_p, s_p; the elements that count, all where None: [rows, columns]
     kl,  # [rows, columns], or [rows, splits] where summed
     z, z_stride,  # [rows, columns] for each sample
     seed, noise, noise_stride, noise_offset, samples, temperature: "fp64",
@@ -29,11 +29,13 @@ def _fwd(
         first = (split * STEPS + step).to(tl.int64) * C
         window = tile.window(row, rows, first, columns, shift, row_sizes, column_sizes, C, EVEN, ALIGNED)
         mean_q, _, q, mean_p, _, p = load_gaussians(gaussians, window, SCALE, SCALE_P, T, VECTOR)
+        kept = tile.kept(mask, window, VECTOR)
         store_samples(
-            z, z_stride, mean_q, heat(q[0], temperature, HEATED), (seed, noise, noise_stride, noise_offset), samples,
-            window, shift, columns, T, VECTOR, ALIGNED, APPROXIMATE,
+            z, z_stride, kept, mean_q, heat(q[0], temperature, HEATED), (seed, noise, noise_stride, noise_offset),
+            samples, window, shift, columns, T, VECTOR, ALIGNED, APPROXIMATE,
         )  # fmt: skip
         terms, _, _, _ = kl_terms(mean_q, q, mean_p, p, SCALE, SCALE_P)
+        terms = tl.where(kept, terms, 0.0)
         if SUM:
             total += tile.inside(terms, window)
         else:
@@ -44,13 +46,13 @@ def _fwd(
 
 @triton.jit(do_not_specialize=plan.PLAIN)
 def _bwd(
-    d_kl, gaussians,  # d_kl; mean_q, s_q, mean_p, s_p: [rows, columns]
+    d_kl, gaussians, mask,  # d_kl; mean_q, s_q, mean_p, s_p; the elements that count: [rows, columns]
     gradients,  # d_mean_q, d_s_q, and d_mean_p, d_s_p where wanted: [rows, columns]
     d_z, d_z_stride,  # [rows, columns] for each sample
-    seed, noise, noise_stride, noise_offset, samples, temperature: "fp64",
+    seed, noise, noise_stride, noise_offset, samples, temperature: "fp64", balance: "fp64",
     rows, columns, row_sizes, column_sizes, splits,
-    SCALE: tl.constexpr, SCALE_P: tl.constexpr, PRIOR_GRAD: tl.constexpr, T: tl.constexpr, ALIGNED: tl.constexpr,
-    APPROXIMATE: tl.constexpr, HEATED: tl.constexpr, VECTOR: tl.constexpr,
+    SCALE: tl.constexpr, SCALE_P: tl.constexpr, PRIOR_GRAD: tl.constexpr, BALANCED: tl.constexpr, T: tl.constexpr,
+    ALIGNED: tl.constexpr, APPROXIMATE: tl.constexpr, HEATED: tl.constexpr, VECTOR: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     columns = columns.to(tl.int64) * VECTOR
@@ -63,32 +65,33 @@ def _bwd(
         window, shift, columns, T, VECTOR, ALIGNED, APPROXIMATE,
     )  # fmt: skip
     upstream = tile.load(d_kl, window, T, VECTOR)
+    to_q, to_p = shares(upstream, balance, BALANCED)
     _, d_mean, d_logvar_q, d_logvar_p = kl_terms(mean_q, q, mean_p, p, SCALE, SCALE_P)
-    tile.store(gradients[0], window, tl.fma(upstream, d_mean, sampled), VECTOR)
-    d_s = tl.fma(heat(q[2], temperature, HEATED), noisy, upstream * (d_logvar_q * q[3]))
-    tile.store(gradients[1], window, scales.clamp_gradient(s_q, d_s, SCALE), VECTOR)
+    kept = tile.kept(mask, window, VECTOR)
+    d_s = tl.fma(heat(q[2], temperature, HEATED), noisy, to_q * (d_logvar_q * q[3]))
+    tile.store(gradients[0], window, tl.where(kept, tl.fma(to_q, d_mean, sampled), 0.0), VECTOR)
+    tile.store(gradients[1], window, tl.where(kept, scales.clamp_gradient(s_q, d_s, SCALE), 0.0), VECTOR)
     if PRIOR_GRAD:
-        tile.store(gradients[2], window, -(upstream * d_mean), VECTOR)
-        tile.store(gradients[3], window, scales.clamp_gradient(s_p, upstream * (d_logvar_p * p[3]), SCALE_P), VECTOR)
+        store_prior_gradients(gradients, window, kept, to_p * d_mean, s_p, to_p * (d_logvar_p * p[3]), SCALE_P, VECTOR)
 
 
 def gaussian_rsample_kl_fwd(
     results, mean_q, s_q, mean_p, s_p, seed, noise, noise_offset, num_samples, temperature, scale, scale_p,
-    event_ndim, out_dtype,
+    event_ndim, mask, out_dtype,
 ):  # fmt: skip
     """Fills z and kl; the arguments of the op's schema."""
     z, kl = results
     samples = [plan.of_sample(tensor, num_samples) for tensor in (z, noise)]
     found = plan.plan(
-        event_ndim, mean_q, s_q, mean_p, s_p, None if event_ndim else kl, *samples,
+        event_ndim, mean_q, s_q, mean_p, s_p, mask, None if event_ndim else kl, *samples,
         tile=plan.tile_size(kl.dtype, scale, scale_p), noise_offset=noise_offset,
     )  # fmt: skip
     if found is None:
         return kl.zero_()
-    *gaussians, elements, z_operand, noise_operand = found.operands
+    *gaussians, kept, elements, z_operand, noise_operand = found.operands
     out = elements or found.sums(kl)
     found.launch(
-        _fwd, tuple(gaussians), out, z_operand, plan.sample_stride(z, num_samples),
+        _fwd, tuple(gaussians), kept, out, z_operand, plan.sample_stride(z, num_samples),
         seed, noise_operand, plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
         SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), SUM=elements is None, T=plan.TYPES[kl.dtype],
         ALIGNED=found.aligned, APPROXIMATE=approximate(z.dtype), HEATED=temperature != 1,
@@ -99,22 +102,24 @@ def gaussian_rsample_kl_fwd(
 
 def gaussian_rsample_kl_bwd(
     gradients, d_z, d_kl, mean_q, s_q, mean_p, s_p, seed, noise, noise_offset, num_samples, temperature, scale, scale_p,
-    event_ndim, prior_grad,
+    event_ndim, balance, mask, prior_grad,
 ):  # fmt: skip
     """Fills d_mean_q, d_s_q and, with prior_grad, d_mean_p and d_s_p; the arguments of the op's schema."""
     wanted = gradients if prior_grad else (*gradients[:2], None, None)
     samples = [plan.of_sample(tensor, num_samples) for tensor in (d_z, noise)]
     dtype = _library.arithmetic(mean_q, s_q, mean_p, s_p)
     found = plan.plan(
-        0, plan.of_event(d_kl, event_ndim), mean_q, s_q, mean_p, s_p, *wanted, *samples,
+        0, plan.of_event(d_kl, event_ndim), mean_q, s_q, mean_p, s_p, mask, *wanted, *samples,
         tile=plan.tile_size(dtype, scale, scale_p), noise_offset=noise_offset,
     )  # fmt: skip
     if found is None:
         return
     found.launch(
-        _bwd, found.operands[0], found.operands[1:5], tuple(filter(None, found.operands[5:9])),
-        found.operands[9], plan.sample_stride(d_z, num_samples),
-        seed, found.operands[10], plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
-        SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), PRIOR_GRAD=prior_grad, T=plan.TYPES[dtype],
+        _bwd, found.operands[0], found.operands[1:5], found.operands[5], tuple(filter(None, found.operands[6:10])),
+        found.operands[10], plan.sample_stride(d_z, num_samples),
+        seed, found.operands[11], plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
+        balance or 0.0,
+        SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), PRIOR_GRAD=prior_grad,
+        BALANCED=balance is not None, T=plan.TYPES[dtype],
         ALIGNED=found.aligned, APPROXIMATE=approximate(d_z.dtype), HEATED=temperature != 1,
     )  # fmt: skip

@@ -82,6 +82,15 @@ def load(operand, window, T: tl.constexpr, VECTOR: tl.constexpr, start=0):
 
 
 @triton.jit
+def kept(mask, window, VECTOR: tl.constexpr):
+    """Which of a window's elements a mask keeps; all where there is none."""
+    if mask is None:
+        return tl.full([1, 1], True, tl.int1)
+    else:
+        return load(mask, window, tl.int1, VECTOR)
+
+
+@triton.jit
 def store(operand, window, values, VECTOR: tl.constexpr, start=0):
     """Writes a window's elements."""
     pointer, mask = _place(operand, start, window, VECTOR)

@@ -239,6 +239,23 @@ def test_compile_dynamic_shapes(op, dynamic):
     assert counts[0 if dynamic else 1] == counts[-1]  # a first batch size may be compiled for alone, a second not
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_dynamic_shapes_of_several_ops(backend):
+    """The numbers of a Scale stay constants, and another Scale is compiled for anew."""
+
+    def objective(mean, s, scale):
+        z, kl = fastelbo.gaussian_rsample_kl(mean, s, scale=scale, seed=7)
+        nll = fastelbo.gaussian_nll(z, mean, s, scale=scale)
+        return (kl + nll + fastelbo.gaussian_kl(mean, s, z.detach(), s, scale=scale),)
+
+    function = compiled(objective, backend=backend, dynamic=True)
+    for scale in (Scale.softplus(min_std=1e-3), Scale.softplus(min_std=1e-2), Scale.nvae(), "logvar"):
+        for batch in (4, 7):
+            inputs = OPS["kl"].inputs((batch, 6))
+            got, want = (results(functools.partial(f, scale=scale), inputs) for f in (function, objective))
+            torch.testing.assert_close(got, want)
+
+
 CHANGING = {
     "temperature": [0.5, 0.7, 1.0],
     "noise_offset": [0, 5, 2**34 + 1, 8],

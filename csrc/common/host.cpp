@@ -29,7 +29,8 @@ Format format_of(ScalarType dtype) {
     case ScalarType::Double: return Format::f64;
     case ScalarType::BFloat16: return Format::bf16;
     case ScalarType::Half: return Format::f16;
-    default: STD_TORCH_CHECK(false, "expected float32, float64, bfloat16 or float16");
+    case ScalarType::Bool: return Format::u8;
+    default: STD_TORCH_CHECK(false, "expected float32, float64, bfloat16, float16 or bool");
   }
 }
 

@@ -32,7 +32,7 @@ struct Text : std::string {
 Scale parse_scale(const std::vector<double>& values);
 inline Scale parse_scale(const std::optional<std::vector<double>>& values) { return values ? parse_scale(*values) : Scale(); }
 
-enum class Format { f32, f64, bf16, f16 };
+enum class Format { f32, f64, bf16, f16, u8 };  // u8: a mask's
 Format format_of(ScalarType dtype);
 
 struct Shape {

@@ -11,6 +11,8 @@ struct GaussianKLArgs {
   Terms* kl;
   Operand d_kl;
   Operand d_mean_q, d_s_q, d_mean_p, d_s_p;  // no d_mean_p: the prior needs no gradient
+  Operand mask;                  // none: every element counts
+  double share_q = 1, share_p = 1;  // of d_kl that reach q and p
 };
 
 }  // namespace fastelbo
@@ -27,6 +29,7 @@ void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
   const Scale scale = args.scale, scale_p = args.scale_p;  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], kl_tile[kTile];
+  MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
     Tile tile = args.tiling[index];
     int64_t start = tile.start;
@@ -47,6 +50,8 @@ void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
         store(kl + i, gaussian_kl(delta, q, p).value, part);
       });
     }
+    kept.read(args.mask, start, n);
+    kept.select(n, kl);
     finish_terms(*args.kl, args.tiling, tile, kl, kl_tile);
   }
 }
@@ -57,6 +62,7 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
   const Scale scale = args.scale, scale_p = args.scale_p;  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], d_kl_tile[kTile];
   T d_mean_q_tile[kTile], d_s_q_tile[kTile], d_mean_p_tile[kTile], d_s_p_tile[kTile];
+  MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
     Tile tile = args.tiling[index];
     int64_t start = tile.start;
@@ -66,6 +72,7 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
     const T* d_kl = read_tile(args.d_kl, start, n, d_kl_tile);
     T* d_mean_q = output(args.d_mean_q, start, n, d_mean_q_tile);
     T* d_s_q = output(args.d_s_q, start, n, d_s_q_tile);
+    kept.read(args.mask, start, n);
     if (!args.mean_p) {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw = load(s_q + i, part), upstream = load(d_kl + i, part);
@@ -80,21 +87,24 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
       bool prior(args.d_mean_p);
       T* d_mean_p = prior ? output(args.d_mean_p, start, n, d_mean_p_tile) : d_mean_p_tile;
       T* d_s_p = prior ? output(args.d_s_p, start, n, d_s_p_tile) : d_s_p_tile;
+      V share_q(args.share_q), share_p(args.share_p);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw_q = load(s_q + i, part), raw_p = load(s_p + i, part), upstream = load(d_kl + i, part);
         Spread<V, exponential> q = spread<exponential>(scale, raw_q), p = spread<exponential>(scale_p, raw_p);
         GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part) - load(mean_p + i, part), q, p);
-        V d_mean = upstream * kl.d_mean_q;
-        store(d_mean_q + i, d_mean, part);
-        store(d_s_q + i, clamp_gradient(scale, raw_q, upstream * (kl.d_logvar_q * q.d_logvar)), part);
-        store(d_mean_p + i, -d_mean, part);
-        store(d_s_p + i, clamp_gradient(scale_p, raw_p, upstream * (kl.d_logvar_p * p.d_logvar)), part);
+        V to_q = share_q * upstream, to_p = share_p * upstream;
+        store(d_mean_q + i, to_q * kl.d_mean_q, part);
+        store(d_s_q + i, clamp_gradient(scale, raw_q, to_q * (kl.d_logvar_q * q.d_logvar)), part);
+        store(d_mean_p + i, -to_p * kl.d_mean_q, part);
+        store(d_s_p + i, clamp_gradient(scale_p, raw_p, to_p * (kl.d_logvar_p * p.d_logvar)), part);
       });
       if (prior) {
+        kept.select(n, d_mean_p, d_s_p);
         finish(args.d_mean_p, start, n, d_mean_p, d_mean_p_tile);
         finish(args.d_s_p, start, n, d_s_p, d_s_p_tile);
       }
     }
+    kept.select(n, d_mean_q, d_s_q);
     finish(args.d_mean_q, start, n, d_mean_q, d_mean_q_tile);
     finish(args.d_s_q, start, n, d_s_q, d_s_q_tile);
   }
@@ -105,13 +115,15 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
 namespace fastelbo {
 
 Tensor gaussian_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
-                       std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim) {
+                       std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
+                       std::optional<Tensor> mask) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Tiling tiling = event_tiling(shape, event_ndim);
   Terms kl(shape, event_ndim, dtype, mean_q, tiling);
   GaussianKLArgs args{{mean_q, shape}, {s_q, shape}, {mean_p, shape}, {s_p, shape}, parse_scale(scale), parse_scale(scale_p),
                       tiling, &kl};
+  args.mask = {mask, shape};
   FASTELBO_RUN(gaussian_kl_fwd, dtype, args.scale.exponential() && args.scale_p.exponential(), args, tiling.tiles());
   return kl.finish(dtype, tiling);
 }
@@ -119,7 +131,8 @@ Tensor gaussian_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, 
 // Returns d_mean_q, d_s_q, d_mean_p, d_s_p, each of the full broadcast shape; the last two are empty without prior_grad.
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(
     Tensor d_kl, Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
-    std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim, bool prior_grad) {
+    std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
+    std::optional<double> balance, std::optional<Tensor> mask, bool prior_grad) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Device device(mean_q);
@@ -127,6 +140,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(
   Tensor d_mean_p = allocate_gradient(shape, mean_p, device, prior_grad), d_s_p = allocate_gradient(shape, s_p, device, prior_grad);
   GaussianKLArgs args{{mean_q, shape}, {s_q, shape}, {mean_p, shape}, {s_p, shape}, parse_scale(scale), parse_scale(scale_p),
                       {1, shape.numel()}, nullptr, {d_kl, shape, event_ndim}, {d_mean_q, shape}, {d_s_q, shape}};
+  args.mask = {mask, shape};
+  if (balance) {
+    args.share_q = 1 - *balance;
+    args.share_p = *balance;
+  }
   if (prior_grad) {
     args.d_mean_p = {d_mean_p, shape};
     args.d_s_p = {d_s_p, shape};

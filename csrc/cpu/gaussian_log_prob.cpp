@@ -14,6 +14,7 @@ struct GaussianLogProb {
   Operand d_out;
   Operand d_x, d_mean, d_s;  // no d_x: x needs no gradient
   double* d_s_partial;       // [tiles], where one_s: the sums that make up its gradient
+  Operand mask;              // none: every element counts
 };
 
 }  // namespace fastelbo
@@ -44,6 +45,7 @@ void gaussian_log_prob_fwd(const GaussianLogProb& args, int64_t begin, int64_t e
   using V = typename VectorOf<T>::type;
   const Scale scale = args.scale;  // a copy, which no store to a tensor can change
   T x_tile[kTile], mean_tile[kTile], s_tile[kTile], out_tile[kTile];
+  MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
     Tile tile = args.tiling[index];
     int64_t start = tile.start;
@@ -59,6 +61,8 @@ void gaussian_log_prob_fwd(const GaussianLogProb& args, int64_t begin, int64_t e
         store(out + i, sign * gaussian_nll(delta, spread_at(raw_at(i, part))).value, part);
       });
     });
+    kept.read(args.mask, start, n);
+    kept.select(n, out);
     finish_terms(*args.log_prob, args.tiling, tile, out, out_tile);
   }
 }
@@ -68,6 +72,7 @@ void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t e
   using V = typename VectorOf<T>::type;
   const Scale scale = args.scale;  // a copy, which no store to a tensor can change
   T x_tile[kTile], mean_tile[kTile], s_tile[kTile], d_out_tile[kTile], d_x_tile[kTile], d_mean_tile[kTile], d_s_tile[kTile];
+  MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
     auto [start, n, row, rows] = args.tiling[index];
     const T* x = read_tile(args.x, start, n, x_tile);
@@ -90,7 +95,12 @@ void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t e
         store(d_s + i, clamp_gradient(scale, raw, upstream * (nll.d_logvar * p.d_logvar)), part);
       });
     });
-    if (x_grad) finish(args.d_x, start, n, d_x, d_x_tile);
+    kept.read(args.mask, start, n);
+    kept.select(n, d_mean, d_s);
+    if (x_grad) {
+      kept.select(n, d_x);
+      finish(args.d_x, start, n, d_x, d_x_tile);
+    }
     finish(args.d_mean, start, n, d_mean, d_mean_tile);
     if (args.d_s_partial) args.d_s_partial[index] = sum(d_s, n);
     else finish(args.d_s, start, n, d_s, d_s_tile);
@@ -101,13 +111,15 @@ void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t e
 #else
 namespace fastelbo {
 
-Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double> scale, int64_t event_ndim, bool negative) {
+Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double> scale, int64_t event_ndim, bool negative,
+                             std::optional<Tensor> mask) {
   Shape shape = Shape(x).broadcast(mean).broadcast(s);
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
   Tiling tiling = event_tiling(shape, event_ndim);
   Terms log_prob(shape, event_ndim, dtype, mean, tiling);
   GaussianLogProb args{{x, shape}, {mean, shape}, {s, shape}, parse_scale(scale), negative ? 1.0 : -1.0,
                        s.numel() == 1, tiling, &log_prob};
+  args.mask = {mask, shape};
   FASTELBO_RUN(gaussian_log_prob_fwd, dtype, args.scale.exponential(), args, tiling.tiles());
   return log_prob.finish(dtype, tiling);
 }
@@ -115,7 +127,7 @@ Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double
 // Returns d_x, d_mean, d_s, each of the full broadcast shape, but for an s of one element, whose gradient is summed here.
 // The first is empty without x_grad.
 std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x, Tensor mean, Tensor s, std::vector<double> scale,
-                                                         int64_t event_ndim, bool negative, bool x_grad) {
+                                                         int64_t event_ndim, bool negative, std::optional<Tensor> mask, bool x_grad) {
   Shape shape = Shape(x).broadcast(mean).broadcast(s);
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
   bool one_s = s.numel() == 1;
@@ -124,6 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
   Tensor d_s = one_s ? allocate(Shape(s), dtype, device) : allocate_gradient(shape, s, device);
   GaussianLogProb args{{x, shape}, {mean, shape}, {s, shape}, parse_scale(scale), negative ? 1.0 : -1.0, one_s, {1, shape.numel()},
                        nullptr, {d_out, shape, event_ndim}, {}, {d_mean, shape}, {}, nullptr};
+  args.mask = {mask, shape};
   if (x_grad) args.d_x = {d_x, shape};
   std::vector<double> partial(one_s ? args.tiling.tiles() : 0);
   if (one_s) args.d_s_partial = partial.data();

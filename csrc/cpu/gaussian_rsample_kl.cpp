@@ -14,6 +14,8 @@ struct GaussianRsampleKL {
   Terms* kl;
   Operand d_z, d_kl;
   Operand d_mean_q, d_s_q, d_mean_p, d_s_p;  // no d_mean_p: the prior needs no gradient
+  Operand mask;                      // [...]; none: every element counts
+  double share_q = 1, share_p = 1;   // of d_kl that reach q and p
 };
 
 }  // namespace fastelbo
@@ -31,6 +33,7 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
   const Scale scale = args.scale, scale_p = args.scale_p;  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], z_tile[kTile], std_tile[kTile], kl_tile[kTile];
   NoiseTile<T> noise_tile;
+  MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
     Tile tile = args.tiling[index];
     int64_t start = tile.start;
@@ -60,6 +63,8 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
         store(kl + i, gaussian_kl(mean - load(mean_p + i, part), q, p).value, part);
       });
     }
+    kept.read(args.mask, start, n);
+    kept.select(n, kl, z);
     finish_terms(*args.kl, args.tiling, tile, kl, kl_tile);
     finish(args.z, start, n, z, z_tile);
     for (int64_t sample = 1; sample < args.noise.samples; ++sample) {
@@ -69,6 +74,7 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         store(z + i, fma(load(std_tile + i, part), load(noise + i, part), load(mean_q + i, part)), part);
       });
+      kept.select(n, z);
       finish(args.z, out, n, z, z_tile);
     }
   }
@@ -81,6 +87,7 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], d_kl_tile[kTile];
   T d_mean_q_tile[kTile], d_s_q_tile[kTile], d_mean_p_tile[kTile], d_s_p_tile[kTile];
   SampleGradient<T> sampled;
+  MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
     auto [start, n, row, rows] = args.tiling[index];
     const T* mean_q = read_tile(args.mean_q, start, n, mean_q_tile);
@@ -89,6 +96,7 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
     T* d_mean_q = output(args.d_mean_q, start, n, d_mean_q_tile);
     T* d_s_q = output(args.d_s_q, start, n, d_s_q_tile);
     sampled.read(args.noise, args.d_z, start, n, args.numel);
+    kept.read(args.mask, start, n);
     V temperature(args.noise.temperature);
     if (!args.mean_p) {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
@@ -105,22 +113,25 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
       bool prior(args.d_mean_p);
       T* d_mean_p = prior ? output(args.d_mean_p, start, n, d_mean_p_tile) : d_mean_p_tile;
       T* d_s_p = prior ? output(args.d_s_p, start, n, d_s_p_tile) : d_s_p_tile;
+      V share_q(args.share_q), share_p(args.share_p);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw_q = load(s_q + i, part), raw_p = load(s_p + i, part), upstream = load(d_kl + i, part);
         Spread<V, exponential> q = spread<exponential>(scale, raw_q), p = spread<exponential>(scale_p, raw_p);
         GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part) - load(mean_p + i, part), q, p);
-        V d_mean = upstream * kl.d_mean_q;
-        store(d_mean_q + i, d_mean + load(sampled.d_z + i, part), part);
-        V d_s = fma(temperature * q.d_std, (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part)), upstream * (kl.d_logvar_q * q.d_logvar));
+        V to_q = share_q * upstream, to_p = share_p * upstream;
+        store(d_mean_q + i, to_q * kl.d_mean_q + load(sampled.d_z + i, part), part);
+        V d_s = fma(temperature * q.d_std, (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part)), to_q * (kl.d_logvar_q * q.d_logvar));
         store(d_s_q + i, clamp_gradient(scale, raw_q, d_s), part);
-        store(d_mean_p + i, -d_mean, part);
-        store(d_s_p + i, clamp_gradient(scale_p, raw_p, upstream * (kl.d_logvar_p * p.d_logvar)), part);
+        store(d_mean_p + i, -to_p * kl.d_mean_q, part);
+        store(d_s_p + i, clamp_gradient(scale_p, raw_p, to_p * (kl.d_logvar_p * p.d_logvar)), part);
       });
       if (prior) {
+        kept.select(n, d_mean_p, d_s_p);
         finish(args.d_mean_p, start, n, d_mean_p, d_mean_p_tile);
         finish(args.d_s_p, start, n, d_s_p, d_s_p_tile);
       }
     }
+    kept.select(n, d_mean_q, d_s_q);
     finish(args.d_mean_q, start, n, d_mean_q, d_mean_q_tile);
     finish(args.d_s_q, start, n, d_s_q, d_s_q_tile);
   }
@@ -133,7 +144,8 @@ namespace fastelbo {
 std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
     Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p, std::optional<Tensor> seed,
     std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
-    std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim, ScalarType out_dtype) {
+    std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
+    std::optional<Tensor> mask, ScalarType out_dtype) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   Shape out = shape.prepend(num_samples);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
@@ -143,6 +155,7 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
   GaussianRsampleKL args{{mean_q, shape}, {s_q, shape}, {mean_p, shape}, {s_p, shape},
                          {noise, seed, noise_offset, num_samples, temperature, shape},
                          parse_scale(scale), parse_scale(scale_p), tiling, shape.numel(), {z, out}, &kl};
+  args.mask = {mask, shape};
   FASTELBO_RUN(gaussian_rsample_kl_fwd, dtype, args.scale.exponential() && args.scale_p.exponential(), args, tiling.tiles());
   return {z, kl.finish(dtype, tiling)};
 }
@@ -151,7 +164,8 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
     Tensor d_z, Tensor d_kl, Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
     std::optional<Tensor> seed, std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples,
-    double temperature, std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim, bool prior_grad) {
+    double temperature, std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
+    std::optional<double> balance, std::optional<Tensor> mask, bool prior_grad) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Device device(mean_q);
@@ -161,6 +175,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
                          {noise, seed, noise_offset, num_samples, temperature, shape},
                          parse_scale(scale), parse_scale(scale_p), {1, shape.numel()}, shape.numel(), {}, nullptr,
                          {d_z, shape.prepend(num_samples)}, {d_kl, shape, event_ndim}, {d_mean_q, shape}, {d_s_q, shape}};
+  args.mask = {mask, shape};
+  if (balance) {
+    args.share_q = 1 - *balance;
+    args.share_p = *balance;
+  }
   if (prior_grad) {
     args.d_mean_p = {d_mean_p, shape};
     args.d_s_p = {d_s_p, shape};

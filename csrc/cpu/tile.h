@@ -46,6 +46,7 @@ struct AsBF16 {
   }
 };
 struct AsF16 { using Stored = uint16_t; static float get(uint16_t x) { return half_to_float(x); } static uint16_t put(float x) { return float_to_half(x); } };
+struct AsU8 { using Stored = uint8_t; static float get(uint8_t x) { return x; } static uint8_t put(float x) { return uint8_t(x); } };
 
 template <class F>
 inline void with_format(Format format, F&& f) {
@@ -54,6 +55,7 @@ inline void with_format(Format format, F&& f) {
     case Format::f64: return f(AsF64{});
     case Format::bf16: return f(AsBF16{});
     case Format::f16: return f(AsF16{});
+    case Format::u8: return f(AsU8{});
   }
 }
 
@@ -136,6 +138,24 @@ inline void finish(const Operand& operand, int64_t start, int n, const T* tile, 
     with_format(operand.format, [&](auto format) { scatter<decltype(format)>(operand.data, offset, stride, count, tile + at); });
   });
 }
+
+// What a tile's elements are multiplied with, but that 0 takes the place of NaN, too.
+template <class T>
+struct MaskTile {
+  const T* mask;  // null where there is none
+  T scratch[kTile];
+
+  void read(const Operand& operand, int64_t start, int n) { mask = operand ? read_tile(operand, start, n, scratch) : nullptr; }
+  template <class... Values>
+  void select(int n, Values*... tiles) const {
+    if (mask) (select_one(n, tiles), ...);
+  }
+
+ private:
+  void select_one(int n, T* x) const {
+    for (int i = 0; i < n; ++i) x[i] = mask[i] != 0 ? x[i] : T(0);
+  }
+};
 
 // The sum of the lanes, a power of two of them, as a tree.
 template <int count>

@@ -15,6 +15,8 @@ struct GaussianKLArgs {
   Sums<V> sums;                      // where not
   Operand d_kl;                      // [rows, columns]
   Operand d_mean_q, d_s_q, d_mean_p, d_s_p;  // [rows, columns]; no d_mean_p: the prior needs no gradient
+  Operand mask;                      // [rows, columns]; none: every element counts
+  V share_q = 1, share_p = 1;        // of d_kl that reach q and p
 };
 
 template <class Access, bool exponential, Prior prior>
@@ -39,6 +41,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_kl_fwd_kern
       for (int i = 0; i < n; ++i)
         kl[i] = gaussian_kl(mean_q[i] - mean_p[i], spread<exponential>(args.scale, s_q[i]), spread<exponential>(args.scale_p, s_p[i])).value;
     }
+    select(Access::kept(args.mask, args.layout, place), kl);
     if (args.kl.data) Access::store_term(args.kl, args.layout, place, kl);
     else total += sum_inside<Access>(place, kl);
   }
@@ -56,6 +59,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_kl_bwd_kern
     Access::load(args.mean_q, args.layout, place, mean_q);
     Access::load(args.s_q, args.layout, place, s_q);
     Access::load_term(args.d_kl, args.layout, place, upstream);
+    const uint32_t kept = Access::kept(args.mask, args.layout, place);
     if (!has_prior<prior>(args.mean_p)) {
       FASTELBO_UNROLL
       for (int i = 0; i < n; ++i) {
@@ -72,16 +76,21 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_kl_bwd_kern
       for (int i = 0; i < n; ++i) {
         auto q = spread<exponential>(args.scale, s_q[i]), p = spread<exponential>(args.scale_p, s_p[i]);
         auto kl = gaussian_kl(mean_q[i] - mean_p[i], q, p);
-        mean_q[i] = upstream[i] * kl.d_mean_q;
-        mean_p[i] = -mean_q[i];
-        s_q[i] = clamp_gradient(args.scale, s_q[i], upstream[i] * (kl.d_logvar_q * q.d_logvar));
-        s_p[i] = clamp_gradient(args.scale_p, s_p[i], upstream[i] * (kl.d_logvar_p * p.d_logvar));
+        V to_q = args.share_q * upstream[i], to_p = args.share_p * upstream[i];
+        mean_q[i] = to_q * kl.d_mean_q;
+        mean_p[i] = -to_p * kl.d_mean_q;
+        s_q[i] = clamp_gradient(args.scale, s_q[i], to_q * (kl.d_logvar_q * q.d_logvar));
+        s_p[i] = clamp_gradient(args.scale_p, s_p[i], to_p * (kl.d_logvar_p * p.d_logvar));
       }
       if (args.d_mean_p.data) {
+        select(kept, mean_p);
+        select(kept, s_p);
         Access::store(args.d_mean_p, args.layout, place, mean_p);
         Access::store(args.d_s_p, args.layout, place, s_p);
       }
     }
+    select(kept, mean_q);
+    select(kept, s_q);
     Access::store(args.d_mean_q, args.layout, place, mean_q);
     Access::store(args.d_s_q, args.layout, place, s_q);
   }
@@ -92,15 +101,16 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_kl_bwd_kern
 namespace fastelbo {
 
 Tensor gaussian_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
-                       std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers, int64_t event_ndim) {
+                       std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers, int64_t event_ndim,
+                       std::optional<Tensor> mask) {
   Launcher launch("gaussian_kl_fwd", mean_q);
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
   Terms kl(shape, event_ndim, dtype, mean_q);
-  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape);
+  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape), mask_view(mask, shape);
   Plan plan(shape, event_ndim, dtype, {scale, scale_p}, std::nullopt, std::nullopt,
-            {&mean_q_view, &s_q_view, &mean_p_view, &s_p_view, &kl.elements});
+            {&mean_q_view, &s_q_view, &mean_p_view, &s_p_view, &mask_view, &kl.elements});
   kl.make_room(plan);
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
@@ -109,6 +119,7 @@ Tensor gaussian_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, 
                                         operand<Access>(mean_q_view, plan), operand<Access>(s_q_view, plan),
                                         operand<Access>(mean_p_view, plan), operand<Access>(s_p_view, plan),
                                         operand<Access>(kl.elements, plan), kl.sums<V>()};
+    args.mask = operand<Access>(mask_view, plan);
     with_prior<Access>(mean_p.has_value(), [&](auto prior) {
       launch(device::gaussian_kl_fwd_kernel<Access, exponential.value, prior.value>, args, plan.work.blocks);
     });
@@ -119,17 +130,18 @@ Tensor gaussian_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, 
 // Returns d_mean_q, d_s_q, d_mean_p, d_s_p, each of the full broadcast shape; the last two are empty without prior_grad.
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(
     Tensor d_kl, Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
-    std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers, int64_t event_ndim, bool prior_grad) {
+    std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers, int64_t event_ndim,
+    std::optional<double> balance, std::optional<Tensor> mask, bool prior_grad) {
   Launcher launch("gaussian_kl_bwd", mean_q);
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
   GaussianGradients grads(shape, mean_q, s_q, mean_p, s_p, prior_grad);
-  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape);
+  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape), mask_view(mask, shape);
   View d_kl_view = View::of_term(d_kl, shape, event_ndim);
   Plan plan(shape, 0, dtype, {scale, scale_p}, std::nullopt, std::nullopt,
             {&mean_q_view, &s_q_view, &mean_p_view, &s_p_view, &d_kl_view, &grads.d_mean_q_view, &grads.d_s_q_view,
-             &grads.d_mean_p_view, &grads.d_s_p_view});
+             &grads.d_mean_p_view, &grads.d_s_p_view, &mask_view});
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
     using V = typename Access::Value;
@@ -138,7 +150,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(
                                         operand<Access>(mean_p_view, plan), operand<Access>(s_p_view, plan), {}, {},
                                         operand<Access>(d_kl_view, plan),
                                         operand<Access>(grads.d_mean_q_view, plan), operand<Access>(grads.d_s_q_view, plan),
-                                        operand<Access>(grads.d_mean_p_view, plan), operand<Access>(grads.d_s_p_view, plan)};
+                                        operand<Access>(grads.d_mean_p_view, plan), operand<Access>(grads.d_s_p_view, plan),
+                                        operand<Access>(mask_view, plan)};
+    if (balance) {
+      args.share_q = V(1 - *balance);
+      args.share_p = V(*balance);
+    }
     with_prior<Access>(mean_p.has_value(), [&](auto prior) {
       launch(device::gaussian_kl_bwd_kernel<Access, exponential.value, prior.value>, args, plan.work.blocks);
     });

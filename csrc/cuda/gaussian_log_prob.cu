@@ -18,6 +18,7 @@ struct GaussianLogProb {
   Operand d_x, d_mean;  // [rows, columns]; no d_x: x needs no gradient
   Operand d_s;          // [rows, columns], where s is not a single number
   double* d_s_partial;  // [blocks], where it is: the sums that make up its gradient
+  Operand mask;         // [rows, columns]; none: every element counts
 };
 
 template <class Access, bool exponential>
@@ -34,6 +35,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_log_prob_fw
     Access::load_repeated(args.s, args.layout, place, s);
     FASTELBO_UNROLL
     for (int i = 0; i < n; ++i) x[i] = args.sign * gaussian_nll(x[i] - mean[i], spread<exponential>(args.scale, s[i])).value;
+    select(Access::kept(args.mask, args.layout, place), x);
     if (args.log_prob.data) Access::store_term(args.log_prob, args.layout, place, x);
     else total += sum_inside<Access>(place, x);
   }
@@ -53,6 +55,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_log_prob_bw
     Access::load(args.mean, args.layout, place, mean);
     Access::load_repeated(args.s, args.layout, place, s);
     Access::load_term(args.d_out, args.layout, place, upstream);
+    const uint32_t kept = Access::kept(args.mask, args.layout, place);
     FASTELBO_UNROLL
     for (int i = 0; i < n; ++i) {
       auto p = spread<exponential>(args.scale, s[i]);
@@ -62,6 +65,9 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_log_prob_bw
       mean[i] = -x[i];
       s[i] = clamp_gradient(args.scale, s[i], signed_upstream * (nll.d_logvar * p.d_logvar));
     }
+    select(kept, x);
+    select(kept, mean);
+    select(kept, s);
     if (args.d_x.data) Access::store(args.d_x, args.layout, place, x);
     Access::store(args.d_mean, args.layout, place, mean);
     if (args.d_s.data) Access::store(args.d_s, args.layout, place, s);
@@ -77,15 +83,16 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_log_prob_bw
 
 namespace fastelbo {
 
-Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double> scale_numbers, int64_t event_ndim, bool negative) {
+Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double> scale_numbers, int64_t event_ndim, bool negative,
+                             std::optional<Tensor> mask) {
   Launcher launch("gaussian_log_prob_fwd", mean);
   Shape shape = Shape(x).broadcast(mean).broadcast(s);
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
   Scale scale = parse_scale(scale_numbers);
   Terms log_prob(shape, event_ndim, dtype, mean);
-  View x_view(x, shape), mean_view(mean, shape), s_view(s, shape);
+  View x_view(x, shape), mean_view(mean, shape), s_view(s, shape), mask_view(mask, shape);
   s_view.repeats = true;
-  Plan plan(shape, event_ndim, dtype, {scale}, std::nullopt, std::nullopt, {&x_view, &mean_view, &s_view, &log_prob.elements});
+  Plan plan(shape, event_ndim, dtype, {scale}, std::nullopt, std::nullopt, {&x_view, &mean_view, &s_view, &mask_view, &log_prob.elements});
   log_prob.make_room(plan);
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
@@ -93,6 +100,7 @@ Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double
     device::GaussianLogProb<Access> args{plan.layout, plan.work, typename Access::Scale(scale), V(negative ? 1 : -1),
                                          operand<Access>(x_view, plan), operand<Access>(mean_view, plan), operand<Access>(s_view, plan),
                                          operand<Access>(log_prob.elements, plan), log_prob.sums<V>()};
+    args.mask = operand<Access>(mask_view, plan);
     launch(device::gaussian_log_prob_fwd_kernel<Access, exponential.value>, args, plan.work.blocks);
   });
   return log_prob.finish(launch, plan);
@@ -101,7 +109,7 @@ Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double
 // Returns d_x, d_mean, d_s, each of the full broadcast shape, but for an s of one element, whose gradient is summed here.
 // The first is empty without x_grad.
 std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x, Tensor mean, Tensor s, std::vector<double> scale_numbers,
-                                                         int64_t event_ndim, bool negative, bool x_grad) {
+                                                         int64_t event_ndim, bool negative, std::optional<Tensor> mask, bool x_grad) {
   Launcher launch("gaussian_log_prob_bwd", mean);
   Shape shape = Shape(x).broadcast(mean).broadcast(s);
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
@@ -111,12 +119,12 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
   Tensor d_x = allocate_gradient(shape, x, device, x_grad), d_mean = allocate_gradient(shape, mean, device);
   Tensor d_s = one_s ? allocate(Shape(s), dtype, device) : allocate_gradient(shape, s, device);
   View x_view(x, shape), mean_view(mean, shape), s_view(s, shape), d_out_view = View::of_term(d_out, shape, event_ndim);
-  View d_x_view, d_mean_view(d_mean, shape), d_s_view;
+  View d_x_view, d_mean_view(d_mean, shape), d_s_view, mask_view(mask, shape);
   s_view.repeats = true;
   if (x_grad) d_x_view = View(d_x, shape);
   if (!one_s) d_s_view = View(d_s, shape);
   Plan plan(shape, 0, dtype, {scale}, std::nullopt, std::nullopt,
-            {&x_view, &mean_view, &s_view, &d_out_view, &d_x_view, &d_mean_view, &d_s_view});
+            {&x_view, &mean_view, &s_view, &d_out_view, &d_x_view, &d_mean_view, &d_s_view, &mask_view});
   std::optional<Tensor> partial;
   if (one_s) partial = allocate(Shape{plan.work.blocks}, ScalarType::Double, device);
   dispatch(plan, [&](auto access, auto exponential) {
@@ -126,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
                                          operand<Access>(x_view, plan), operand<Access>(mean_view, plan), operand<Access>(s_view, plan),
                                          {}, {}, operand<Access>(d_out_view, plan), operand<Access>(d_x_view, plan),
                                          operand<Access>(d_mean_view, plan), operand<Access>(d_s_view, plan),
-                                         partial ? static_cast<double*>(partial->data_ptr()) : nullptr};
+                                         partial ? static_cast<double*>(partial->data_ptr()) : nullptr, operand<Access>(mask_view, plan)};
     launch(device::gaussian_log_prob_bwd_kernel<Access, exponential.value>, args, plan.work.blocks);
   });
   if (partial) add_partials(launch, *partial, 1, plan.work.blocks, dtype, d_s.data_ptr());

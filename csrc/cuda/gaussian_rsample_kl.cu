@@ -18,6 +18,8 @@ struct GaussianRsampleKL {
   Operand d_z;                       // [K, rows, columns]
   Operand d_kl;                      // [rows, columns]
   Operand d_mean_q, d_s_q, d_mean_p, d_s_p;  // [rows, columns]; no d_mean_p: the prior needs no gradient
+  Operand mask;                      // [rows, columns]; none: every element counts
+  V share_q = 1, share_p = 1;        // of d_kl that reach q and p
 };
 
 template <class Access, bool exponential, Prior prior>
@@ -50,6 +52,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_kl_
         std[i] = args.draw.temperature * q.std;
       }
     }
+    const uint32_t kept = Access::kept(args.mask, args.layout, place);
+    select(kept, kl);
     if (args.kl.data) Access::store_term(args.kl, args.layout, place, kl);
     else total += sum_inside<Access>(place, kl);
     uint32_t sample = 0;
@@ -58,6 +62,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_kl_
       args.draw.read(keys, args.layout, place, sample, z);
       FASTELBO_UNROLL
       for (int i = 0; i < n; ++i) z[i] = fma(std[i], z[i], mean_q[i]);
+      select(kept, z);
       Access::store(args.z, args.layout, place, z, sample);
     } while (++sample < args.draw.samples);
   }
@@ -76,6 +81,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_kl_
     Access::load(args.mean_q, args.layout, place, mean_q);
     Access::load(args.s_q, args.layout, place, s_q);
     Access::load_term(args.d_kl, args.layout, place, upstream);
+    const uint32_t kept = Access::kept(args.mask, args.layout, place);
     uint32_t sample = 0;
     do {
       V d_z[n], noise[n];
@@ -104,18 +110,22 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_kl_
       for (int i = 0; i < n; ++i) {
         auto q = spread<exponential>(args.scale, s_q[i]), p = spread<exponential>(args.scale_p, s_p[i]);
         auto kl = gaussian_kl(mean_q[i] - mean_p[i], q, p);
-        V d_mean = upstream[i] * kl.d_mean_q;
-        mean_q[i] = d_mean + sampled[i];
-        mean_p[i] = -d_mean;
-        V d_s = fma(args.draw.temperature * q.d_std, noisy[i], upstream[i] * (kl.d_logvar_q * q.d_logvar));
+        V to_q = args.share_q * upstream[i], to_p = args.share_p * upstream[i];
+        mean_q[i] = to_q * kl.d_mean_q + sampled[i];
+        mean_p[i] = -to_p * kl.d_mean_q;
+        V d_s = fma(args.draw.temperature * q.d_std, noisy[i], to_q * (kl.d_logvar_q * q.d_logvar));
         s_q[i] = clamp_gradient(args.scale, s_q[i], d_s);
-        s_p[i] = clamp_gradient(args.scale_p, s_p[i], upstream[i] * (kl.d_logvar_p * p.d_logvar));
+        s_p[i] = clamp_gradient(args.scale_p, s_p[i], to_p * (kl.d_logvar_p * p.d_logvar));
       }
       if (args.d_mean_p.data) {
+        select(kept, mean_p);
+        select(kept, s_p);
         Access::store(args.d_mean_p, args.layout, place, mean_p);
         Access::store(args.d_s_p, args.layout, place, s_p);
       }
     }
+    select(kept, mean_q);
+    select(kept, s_q);
     Access::store(args.d_mean_q, args.layout, place, mean_q);
     Access::store(args.d_s_q, args.layout, place, s_q);
   }
@@ -128,17 +138,18 @@ namespace fastelbo {
 std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
     Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p, std::optional<Tensor> seed,
     std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
-    std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers, int64_t event_ndim, ScalarType out_dtype) {
+    std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers, int64_t event_ndim,
+    std::optional<Tensor> mask, ScalarType out_dtype) {
   Launcher launch("gaussian_rsample_kl_fwd", mean_q);
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p), out = shape.prepend(num_samples);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
   Tensor z = num_samples ? allocate(out, out_dtype, Device(mean_q)) : allocate(out, out_dtype, mean_q);
   Terms kl(shape, event_ndim, dtype, mean_q);
-  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape);
+  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape), mask_view(mask, shape);
   View z_view = View::of_samples(z, shape, num_samples), noise_view = View::of_samples(noise, shape, num_samples);
   Plan plan(shape, event_ndim, dtype, {scale, scale_p}, noise ? std::nullopt : std::optional(noise_offset), num_samples,
-            {&mean_q_view, &s_q_view, &mean_p_view, &s_p_view, &z_view, &noise_view, &kl.elements});
+            {&mean_q_view, &s_q_view, &mean_p_view, &s_p_view, &z_view, &noise_view, &mask_view, &kl.elements});
   kl.make_room(plan);
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
@@ -148,6 +159,7 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
                                            operand<Access>(mean_q_view, plan), operand<Access>(s_q_view, plan),
                                            operand<Access>(mean_p_view, plan), operand<Access>(s_p_view, plan),
                                            operand<Access>(z_view, plan), operand<Access>(kl.elements, plan), kl.sums<V>()};
+    args.mask = operand<Access>(mask_view, plan);
     with_prior<Access>(mean_p.has_value(), [&](auto prior) {
       launch(device::gaussian_rsample_kl_fwd_kernel<Access, exponential.value, prior.value>, args, plan.work.blocks);
     });
@@ -159,18 +171,19 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
     Tensor d_z, Tensor d_kl, Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
     std::optional<Tensor> seed, std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples,
-    double temperature, std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers, int64_t event_ndim, bool prior_grad) {
+    double temperature, std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers, int64_t event_ndim,
+    std::optional<double> balance, std::optional<Tensor> mask, bool prior_grad) {
   Launcher launch("gaussian_rsample_kl_bwd", mean_q);
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
   GaussianGradients grads(shape, mean_q, s_q, mean_p, s_p, prior_grad);
-  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape);
+  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape), mask_view(mask, shape);
   View d_z_view = View::of_samples(d_z, shape, num_samples), noise_view = View::of_samples(noise, shape, num_samples);
   View d_kl_view = View::of_term(d_kl, shape, event_ndim);
   Plan plan(shape, 0, dtype, {scale, scale_p}, noise ? std::nullopt : std::optional(noise_offset), num_samples,
             {&mean_q_view, &s_q_view, &mean_p_view, &s_p_view, &d_z_view, &noise_view, &d_kl_view, &grads.d_mean_q_view,
-             &grads.d_s_q_view, &grads.d_mean_p_view, &grads.d_s_p_view});
+             &grads.d_s_q_view, &grads.d_mean_p_view, &grads.d_s_p_view, &mask_view});
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
     using V = typename Access::Value;
@@ -180,7 +193,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
                                            operand<Access>(mean_p_view, plan), operand<Access>(s_p_view, plan), {}, {}, {},
                                            operand<Access>(d_z_view, plan), operand<Access>(d_kl_view, plan),
                                            operand<Access>(grads.d_mean_q_view, plan), operand<Access>(grads.d_s_q_view, plan),
-                                           operand<Access>(grads.d_mean_p_view, plan), operand<Access>(grads.d_s_p_view, plan)};
+                                           operand<Access>(grads.d_mean_p_view, plan), operand<Access>(grads.d_s_p_view, plan),
+                                           operand<Access>(mask_view, plan)};
+    if (balance) {
+      args.share_q = V(1 - *balance);
+      args.share_p = V(*balance);
+    }
     with_prior<Access>(mean_p.has_value(), [&](auto prior) {
       launch(device::gaussian_rsample_kl_bwd_kernel<Access, exponential.value, prior.value>, args, plan.work.blocks);
     });

@@ -188,6 +188,7 @@ struct Packed {
   };
 
   static FASTELBO_INLINE constexpr bool approximate(bool) { return format != Format::f32; }
+  static FASTELBO_INLINE constexpr uint32_t kept(const Operand&, const Layout&, const Place&) { return ~0u; }  // no mask
 
   static FASTELBO_INLINE Place place(const Layout& layout, uint32_t row, uint32_t group) {
     return {row, group, layout.first_block + uint64_t(row * layout.vectors + group) * (width / 4)};
@@ -292,6 +293,17 @@ struct Strided {
 
   static FASTELBO_INLINE bool approximate(bool sample_is_half) { return sample_is_half; }
 
+  // A bit for each element of the group: whether the mask keeps it.
+  static FASTELBO_INLINE uint32_t kept(const Operand& mask, const Layout& layout, const Place& place) {
+    if (!mask.data) return ~0u;
+    uint32_t bits = 0;
+    int64_t row = walk(mask, layout, place.row, 0, layout.outer);
+    FASTELBO_UNROLL
+    for (int i = 0; i < width; ++i)
+      if (place.inside(i) && mask.data[row + walk(mask, layout, place.column + i, layout.outer, layout.outer + layout.inner)]) bits |= 1u << i;
+    return bits;
+  }
+
   static FASTELBO_INLINE Place place(const Layout& layout, int64_t row, int64_t group) {
     uint64_t index = uint64_t(layout.noise_offset) + uint64_t(row) * uint64_t(layout.columns);
     int shift = layout.drawn ? int(index % 4) : 0;
@@ -332,6 +344,13 @@ struct Strided {
   static FASTELBO_INLINE void load_term(const Operand& operand, const Layout& layout, const Place& place, T (&out)[width]) { load(operand, layout, place, out); }
   static FASTELBO_INLINE void store_term(const Operand& operand, const Layout& layout, const Place& place, const T (&x)[width]) { store(operand, layout, place, x); }
 };
+
+// Sets to 0 what a mask leaves out of a group, NaN too.
+template <int n, class V>
+FASTELBO_INLINE void select(uint32_t kept, V (&x)[n]) {
+  FASTELBO_UNROLL
+  for (int i = 0; i < n; ++i) x[i] = kept >> i & 1 ? x[i] : V(0);
+}
 
 // The sum of what of a group is inside.
 template <class Access, class V>

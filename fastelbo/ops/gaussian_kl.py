@@ -5,7 +5,7 @@ import torch
 from fastelbo import _checks, _library, backends, reference
 from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
 from fastelbo.reference.gaussian_kl import event_sum
-from fastelbo.scale import as_scale
+from fastelbo.scale import as_scale, numbers
 
 
 def gaussian_kl(
@@ -142,11 +142,6 @@ def prior_scale(scale, mean_p, scale_p):
     return scale if scale_p is None else as_scale(scale_p)
 
 
-def numbers(scale):
-    """A Scale or None as the compiled ops take it."""
-    return None if scale is None else scale.numbers
-
-
 class _GaussianKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mean_q, s_q, mean_p, s_p, mask, scale, scale_p, balance, event_ndim, backend):
@@ -154,9 +149,7 @@ class _GaussianKL(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.scale_p, ctx.balance = scale, scale_p, balance
         ctx.event_ndim, ctx.backend = event_ndim, backend
-        summed = event_ndim if mask is None else 0
-        kl = _FWD[backend](mean_q, s_q, mean_p, s_p, scale.numbers, numbers(scale_p), summed)
-        return kl if mask is None else _library.masked_sum(kl, mask, event_ndim)
+        return _FWD[backend](mean_q, s_q, mean_p, s_p, numbers(scale), numbers(scale_p), event_ndim, mask)
 
     @staticmethod
     def backward(ctx, d_kl):
@@ -172,11 +165,9 @@ class _GaussianKL(torch.autograd.Function):
             grads = _library.reference_gradients(kl, inputs, ctx.needs_input_grad[:4], (d_kl,))
         else:
             prior_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-            grads = BWD[ctx.backend](d_kl, *inputs, ctx.scale.numbers, numbers(ctx.scale_p), ctx.event_ndim, prior_grad)
-            if ctx.balance is not None:
-                shares = (1 - ctx.balance,) * 2 + (ctx.balance,) * 2
-                grads = tuple(grad.mul_(share) for grad, share in zip(grads, shares, strict=True))
-            grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad, mask)
+            scales = numbers(ctx.scale), numbers(ctx.scale_p)
+            grads = _BWD[ctx.backend](d_kl, *inputs, *scales, ctx.event_ndim, ctx.balance, mask, prior_grad)
+            grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad)
         return *grads, None, None, None, None, None, None
 
 
@@ -195,24 +186,24 @@ def gradients_fake(shape, mean_q, s_q, mean_p, s_p, prior_grad):
     return *q, mean_q.new_empty((0,), dtype=torch.float32), mean_q.new_empty((0,), dtype=torch.float32)
 
 
-def _fwd_fake(mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim):
+def _fwd_fake(mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask):
     shape = prior_shape(mean_q, s_q, mean_p, s_p)
     return _library.empty_terms(shape, event_ndim, mean_q, (mean_q, s_q, mean_p, s_p))
 
 
-def _bwd_fake(d_kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, prior_grad):
+def _bwd_fake(d_kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, balance, mask, prior_grad):
     return gradients_fake(prior_shape(mean_q, s_q, mean_p, s_p), mean_q, s_q, mean_p, s_p, prior_grad)
 
 
 _FWD = _library.define(
     "gaussian_kl_fwd",
-    "(Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, float[] scale, float[]? scale_p, int event_ndim)"
-    " -> Tensor",
+    "(Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, float[] scale, float[]? scale_p, int event_ndim,"
+    " Tensor? mask) -> Tensor",
     _fwd_fake,
 )
-BWD = _library.define(
+_BWD = _library.define(
     "gaussian_kl_bwd",
     "(Tensor d_kl, Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, float[] scale, float[]? scale_p,"
-    " int event_ndim, bool prior_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    " int event_ndim, float? balance, Tensor? mask, bool prior_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
 )

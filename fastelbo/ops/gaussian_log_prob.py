@@ -6,7 +6,7 @@ from fastelbo import _checks, _library, backends, reference
 from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
 from fastelbo.reference.gaussian_kl import event_sum
 from fastelbo.reference.scale import arithmetic, log_std_and_std
-from fastelbo.scale import as_scale
+from fastelbo.scale import as_scale, numbers
 
 
 def gaussian_log_prob(x, mean, s, *, scale="logvar", event_ndim=None, reduction="none", mask=None, backend=None):
@@ -97,8 +97,6 @@ def _log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative)
         _checks.mask("mask", mask, shape, x.device)
     backend = backends.choose(x.device, backend, backends.only_reference())
     s, scale = clamp_before_broadcast(s, shape, scale)
-    if mask is not None:
-        s = s.expand(shape)  # the kernel sums the gradient of a single sigma, before the mask can select
     inputs = _library.distinct(x, mean, s)
     kernel_ndim = _library.kernel_event_ndim(event_ndim, reduction, shape)
     if backend == "reference":
@@ -115,8 +113,7 @@ class _GaussianLogProb(torch.autograd.Function):
         ctx.save_for_backward(x, mean, s, mask)
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.event_ndim, ctx.negative, ctx.backend = scale, event_ndim, negative, backend
-        out = _FWD[backend](x, mean, s, scale.numbers, event_ndim if mask is None else 0, negative)
-        return out if mask is None else _library.masked_sum(out, mask, event_ndim)
+        return _FWD[backend](x, mean, s, numbers(scale), event_ndim, negative, mask)
 
     @staticmethod
     def backward(ctx, d_out):
@@ -132,18 +129,18 @@ class _GaussianLogProb(torch.autograd.Function):
             grads = _library.reference_gradients(log_prob, inputs, ctx.needs_input_grad[:3], (d_out,))
         else:
             grads = _BWD[ctx.backend](
-                d_out, *inputs, ctx.scale.numbers, ctx.event_ndim, ctx.negative, ctx.needs_input_grad[0]
+                d_out, *inputs, numbers(ctx.scale), ctx.event_ndim, ctx.negative, mask, ctx.needs_input_grad[0]
             )
-            grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad, mask)
+            grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad)
         return *grads, None, None, None, None, None
 
 
-def _fwd_fake(x, mean, s, scale, event_ndim, negative):
+def _fwd_fake(x, mean, s, scale, event_ndim, negative, mask):
     shape = torch.broadcast_shapes(x.shape, mean.shape, s.shape)
     return _library.empty_terms(shape, event_ndim, mean, (x, mean, s))
 
 
-def _bwd_fake(d_out, x, mean, s, scale, event_ndim, negative, x_grad):
+def _bwd_fake(d_out, x, mean, s, scale, event_ndim, negative, mask, x_grad):
     shape = torch.broadcast_shapes(x.shape, mean.shape, s.shape)
     d_x = _library.empty(shape, x.dtype, x) if x_grad else x.new_empty((0,), dtype=torch.float32)
     if s.numel() == 1:
@@ -155,12 +152,12 @@ def _bwd_fake(d_out, x, mean, s, scale, event_ndim, negative, x_grad):
 
 _FWD = _library.define(
     "gaussian_log_prob_fwd",
-    "(Tensor x, Tensor mean, Tensor s, float[] scale, int event_ndim, bool negative) -> Tensor",
+    "(Tensor x, Tensor mean, Tensor s, float[] scale, int event_ndim, bool negative, Tensor? mask) -> Tensor",
     _fwd_fake,
 )
 _BWD = _library.define(
     "gaussian_log_prob_bwd",
-    "(Tensor d_out, Tensor x, Tensor mean, Tensor s, float[] scale, int event_ndim, bool negative, bool x_grad)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor d_out, Tensor x, Tensor mean, Tensor s, float[] scale, int event_ndim, bool negative, Tensor? mask,"
+    " bool x_grad) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
 )

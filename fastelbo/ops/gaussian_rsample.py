@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from fastelbo import _checks, _library, _seed, backends, reference
-from fastelbo.scale import Scale, as_scale
+from fastelbo.scale import Scale, as_scale, numbers
 
 
 def gaussian_rsample(
@@ -103,7 +103,7 @@ class _GaussianRsample(torch.autograd.Function):
         ctx.mean_shape, ctx.mean_dtype = mean.shape, mean.dtype
         ctx.draw = (noise_offset, num_samples, temperature)
         ctx.scale, ctx.backend = scale, backend
-        return _FWD[backend](mean, s, seed, noise, noise_offset, num_samples, temperature, scale.numbers, out_dtype)
+        return _FWD[backend](mean, s, seed, noise, noise_offset, num_samples, temperature, numbers(scale), out_dtype)
 
     @staticmethod
     def backward(ctx, d_z):
@@ -136,7 +136,7 @@ class _GaussianRsample(torch.autograd.Function):
 
                 (d_s,) = _library.reference_gradients(sample, (s,), (True,), (d_z,))
             else:
-                d_s = _library.sum_to(_BWD[ctx.backend](d_z, s, seed, noise, *ctx.draw, ctx.scale.numbers), s)
+                d_s = _library.sum_to(_BWD[ctx.backend](d_z, s, seed, noise, *ctx.draw, numbers(ctx.scale)), s)
         return d_mean, d_s, None, None, None, None, None, None, None, None
 
 

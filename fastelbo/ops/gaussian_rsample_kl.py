@@ -3,17 +3,15 @@
 import torch
 
 from fastelbo import _checks, _library, _seed, backends, reference
-from fastelbo.ops.gaussian_kl import BWD as KL_BWD
 from fastelbo.ops.gaussian_kl import (
     computed_event_ndim,
     floored,
     gradients_fake,
-    numbers,
     prior_scale,
     prior_shape,
 )
 from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
-from fastelbo.scale import as_scale
+from fastelbo.scale import as_scale, numbers
 
 
 def gaussian_rsample_kl(
@@ -129,13 +127,9 @@ class _GaussianRsampleKL(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.draw, ctx.scale, ctx.scale_p, ctx.balance = draw, scale, scale_p, balance
         ctx.event_ndim, ctx.out_dtype, ctx.backend = event_ndim, out_dtype, backend
-        summed = event_ndim if mask is None else 0
-        z, kl = _FWD[backend](
-            mean_q, s_q, mean_p, s_p, seed, noise, *draw, scale.numbers, numbers(scale_p), summed, out_dtype
+        return _FWD[backend](
+            mean_q, s_q, mean_p, s_p, seed, noise, *draw, numbers(scale), numbers(scale_p), event_ndim, mask, out_dtype
         )
-        if mask is not None:
-            z, kl = z.masked_fill_(~mask, 0), _library.masked_sum(kl, mask, event_ndim)
-        return z, kl
 
     @staticmethod
     def backward(ctx, d_z, d_kl):
@@ -171,16 +165,10 @@ class _GaussianRsampleKL(torch.autograd.Function):
                 else:
                     d_kl = zero.expand(shape[: len(shape) - ctx.event_ndim])
             prior_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-            scales = ctx.scale.numbers, numbers(ctx.scale_p)
-            draw = seed, noise, *ctx.draw
-            if ctx.balance is None:
-                grads = _BWD[ctx.backend](d_z, d_kl, *inputs, *draw, *scales, ctx.event_ndim, prior_grad)
-            else:  # two passes: the gradients of q, in which that of z has a part, cannot be scaled afterwards
-                d_kl_q, d_kl_p = (1 - ctx.balance) * d_kl, ctx.balance * d_kl
-                grads = _BWD[ctx.backend](d_z, d_kl_q, *inputs, *draw, *scales, ctx.event_ndim, False)
-                if prior_grad:
-                    grads = *grads[:2], *KL_BWD[ctx.backend](d_kl_p, *inputs, *scales, ctx.event_ndim, True)[2:]
-            grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad, mask)
+            scales = numbers(ctx.scale), numbers(ctx.scale_p)
+            objective = ctx.event_ndim, ctx.balance, mask, prior_grad
+            grads = _BWD[ctx.backend](d_z, d_kl, *inputs, seed, noise, *ctx.draw, *scales, *objective)
+            grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad)
         return *grads, None, None, None, None, None, None, None, None, None, None
 
 
@@ -197,6 +185,7 @@ def _fwd_fake(
     scale,
     scale_p,
     event_ndim,
+    mask,
     out_dtype,
 ):
     shape = prior_shape(mean_q, s_q, mean_p, s_p)
@@ -221,6 +210,8 @@ def _bwd_fake(
     scale,
     scale_p,
     event_ndim,
+    balance,
+    mask,
     prior_grad,
 ):
     return gradients_fake(prior_shape(mean_q, s_q, mean_p, s_p), mean_q, s_q, mean_p, s_p, prior_grad)
@@ -229,14 +220,14 @@ def _bwd_fake(
 _FWD = _library.define(
     "gaussian_rsample_kl_fwd",
     "(Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, Tensor? seed, Tensor? noise, SymInt noise_offset,"
-    " SymInt? num_samples, float temperature, float[] scale, float[]? scale_p, int event_ndim, ScalarType out_dtype)"
-    " -> (Tensor, Tensor)",
+    " SymInt? num_samples, float temperature, float[] scale, float[]? scale_p, int event_ndim, Tensor? mask,"
+    " ScalarType out_dtype) -> (Tensor, Tensor)",
     _fwd_fake,
 )
 _BWD = _library.define(
     "gaussian_rsample_kl_bwd",
     "(Tensor d_z, Tensor d_kl, Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, Tensor? seed, Tensor? noise,"
     " SymInt noise_offset, SymInt? num_samples, float temperature, float[] scale, float[]? scale_p, int event_ndim,"
-    " bool prior_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float? balance, Tensor? mask, bool prior_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
 )
