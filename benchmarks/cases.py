@@ -328,8 +328,13 @@ def check(case: Case, name: str, result, inputs, pass_: str) -> None:
     exact = case.lines(*exact_inputs, *noise)
     exact_grads = torch.autograd.grad(exact, leaves, upstream_like(exact)) if with_backward else ()
     exact = exact if isinstance(exact, tuple) else (exact,)
-    assert len(outputs) == len(exact), f"{name}: {len(outputs)} outputs, not {len(exact)}"
-    for index, (actual, expected) in enumerate(zip((*outputs, *grads), (*exact, *exact_grads), strict=True)):
-        assert actual.shape == expected.shape, f"{name}: output or gradient {index} is {tuple(actual.shape)}"
-        error = (actual - expected).abs().max() / expected.abs().max()
-        assert error < TOLERANCE[inputs[0].dtype], f"{name}: output or gradient {index} is off by {error:.1e}"
+    compare(name, (*outputs, *grads), (*exact, *exact_grads), TOLERANCE[inputs[0].dtype])
+
+
+def compare(name: str, results, expected, tolerance: float) -> None:
+    """Raises AssertionError unless outputs and gradients are as expected, but for so much of the largest value."""
+    assert len(results) == len(expected), f"{name}: {len(results)} outputs and gradients, not {len(expected)}"
+    for index, (actual, wanted) in enumerate(zip(results, expected, strict=True)):
+        assert actual.shape == wanted.shape, f"{name}: output or gradient {index} is {tuple(actual.shape)}"
+        error = (actual - wanted).abs().max() / wanted.abs().max()
+        assert error < tolerance, f"{name}: output or gradient {index} is off by {error:.1e}"

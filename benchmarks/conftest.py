@@ -1,7 +1,5 @@
 """Options of `pytest benchmarks`, and what its cases share: the tests' verdict, where rows go."""
 
-import ctypes
-import platform
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode adds nothing to it
 
 import cases
+import host_clock
 import machine
 import rows
 
@@ -40,19 +39,7 @@ def pytest_configure(config):
     config.option.benchmark_quiet = True  # our table replaces pytest-benchmark's; --benchmark-verbose brings it back
     if config.option.threads:
         torch.set_num_threads(config.option.threads)
-    keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Makes glibc keep what is freed, for every contestant alike.
-
-    By default it returns large blocks to the kernel, and the page faults of getting them back cost as much as a kernel
-    does: they would be charged to whoever allocates, and not to the copy.
-    """
-    if platform.system() == "Linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_max = -1, -4
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+    host_clock.keep_freed_memory()
 
 
 @pytest.fixture(scope="session")

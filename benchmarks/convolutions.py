@@ -6,16 +6,11 @@ faster of padding above and of computing rows too many), and torch.compile of th
 run; rows go to benchmarks/results/conv_<device>.csv.
 """
 
-import argparse
 import csv
-import gc
-import math
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
+import host_clock
 import machine
 import rows
 import torch
@@ -23,7 +18,6 @@ import torch.nn.functional as F  # noqa: N812
 
 import fastelbo
 
-ROOT = Path(__file__).parent.parent
 SAMPLE_SECONDS = 5e-3
 # Of an H200: multiplications and additions a second in bfloat16 that matrix products reach, bytes a second of a copy.
 TENSOR_CORES, COPY = 7.9e14, 4.3e12
@@ -119,31 +113,6 @@ def make_call(function, memory_format, layer: Layer, dtype, device, with_backwar
     return step
 
 
-def clock(device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def measure(calls: dict[str, Callable], rounds: int, device) -> dict[str, list[float]]:
-    """Seconds per call, one sample of every contestant a round, each round started by another."""
-
-    def sample(call, loops):
-        call()
-        start = clock(device)
-        for _ in range(loops):
-            call()
-        return (clock(device) - start) / loops
-
-    loops = {name: max(1, math.ceil(SAMPLE_SECONDS / sample(call, 1))) for name, call in calls.items()}
-    samples = {name: [] for name in calls}
-    names = list(calls)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            samples[name].append(sample(calls[name], loops[name]))
-    return samples
-
-
 def check(results: dict[str, tuple], dtype) -> None:
     """All compute the same function."""
     results = {name: r if isinstance(r, tuple) else (r,) for name, r in results.items()}
@@ -190,21 +159,13 @@ def bounds() -> "list[dict]":
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = machine.parser(__doc__, rounds=10)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--layer", type=int, nargs="*", help=f"0 to {len(LAYERS) - 1}; default: all")
     parser.add_argument("--pass", dest="passes", choices=PASSES, nargs="*", default=PASSES)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes its time")
     parser.add_argument("--bounds", action="store_true", help="no timing: what an H200 allows, to conv_bounds.csv")
-    parser.add_argument("--no-save", action="store_true", help="append no rows to the results")
-    parser.add_argument("--results", type=Path, metavar="DIR", default=rows.RESULTS, help="of conv_<device>.csv")
-    parser.add_argument("--unverified", action="store_true", help="without running the op's tests; the rows say so")
-    parser.add_argument(
-        "--verdict", type=Path, metavar="XML", help="pytest's --junitxml of the op's tests, run just before"
-    )
     options = parser.parse_args()
     if options.bounds:
         lines = bounds()
@@ -214,20 +175,10 @@ def main():
             writer.writerows(lines)
         print(rows.aligned([tuple(lines[0]), *(tuple(line.values()) for line in lines)]))
         return
-    if options.threads:
-        torch.set_num_threads(options.threads)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     backends = [name for name in rows.OURS if fastelbo.backends.why_not(name, device) is None]
-    if options.verdict:
-        failure = machine.recorded_failure("masked_conv2d", options.verdict)
-    elif not options.unverified:  # tests of other backends (Triton's interpreter) say nothing about these
-        only = " or ".join(f"[{name}" for name in backends)
-        failure = machine.test_failure("masked_conv2d", ROOT, only)
-    else:
-        failure = ""
-    if failure:
-        sys.exit(f"its tests must pass before an op is timed (or --unverified): {failure}")
-    about = machine.session(device) | machine.threads() | {"verified": "no" if options.unverified else "yes"}
+    # tests of other backends (Triton's interpreter) say nothing about these
+    about = machine.start(device, options, ["masked_conv2d"], only=" or ".join(f"[{name}" for name in backends))
     for index in options.layer or range(len(LAYERS)):
         layer = LAYERS[index]
         for pass_ in options.passes:
@@ -236,8 +187,7 @@ def main():
             found = contestants(layer, dtype, device, backends, not options.no_compile)
             calls = {name: make_call(*entry, layer, dtype, device, with_backward) for name, entry in found.items()}
             check({name: call() for name, call in calls.items()}, dtype)
-            gc.collect()
-            samples = measure(calls, options.rounds, device)
+            samples = host_clock.measure(calls, options.rounds, SAMPLE_SECONDS)
             fastest = {name: min(values) for name, values in samples.items()}
             report(layer, pass_, options, backends, samples, fastest, about)
 

@@ -1,9 +1,7 @@
 """Times every case: ours against all of its rivals, in turns, within one run."""
 
 import gc
-import math
 import statistics
-import time
 from collections import deque
 from collections.abc import Callable
 
@@ -12,28 +10,9 @@ import gpu_clock
 import pytest
 import rows
 import torch
+from host_clock import clock, loops_for, sample
 
 SAMPLE_SECONDS = 2e-3  # a sample is as many calls as last this long, or one
-
-
-def clock() -> float:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def sample(call: Callable, loops: int) -> float:
-    """Seconds per call, after one that is not timed, so that all start with caches of their own making."""
-    call()
-    start = clock()
-    for _ in range(loops):
-        call()
-    return (clock() - start) / loops
-
-
-def loops_for(call: Callable) -> int:
-    sample(call, 1)
-    return max(1, math.ceil(SAMPLE_SECONDS / min(sample(call, 3) for _ in range(3))))
 
 
 def measure(benchmark, calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
@@ -44,7 +23,7 @@ def measure(benchmark, calls: dict[str, Callable], rounds: int) -> dict[str, lis
     """
     first, *others = calls
     order = deque(others)
-    loops = {name: loops_for(call) for name, call in calls.items()}
+    loops = {name: loops_for(call, SAMPLE_SECONDS) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
 
     def call_first():

@@ -1,5 +1,6 @@
 """The benchmarks' own tools, as far as a machine without a GPU can tell: gpu.sh, collection, rows, report and plot."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -293,3 +294,77 @@ def test_nothing_to_show(name, tmp_path):
         assert sentence in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "figures").exists()
     assert tool(name, "--help").returncode == 0
+
+
+# Drop-ins
+
+
+def test_drop_ins_are_timed(modules, tmp_path):
+    import rows
+
+    done = tool("dropins.py", "--op", "compat.pythae", "--rounds", "2", "--unverified", "--results", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "compat.pythae sample_and_kl" in done.stdout and "UNVERIFIED" in done.stdout
+    found = rows.read(tmp_path / "dropins_cpu.csv")
+    assert [row.contestant for row in found] == ["cpu", "eager"] * 2
+    ours, theirs, *_ = found
+    assert ours.over_eager == pytest.approx(theirs.min_us / ours.min_us, rel=1e-3) and theirs.over_eager is None
+    assert (ours.op, ours.shape, ours.pass_, ours.verified) == ("compat.pythae", "100x16", "forward_backward", "no")
+    # two inputs, z and kl; in the backward the same, and two gradients
+    assert ours.bytes == 4 * (2 * (2 * 1600 + 1600 + 100) + 2 * 1600)
+
+
+def test_every_drop_in_agrees_with_the_original(modules):
+    """All but Pyro's, which changes what torch.distributions does in this process."""
+    import dropins
+
+    for drop_in in dropins.DROP_INS:
+        if drop_in.op != "compat.pyro":
+            dropins.torch.manual_seed(0)
+            dropins.check(drop_in, drop_in.inputs())
+    ops = {drop_in.op for drop_in in dropins.DROP_INS}
+    assert {f"compat.{project}" for project in dropins.fastelbo.compat.PROJECTS} < ops
+
+
+def mistaken(part):
+    """Pythae's lines with one thing wrong."""
+    import dropins
+
+    def lines(mu, log_var):
+        z, kl = dropins.sample_and_kl(mu, log_var)
+        return {
+            "value": (z, 1.001 * kl),
+            "nan": (z, kl / 0),
+            "gradient": (z, kl.detach() + kl - kl.detach() + (mu - mu.detach()).sum(dim=-1)),
+            "noise": ((1 + 1e-3) * z, kl),
+            "shape": (z, kl[:, None]),
+            "missing": z,
+        }[part]
+
+    return lines
+
+
+@pytest.mark.parametrize("part", ["value", "nan", "gradient", "noise", "shape", "missing"])
+def test_a_drop_in_that_computes_something_else_is_not_timed(part, modules, monkeypatch, capsys, tmp_path):
+    import dropins
+    import rows
+
+    right = next(drop_in for drop_in in dropins.DROP_INS if drop_in.case == "sample_and_kl")
+    wrong = dataclasses.replace(right, op="compat.wrong", theirs=mistaken(part))
+    options = ("--rounds", "2", "--unverified", "--results", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["dropins.py", *options])
+    monkeypatch.setattr(dropins.host_clock, "keep_freed_memory", lambda: None)  # for good, in this process
+    with pytest.raises(SystemExit, match=r"^not timed: compat\.wrong sample_and_kl: ") as stopped:
+        dropins.main([wrong, right])
+    assert "output" in stopped.value.code
+    assert {row.op for row in rows.read(tmp_path / "dropins_cpu.csv")} == {"compat.pythae"}
+    assert "compat.wrong" not in capsys.readouterr().out
+
+
+def test_drop_ins_whose_tests_fail_are_not_timed(tmp_path):
+    verdict = tmp_path / "verdict.xml"
+    verdict.write_text("<testsuites/>")
+    options = ("--op", "compat.pythae", "--rounds", "2", "--verdict", verdict, "--results", tmp_path / "none")
+    done = tool("dropins.py", *options)
+    assert done.returncode == 1 and "none of its tests ran" in done.stderr
+    assert not (tmp_path / "none").exists()
