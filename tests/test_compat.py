@@ -433,6 +433,10 @@ def test_vits():
     torch.manual_seed(0)
     expected = fastelbo.gaussian_rsample(inputs[0], inputs[1], scale="log_std", temperature=0.5)
     torch.testing.assert_close(z, expected * mask)
+    leaves = [x.clone().requires_grad_() for x in poisoned[:2]]
+    gradients = torch.autograd.grad(vits.posterior_sample(*leaves, mask).sum(), leaves)
+    assert torch.equal(gradients[0], mask.expand_as(z).double())
+    assert not (gradients[1] * (1 - mask)).any() and (gradients[1] != 0).logical_or(mask == 0).all()
 
 
 # dreamer

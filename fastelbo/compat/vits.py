@@ -56,6 +56,6 @@ def posterior_sample(m, logs, x_mask, noise_scale=1.0):
         >>> fastelbo.compat.vits.posterior_sample(m, logs, torch.zeros(2, 1, 4)).abs().sum()
         tensor(0.)
     """
-    padded = x_mask == 0
-    m, logs = m.masked_fill(padded, 0), logs.masked_fill(padded, 0)
-    return gaussian_rsample(m, logs, scale="log_std", temperature=noise_scale).masked_fill(padded, 0)
+    live = x_mask != 0
+    logs = torch.where(live, logs, 0)  # for its gradient, which is a product with exp(logs); that of m is not
+    return torch.where(live, gaussian_rsample(m, logs, scale="log_std", temperature=noise_scale), 0)
