@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
 KINDS = ("logvar", "log_std", "std", "var", "softplus")
 CLAMP_GRADS = ("zero", "straight_through", "inward")
 
@@ -78,6 +80,7 @@ class Scale:
             if not ok(value) or (value is not None and not math.isfinite(value)):
                 raise ValueError(f"{name} must be {rule} and finite; got {value!r}")
         object.__setattr__(self, "numbers", self._numbers(lo, hi))
+        object.__setattr__(self, "text", " ".join(map(repr, self.numbers)))
 
     def _numbers(self, lo: float, hi: float) -> "list[float]":
         """The parameters as the compiled ops take them (csrc/cpu/host.cpp, parse_scale), trailing defaults left out:
@@ -112,11 +115,11 @@ class Scale:
 
 def numbers(scale: "Scale | None") -> "list[float] | None":
     """A Scale or None as the compiled ops take it."""
-    return None if scale is None else scale.numbers
-
-
-# Constant in a traced function: with dynamic shapes torch.compile would make unknowns of the floats, which no op takes.
-numbers._dynamo_marked_constant = True
+    if scale is None:
+        return None
+    if torch.compiler.is_compiling():  # with dynamic shapes a float would become an unknown, which no op takes
+        return [float(number) for number in scale.text.split()]
+    return scale.numbers
 
 
 _SCALES = {kind: Scale(kind) for kind in KINDS}
