@@ -46,33 +46,30 @@ FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s) {
     out.d_std = out.std * c * slope;
     return out;
   } else {
-    V base, d_base, log_base;  // the kind's own sigma, its slope, its logarithm
+    V base, d_base, x;  // the kind's own sigma, its slope; what its logarithm is taken of
     switch (scale.kind) {
       case Scale::logvar:
       case Scale::log_std: {
         V c(scale.kind == Scale::logvar ? 0.5f : 1.0f);
-        log_base = c * t;
-        base = exp(log_base);
+        x = c * t;
+        base = exp(x);
         d_base = c * base;
         break;
       }
       case Scale::std:
-        base = t;
+        x = base = t;
         d_base = V(1);
-        log_base = log(t);
         break;
       case Scale::var:
+        x = t;
         base = sqrt(t);
         d_base = V(0.5f) / base;
-        log_base = V(0.5f) * log(t);
         break;
       default: {  // softplus(t; beta) = max(t, 0) + log1p(exp(-|beta t|)) / beta
-        V x = V(scale.beta) * t;
+        x = V(scale.beta) * t;
         V tail = exp(-abs(x));
         base = (max(x, V(0)) + log1p(tail)) * V(scale.inv_beta);
         d_base = select(x < V(0), tail, V(1)) / (V(1) + tail);
-        // Far below zero softplus(x) is exp(x), and its logarithm is x long after exp(x) has become 0.
-        log_base = select(x < V(-17), x - V(scale.log_beta), log(base));
       }
     }
     if (scale.min_std > 0 || scale.var_eps > 0) {
@@ -82,7 +79,14 @@ FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s) {
       if (scale.var_eps > 0) d_base = d_base * (shifted / out.std);
     } else {
       out.std = base;
-      out.log_std = log_base;
+      switch (scale.kind) {
+        case Scale::logvar:
+        case Scale::log_std: out.log_std = x; break;
+        case Scale::std: out.log_std = log(x); break;
+        case Scale::var: out.log_std = V(0.5f) * log(x); break;
+        // Far below zero softplus(x) is exp(x), and its logarithm is x long after exp(x) has become 0.
+        default: out.log_std = select(x < V(-17), x - V(scale.log_beta), log(base));
+      }
     }
     out.d_std = d_base * slope;
     out.d_logvar = V(2) * out.d_std / out.std;
