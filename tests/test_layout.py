@@ -44,7 +44,8 @@ def test_reference_takes_the_arguments_in_the_same_order(op):
     assert positional == [name for name, p in reference.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
-MODULES = [fastelbo, fastelbo.distributions, *(getattr(fastelbo.compat, name) for name in fastelbo.compat.PROJECTS)]
+PROJECTS = [getattr(fastelbo.compat, name) for name in fastelbo.compat.PROJECTS]
+MODULES = [fastelbo, fastelbo.distributed, fastelbo.distributions, fastelbo.sampling, *PROJECTS]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -9,7 +9,7 @@ from fastelbo.reference.gaussian_log_prob import gaussian_log_prob, gaussian_nll
 from fastelbo.reference.gaussian_rsample import gaussian_rsample
 from fastelbo.reference.gaussian_rsample_kl import gaussian_rsample_kl
 from fastelbo.reference.masked_conv2d import causal_conv2d, conv_mask2d, masked_conv2d
-from fastelbo.reference.noise import philox_normal
+from fastelbo.reference.noise import philox_normal, philox_uniform
 
 __all__ = [
     "causal_conv2d",
@@ -21,4 +21,5 @@ __all__ = [
     "gaussian_rsample_kl",
     "masked_conv2d",
     "philox_normal",
+    "philox_uniform",
 ]

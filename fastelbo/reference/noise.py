@@ -44,6 +44,26 @@ def philox4x32(counter, key, rounds=10):
     return c0, c1, c2, c3
 
 
+def philox_uniform(seed, shape, *, noise_offset=0):
+    """Uniforms in (0, 1] of one draw: element e takes word e % 4 of its block.
+
+    Args:
+        seed, shape, noise_offset: as for philox_normal.
+
+    Returns:
+        float32 tensor of the shape, on the device of the seed.
+    """
+    numel = math.prod(shape)
+    first = noise_offset // 4
+    blocks = (noise_offset + numel - 1) // 4 - first + 1 if numel else 0
+    block = first + torch.arange(blocks, device=seed.device)
+    seed, zero = seed.reshape(1), torch.zeros_like(block)
+    words = philox4x32((block & _MASK, (block >> 32) & _MASK, zero, zero), (seed & _MASK, (seed >> 32) & _MASK))
+    flat = torch.stack([word.float() * 2.0**-32 + 2.0**-33 for word in words], dim=-1).reshape(-1)
+    start = noise_offset - 4 * first
+    return flat[start : start + numel].reshape(shape)
+
+
 def philox_normal(seed, shape, *, num_samples=None, noise_offset=0):
     """Standard normals of one draw.
 

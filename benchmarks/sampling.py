@@ -1,0 +1,127 @@
+"""Times drawing images from a Gated PixelCNN: python benchmarks/sampling.py --help
+
+The network is as large as a common tutorial's: 64 channels, 7 layers of dilations 1, 2, 1, 4, 1, 2, 1, 256 grey levels,
+28 x 28 pixels. The naive loop runs all of it for every pixel: a few pixels are timed, and the rows' times are those of
+a whole image extrapolated from them (pass "sample_extrapolated"). The eager cache is the same program as ours in plain
+torch ("reference"). In turns, within one run; rows go to benchmarks/results/sampling_cpu.csv.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import machine
+import rows
+import torch
+from torch import nn
+
+from fastelbo.nn import GatedMaskedConv2d, HorizontalStackConv2d, VerticalStackConv2d
+from fastelbo.sampling import IncrementalSampler
+
+ROOT = Path(__file__).parent.parent
+LEVELS, SIZE, CHANNELS = 256, 28, 64
+DILATIONS = (1, 2, 1, 4, 1, 2, 1)
+
+
+class GatedPixelCNN(nn.Module):
+    """The network whose samplers are timed."""
+
+    def __init__(self):
+        super().__init__()
+        self.vertical = VerticalStackConv2d(1, CHANNELS, 3, mask_type="A")
+        self.horizontal = HorizontalStackConv2d(1, CHANNELS, 3, mask_type="A")
+        self.blocks = nn.ModuleList(
+            GatedMaskedConv2d(CHANNELS, CHANNELS, 3, dilation=d, link="mask-first-layer") for d in DILATIONS
+        )
+        self.logits = nn.Conv2d(CHANNELS, LEVELS, 1)
+
+    def forward(self, images):
+        """Logits of grey levels [N, 1, H, W]."""
+        x = images * (2 / (LEVELS - 1)) - 1
+        v, h = self.vertical(x), self.horizontal(x)
+        for block in self.blocks:
+            v, h = block(v, h)
+        return self.logits(nn.functional.elu(h))
+
+
+def contestants(model, n, pixels):
+    """Functions that draw n images, each with the factor from the time it takes to that of whole images."""
+    options = {"levels": LEVELS}
+    ours = IncrementalSampler(model, (1, SIZE, SIZE), backend="cpu", **options)
+    eager = IncrementalSampler(model, (1, SIZE, SIZE), backend="reference", **options)
+    x = torch.randint(LEVELS, (n, 1, SIZE, SIZE)).float()
+
+    @torch.no_grad()
+    def naive():
+        for pixel in range(pixels):
+            logits = model(x)[:, :, pixel // SIZE, pixel % SIZE]
+            x[:, 0, pixel // SIZE, pixel % SIZE] = logits.softmax(1).multinomial(1)[:, 0].float()
+
+    return {
+        "cpu": (lambda: ours.sample(n, seed=0), 1),
+        "eager_cache": (lambda: eager.sample(n, seed=0), 1),
+        "naive": (naive, SIZE * SIZE / pixels),
+    }
+
+
+def seconds(call, factor):
+    start = time.perf_counter()
+    call()
+    return factor * (time.perf_counter() - start)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="*", default=(1, 16, 64))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pixels", type=int, default=2, help="that the naive loop draws (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
+    parser.add_argument("--no-save", action="store_true", help="append no rows to the results")
+    parser.add_argument("--results", type=Path, metavar="DIR", default=rows.RESULTS, help="of sampling_cpu.csv")
+    parser.add_argument(
+        "--unverified", action="store_true", help="without running the sampler's tests; the rows say so"
+    )
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    failure = "" if options.unverified else machine.test_failure("sampling", ROOT)
+    if failure:
+        sys.exit(f"its tests must pass before the sampler is timed (or --unverified): {failure}")
+    about = machine.session(torch.device("cpu")) | machine.threads()
+    about |= {"verified": "no" if options.unverified else "yes"}
+    torch.manual_seed(0)
+    model = GatedPixelCNN().eval()
+    for n in options.batch:
+        found = contestants(model, n, options.pixels)
+        for call, _ in found.values():
+            call()
+        samples = {name: [] for name in found}
+        for _ in range(options.rounds):
+            for name, contestant in found.items():
+                samples[name].append(seconds(*contestant))
+        report(n, options, samples, about)
+
+
+def report(n, options, samples, about):
+    """Prints how many times as long the rivals take, and keeps the rows."""
+    best = {name: min(values) for name, values in samples.items()}
+    over_naive, over_eager = (best[rival] / best["cpu"] for rival in ("naive", "eager_cache"))
+    print(
+        f"batch {n:3}: {best['cpu']:7.3f} s, {1e3 * best['cpu'] / SIZE**2:.3f} ms a pixel; naive loop "
+        f"{best['naive']:.1f} s, {over_naive:.0f}x; eager cache {best['eager_cache']:.2f} s, {over_eager:.1f}x",
+        flush=True,
+    )
+    made = []
+    for name, values in samples.items():
+        common = {"op": "sampling", "case": f"GatedPixelCNN {CHANNELS}x{len(DILATIONS)}", "timestamp": machine.now()}
+        common |= {"pass_": "sample_extrapolated" if name == "naive" else "sample", "contestant": name}
+        common |= {"shape": f"{n}x1x{SIZE}x{SIZE}", "dtype": "float32", "rounds": options.rounds}
+        ratios = {"over_eager": over_naive} if name == "cpu" else {}
+        made.append(rows.Row(**about, **common, bytes=8 * n * SIZE**2, **rows.times(values), **ratios))
+    if not options.no_save:
+        rows.append(options.results / "sampling_cpu.csv", made)
+
+
+if __name__ == "__main__":
+    main()

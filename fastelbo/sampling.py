@@ -1,0 +1,576 @@
+"""Drawing images from PixelCNNs, at the cost of each pixel's new work only."""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastelbo import _library, _seed, backends
+from fastelbo._program import Program
+from fastelbo._trace import PIXEL, Const, Conv, trace
+from fastelbo.reference.noise import philox_uniform
+from fastelbo.reference.sampler import Line, Scattered, Section, draw
+
+__all__ = ["IncrementalSampler"]
+
+METHODS = ("cached", "naive", "fixed_point")
+ORDERS = ("raster", "wavefront")
+
+
+class IncrementalSampler:
+    r"""Draws images of a causal network pixel after pixel, each feature once; or gives logits to an entropy coder.
+
+    A plain loop runs the whole network for every pixel. Here what depends on the rows above a pixel only (the vertical
+    stack of a Gated PixelCNN) is computed a row at a time, the rest when its pixel or colour comes, and kept as long as
+    other pixels read it. The values are those of the full forward, up to the order of additions.
+
+    The network may consist of the layers of fastelbo.nn, nn.Conv2d with 1 x 1 kernels, torch's pointwise layers and
+    functions, BatchNorm2d, dropout (none is applied), +, -, * and /, cat, chunk, split and slices of channels, a pad
+    above or to the left with the slice that undoes it, and of any containers, residual and skip links. What depends on
+    the condition alone may be anything. The network is copied, in evaluation mode: what is trained afterwards does not
+    show.
+
+    The caches take n times
+
+    .. math:: 4 \sum_v \text{width}_v \, (W + \text{left}_v + \text{right}_v)\, (\text{up}_v + 1) \text{ bytes},
+
+    the sum being over features v that are read at other pixels than their own, as far as `left`, `right` and `up`, or
+    are computed by rows, with channels padded to a multiple of 16 for each colour; others take width_v alone, a spatial
+    condition width_v H W, and the wavefront needs up_v + H rows of all. `cache_bytes` has the exact number.
+
+    Args:
+        model: a module, from images [N, C, H, W] to logits [N, K C, H, W] with the colours innermost: channel
+            k C + c belongs to colour c, so that logits.unflatten(1, (K, C)) is [N, K, C, H, W].
+        image_shape: (C, H, W).
+        levels: K, where the outputs are logits of a softmax over grey levels; None for other outputs, which step and
+            commit work with.
+        values: what the network takes for each level, K numbers; 0 to K - 1 where None.
+        conditional: whether the model takes a second argument, the condition.
+        order: "raster", or "wavefront": pixels of several rows together, each row a few columns behind the one above,
+            which takes W + L (H - 1) steps in place of H W, with L = k//2 + 1 for kernels of k x k (W at most). For
+            networks without a vertical stack.
+        backend: "reference" (plain torch, any device) or "cpu" (C++, float32); the fastest that can run the model where
+            None.
+
+    Attributes:
+        steps: how many draws an image takes: pixels, or fronts of pixels, times the groups of colours.
+
+    Raises:
+        ValueError: a network that is not causal, or whose outputs do not fit C and levels; shapes and names.
+        NotImplementedError: a layer that the sampler does not know, naming it; a backend that cannot run the model.
+
+    Source:
+        Ramachandran et al. 2017, "Fast Generation for Convolutional Autoregressive Models"; Song et al. 2021,
+        "Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving" (fixed_point).
+
+    Example:
+        >>> conv = fastelbo.nn.MaskedConv2d(1, 16, 5, mask_type="A", activation="relu")
+        >>> model = torch.nn.Sequential(conv, torch.nn.Conv2d(16, 4, 1))
+        >>> sampler = fastelbo.sampling.IncrementalSampler(model, (1, 6, 7), levels=4)
+        >>> sampler.sample(2, seed=0).shape
+        torch.Size([2, 1, 6, 7])
+        >>> sampler.steps
+        42
+    """
+
+    def __init__(
+        self, model, image_shape, *, levels=None, values=None, conditional=False, order="raster", backend=None
+    ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a module; got {type(model).__name__}")
+        shape = tuple(image_shape)
+        if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise ValueError(f"image_shape must be (C, H, W), all at least 1; got {shape}")
+        if order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
+        self.image_shape, self.order, self.conditional = shape, order, conditional
+        tensors = [*model.parameters(), *model.buffers()]
+        floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+        self.device = floats[0].device if floats else torch.device("cpu")
+        self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in floats) else torch.float32
+        self.backend = _choose(self.device, self.dtype, backend)
+        self.model = copy.deepcopy(model).to(self.dtype).eval().requires_grad_(False)
+        self._network = trace(self.model, shape[0], conditional)
+        outputs = len(self._network.logits.channels) // shape[0]
+        if levels is not None and levels != outputs:
+            raise ValueError(
+                f"levels must be {outputs}: the model has {outputs * shape[0]} outputs for {shape[0]} colour(s); "
+                f"got {levels}"
+            )
+        self.levels = levels
+        if levels is None and values is not None:
+            raise ValueError("values must come with levels; got them alone")
+        self.values = torch.as_tensor(
+            range(outputs) if values is None else values, dtype=self.dtype, device=self.device
+        )
+        if self.values.shape != (outputs,):
+            raise ValueError(
+                f"values must be one number for each of {outputs} levels; got shape {tuple(self.values.shape)}"
+            )
+        if order == "wavefront" and (rowwise := [s for s in self._network.steps if s.out.phase != PIXEL]):
+            raise ValueError(
+                "order must be raster for a network whose features depend on whole rows above, as those of a vertical "
+                f"stack do ({len(rowwise)} of its {len(self._network.steps)} steps); got {order!r}"
+            )
+        self._programs: dict[tuple, _Compiled] = {}
+        self._run = None
+        if not conditional:
+            with torch.no_grad():
+                self._compiled(self._constants({}))
+
+    # What the network is
+
+    @property
+    def lag(self) -> int:
+        """Columns by which the wavefront has a row follow the one above it."""
+        return self._any_program().lag
+
+    @property
+    def stages(self) -> list[list[int]]:
+        """The colours of a pixel that are drawn together, in order."""
+        return [list(stage) for stage in self._network.stages]
+
+    @property
+    def steps(self) -> int:
+        """How many draws an image takes, and how often step and commit are called."""
+        _, rows, columns = self.image_shape
+        fronts = columns + self.lag * (rows - 1) if self.order == "wavefront" else rows * columns
+        return fronts * len(self._network.stages)
+
+    def cache_bytes(self, n=1):
+        """Bytes that the caches of n images take, as the class's formula has it.
+
+        A condition counts as one of a class until a spatial one has been given.
+        """
+        return n * self._any_program().size * self.dtype.itemsize
+
+    def __repr__(self):
+        return (
+            f"IncrementalSampler({type(self.model).__name__}, {self.image_shape}, levels={self.levels}, "
+            f"order={self.order!r}, backend={self.backend!r})"
+        )
+
+    # Whole images
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n,
+        cond=None,
+        *,
+        init=None,
+        mask=None,
+        temperature=1.0,
+        seed=None,
+        generator=None,
+        noise_offset=0,
+        method="cached",
+        progress=False,
+    ):
+        """Draws images, or completes some that are known in part.
+
+        The draw of a colour of a pixel depends on the seed, on the index of that element in the sample and on the
+        probabilities alone: level k is the first whose cumulative probability exceeds element e's uniform number
+        (docs/noise.md). One image does not depend on the others of its batch, bit for bit, and all methods and backends
+        give the same images, as long as no uniform number falls between two roundings of a probability, which differ in
+        the sixth digit.
+
+        Args:
+            n: the number of images.
+            cond: the condition, as the model takes it, of n images.
+            init: integers [n, C, H, W], the levels of known pixels; with mask.
+            mask: bool, broadcasts to [n, C, H, W]: True where init is known, and kept.
+            temperature: the logits are divided by it; 0 for the likeliest level.
+            seed: an int, or an int64 tensor of one element.
+            generator: a torch.Generator to draw the seed from. Without either it comes from torch's default one.
+            noise_offset: global index of the first image's first element, for a batch that is part of a larger one: i C
+                H W where i images come before it.
+            method: "cached"; "naive", a full forward for every draw; or "fixed_point", full forwards of all pixels with
+                the same noise until nothing changes, which is exact and at most one more than there are steps.
+            progress: whether to show a bar (of tqdm).
+
+        Returns:
+            levels, int64 [n, C, H, W].
+
+        Raises:
+            ValueError: a shape, value or name; levels=None; logits that make no distribution.
+            ImportError: progress without tqdm.
+        """
+        if self.levels is None:
+            raise ValueError("levels must be given to sample; without them there are step and commit")
+        _count("n", n)
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+            raise TypeError(f"temperature must be a number; got {type(temperature).__name__}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be finite and at least 0; got {temperature}")
+        if isinstance(noise_offset, bool) or not isinstance(noise_offset, int):
+            raise TypeError(f"noise_offset must be an int; got {type(noise_offset).__name__}")
+        if noise_offset < 0:
+            raise ValueError(f"noise_offset must be at least 0; got {noise_offset}")
+        if seed is not None and generator is not None:
+            raise ValueError("seed and generator must not both be given")
+        image, known = self._completion(n, init, mask)
+        cond = self._condition(n, cond)
+        uniforms = philox_uniform(_seed.as_seed(seed, generator, self.device), image.shape, noise_offset=noise_offset)
+        with _without_autocast(self.device):
+            draw_all = {"cached": self._cached, "naive": self._naive, "fixed_point": self._fixed_point}[method]
+            draw_all(image, known, cond, uniforms, float(temperature), progress)
+        if bool((image < 0).any()):
+            raise ValueError("model must return logits that make a distribution; got NaN or infinity in some")
+        return image
+
+    def _cached(self, image, known, cond, uniforms, temperature, progress):
+        run = _Run(self, len(image), cond)
+        chunk = self.image_shape[2] * len(self._network.stages)
+        for first in _progress(range(0, self.steps, chunk), progress):
+            end = min(first + chunk, self.steps)
+            if self.backend == "cpu":
+                run.draw(image, known, uniforms, self.values, temperature, first, end)
+                continue
+            for step in range(first, end):
+                logits = run.advance(step)
+                colours, (rows, columns) = run.colours(step), zip(*run.pixels(step), strict=True)
+                where = (slice(None), torch.tensor(colours)[:, None], torch.tensor(rows), torch.tensor(columns))
+                drawn = draw(logits, uniforms[where], temperature)
+                if known is not None:
+                    drawn = torch.where(known[where], image[where], drawn)
+                image[where] = drawn
+                run.commit(step, self.values[drawn.clamp(min=0)])
+
+    def _naive(self, image, known, cond, uniforms, temperature, progress):
+        run = _Run(self, 0, cond)
+        for step in _progress(range(self.steps), progress):
+            logits = self._logits(image, cond)
+            colours, (rows, columns) = run.colours(step), zip(*run.pixels(step), strict=True)
+            where = (slice(None), torch.tensor(colours)[:, None], torch.tensor(rows), torch.tensor(columns))
+            drawn = draw(logits.movedim(1, -1)[where].movedim(-1, 1), uniforms[where], temperature)
+            image[where] = drawn if known is None else torch.where(known[where], image[where], drawn)
+
+    def _fixed_point(self, image, known, cond, uniforms, temperature, progress):
+        for _ in _progress(range(self.steps + 1), progress):
+            drawn = draw(self._logits(image, cond), uniforms, temperature)
+            if known is not None:
+                drawn = torch.where(known, image, drawn)
+            if torch.equal(drawn, image):
+                return
+            image.copy_(drawn)
+
+    def _logits(self, image, cond):
+        """The model's own, [n, K, C, H, W]."""
+        x = self.values[image.clamp(min=0)]
+        logits = self.model(x, cond) if self.conditional else self.model(x)
+        return logits.unflatten(1, (self.levels, self.image_shape[0]))
+
+    def _completion(self, n, init, mask):
+        """The image to draw into, and which of it is known."""
+        shape = (n, *self.image_shape)
+        if (init is None) != (mask is None):
+            raise ValueError(
+                f"init and mask must both be given, or neither; got no {'init' if init is None else 'mask'}"
+            )
+        if init is None:
+            return torch.zeros(shape, dtype=torch.int64, device=self.device), None
+        if not isinstance(init, Tensor) or init.is_floating_point() or init.dtype == torch.bool:
+            raise TypeError(f"init must be a tensor of integers; got {getattr(init, 'dtype', type(init).__name__)}")
+        if init.shape != shape:
+            raise ValueError(f"init must be of shape {shape}; got {tuple(init.shape)}")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a tensor of bool; got {getattr(mask, 'dtype', type(mask).__name__)}")
+        try:
+            known = mask.to(self.device).expand(shape).contiguous()
+        except RuntimeError:
+            raise ValueError(f"mask must broadcast to shape {shape}; got {tuple(mask.shape)}") from None
+        image = torch.where(known, init.to(self.device, torch.int64), 0).contiguous()
+        if bool(((image < 0) | (image >= self.levels)).any()):
+            raise ValueError(f"init must be between 0 and {self.levels - 1} where mask is True")
+        return image, known
+
+    # Pixel after pixel
+
+    @torch.no_grad()
+    def reset(self, n, cond=None):
+        """Starts n images, for step and commit.
+
+        Args:
+            n: the number of images.
+            cond: the condition, as the model takes it.
+        """
+        _count("n", n)
+        with _without_autocast(self.device):
+            self._run = _Run(self, n, self._condition(n, cond))
+        return self
+
+    @property
+    def pixels(self) -> list[tuple[int, int]]:
+        """Rows and columns that the next step is about: one pixel in raster order."""
+        return self._started().pixels(self._run.step)
+
+    @property
+    def colours(self) -> list[int]:
+        """The colours of these pixels that the next step is about."""
+        return self._started().colours(self._run.step)
+
+    @torch.no_grad()
+    def step(self):
+        """The outputs for `colours` at `pixels`, given all that was committed.
+
+        Returns:
+            [n, K, colours, pixels]: logits, where the model's outputs are such.
+
+        Raises:
+            RuntimeError: before reset, or after the last step.
+        """
+        run = self._started()
+        with _without_autocast(self.device):
+            return run.advance(run.step).clone()
+
+    @torch.no_grad()
+    def commit(self, values):
+        """Tells what `colours` at `pixels` are, and goes on to the next step.
+
+        Args:
+            values: [n, colours, pixels]: levels, or with levels=None what the network takes.
+
+        Raises:
+            ValueError: a wrong shape, or a level out of range.
+            TypeError: levels that are not integers, or values that are not a tensor.
+            RuntimeError: before reset, or without a step.
+        """
+        run = self._started()
+        if not isinstance(values, Tensor):
+            raise TypeError(f"values must be a tensor; got {type(values).__name__}")
+        shape = (run.n, len(self.colours), len(self.pixels))
+        if values.shape != shape:
+            raise ValueError(f"values must be of shape {shape}; got {tuple(values.shape)}")
+        if run.advanced != run.step:
+            raise RuntimeError("commit must follow a step")
+        values = values.to(self.device)
+        if self.levels is not None:
+            if values.is_floating_point():
+                raise TypeError(f"values must be integers, levels; got {values.dtype}")
+            if bool(((values < 0) | (values >= self.levels)).any()):
+                raise ValueError(f"values must be between 0 and {self.levels - 1}")
+            values = self.values[values.long()]
+        run.commit(run.step, values.to(self.dtype))
+        run.step += 1
+
+    def _started(self):
+        if self._run is None:
+            raise RuntimeError("step and commit must follow reset")
+        if self._run.step == self.steps:
+            raise RuntimeError(f"all {self.steps} steps are done: reset starts other images")
+        return self._run
+
+    # Conditions and programs
+
+    def _condition(self, n, cond):
+        if (cond is not None) != self.conditional:
+            raise ValueError(f"cond must {'' if self.conditional else 'not '}be given: conditional={self.conditional}")
+        if cond is None:
+            return None
+        if not isinstance(cond, Tensor):
+            raise TypeError(f"cond must be a tensor; got {type(cond).__name__}")
+        if cond.dim() == 0 or len(cond) != n:
+            raise ValueError(f"cond must be of {n} images; got shape {tuple(cond.shape)}")
+        return cond.to(self.device, self.dtype) if cond.is_floating_point() else cond.to(self.device)
+
+    def _constants(self, known):
+        """The values of all constants, each [n or 1, C or 1, H, W] or with 1 for both H and W."""
+        return {const: self._constant(const, known, layer) for const, layer in self._operands().items()}
+
+    def _operands(self):
+        """All constants, with whether they are a layer's cond, which may be [n, C]."""
+        found = {}
+        for step in self._network.steps:
+            layer = isinstance(step, Conv)
+            for operand in (step.cond, step.residual) if layer else getattr(step, "operands", ()):
+                if isinstance(operand, Const):
+                    found[operand] = layer
+        return found
+
+    def _constant(self, const, known, layer):
+        try:
+            value = const(known)
+        except (RuntimeError, IndexError, ValueError, AttributeError) as error:
+            if "cond" not in known:
+                raise
+            shape = tuple(known["cond"].shape)
+            raise ValueError(f"cond must be what the model takes; got shape {shape}: {error}") from error
+        if layer and value.dim() == 2:
+            value = value[:, :, None, None]
+        value = value.reshape((1,) * (4 - value.dim()) + value.shape)
+        size, image = value.shape[2:], self.image_shape[1:]
+        if any(own not in (1, whole) for own, whole in zip(size, image, strict=True)):
+            raise ValueError(
+                f"cond must lead to features of {image[0]} x {image[1]} pixels or of one; got {size[0]} x {size[1]}"
+            )
+        return value if size == (1, 1) else value.expand(*value.shape[:2], *image)
+
+    def _compiled(self, constants):
+        spatial = {const: value.shape[2:] != (1, 1) for const, value in constants.items()}
+        key = tuple(spatial.values())
+        if key not in self._programs:
+            self._programs[key] = _Compiled(self, spatial)
+        return self._programs[key]
+
+    def _any_program(self) -> Program:
+        if not self._programs:
+            spatial = dict.fromkeys(self._operands(), False)
+            return Program(self._network, self.image_shape, self.order == "wavefront", spatial, self.dtype)
+        return next(reversed(self._programs.values())).program
+
+
+class _Compiled:
+    """A program, as its backend takes it."""
+
+    def __init__(self, sampler, spatial):
+        program = Program(sampler._network, sampler.image_shape, sampler.order == "wavefront", spatial, sampler.dtype)
+        self.program, self.weights = program, program.weights.to(sampler.device)
+        if sampler.backend == "cpu":
+            self.encoded = program.encode()
+        else:
+            self.sections = [Section(section, self.weights) for section in program.sections]
+
+
+class _Run:
+    """n images being drawn: their caches, and how far they are."""
+
+    def __init__(self, sampler, n, cond):
+        self.sampler, self.n, self.step, self.advanced = sampler, n, 0, -1
+        constants = sampler._constants({} if cond is None else {"cond": cond})
+        self.compiled = sampler._compiled(constants)
+        self.program = program = self.compiled.program
+        self.workspace = torch.zeros(n, program.size, dtype=sampler.dtype, device=sampler.device)
+        if n:
+            for const, channels, buffer in program.constants.values():
+                self._store(constants[const], channels, buffer)
+
+    def _store(self, value, channels, buffer):
+        """A constant's channels, as the buffer has them."""
+        channels = torch.tensor(channels, device=value.device)
+        if value.shape[0] not in (1, self.n):
+            raise ValueError(f"cond must lead to features of {self.n} images; got {value.shape[0]}")
+        if value.shape[1] == 1:
+            channels = torch.zeros_like(channels)
+        elif int(channels.max()) >= value.shape[1]:
+            raise ValueError(f"cond must lead to {int(channels.max()) + 1} channels or more; got {value.shape[1]}")
+        ref, rows, columns = buffer.ref, *value.shape[2:]
+        view = self.workspace.as_strided(
+            (self.n, rows, columns, buffer.width),
+            (self.program.size, ref.row_stride, ref.column_stride, 1),
+            ref.offset,
+        )
+        view[..., torch.tensor(buffer.positions)] = value[:, channels].permute(0, 2, 3, 1).to(view.dtype)
+
+    def colours(self, step):
+        stages = self.sampler._network.stages
+        return stages[step % len(stages)]
+
+    def pixels(self, step):
+        front = step // len(self.sampler._network.stages)
+        _, rows, columns = self.sampler.image_shape
+        if self.sampler.order == "raster":
+            return [divmod(front, columns)]
+        lag = self.program.lag
+        return [(row, front - lag * row) for row in range(rows) if 0 <= front - lag * row < columns]
+
+    def _place(self, step):
+        pixels = self.pixels(step)
+        return Line(self.workspace, *pixels[0], 1) if len(pixels) == 1 else Scattered(self.workspace, pixels)
+
+    def advance(self, step):
+        """Computes the outputs of a step, if that has not been done: [n, K, colours, pixels]."""
+        if self.advanced != step:
+            if self.sampler.backend == "cpu":
+                _ADVANCE(self.compiled.encoded, self.compiled.weights, self.workspace, step, step + 1)
+            else:
+                self._advance(step)
+            self.advanced = step
+        program = self.program
+        positions = torch.tensor(program.logit_positions, device=self.workspace.device)
+        positions = positions.reshape(-1, program.colours)[:, self.colours(step)]
+        first, last = int(positions.min()), int(positions.max())
+        read = self._place(step).read(program.logits, last - first + 1, offset=first)
+        return read[:, :, positions - first].movedim(1, 3)
+
+    def _advance(self, step):
+        stages = len(self.sampler._network.stages)
+        front, stage = divmod(step, stages)
+        start, *levels, end = self.compiled.sections
+        columns = self.sampler.image_shape[2]
+        if stage == 0:
+            if front:
+                levels[-1].run(self._place(step - 1))
+            if self.sampler.order == "raster" and front % columns == 0:
+                row = front // columns
+                if row:
+                    end.run(Line(self.workspace, row - 1, 0, columns))
+                start.run(Line(self.workspace, row, 0, columns))
+        levels[stage].run(self._place(step))
+
+    def commit(self, step, values):
+        """What the network takes for the colours of a step: [n, colours, pixels]."""
+        place, ref = self._place(step), self.program.image.ref
+        for index, colour in enumerate(self.colours(step)):
+            place.write(ref, values[:, index, :, None], self.program.image.positions[colour])
+
+    def draw(self, image, known, uniforms, values, temperature, first, end):
+        """Draws steps first to end - 1 in C++."""
+        compiled = self.compiled
+        _DRAW(
+            compiled.encoded, compiled.weights, self.workspace, image, known, uniforms, values, temperature, first, end
+        )
+
+
+def _choose(device, dtype, backend):
+    wanted = backend or backends.OVERRIDE
+    reason = backends.why_not("cpu", device)
+    if reason is None and dtype != torch.float32:
+        reason = f"it computes in float32, and the model is in {dtype}"
+    if wanted is None:
+        return "cpu" if reason is None else "reference"
+    if wanted not in backends.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}; got {wanted!r}")
+    if wanted == "reference" or (wanted == "cpu" and reason is None):
+        return wanted
+    raise NotImplementedError(
+        f"backend {wanted!r} cannot run this sampler (reference: can run it; cpu: {reason or 'can run it'}; "
+        "triton, cuda: they have no sampler)"
+    )
+
+
+def _count(name, value):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def _without_autocast(device):
+    return torch.autocast(device.type, enabled=False)
+
+
+def _progress(steps, wanted):
+    if not wanted:
+        return steps
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install tqdm") from error
+    return tqdm(steps, desc="sampling")
+
+
+_ADVANCE = _library.define_helper(
+    "sampler_advance",
+    "(Tensor program, Tensor weights, Tensor(a!) workspace, int first, int end) -> ()",
+    lambda program, weights, workspace, first, end: None,
+)
+_DRAW = _library.define_helper(
+    "sampler_draw",
+    "(Tensor program, Tensor weights, Tensor(a!) workspace, Tensor(b!) image, Tensor? known, Tensor uniforms,"
+    " Tensor values, float temperature, int first, int end) -> ()",
+    lambda program, weights, workspace, image, known, uniforms, values, temperature, first, end: None,
+)

@@ -1,0 +1,620 @@
+"""The incremental sampler against full forwards of the same network."""
+
+import builtins
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+import fastelbo
+from fastelbo.nn import GatedMaskedConv2d, HorizontalStackConv2d, MaskedConv2d, VerticalStackConv2d
+from fastelbo.sampling import IncrementalSampler
+
+BACKENDS = ("reference", "cpu")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def lively(model, gain=2.0):
+    """Weights and biases large enough for every one of them to show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(gain) if parameter.dim() > 1 else parameter.normal_(std=0.3)
+    return model.eval()
+
+
+def teacher_forced(sampler, images, cond=None):
+    """What step returns when the images are committed: [n, K, C, H, W]."""
+    colours, rows, columns = sampler.image_shape
+    sampler.reset(len(images), cond)
+    found = None
+    for _ in range(sampler.steps):
+        logits, which, pixels = sampler.step(), sampler.colours, sampler.pixels
+        if found is None:
+            found = torch.full((len(images), logits.shape[1], colours, rows, columns), float("nan")).to(logits)
+        for p, (row, column) in enumerate(pixels):
+            found[:, :, which, row, column] = logits[..., p]
+        at_pixels = [images[:, which, row, column] for row, column in pixels]
+        sampler.commit(torch.stack(at_pixels, 2))
+    return found
+
+
+def full(model, images, cond=None):
+    logits = model(images) if cond is None else model(images, cond)
+    return logits.detach().unflatten(1, (-1, images.shape[1]))
+
+
+def assert_equals_full_forward(model, shape, backend, n=3, cond=None, **options):
+    images = torch.randn(n, *shape)
+    sampler = IncrementalSampler(model, shape, conditional=cond is not None, backend=backend, **options)
+    want = full(model, images, cond)
+    assert want.abs().max() > 0.05 and (want.amax((0, 2, 3, 4)) - want.amin((0, 2, 3, 4)) > 1e-3).all()
+    torch.testing.assert_close(teacher_forced(sampler, images, cond), want, rtol=0, atol=1e-5)
+    return sampler
+
+
+class Gated(nn.Module):
+    def __init__(self, colours=1, channels=12, levels=4, dilations=(1, 2), k=3, last=None, **options):
+        super().__init__()
+        self.first = GatedMaskedConv2d(colours, channels, k, mask_type="A", **options)
+        self.blocks = nn.ModuleList(GatedMaskedConv2d(channels, channels, 3, dilation=d, **options) for d in dilations)
+        groups = {name: options[name] for name in ("channel_groups", "group_order") if name in options}
+        self.last = last or MaskedConv2d(channels, levels * colours, 1, mask_type="B", **groups)
+
+    def forward(self, x, cond=None):
+        v, h = self.first(x, x, cond)
+        for block in self.blocks:
+            v, h = block(v, h, cond)
+        return self.last(F.elu(h))
+
+
+@pytest.mark.parametrize("link", ["shift", "mask-first-layer"])
+@pytest.mark.parametrize("order", ["interleaved", "contiguous"])
+@pytest.mark.parametrize("colours", [1, 3])
+def test_gated_networks(link, order, colours, backend):
+    model = lively(Gated(colours, link=link, channel_groups=colours, group_order=order, k=5))
+    if order == "interleaved":  # the logits' colours are innermost
+        assert_equals_full_forward(model, (colours, 5, 7), backend)
+    elif colours == 1:
+        assert_equals_full_forward(model, (colours, 7, 4), backend)
+    else:
+        torch.manual_seed(1)
+        model.last = lively(MaskedConv2d(12, 3, 1, mask_type="B", channel_groups=3, group_order=order))
+        assert_equals_full_forward(model, (colours, 6, 5), backend)
+
+
+@pytest.mark.parametrize("activation", ["tanh_sigmoid", "glu"])
+@pytest.mark.parametrize("spatial", [False, True])
+@pytest.mark.parametrize("link", ["shift", "mask-first-layer"])
+def test_gates_and_conditions(activation, spatial, link, backend):
+    model = lively(Gated(activation=activation, cond_channels=5, link=link, dilations=(2,)))
+    cond = torch.randn(3, 5, 4, 6) if spatial else torch.randn(3, 5)
+    sampler = assert_equals_full_forward(model, (1, 4, 6), backend, cond=cond)
+    other = teacher_forced(sampler, torch.zeros(3, 1, 4, 6), cond + 1)
+    assert (other - teacher_forced(sampler, torch.zeros(3, 1, 4, 6), cond)).abs().max() > 1e-3
+
+
+def test_both_kinds_of_condition_on_one_sampler(backend):
+    model = lively(Gated(cond_channels=5, dilations=()))
+    sampler = IncrementalSampler(model, (1, 3, 4), conditional=True, backend=backend)
+    images = torch.randn(2, 1, 3, 4)
+    before = sampler.cache_bytes(2)
+    for cond in (torch.randn(2, 5), torch.randn(2, 5, 3, 4), torch.randn(2, 5)):
+        torch.testing.assert_close(teacher_forced(sampler, images, cond), full(model, images, cond), rtol=0, atol=1e-5)
+    assert sampler.cache_bytes(2) > before  # that of the image was given in between
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "elu", "tanh_sigmoid", "glu"])
+@pytest.mark.parametrize("dilation, groups", [(1, 1), (2, 1), (1, 3)])
+def test_masked_convolutions(activation, dilation, groups, backend):
+    options = {"channel_groups": groups, "dilation": dilation}
+    model = nn.Sequential(
+        MaskedConv2d(groups, 24, 5, mask_type="A", activation=activation, **options),
+        MaskedConv2d(12 if activation in ("tanh_sigmoid", "glu") else 24, 18, 3, mask_type="B", **options),
+        nn.Tanh(),
+        MaskedConv2d(18, 2 * groups, 1, mask_type="B", channel_groups=groups),
+    )
+    assert_equals_full_forward(lively(model), (groups, 6, 5), backend)
+
+
+class Stacks(nn.Module):
+    """Both stacks by hand, with shifts, skips, joins, splits, residuals and conditions."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 16)
+        self.position = nn.Parameter(torch.randn(1, 8, 5, 7))
+        self.v1, self.v2 = VerticalStackConv2d(1, 8, 3), VerticalStackConv2d(8, 16, 5, activation="relu", dilation=2)
+        self.h1 = HorizontalStackConv2d(1, 8, 5, mask_type="A")
+        self.h2 = HorizontalStackConv2d(8, 8, 3, activation="elu")
+        self.mixed = MaskedConv2d(8, 8, 3, mask_type="B")
+        self.norm, self.prelu = nn.BatchNorm2d(8), nn.PReLU(8)
+        self.link = nn.Conv2d(16, 8, 1, groups=4)
+        self.out = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(40, 6, 1), nn.Identity())
+        nn.init.normal_(self.norm.running_mean)
+
+    def forward(self, x, label):
+        bias = self.embed(label)[:, :, None, None]
+        v = self.v1(x)
+        above = F.pad(v, (0, 0, 1, 0))[:, :, :-1]
+        second = self.v2(above) + bias
+        h = self.h1(x) + above + self.position
+        left = F.pad(h, (1, 0, 0, 0))[..., :-1]
+        h = self.mixed(self.prelu(self.norm(h)), residual=h)
+        h = self.h2(h, cond=self.link(second)) * 0.5 - left / 3
+        a, b = torch.cat([h, above], 1).chunk(2, dim=1)
+        first, rest = second.split([5, 11], dim=1)
+        skip = torch.cat([first, F.silu(rest), torch.sigmoid(a) * b.tanh()], dim=1)
+        return self.out(torch.cat((skip, 1 - h, F.gelu(h[:, 2:]), F.softplus(a[:, :2])), 1))
+
+
+def test_everything_else_that_is_known(backend):
+    model = lively(Stacks(), 1.5)
+    sampler = assert_equals_full_forward(model, (1, 5, 7), backend, cond=torch.tensor([3, 0, 9]))
+    assert sampler.model.training is False and model.embed.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        *(nn.ReLU(), nn.ELU(0.7), nn.LeakyReLU(0.1), nn.Sigmoid(), nn.Tanh(), nn.SiLU(), nn.GELU(), nn.GELU("tanh")),
+        *(nn.Softplus(2, 1), nn.ReLU6(), nn.Hardtanh(-0.2, 0.3), nn.PReLU(), nn.GLU(1)),
+    ],
+    ids=str,
+)
+def test_pointwise_layers(layer, backend):
+    last = nn.Conv2d(8 if isinstance(layer, nn.GLU) else 16, 3, 1)
+    model = lively(nn.Sequential(MaskedConv2d(1, 16, 3, mask_type="A"), layer, last))
+    assert_equals_full_forward(model, (1, 4, 3), backend, n=2)
+
+
+@pytest.mark.parametrize("name", ["exp", "abs", "neg", "square", "elu", "clamp", "div", "sub"])
+def test_pointwise_functions(name, backend):
+    functions = {
+        "elu": lambda x: F.elu(x, alpha=0.5),
+        "clamp": lambda x: x.clamp(min=-0.1),
+        "div": lambda x: 1 / (x.exp() + 2),
+        "sub": lambda x: x.sub(x.tanh()),
+    }
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = MaskedConv2d(1, 5, 3, mask_type="A")
+
+        def forward(self, x):
+            x = self.conv(x)
+            return functions.get(name, getattr(torch, name, None))(x)
+
+    assert_equals_full_forward(lively(Model()), (1, 4, 3), backend, n=2)
+
+
+def test_float64_runs_on_the_reference_to_fifteen_digits():
+    model = lively(Gated().double())
+    sampler = IncrementalSampler(model, (1, 4, 5))
+    assert sampler.backend == "reference"
+    images = torch.randn(2, 1, 4, 5, dtype=torch.float64)
+    torch.testing.assert_close(teacher_forced(sampler, images), full(model, images), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("channels", [1, 5, 40])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 6, 7, 13])
+def test_an_image_does_not_depend_on_its_batch(channels, n):
+    torch.manual_seed(2)
+    sampler = IncrementalSampler(lively(Gated(channels=channels, dilations=(1,))), (1, 3, 4), levels=4, backend="cpu")
+    images = torch.randint(4, (n, 1, 3, 4))
+    together = teacher_forced(sampler, images)
+    for i in {0, n // 2, n - 1}:
+        assert torch.equal(teacher_forced(sampler, images[i : i + 1])[0], together[i])
+
+
+def test_a_part_of_a_batch_draws_the_same_images(backend):
+    sampler = IncrementalSampler(lively(Gated()), (1, 3, 5), levels=4, backend=backend)
+    whole = sampler.sample(7, seed=3)
+    assert torch.equal(sampler.sample(4, seed=3, noise_offset=3 * 15), whole[3:])
+    assert not torch.equal(sampler.sample(7, seed=4), whole)
+    assert whole.unique().tolist() == [0, 1, 2, 3] and whole.unique(dim=0).shape[0] == 7
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+@pytest.mark.parametrize("temperature", [0, 0.5, 1.0])
+def test_all_methods_draw_the_same_images(colours, temperature):
+    model = lively(Gated(colours, channel_groups=colours))
+    values = [-1.0, -0.2, 0.4, 1.0]
+    images = []
+    for backend, method in [*itertools.product(BACKENDS, ["cached"]), ("cpu", "naive"), ("cpu", "fixed_point")]:
+        sampler = IncrementalSampler(model, (colours, 4, 5), levels=4, values=values, backend=backend)
+        images.append(sampler.sample(4, seed=5, temperature=temperature, method=method))
+    assert all(torch.equal(image, images[0]) for image in images)
+    assert images[0].unique().numel() > 1
+
+
+def test_seed_generator_and_default_generator():
+    sampler = IncrementalSampler(lively(Gated(dilations=())), (1, 4, 4), levels=4)
+    draws = [sampler.sample(2, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*draws)
+    torch.manual_seed(1)
+    assert torch.equal(sampler.sample(2), draws[0]) and not torch.equal(sampler.sample(2), draws[0])
+    assert torch.equal(sampler.sample(2, seed=torch.tensor(6)), sampler.sample(2, seed=6))
+
+
+def test_draws_follow_the_probabilities():
+    model = lively(nn.Sequential(MaskedConv2d(1, 2, 3, mask_type="A")), 3)
+    sampler = IncrementalSampler(model, (1, 2, 2), levels=2, backend="cpu")
+    drawn = sampler.sample(4000, seed=0)
+    images = torch.tensor(list(itertools.product(range(2), repeat=4))).reshape(-1, 1, 2, 2)
+    log_p = model(images.float()).log_softmax(1).gather(1, images).sum((1, 2, 3))
+    expected = 4000 * log_p.exp()
+    observed = torch.stack([(drawn == image).flatten(1).all(1).sum() for image in images])
+    assert ((observed - expected) ** 2 / expected).sum() < 37.7  # the 0.999 quantile at 15 degrees of freedom
+
+
+@pytest.mark.parametrize("method", ["cached", "naive", "fixed_point"])
+def test_completion_keeps_known_pixels_and_conditions_on_them(method, backend):
+    sampler = IncrementalSampler(lively(Gated(levels=5), 3), (1, 6, 4), levels=5, backend=backend)
+    init = torch.randint(5, (3, 1, 6, 4))
+    mask = torch.zeros(6, 4, dtype=torch.bool)
+    mask[:3], mask[4, 1] = True, True
+    odd = torch.where(mask, init, 99).transpose(2, 3).contiguous().transpose(2, 3)  # strides do not matter
+    done = sampler.sample(3, seed=1, init=odd, mask=mask, method=method)
+    assert torch.equal(done[..., mask], init[..., mask])
+    other = sampler.sample(3, seed=1, init=(init + 1) % 5, mask=mask, method=method)
+    assert not torch.equal(done[..., ~mask], other[..., ~mask])
+    # what was drawn given the known pixels is what is drawn again with more of them known
+    mask[3] = True
+    assert torch.equal(sampler.sample(3, seed=1, init=done, mask=mask, method=method), done)
+
+
+def test_unknown_pixels_are_drawn_as_an_entropy_coder_would(backend):
+    sampler = IncrementalSampler(lively(Gated(3, channel_groups=3)), (3, 3, 4), levels=4, backend=backend)
+    image = sampler.sample(2, seed=9)
+    uniforms = fastelbo.reference.philox_uniform(torch.tensor([9]), image.shape)
+    assert sampler.steps == 36 and sampler.stages == [[0], [1], [2]]
+    sampler.reset(2)
+    for _ in range(sampler.steps):
+        logits, ((row, column),), (colour,) = sampler.step(), sampler.pixels, sampler.colours
+        assert torch.equal(sampler.step(), logits) and logits.shape == (2, 4, 1, 1)
+        sums = logits[:, :, 0, 0].double().softmax(1).cumsum(1)
+        level = (sums <= uniforms[:, colour, row, column, None]).sum(1)
+        assert torch.equal(level, image[:, colour, row, column])
+        sampler.commit(level[:, None, None])
+    with pytest.raises(RuntimeError, match="all 36 steps are done"):
+        sampler.step()
+
+
+def test_uniforms_are_the_words_of_the_noise():
+    torch.manual_seed(0)
+    seed = torch.tensor([123456789012345])
+    uniforms = fastelbo.reference.philox_uniform(seed, (3, 7))
+    assert torch.equal(fastelbo.reference.philox_uniform(seed, (2, 7), noise_offset=7), uniforms[1:])
+    normals = fastelbo.reference.philox_normal(seed, (20,)).reshape(5, 4)
+    u = uniforms.flatten()[:20].double().reshape(5, 4)
+    radius = (-2 * u[:, 0].log()).sqrt()
+    torch.testing.assert_close((radius * (2 * torch.pi * u[:, 1]).cos()).float(), normals[:, 0])
+
+
+def context_model(k, channels=6):
+    layers = (nn.Conv2d(12, 20, 1), nn.LeakyReLU(), nn.Conv2d(20, 2 * channels, 1))
+    return lively(nn.Sequential(MaskedConv2d(channels, 12, k, mask_type="A"), *layers))
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("rows, columns", [(7, 5), (3, 9), (9, 1), (1, 4)])
+def test_wavefront_is_exact_in_fewer_steps(k, rows, columns, backend):
+    if k == 1:
+        model = nn.Sequential(HorizontalStackConv2d(6, 12, 5, mask_type="A"), nn.ReLU(), nn.Conv2d(12, 12, 1))
+        model, lag = lively(model), 0
+    else:
+        model, lag = context_model(k), min(k // 2 + 1, columns)
+    images = torch.randn(2, 6, rows, columns)
+    sampler = IncrementalSampler(model, (6, rows, columns), order="wavefront", backend=backend)
+    assert sampler.steps == columns + lag * (rows - 1) and sampler.stages == [list(range(6))]
+    torch.testing.assert_close(teacher_forced(sampler, images), full(model, images), rtol=0, atol=1e-5)
+
+
+def test_wavefront_of_deep_networks_draws_the_same_images(backend):
+    convs = (
+        MaskedConv2d(3, 9, 5, mask_type="A", channel_groups=3),
+        MaskedConv2d(9, 9, 3, channel_groups=3, mask_type="B"),
+    )
+    model = lively(nn.Sequential(*convs, nn.ReLU(), MaskedConv2d(9, 12, 1, mask_type="B", channel_groups=3)))
+    draws = [
+        IncrementalSampler(model, (3, 6, 7), levels=4, order=order, backend=backend).sample(3, seed=2)
+        for order in ("raster", "wavefront")
+    ]
+    assert torch.equal(*draws)
+
+
+def test_memory_of_the_caches(backend):
+    model = nn.Sequential(MaskedConv2d(1, 20, 5, mask_type="A"), nn.ReLU(), MaskedConv2d(20, 4, 3, mask_type="B"))
+    sampler = IncrementalSampler(model, (1, 8, 10), levels=4, backend=backend)
+    # image 16 wide, two columns to each side, three rows; the conv's 32 for a pixel; the relu's a column to each side,
+    # two rows; the logits' 16 for a pixel; and up to three panels of 16 at the end
+    caches = 16 * (2 + 10 + 2) * 3 + 32 + 32 * (1 + 10 + 1) * 2 + 16
+    assert 4 * caches <= sampler.cache_bytes() <= 4 * (caches + 48)
+    assert sampler.cache_bytes(5) == 5 * sampler.cache_bytes()
+    sampler.reset(5)
+    assert sampler._run.workspace.numel() * 4 == sampler.cache_bytes(5)
+
+
+def test_the_rows_of_long_images_are_not_kept():
+    model = lively(Gated(dilations=(2,)))
+    sizes = [IncrementalSampler(model, (1, rows, 6)).cache_bytes() for rows in (8, 80)]
+    assert sizes[0] == sizes[1]
+
+
+def test_isas_agree(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    script = (
+        "import sys, torch, fastelbo; from fastelbo.sampling import IncrementalSampler; torch.manual_seed(0); "
+        "from fastelbo.nn import GatedMaskedConv2d as G\n"
+        "class M(torch.nn.Module):\n"
+        "    def __init__(s):\n"
+        "        super().__init__(); s.g = G(1, 20, 3, mask_type='A'); s.o = torch.nn.Conv2d(20, 9, 1)\n"
+        "    def forward(s, x): return s.o(s.g(x, x)[1])\n"
+        "s = IncrementalSampler(M(), (1, 5, 6), levels=9, backend='cpu')\n"
+        "print(s.sample(8, seed=1).flatten().tolist())"
+    )
+    found = set()
+    for isa in ("portable", "avx512"):  # which takes the best there is
+        run = [sys.executable, "-c", script]
+        done = subprocess.run(run, env={**os.environ, "FASTELBO_CPU_ISA": isa}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.add(done.stdout)
+    assert len(found) == 1
+
+
+def test_progress_is_shown_if_tqdm_is_there(monkeypatch, capsys):
+    sampler = IncrementalSampler(lively(Gated(dilations=())), (1, 3, 3), levels=4)
+    sampler.sample(1, progress=True)
+    assert "sampling" in "".join(capsys.readouterr())
+    real = builtins.__import__
+
+    def without_tqdm(name, *args, **kwargs):
+        if name == "tqdm":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_tqdm)
+    sampler.sample(1)
+    with pytest.raises(ImportError, match="progress=True needs tqdm"):
+        sampler.sample(1, progress=True)
+
+
+def test_training_afterwards_does_not_show():
+    model = lively(Gated(dilations=()))
+    sampler = IncrementalSampler(model, (1, 4, 4), levels=4)
+    before = [sampler.sample(2, seed=0, method=method) for method in ("cached", "naive")]
+    lively(model, 5)
+    assert all(
+        torch.equal(sampler.sample(2, seed=0, method=m), b) for m, b in zip(("cached", "naive"), before, strict=True)
+    )
+
+
+# Bad input
+
+FIRST = {"mask_type": "A"}
+
+
+class Wild(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.function = MaskedConv2d(1, 4, 3, mask_type="A"), function
+
+    def forward(self, x):
+        return self.function(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    "model, expected",
+    [
+        (
+            nn.Sequential(MaskedConv2d(1, 4, 3), nn.Conv2d(4, 4, 3, padding=1)),
+            r"got 1, Conv2d\(4, 4.*use fastelbo.nn.M",
+        ),
+        (nn.Sequential(MaskedConv2d(1, 4, 3), nn.GroupNorm(2, 4)), r"got 1, GroupNorm.*not known together"),
+        (nn.Sequential(MaskedConv2d(1, 4, 3), nn.Softmax(1)), r"got 1, Softmax.*build the network of the layers of"),
+        (Wild(lambda x: x.mean(1, keepdim=True)), "got Tensor.mean"),
+        (Wild(lambda x: x.flip(3)), "got Tensor.flip"),
+        (Wild(lambda x: x[:, :, 1:]), "got indexing"),
+        (Wild(lambda x: F.pad(x, (0, 0, 1, 0))), "logits that depends on its input|got Padded"),
+        (Wild(lambda x: F.pad(x, (0, 1, 0, 0))[..., 1:]), "got pad other than"),
+        (Wild(lambda x: F.conv2d(x, x)), "got conv2d: use fastelbo.nn.MaskedConv2d"),
+        (Wild(lambda x: torch.cat([x, x], 2)), "got cat along another"),
+        (Wild(lambda x: x.view(x.shape)), "got Tensor.shape"),
+        (Wild(lambda x: F.dropout(x)), "got dropout while training"),
+        (Wild(lambda x: x if x.sum() > 0 else -x), "got Tensor.sum|control flow"),
+        (Wild(lambda x: x + F.relu_(x)), "got relu_ in place on a tensor that is used again"),
+        (Wild(lambda x: x + torch.cat([x, x], 1)), "got add of features with 4 and 8 channels"),
+    ],
+)
+def test_an_unknown_layer_is_named(model, expected):
+    with pytest.raises((NotImplementedError, ValueError), match=f"(?s)model must.*({expected})"):
+        IncrementalSampler(model, (1, 4, 4))
+
+
+def test_hooks_and_overridden_forwards_are_refused():
+    model = nn.Sequential(MaskedConv2d(1, 4, 3))
+    model[0].register_forward_hook(lambda *args: None)
+    with pytest.raises(NotImplementedError, match="got 0, MaskedConv2d.* with forward hooks: remove them"):
+        IncrementalSampler(model, (1, 4, 4))
+
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(NotImplementedError, match="got conv2d: use fastelbo.nn.MaskedConv2d"):
+        IncrementalSampler(nn.Sequential(MaskedConv2d(1, 4, 3), Doubled(4, 4, 1)), (1, 4, 4))
+
+    class Functional(nn.Module):
+        def forward(self, x):
+            return fastelbo.masked_conv2d(x, torch.ones(4, 1, 3, 3), mask_type="A")
+
+    with pytest.raises(NotImplementedError, match="got a forward that torch.fx cannot follow"):
+        IncrementalSampler(Functional(), (1, 4, 4))
+
+
+def test_subclasses_and_weight_norm(backend):
+    class Ours(MaskedConv2d):
+        pass
+
+    class Block(GatedMaskedConv2d):
+        pass
+
+    model = Gated()
+    model.blocks[1] = Block(12, 12, 3)
+    model.last = nn.Sequential(Ours(12, 8, 1, mask_type="B"), nn.Conv2d(8, 4, 1))
+    for conv in (model.first.horizontal, model.last[0], model.last[1]):
+        nn.utils.parametrizations.weight_norm(conv)
+    assert_equals_full_forward(lively(model), (1, 4, 5), backend)
+
+
+class Unshifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.v, self.h = VerticalStackConv2d(1, 4, 3), HorizontalStackConv2d(1, 4, 3, mask_type="A")
+
+    def forward(self, x):
+        return self.v(x) + self.h(x)
+
+
+@pytest.mark.parametrize(
+    "model, colours, expected",
+    [
+        (nn.Sequential(MaskedConv2d(1, 4, 3, mask_type="B")), 1, "colour 0 that depend on colour 0"),
+        (nn.Sequential(nn.Conv2d(1, 4, 1)), 1, "colour 0 that depend on colour 0"),
+        (Unshifted(), 1, "whole row"),
+        (Gated(3, channel_groups=3, last=nn.Conv2d(12, 12, 1)), 3, "colour 0 that depend on colour 0"),
+        (Gated(3, channel_groups=3, last=nn.Conv2d(12, 4, 1)), 3, "got 4"),
+        (nn.Sequential(MaskedConv2d(2, 4, 3)), 1, "got 1 channels"),
+    ],
+)
+def test_a_network_that_is_not_causal_is_refused(model, colours, expected):
+    with pytest.raises(ValueError, match=f"model must.*{expected}"):
+        IncrementalSampler(model, (colours, 4, 4))
+
+
+@pytest.fixture
+def sampler():
+    return IncrementalSampler(Gated(dilations=()), (1, 4, 5), levels=4)
+
+
+@pytest.mark.parametrize(
+    "options, error, expected",
+    [
+        ({"levels": 5}, ValueError, "levels must be 4: the model has 4 outputs for 1 colour"),
+        ({"values": [0, 1, 2]}, ValueError, "values must come with levels"),
+        ({"levels": 4, "values": [0, 1, 2]}, ValueError, "values must be one number for each of 4 levels; got shape"),
+        ({"order": "spiral"}, ValueError, "order must be one of raster, wavefront; got 'spiral'"),
+        ({"order": "wavefront"}, ValueError, "order must be raster for a network whose features depend on whole rows"),
+        ({"backend": "numpy"}, ValueError, "backend must be one of"),
+        ({"backend": "triton"}, NotImplementedError, "backend 'triton' cannot run this sampler"),
+        ({"conditional": True, "levels": 4}, ValueError, "cond must not be given: cond_channels decides"),
+    ],
+)
+def test_bad_options(options, error, expected):
+    with pytest.raises(error, match=expected):
+        IncrementalSampler(Gated(dilations=()), (1, 4, 5), **options)
+
+
+def test_bad_models_and_shapes():
+    with pytest.raises(TypeError, match="model must be a module; got function"):
+        IncrementalSampler(lambda x: x, (1, 4, 4))
+    with pytest.raises(ValueError, match=r"image_shape must be \(C, H, W\), all at least 1; got \(4, 4\)"):
+        IncrementalSampler(Gated(), (4, 4))
+    with pytest.raises(ValueError, match="model must take an image and a condition"):
+        IncrementalSampler(nn.Sequential(), (1, 4, 4), conditional=True)
+    with pytest.raises(NotImplementedError, match="cpu: it computes in float32, and the model is in torch.float64"):
+        IncrementalSampler(Gated().double(), (1, 4, 4), backend="cpu")
+
+
+MASK = torch.ones(2, 1, 4, 5, dtype=torch.bool)
+INIT = torch.zeros(2, 1, 4, 5, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "options, error, expected",
+    [
+        ({"n": 0}, ValueError, "n must be at least 1; got 0"),
+        ({"n": 2.0}, TypeError, "n must be an int; got float"),
+        ({"method": "fast"}, ValueError, "method must be one of cached, naive, fixed_point; got 'fast'"),
+        ({"temperature": -1}, ValueError, "temperature must be finite and at least 0; got -1"),
+        ({"temperature": "1"}, TypeError, "temperature must be a number; got str"),
+        ({"noise_offset": -1}, ValueError, "noise_offset must be at least 0; got -1"),
+        ({"seed": 1, "generator": torch.Generator()}, ValueError, "seed and generator must not both be given"),
+        ({"seed": 0.5}, TypeError, "seed must be an int"),
+        ({"cond": torch.zeros(2, 3)}, ValueError, "cond must not be given: conditional=False"),
+        ({"init": INIT}, ValueError, "init and mask must both be given, or neither; got no mask"),
+        ({"mask": MASK}, ValueError, "init and mask must both be given, or neither; got no init"),
+        ({"init": INIT.float(), "mask": MASK}, TypeError, "init must be a tensor of integers; got torch.float32"),
+        ({"init": INIT[:1], "mask": MASK}, ValueError, r"init must be of shape \(2, 1, 4, 5\); got \(1, 1, 4, 5\)"),
+        ({"init": INIT, "mask": MASK.int()}, TypeError, "mask must be a tensor of bool; got torch.int32"),
+        ({"init": INIT, "mask": MASK[..., :3]}, ValueError, r"mask must broadcast to shape \(2, 1, 4, 5\); got"),
+        ({"init": INIT + 4, "mask": MASK}, ValueError, "init must be between 0 and 3 where mask is True"),
+    ],
+)
+def test_bad_arguments_of_sample(sampler, options, error, expected):
+    with pytest.raises(error, match=expected):
+        sampler.sample(**{"n": 2, **options})
+
+
+@pytest.mark.parametrize(
+    "cond, error, expected",
+    [
+        (None, ValueError, "cond must be given: conditional=True"),
+        ([1], TypeError, "cond must be a tensor; got list"),
+        (torch.zeros(3, 5), ValueError, r"cond must be of 2 images; got shape \(3, 5\)"),
+        (torch.zeros(2, 4), ValueError, r"cond must be what the model takes; got shape \(2, 4\)"),
+        (torch.zeros(2, 5, 3, 4), ValueError, "cond must lead to features of 4 x 5 pixels or of one; got 3 x 4"),
+    ],
+)
+def test_bad_conditions(cond, error, expected):
+    sampler = IncrementalSampler(Gated(cond_channels=5), (1, 4, 5), levels=4, conditional=True)
+    with pytest.raises(error, match=expected):
+        sampler.sample(2, cond)
+
+
+def test_step_and_commit_in_the_wrong_order_or_shape(sampler):
+    with pytest.raises(RuntimeError, match="step and commit must follow reset"):
+        sampler.step()
+    sampler.reset(2)
+    level = torch.zeros(2, 1, 1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="commit must follow a step"):
+        sampler.commit(level)
+    sampler.step()
+    with pytest.raises(ValueError, match=r"values must be of shape \(2, 1, 1\); got \(2, 1\)"):
+        sampler.commit(level[:, 0])
+    with pytest.raises(TypeError, match="values must be integers, levels; got torch.float32"):
+        sampler.commit(level.float())
+    with pytest.raises(ValueError, match="values must be between 0 and 3"):
+        sampler.commit(level + 4)
+
+
+def test_outputs_without_levels_are_not_sampled():
+    sampler = IncrementalSampler(Gated(), (1, 4, 5))
+    with pytest.raises(ValueError, match="levels must be given to sample"):
+        sampler.sample(1)
+
+
+@pytest.mark.parametrize("method", ["cached", "naive", "fixed_point"])
+def test_logits_that_are_not_numbers_are_refused(method, backend):
+    model = nn.Sequential(MaskedConv2d(1, 4, 3, mask_type="A"))
+    nn.init.constant_(model[0].bias, float("nan"))
+    with pytest.raises(ValueError, match="got NaN or infinity"):
+        IncrementalSampler(model, (1, 3, 3), levels=4, backend=backend).sample(2, method=method)
