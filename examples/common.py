@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastelbo
+from parallel import Ranks
 
 CHECKPOINT = "checkpoint.pt"
 DEFAULT = "(default: %(default)s)"
@@ -49,6 +50,13 @@ def new_training_parser(description: str, output: str, epochs: int, batch_size: 
     add("--batch-size", type=int, default=batch_size, help=f"images per step {DEFAULT}")
     add("--resume", action="store_true", help="go on from the checkpoint in --output")
     return parser
+
+
+def add_parallel_options(parser: argparse.ArgumentParser) -> None:
+    """The options of an example that runs on the ranks of torchrun."""
+    add = parser.add_argument
+    add("--parallel", choices=["ddp", "fsdp"], help="under torchrun: whole replicas or sharded weights (default: ddp)")
+    add("--accumulate", type=int, default=1, help=f"parts in which each rank takes its share of a batch {DEFAULT}")
 
 
 def check_whole_numbers(args: argparse.Namespace, **lowest: int) -> None:
@@ -85,10 +93,13 @@ def make_output(directory: Path) -> None:
 def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Runs an example; 0, or 2 after a sentence on bad input, or 130 after Ctrl-C."""
     checkpoint = args.output / CHECKPOINT
+    if "RANK" in os.environ:  # there a directory
+        checkpoint = checkpoint.with_suffix("")
     try:
         run(args)
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         sentence = "\nInterrupted"
@@ -154,6 +165,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     order: torch.Generator
     settings: dict[str, int | float | str | list]  # what a resumed run must share; with batch_size
+    ranks: Ranks = field(default_factory=Ranks)
     history: list[tuple[float, float]] = field(default_factory=list)  # a training and a test figure of each epoch
 
     def curves(self) -> dict[str, Sequence[float]]:
@@ -166,17 +178,35 @@ class Training:
         return max(1, len(images) // self.settings["batch_size"])
 
     def batches(self, images: Tensor) -> Iterator[Tensor]:
-        """The batches of an epoch, in a new order."""
+        """The batches of an epoch, in a new order: whole ones, the same on all ranks."""
         batch_size = min(self.settings["batch_size"], len(images))
         order = torch.randperm(len(images), generator=self.order).to(images.device)
         for batch in order[: len(order) - len(order) % batch_size].split(batch_size):
             yield images[batch]
 
     def step(self, loss: Tensor) -> None:
-        """Moves the weights against the gradient."""
-        self.optimizer.zero_grad()
+        """Moves the weights against the gradient, and what has been accumulated before."""
         loss.backward()
         self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def descend(self, images: int, loss: Callable[[slice], Tensor]) -> Tensor:
+        """A step against the gradient of a batch's mean loss; returns the mean over this rank's images.
+
+        Args:
+            images: in the batch of all ranks.
+            loss: the mean loss of a slice of them.
+        """
+        total = 0
+        for rows, last in self.ranks.parts(images):
+            with self.ranks.synchronised(self.model, last):
+                part = loss(rows) / self.ranks.accumulate
+                total = total + part.detach()
+                if last:
+                    self.step(part)
+                else:
+                    part.backward()
+        return total
 
     def run(
         self,
@@ -195,7 +225,8 @@ class Training:
             checkpoint: where to save.
         """
         done = len(self.history)
-        with tqdm(total=epochs * steps, initial=done * steps, unit="step", desc="training", disable=None) as bar:
+        hidden = None if self.ranks.first else True  # None: where there is no terminal
+        with tqdm(total=epochs * steps, initial=done * steps, unit="step", desc="training", disable=hidden) as bar:
             for _ in range(done, epochs):
                 figures, sentence = run_epoch(bar.update)
                 self.history.append(figures)
@@ -204,6 +235,9 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Writes the checkpoint aside and moves it into place, so that no half-written one is ever under its name."""
+        if self.ranks.torchrun:
+            self.ranks.save(path, self)
+            return
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -223,6 +257,10 @@ class Training:
     def load(self, path: Path) -> None:
         """Restores what save wrote; the random states last, so that nothing after them draws."""
         try:
+            if self.ranks.torchrun:
+                settings = self.ranks.load(path, self)
+                self._check(settings, path)
+                return
             if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at the checksums
                 raise ValueError(f"wrong checksum of {broken}")
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -234,11 +272,16 @@ class Training:
                 self.order.set_state(state["order"])
                 torch.set_rng_state(state["rng"])
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
+        except InputError:
+            raise
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"--resume: there is no checkpoint {path}") from None
         except Exception as error:  # a damaged file can make torch.load raise nearly anything
             reason = str(error).partition("\n")[0]
             raise InputError(f"--resume: {path} is damaged, or not of this script: {reason}") from None
+        self._check(settings, path)
+
+    def _check(self, settings: dict, path: Path) -> None:
         if settings != self.settings:
             raise InputError(f"--resume: {path} was made with {settings}; this run has {self.settings}")
 
@@ -248,6 +291,25 @@ class Training:
             self.load(args.output / CHECKPOINT)
             if len(self.history) > args.epochs:
                 raise InputError(f"--epochs: the checkpoint has {len(self.history)} already; got {args.epochs}")
+
+
+def start_ranks(args: argparse.Namespace) -> tuple[Ranks, torch.device, str]:
+    """This process among those of torchrun, its device and its backend; alone without torchrun."""
+    check_whole_numbers(args, epochs=1, batch_size=1, seed=0, accumulate=1)
+    if args.parallel and "RANK" not in os.environ:
+        raise InputError(
+            f"--parallel {args.parallel} goes with torchrun: torchrun --nproc-per-node 2 {sys.argv[0]} ..."
+        )
+    ranks = Ranks(args.parallel or "ddp", args.accumulate, torchrun="RANK" in os.environ)
+    if args.batch_size % (ranks.count * args.accumulate):
+        raise InputError(
+            f"--batch-size must be a multiple of the {ranks.count} rank(s) times --accumulate {args.accumulate}; "
+            f"got {args.batch_size}"
+        )
+    args.device = ranks.device(args.device)
+    device, backend = choose_device_and_backend(args)
+    ranks.start(device)
+    return ranks, device, backend
 
 
 def fastest_calls(calls: Sequence[Callable[[], object]], device: torch.device, seconds: float = 4) -> list[float]:

@@ -10,6 +10,9 @@ v has read the rows above a pixel, h those and what lies left of it. From h come
 levels of each colour, so that the network is a probability of the image, the product of one factor for each pixel and
 colour: in raster order, and within a pixel red, then green given red, then blue given both.
 
+Images are drawn, and half-hidden ones completed, by fastelbo.sampling.IncrementalSampler, which computes each feature
+once.
+
 The data are the 1797 digits of 8x8 pixels and 17 grey levels that ship inside scikit-learn, a sixth of which is held
 out, or 32x32 patches of its two photographs, in colour and 256 levels. Patches to train on overlap one another; those
 to test on are tiles of the right-hand fifth of each photograph, which no other patch reaches into.
@@ -35,15 +38,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import common
 from common import CHECKPOINT, InputError, Training
 from fastelbo.nn import GatedMaskedConv2d, MaskedConv2d
+from fastelbo.sampling import IncrementalSampler
+from parallel import Ranks
 
 LEARNING_RATE = 5e-3
 PATCH = 32
 SAMPLE_SEED = 1
+COMPLETIONS = 4  # of each half-hidden image
 GRID = {1: (8, 12), 3: (2, 4)}  # rows and columns of samples, by the number of colours
 
 
@@ -56,6 +61,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         epochs=10,
         batch_size=32,
     )
+    common.add_parallel_options(parser)
     add = parser.add_argument
     data = "8x8 digits in 17 grey levels or 32x32 patches of two photographs in colour (default: %(default)s)"
     add("--data", choices=["digits", "photographs"], default="digits", help=data)
@@ -137,14 +143,16 @@ class PixelCNN(nn.Module):
         return F.cross_entropy(logits, images.long()) / math.log(2)
 
 
-def start_training(data: Data, args: argparse.Namespace, device: torch.device) -> Training:
+def start_training(data: Data, args: argparse.Namespace, device: torch.device, ranks: Ranks | None = None) -> Training:
     """A fresh network, or the one of the checkpoint."""
     torch.manual_seed(args.seed)
+    ranks = ranks or Ranks()
     model = PixelCNN(data.train.shape[1], data.levels, args.channels, args.blocks, args.backend).to(device)
+    ranks.wrap(model, "bits")
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     names = ("data", "binary", "channels", "blocks", "batch_size", "seed")
     settings = {name: getattr(args, name) for name in names} | {"data_checksum": data.checksum()}
-    training = Training(model, optimizer, torch.Generator().manual_seed(args.seed), settings)
+    training = Training(model, optimizer, torch.Generator().manual_seed(args.seed), settings, ranks)
     training.resume(args)
     return training
 
@@ -153,17 +161,25 @@ def train_epoch(training: Training, data: Data, on_step: Callable[[], object] = 
     """One pass in a new order; returns the bits per dimension of each step."""
     losses = []
     for images in training.batches(data.train):
-        loss = training.model.bits(images)
-        training.step(loss)
-        losses.append(loss.detach())
+
+        def loss(rows: slice, images: Tensor = images) -> Tensor:
+            return training.ranks.call(training.model, "bits", images[rows])
+
+        losses.append(training.descend(len(images), loss))
         on_step()
-    return torch.stack(losses)
+    return training.ranks.mean(torch.stack(losses))
 
 
 @torch.no_grad()
-def evaluate(model: PixelCNN, data: Data) -> float:
+def evaluate(model: PixelCNN, data: Data, ranks: Ranks | None = None) -> float:
     """Bits per dimension of the test images."""
-    return sum(model.bits(images).item() * len(images) for images in data.test.split(16)) / len(data.test)
+    ranks, parts = ranks or Ranks(), data.test.split(16)
+    total = torch.zeros((), dtype=torch.float64, device=data.test.device)
+    for start in range(0, len(parts), ranks.count):  # all ranks call the model as often, since all hold parts of it
+        part = start + ranks.rank
+        images = parts[min(part, len(parts) - 1)]
+        total += model.bits(images) * len(images) * (part < len(parts))
+    return ranks.sum(total)[0] / len(data.test)
 
 
 def independent_pixels(data: Data) -> float:
@@ -179,7 +195,7 @@ def train(training: Training, data: Data, epochs: int, checkpoint: Path) -> None
 
     def run_epoch(on_step: Callable[[], object]) -> tuple[tuple[float, float], str]:
         train_bits = train_epoch(training, data, on_step).mean().item()
-        test_bits = evaluate(training.model, data)
+        test_bits = evaluate(training.model, data, training.ranks)
         return (train_bits, test_bits), f"bits per dimension: train {train_bits:.3f}, test {test_bits:.3f}"
 
     training.run(epochs, training.steps(data.train), run_epoch, checkpoint)
@@ -268,46 +284,52 @@ def compare(model: PixelCNN, images: Tensor, backend: str) -> None:
     print("  " + "".join(f"{seconds * 1e3:>14.1f} ({seconds / best[0]:4.2f}x)" for seconds in best))
 
 
-@torch.no_grad()
-def sample(model: PixelCNN, count: int, height: int, width: int, device: torch.device) -> Tensor:
-    """Images drawn from the model, colour after colour and pixel after pixel: uint8 [count, colours, H, W]."""
-    generator = torch.Generator().manual_seed(SAMPLE_SEED)
-    images = torch.zeros(count, model.colours, height, width, dtype=torch.uint8, device=device)
-    for index in tqdm(range(height * width * model.colours), unit="pixel", desc="sampling", disable=None):
-        pixel, colour = divmod(index, model.colours)
-        row, column = divmod(pixel, width)
-        features = model.features(images[:, :, : row + 1])[:, :, row:, column : column + 1]
-        logits = model.logits(model.hidden(features)).view(count, model.levels, model.colours)
-        probabilities = logits[:, :, colour].softmax(1).cpu()
-        images[:, colour, row, column] = probabilities.multinomial(1, generator=generator)[:, 0]
-    return images
+def sample(model: PixelCNN, count: int, height: int, width: int, known: Tensor | None = None) -> Tensor:
+    """Images drawn from the model, uint8 [count, colours, H, W]; with the upper half of known images, if any."""
+    sampler = IncrementalSampler(model, (model.colours, height, width), levels=model.levels)
+    options = {}
+    if known is not None:
+        upper = torch.zeros(height, width, dtype=torch.bool)
+        upper[: height // 2] = True
+        options = {"init": known, "mask": upper}
+    return sampler.sample(count, seed=SAMPLE_SEED, progress=sys.stderr.isatty(), **options).byte()
 
 
 def save_pictures(output: Path, training: Training, data: Data) -> None:
-    """Samples, test images of the same number, and the training curve."""
+    """Samples, test images of the same number, completions of their upper halves, and the training curve."""
     _, colours, height, width = data.test.shape
     rows, columns = GRID[colours]
-    samples = sample(training.model, rows * columns, height, width, data.test.device)
-    for name, images, title in (
-        ("samples.png", samples, "Samples"),
-        ("test_images.png", data.test[: rows * columns], "Test images"),
-    ):
-        common.save_grid(output / name, images.unflatten(0, (rows, columns)) / (data.levels - 1), title)
+    images = data.test[: rows * columns]
+    samples = sample(training.model, rows * columns, height, width)
+    for name, grid, title in (("samples.png", samples, "Samples"), ("test_images.png", images, "Test images")):
+        common.save_grid(output / name, grid.unflatten(0, (rows, columns)) / (data.levels - 1), title)
+    some = data.test[:columns].repeat_interleave(COMPLETIONS, 0)
+    completed = sample(training.model, len(some), height, width, some).unflatten(0, (-1, COMPLETIONS))
+    shown = data.test[:columns, None].to(completed)
+    hidden = shown.clone()
+    hidden[..., height // 2 :, :] = 0
+    grid = torch.cat([shown, hidden, completed], 1).transpose(0, 1) / (data.levels - 1)
+    labels = ("test image", "upper half", *["drawn"] * COMPLETIONS)
+    common.save_grid(output / "completions.png", grid, "Lower halves drawn, given the upper ones", labels)
     title, levels = "Gated PixelCNN during training", {"test, independent pixels": independent_pixels(data)}
     common.save_curves(output / "training_curve.png", training.curves(), title, "epoch", "bits per dimension", levels)
 
 
 def run(args: argparse.Namespace) -> None:
     """Checks everything the user gave, before anything is written; then trains and reports."""
-    common.check_whole_numbers(args, epochs=1, batch_size=1, seed=0, channels=1, blocks=0)
+    common.check_whole_numbers(args, channels=1, blocks=0)
     if args.binary and args.data != "digits":
         raise InputError(f"--binary goes with --data digits; got --data {args.data}")
-    device, _ = common.choose_device_and_backend(args)
+    ranks, device, _ = common.start_ranks(args)
     data = load_data(args.data, args.binary, args.seed, device)
-    training = start_training(data, args, device)
+    training = start_training(data, args, device, ranks)
     common.make_output(args.output)
     with common.one_thread(args.data == "digits"):
         train(training, data, args.epochs, args.output / CHECKPOINT)
+        training.model = ranks.whole(training.model)
+        ranks.stop()
+        if not ranks.first:
+            return
         backend = args.backend or "chosen by each op"
         report(training, data, backend)
         if args.compare:

@@ -34,6 +34,7 @@ from torch.distributions import Normal, kl_divergence
 import common
 import fastelbo
 from common import CHECKPOINT, InputError, Training
+from parallel import Ranks
 
 LATENT = 12
 HIDDEN = 512
@@ -50,6 +51,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         batch_size=64,
     )
     idx = "IDX file of images, plain or .gz, or a directory with train-images-idx3-ubyte[.gz]; a sixth is held out"
+    common.add_parallel_options(parser)
     parser.add_argument("--data", type=Path, metavar="PATH", help=f"{idx} (default: the digits of scikit-learn)")
     compare = "also time the fused ops against eager torch and torch.distributions"
     parser.add_argument("--compare", action="store_true", help=compare)
@@ -103,7 +105,7 @@ class VAE(nn.Module):
         super().__init__()
         self.encoder = common.mlp(pixels, HIDDEN, 2 * LATENT)
         self.decoder = common.mlp(LATENT, HIDDEN, pixels)
-        self.x_logvar = nn.Parameter(torch.tensor(-3.0))
+        self.x_logvar = nn.Parameter(torch.full((1,), -3.0))  # not 0-d, which FSDP cannot shard
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the posterior, both [N, latent]: halves of one tensor, which the ops read as is."""
@@ -113,21 +115,29 @@ class VAE(nn.Module):
         """The mean of each pixel."""
         return self.decoder(z).sigmoid()
 
-    def forward(self, x: Tensor, backend: str | None = None, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood and KL of each image, in nats; their sum is minus the ELBO."""
+    def forward(
+        self, x: Tensor, backend: str | None = None, seed: int | Tensor | None = None, first: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood and KL of each image, in nats; their sum is minus the ELBO.
+
+        first is the row in its batch of the first image: rows draw the same whoever computes them.
+        """
         mean, logvar = self.encode(x)
-        z, kl = fastelbo.gaussian_rsample_kl(mean, logvar, seed=seed, backend=backend)
+        offset = fastelbo.distributed.noise_offset(mean, first)
+        z, kl = fastelbo.gaussian_rsample_kl(mean, logvar, seed=seed, noise_offset=offset, backend=backend)
         nll = fastelbo.gaussian_nll(x, self.decode(z), self.x_logvar, backend=backend)
         return nll, kl
 
 
-def start_training(data: Data, args: argparse.Namespace, device: torch.device) -> Training:
+def start_training(data: Data, args: argparse.Namespace, device: torch.device, ranks: Ranks | None = None) -> Training:
     """A fresh model, or the one of the checkpoint."""
     torch.manual_seed(args.seed)
+    ranks = ranks or Ranks()
     model = VAE(pixels=data.train[0].numel()).to(device)
+    ranks.wrap(model)
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     settings = {"seed": args.seed, "batch_size": args.batch_size, "data_checksum": data.checksum}
-    training = Training(model, optimizer, torch.Generator().manual_seed(args.seed), settings)
+    training = Training(model, optimizer, torch.Generator().manual_seed(args.seed), settings, ranks)
     training.resume(args)
     return training
 
@@ -136,20 +146,24 @@ def train_epoch(training: Training, data: Data, backend: str, on_step: Callable[
     """One pass in a new order; returns the loss of each step."""
     losses = []
     for images in training.batches(data.train):
-        nll, kl = training.model(common.dequantise(images, data.levels), backend)
-        loss = (nll + kl).mean()
-        training.step(loss)
-        losses.append(loss.detach())
+        x, seed = common.dequantise(images, data.levels), torch.randint(2**63 - 1, (1,), device=images.device)
+
+        def loss(rows: slice, x: Tensor = x, seed: Tensor = seed) -> Tensor:
+            nll, kl = training.ranks.call(training.model, "forward", x[rows], backend, seed, rows.start)
+            return (nll + kl).mean()
+
+        losses.append(training.descend(len(images), loss))
         on_step()
-    return torch.stack(losses)
+    return training.ranks.mean(torch.stack(losses))
 
 
 @torch.no_grad()
-def evaluate(model: VAE, data: Data, backend: str) -> tuple[float, float]:
+def evaluate(model: VAE, data: Data, backend: str, ranks: Ranks | None = None) -> tuple[float, float]:
     """Test NLL and KL in nats per image, always with the same dequantisation and the same posterior noise."""
-    generator = torch.Generator(data.test.device).manual_seed(EVALUATION_SEED)
-    nll, kl = model(common.dequantise(data.test, data.levels, generator), backend, seed=EVALUATION_SEED)
-    return nll.mean().item(), kl.mean().item()
+    ranks, generator = ranks or Ranks(), torch.Generator(data.test.device).manual_seed(EVALUATION_SEED)
+    rows, x = ranks.share(len(data.test)), common.dequantise(data.test, data.levels, generator)
+    nll, kl = ranks.sum(*(terms.sum() for terms in model(x[rows], backend, EVALUATION_SEED, rows.start)))
+    return nll / len(x), kl / len(x)
 
 
 def train(training: Training, data: Data, epochs: int, backend: str, checkpoint: Path) -> None:
@@ -157,7 +171,7 @@ def train(training: Training, data: Data, epochs: int, backend: str, checkpoint:
 
     def run_epoch(on_step: Callable[[], object]) -> tuple[tuple[float, float], str]:
         train_elbo = -train_epoch(training, data, backend, on_step).mean().item()
-        test_elbo = -sum(evaluate(training.model, data, backend))
+        test_elbo = -sum(evaluate(training.model, data, backend, training.ranks))
         return (train_elbo, test_elbo), f"ELBO train {train_elbo:.1f}, test {test_elbo:.1f} nats"
 
     training.run(epochs, training.steps(data.train), run_epoch, checkpoint)
@@ -256,13 +270,16 @@ def save_pictures(output: Path, training: Training, data: Data, backend: str) ->
 
 def run(args: argparse.Namespace) -> None:
     """Checks everything the user gave, before anything is written; then trains and reports."""
-    common.check_whole_numbers(args, epochs=1, batch_size=1, seed=0)
-    device, backend = common.choose_device_and_backend(args)
+    ranks, device, backend = common.start_ranks(args)
     data = load_data(args.data, args.seed, device)
-    training = start_training(data, args, device)
+    training = start_training(data, args, device, ranks)
     common.make_output(args.output)
     with common.one_thread(args.data is None):
         train(training, data, args.epochs, backend, args.output / CHECKPOINT)
+    training.model = ranks.whole(training.model)
+    ranks.stop()
+    if not ranks.first:
+        return
     report(training, data, backend)
     if args.compare:
         compare(args.batch_size, data.test[0].numel(), backend, device)

@@ -2,7 +2,7 @@
 
 import importlib
 
-from fastelbo import backends, nn, reference
+from fastelbo import backends, distributed, nn, reference
 from fastelbo.elbo import (
     ELBO,
     gaussian_elbo,
@@ -28,6 +28,7 @@ __all__ = [
     "causal_conv2d",
     "compat",
     "conv_mask2d",
+    "distributed",
     "distributions",
     "gaussian_elbo",
     "gaussian_kl",
@@ -43,11 +44,12 @@ __all__ = [
     "nn",
     "optimal_sigma",
     "reference",
+    "sampling",
 ]
 
 
 def __getattr__(name):
     """Imports what most programs do not use when it is first asked for."""
-    if name in ("compat", "distributions"):
+    if name in ("compat", "distributions", "sampling"):
         return importlib.import_module(f"fastelbo.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ import warnings
 import torch
 from torch import nn
 
-from fastelbo import _checks
+from fastelbo import _checks, distributed
 from fastelbo.ops import masked_conv2d as op
 from fastelbo.ops.gaussian_log_prob import gaussian_nll
 from fastelbo.reference.masked_conv2d import activate
@@ -70,6 +70,11 @@ class _CausalConv2d(nn.Conv2d):
         """Takes weights of nn.Conv2d and of masked convolutions of other projects, which hold a `mask` buffer."""
         mask, name = state_dict.pop(prefix + "mask", None), prefix + "weight"
         weight = state_dict.get(name)
+        if weight is not None and distributed.sharded(weight):  # of a module like this one, as FSDP loads it
+            live = self.live_taps().to(weight.device)
+            if weight.shape == live.shape:
+                state_dict[name] = torch.where(distributed.placed_as(weight, live), weight, 0)
+            weight = None
         mask, weight = (t if t is None or t.dim() != 4 else self._full(t) for t in (mask, weight))
         if mask is not None and (reason := self._reject(mask)):
             errors.append(f"{prefix}mask {reason}")

@@ -166,7 +166,7 @@ def test_samples_follow_the_probabilities():
     expected = torch.tensor([2 ** (-4 * model.bits(image[None]).item()) for image in images], dtype=torch.float64)
     assert expected.max() > 3 * expected.min()
     count = 4000
-    drawn = example.sample(model, count, 2, 2, CPU)
+    drawn = example.sample(model, count, 2, 2)
     observed = torch.stack([(drawn == image).flatten(1).all(1).sum() for image in images])
     assert observed.sum() == count
     chi2 = ((observed - count * expected) ** 2 / (count * expected)).sum()
@@ -178,15 +178,27 @@ def test_samples_have_the_levels_of_their_colour():
     with torch.no_grad():
         model.logits.weight.zero_()
         model.logits.bias.zero_().view(5, 3)[[4, 0, 2], [0, 1, 2]] = 100  # red 4, green 0, blue 2
-    images = example.sample(model, 2, 3, 4, CPU)
+    images = example.sample(model, 2, 3, 4)
     assert images.dtype == torch.uint8 and images.shape == (2, 3, 3, 4)
     assert torch.equal(images, torch.tensor([4, 0, 2], dtype=torch.uint8)[:, None, None].expand(2, 3, 3, 4))
 
 
 def test_samples_are_in_range(trained):
     model, data = trained
-    images = example.sample(model, 8, 8, 8, CPU)
+    images = example.sample(model, 8, 8, 8)
     assert images.max() < data.levels and images.unique().numel() > 5
+
+
+def test_completions_keep_the_upper_half(trained):
+    model, data = trained
+    known = data.test[:1].expand(40, -1, -1, -1)
+    images = example.sample(model, 40, 8, 8, known)
+    assert torch.equal(images[..., :4, :], known[..., :4, :])
+    assert images.unique(dim=0).shape[0] > 30
+    # the lower halves are likelier under this digit's upper half than under another's
+    other = images.clone()
+    other[..., :4, :] = data.test[1:2, ..., :4, :]
+    assert model.bits(images) < model.bits(other)
 
 
 def test_no_test_patch_overlaps_a_training_patch(monkeypatch):
@@ -265,7 +277,7 @@ def test_tiny_run_on_photographs_draws_in_colour(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(example, "PATCH", 4)
     assert run(tmp_path, 1, "--data", "photographs", "--batch-size", "8") == 0
     assert "8 images of 4x4 pixels, 3 colour(s), 256 levels" in capsys.readouterr().out
-    for name, reds in (("test_images.png", 0.9), ("samples.png", 0)):
+    for name, reds in (("test_images.png", 0.9), ("samples.png", 0), ("completions.png", 0.3)):
         picture = imread(tmp_path / name)
         coloured = picture[np.ptp(picture[..., :3], axis=2) > 0.2]
         assert len(coloured) > 1000 and (coloured[:, 0] > coloured[:, 1:3].max(1)).mean() > reds
@@ -273,7 +285,7 @@ def test_tiny_run_on_photographs_draws_in_colour(tmp_path, monkeypatch, capsys):
 
 def test_tiny_run_draws_valid_pictures(tmp_path, capsys):
     assert run(tmp_path / "new" / "out", 1) == 0
-    pictures = ("samples.png", "test_images.png", "training_curve.png")
+    pictures = ("completions.png", "samples.png", "test_images.png", "training_curve.png")
     assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == sorted(["checkpoint.pt", *pictures])
     for name in pictures:
         picture = imread(tmp_path / "new" / "out" / name)

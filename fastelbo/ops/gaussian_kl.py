@@ -2,7 +2,7 @@
 
 import torch
 
-from fastelbo import _checks, _library, backends, reference
+from fastelbo import _checks, _library, backends, distributed, reference
 from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
 from fastelbo.reference.gaussian_kl import event_sum
 from fastelbo.scale import as_scale, numbers
@@ -90,16 +90,25 @@ def gaussian_kl(
     s_q, scale = clamp_before_broadcast(s_q, shape, scale)
     if s_p is not None:
         s_p, scale_p = clamp_before_broadcast(s_p, shape, scale_p)
-    inputs = _library.distinct(mean_q, s_q, mean_p, s_p)
+    inputs = mean_q, s_q, mean_p, s_p
     kernel_ndim = computed_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
-    if backend == "reference":
-        options = {"scale": scale, "scale_p": scale_p, "event_ndim": kernel_ndim, "balance": balance, "mask": mask}
-        kl = reference.gaussian_kl(*inputs, **options)
+    options = scale, scale_p, balance, kernel_ndim, backend
+    if distributed.sharded(*inputs, mask):
+        layout = distributed.Gaussian(shape, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p, mask=mask)
+        kl = layout.terms(_kl(*layout.shards(), *options), kernel_ndim)
     else:
-        kl = _GaussianKL.apply(*inputs, mask, scale, scale_p, balance, kernel_ndim, backend)
+        kl = _kl(*inputs, mask, *options)
     if free_bits is not None:
         kl = floored(kl, shape, event_ndim, free_bits, free_bits_per, mask)
     return _library.reduce(kl, reduction, shape, event_ndim, mask)
+
+
+def _kl(mean_q, s_q, mean_p, s_p, mask, scale, scale_p, balance, event_ndim, backend):
+    inputs = _library.distinct(mean_q, s_q, mean_p, s_p)
+    if backend == "reference":
+        options = {"scale": scale, "scale_p": scale_p, "event_ndim": event_ndim, "balance": balance, "mask": mask}
+        return reference.gaussian_kl(*inputs, **options)
+    return _GaussianKL.apply(*inputs, mask, scale, scale_p, balance, event_ndim, backend)
 
 
 def computed_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per):

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastelbo import _checks, _library, backends, reference
+from fastelbo import _checks, _library, backends, distributed, reference
 from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
 from fastelbo.reference.gaussian_kl import event_sum
 from fastelbo.reference.scale import arithmetic, log_std_and_std
@@ -97,14 +97,22 @@ def _log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative)
         _checks.mask("mask", mask, shape, x.device)
     backend = backends.choose(x.device, backend, backends.only_reference())
     s, scale = clamp_before_broadcast(s, shape, scale)
-    inputs = _library.distinct(x, mean, s)
     kernel_ndim = _library.kernel_event_ndim(event_ndim, reduction, shape)
+    options = scale, kernel_ndim, negative, backend
+    if distributed.sharded(x, mean, s, mask):
+        layout = distributed.Gaussian(shape, x=x, mean=mean, s=s, mask=mask)
+        out = layout.terms(_terms(*layout.shards(), *options), kernel_ndim)
+    else:
+        out = _terms(x, mean, s, mask, *options)
+    return _library.reduce(out, reduction, shape, event_ndim, mask)
+
+
+def _terms(x, mean, s, mask, scale, event_ndim, negative, backend):
+    inputs = _library.distinct(x, mean, s)
     if backend == "reference":
         function = reference.gaussian_nll if negative else reference.gaussian_log_prob
-        out = function(*inputs, scale=scale, event_ndim=kernel_ndim, mask=mask)
-    else:
-        out = _GaussianLogProb.apply(*inputs, mask, scale, kernel_ndim, negative, backend)
-    return _library.reduce(out, reduction, shape, event_ndim, mask)
+        return function(*inputs, scale=scale, event_ndim=event_ndim, mask=mask)
+    return _GaussianLogProb.apply(*inputs, mask, scale, event_ndim, negative, backend)
 
 
 class _GaussianLogProb(torch.autograd.Function):

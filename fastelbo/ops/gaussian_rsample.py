@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from fastelbo import _checks, _library, _seed, backends, reference
+from fastelbo import _checks, _library, _seed, backends, distributed, reference
 from fastelbo.scale import Scale, as_scale, numbers
 
 
@@ -69,6 +69,16 @@ def gaussian_rsample(
     backend = backends.choose(device, backend, backends.only_reference(noise))
     if noise is None:
         seed = _seed.as_seed(seed, generator, device)
+    s, scale = clamp_before_broadcast(s, shape, scale)
+    options = num_samples, temperature, scale, out_dtype, backend
+    if distributed.sharded(mean, s, noise):
+        layout = distributed.Gaussian(shape, mean=mean, s=s)
+        z = _sample(*layout.shards(), *layout.draw(seed, noise, noise_offset, num_samples, backend), *options)
+        return layout.sample(z, num_samples)
+    return _sample(mean, s, seed, noise, noise_offset, *options)
+
+
+def _sample(mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype, backend):
     if backend == "reference":
         return reference.gaussian_rsample(
             mean,
@@ -81,7 +91,6 @@ def gaussian_rsample(
             noise_offset=noise_offset,
             out_dtype=out_dtype,
         )
-    s, scale = clamp_before_broadcast(s, shape, scale)
     return _GaussianRsample.apply(
         *_library.distinct(mean, s), seed, noise, noise_offset, num_samples, temperature, scale, out_dtype, backend
     )

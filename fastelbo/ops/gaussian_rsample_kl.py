@@ -2,7 +2,7 @@
 
 import torch
 
-from fastelbo import _checks, _library, _seed, backends, reference
+from fastelbo import _checks, _library, _seed, backends, distributed, reference
 from fastelbo.ops.gaussian_kl import (
     computed_event_ndim,
     floored,
@@ -91,10 +91,42 @@ def gaussian_rsample_kl(
     s_q, scale = clamp_before_broadcast(s_q, shape, scale)
     if s_p is not None:
         s_p, scale_p = clamp_before_broadcast(s_p, shape, scale_p)
-    inputs = _library.distinct(mean_q, s_q, mean_p, s_p)
+    inputs = mean_q, s_q, mean_p, s_p
     kernel_ndim = computed_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
+    options = num_samples, temperature, scale, scale_p, balance, kernel_ndim, out_dtype, backend
+    if distributed.sharded(*inputs, noise, mask):
+        layout = distributed.Gaussian(shape, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p, mask=mask)
+        draw = layout.draw(seed, noise, noise_offset, num_samples, backend)
+        z, kl = _sample_kl(*layout.shards(), *draw, *options)
+        z, kl = layout.sample(z, num_samples), layout.terms(kl, kernel_ndim)
+    else:
+        z, kl = _sample_kl(*inputs, mask, seed, noise, noise_offset, *options)
+    if free_bits is not None:
+        kl = floored(kl, shape, event_ndim, free_bits, free_bits_per, mask)
+    return z, _library.reduce(kl, reduction, shape, event_ndim, mask)
+
+
+def _sample_kl(
+    mean_q,
+    s_q,
+    mean_p,
+    s_p,
+    mask,
+    seed,
+    noise,
+    noise_offset,
+    num_samples,
+    temperature,
+    scale,
+    scale_p,
+    balance,
+    event_ndim,
+    out_dtype,
+    backend,
+):
+    inputs = _library.distinct(mean_q, s_q, mean_p, s_p)
     if backend == "reference":
-        z, kl = reference.gaussian_rsample_kl(
+        return reference.gaussian_rsample_kl(
             *inputs,
             scale=scale,
             scale_p=scale_p,
@@ -104,18 +136,14 @@ def gaussian_rsample_kl(
             seed=seed,
             noise_offset=noise_offset,
             out_dtype=out_dtype,
-            event_ndim=kernel_ndim,
+            event_ndim=event_ndim,
             balance=balance,
             mask=mask,
         )
-    else:
-        draw = (noise_offset, num_samples, temperature)
-        z, kl = _GaussianRsampleKL.apply(
-            *inputs, seed, noise, mask, draw, scale, scale_p, balance, kernel_ndim, out_dtype, backend
-        )
-    if free_bits is not None:
-        kl = floored(kl, shape, event_ndim, free_bits, free_bits_per, mask)
-    return z, _library.reduce(kl, reduction, shape, event_ndim, mask)
+    draw = noise_offset, num_samples, temperature
+    return _GaussianRsampleKL.apply(
+        *inputs, seed, noise, mask, draw, scale, scale_p, balance, event_ndim, out_dtype, backend
+    )
 
 
 class _GaussianRsampleKL(torch.autograd.Function):

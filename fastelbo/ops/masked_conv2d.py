@@ -2,7 +2,7 @@
 
 import torch
 
-from fastelbo import _library, backends, reference
+from fastelbo import _library, backends, distributed, reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASK_TYPES = ("A", "B")
@@ -293,16 +293,41 @@ def _run(input, weight, bias, cond, residual, options, backend):
         input, weight, bias, cond, residual = tensors
         tensors = (input[None], weight, bias, *(t if t is None else t[None] for t in (cond, residual)))
     backend = backends.choose(input.device, backend, backends.only_reference())
+    if not distributed.sharded(*tensors):
+        y = _convolve(*tensors, *options, autocast, backend)
+    else:
+        _, stack, *_ = options
+        layout = distributed.Convolution(
+            tensors, 1 if stack == "vertical" else groups, order, activation if gated else None
+        )
+        n = tensors[0].shape[0]
+        y = layout.image(_convolve(*layout.shards(), *options, autocast, backend), (n, *shape[-3:]))
+    return y[0] if unbatched else y
+
+
+def _convolve(
+    input,
+    weight,
+    bias,
+    cond,
+    residual,
+    mask_type,
+    stack,
+    dilation,
+    groups,
+    order,
+    activation,
+    autocast,
+    backend,
+):
+    tensors, options = (input, weight, bias, cond, residual), (mask_type, stack, dilation, groups, order, activation)
     if backend == "reference":
         if autocast:  # its arithmetic is float32, whatever autocast wants convolutions to be
-            with torch.autocast(tensors[0].device.type, enabled=False):
-                y = _reference(*tensors, *options)
-        else:
-            y = _reference(*tensors, *options)
-    else:
-        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        y = _MaskedConv2d.apply(*_library.distinct(*tensors), *options, keep, backend)
-    return y[0] if unbatched else y
+            with torch.autocast(input.device.type, enabled=False):
+                return _reference(*tensors, *options)
+        return _reference(*tensors, *options)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return _MaskedConv2d.apply(*_library.distinct(*tensors), *options, keep, backend)
 
 
 def _autocast(input):
