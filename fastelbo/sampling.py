@@ -50,8 +50,8 @@ class IncrementalSampler:
         order: "raster", or "wavefront": pixels of several rows together, each row a few columns behind the one above,
             which takes W + L (H - 1) steps in place of H W, with L = k//2 + 1 for kernels of k x k (W at most). For
             networks without a vertical stack.
-        backend: "reference" (plain torch, any device) or "cpu" (C++, float32); the fastest that can run the model where
-            None.
+        backend: "reference" (plain torch, any device), or in float32 "cpu" (C++) or "cuda" (CUDA C++, a launch for each
+            row of pixels); the fastest that can run the model where None.
 
     Attributes:
         steps: how many draws an image takes: pixels, or fronts of pixels, times the groups of colours.
@@ -227,7 +227,7 @@ class IncrementalSampler:
         chunk = self.image_shape[2] * len(self._network.stages)
         for first in _progress(range(0, self.steps, chunk), progress):
             end = min(first + chunk, self.steps)
-            if self.backend == "cpu":
+            if self.backend != "reference":
                 run.draw(image, known, uniforms, self.values, temperature, first, end)
                 continue
             for step in range(first, end):
@@ -429,8 +429,8 @@ class _Compiled:
     def __init__(self, sampler, spatial):
         program = Program(sampler._network, sampler.image_shape, sampler.order == "wavefront", spatial, sampler.dtype)
         self.program, self.weights = program, program.weights.to(sampler.device)
-        if sampler.backend == "cpu":
-            self.encoded = program.encode()
+        if sampler.backend != "reference":
+            self.encoded = program.encode().to(sampler.device)
         else:
             self.sections = [Section(section, self.weights) for section in program.sections]
 
@@ -484,7 +484,7 @@ class _Run:
     def advance(self, step):
         """Computes the outputs of a step, if that has not been done: [n, K, colours, pixels]."""
         if self.advanced != step:
-            if self.sampler.backend == "cpu":
+            if self.sampler.backend != "reference":
                 _ADVANCE(self.compiled.encoded, self.compiled.weights, self.workspace, step, step + 1)
             else:
                 self._advance(step)
@@ -518,7 +518,7 @@ class _Run:
             place.write(ref, values[:, index, :, None], self.program.image.positions[colour])
 
     def draw(self, image, known, uniforms, values, temperature, first, end):
-        """Draws steps first to end - 1 in C++."""
+        """Draws steps first to end - 1 in compiled code."""
         compiled = self.compiled
         _DRAW(
             compiled.encoded, compiled.weights, self.workspace, image, known, uniforms, values, temperature, first, end
@@ -527,19 +527,19 @@ class _Run:
 
 def _choose(device, dtype, backend):
     wanted = backend or backends.OVERRIDE
-    reason = backends.why_not("cpu", device)
-    if reason is None and dtype != torch.float32:
-        reason = f"it computes in float32, and the model is in {dtype}"
+    reasons = {"reference": None, "triton": "it has no sampler"}
+    for name in ("cpu", "cuda"):
+        reasons[name] = backends.why_not(name, device)
+        if reasons[name] is None and dtype != torch.float32:
+            reasons[name] = f"it computes in float32, and the model is in {dtype}"
     if wanted is None:
-        return "cpu" if reason is None else "reference"
+        return next(name for name in ("cpu", "cuda", "reference") if reasons[name] is None)
     if wanted not in backends.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}; got {wanted!r}")
-    if wanted == "reference" or (wanted == "cpu" and reason is None):
+    if reasons[wanted] is None:
         return wanted
-    raise NotImplementedError(
-        f"backend {wanted!r} cannot run this sampler (reference: can run it; cpu: {reason or 'can run it'}; "
-        "triton, cuda: they have no sampler)"
-    )
+    why = "; ".join(f"{name}: {reason or 'can run it'}" for name, reason in reasons.items())
+    raise NotImplementedError(f"backend {wanted!r} cannot run this sampler ({why})")
 
 
 def _count(name, value):

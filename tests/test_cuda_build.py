@@ -19,6 +19,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 MOST_REGISTERS = {"packed f32": 64, "packed half": 128, "strided f32": 128, "strided f64": 255}
 # The tiles of a convolution have 128 threads: 3 and 2 blocks at a time. What surrounds them has 256: 4 blocks.
 MOST_REGISTERS |= {"tile": 168, "tile f64": 255, "elementwise": 64}
+MOST_REGISTERS |= {"sampler": 128}  # of 256 threads, one block an image
 # A multiprocessor has 163 KiB of shared memory or more: 3 blocks at a time here too.
 MOST_SHARED = {"tile": 54 * 1024, "tile f64": 81 * 1024}
 
@@ -81,6 +82,8 @@ def kind(name):
         return "tile f64" if "FormatE1E" in name else "tile"
     if "conv2d" in name:
         return "elementwise"
+    if "sampler" in name:
+        return "sampler"
     if "Strided" in name:
         return "strided f64" if "StridedId" in name else "strided f32"
     if "Packed" in name:
@@ -93,7 +96,8 @@ def test_every_kernel_is_there(code):
     gaussian = 2 * (2 * (6 * 2 + 4) + 2 * (6 + 4)) + 2
     # of 4 formats: two widths, the weight gradient and that of the activation; of 2 types: packing and reducing; sums
     convolution = 4 * 4 + 2 * 2 + 1
-    assert len(code) == gaussian + convolution
+    sampler = 1
+    assert len(code) == gaussian + convolution + sampler
 
 
 def test_nothing_goes_to_local_memory(code):

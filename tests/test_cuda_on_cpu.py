@@ -50,7 +50,7 @@ def library(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "op", ["gaussian_rsample", "gaussian_kl", "gaussian_rsample_kl", "gaussian_log_prob", "masked_conv2d"]
+    "op", ["gaussian_rsample", "gaussian_kl", "gaussian_rsample_kl", "gaussian_log_prob", "masked_conv2d", "sampling"]
 )
 def test_ops(library, op):
     """Without the Gaussian rows of 33: one that starts inside a block of four normals is summed from the block's start,

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import fastelbo
 from fastelbo import Scale
 from fastelbo.reference.noise import philox_normal
+from fastelbo.sampling import IncrementalSampler
 from fastelbo.testing import gaussian
 
 if not torch.cuda.is_available():
@@ -602,3 +603,28 @@ def test_tuned_tiles_compute_the_same(channels, dtype, backend, monkeypatch):
     for plain, tuned, again in zip(*found, strict=True):
         torch.testing.assert_close(tuned, plain, rtol=1e-2, atol=1e-2 * plain.abs().max().item())
         assert torch.equal(tuned, again)
+
+
+def test_sampler_draws_what_a_cpu_draws():
+    """As on a CPU: no uniform number of these seeds falls between two roundings of a probability."""
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = fastelbo.nn.GatedMaskedConv2d(3, 12, 5, mask_type="A", channel_groups=3)
+            self.block = fastelbo.nn.GatedMaskedConv2d(12, 12, 3, channel_groups=3)
+            self.last = fastelbo.nn.MaskedConv2d(12, 12, 1, mask_type="B", channel_groups=3)
+
+        def forward(self, x):
+            return self.last(self.block(*self.first(x, x))[1])
+
+    torch.manual_seed(0)
+    model = Network()
+    context = torch.nn.Sequential(fastelbo.nn.MaskedConv2d(1, 16, 5), torch.nn.ReLU(), torch.nn.Conv2d(16, 4, 1))
+    for network, colours, order in ((model, 3, "raster"), (context, 1, "wavefront")):
+        shape, options = (colours, 6, 7), {"levels": 4, "order": order}
+        want = IncrementalSampler(network.cpu(), shape, **options).sample(200, seed=5)
+        sampler = IncrementalSampler(network.cuda(), shape, **options)
+        assert sampler.backend == "cuda"
+        assert torch.equal(sampler.sample(200, seed=5).cpu(), want)
+        assert torch.equal(sampler.sample(200, seed=5, method="naive").cpu(), want)

@@ -26,7 +26,7 @@ FASTELBO_HOST_DEVICE inline bool is_gate(int64_t function) { return function >= 
 struct Ref {
   int64_t offset, row_stride, column_stride, depth, down;
 
-  explicit operator bool() const { return offset >= 0; }
+  FASTELBO_HOST_DEVICE explicit operator bool() const { return offset >= 0; }
   // `up` rows above the pixel's own: a ring of `depth` rows, which rows above the image are in as zeros.
   FASTELBO_HOST_DEVICE int64_t at(int64_t row, int64_t column, int64_t up = 0) const {
     int64_t slot = depth == 1 ? 0 : (row - down - up + depth) % depth;  // no feature is read as many as `depth` rows above

@@ -53,13 +53,6 @@ constexpr int kPanelsOf[] = {0, 4, 2, 2, 1, 1, 1};
 constexpr int kMostPanels = 8;
 
 FASTELBO_INLINE F32 everywhere(float x) { return F32(x - NativeF{}); }
-FASTELBO_INLINE float as_number(int64_t bits) {
-  uint32_t word = uint32_t(bits);
-  float x;
-  __builtin_memcpy(&x, &word, 4);
-  return x;
-}
-
 inline F32 gelu(F32 x) {
   float lanes[kLanes];
   store(lanes, x, Whole{});
@@ -67,32 +60,10 @@ inline F32 gelu(F32 x) {
   return load(lanes, Whole{});
 }
 
-// A function of one operand or two. Of few calls, so that it is not inlined for each.
-inline F32 evaluate(int64_t function, F32 a, F32 b, float p, float q) {
-  switch (function) {
-    case kRelu: return relu(a);
-    case kElu: return select(a > F32(0.0f), a, F32(p) * expm1(a));
-    case kLeakyRelu: return select(a > F32(0.0f), a, F32(p) * a);
-    case kSigmoid: return sigmoid(a);
-    case kTanh: return tanh(a);
-    case kSilu: return a * sigmoid(a);
-    case kGelu: return gelu(a);
-    case kGeluTanh: return F32(0.5f) * a * (F32(1.0f) + tanh(F32(0.79788456080286536f) * fma(F32(0.044715f) * a * a, a, a)));
-    case kSoftplus: return select(F32(p) * a > F32(q), a, log1p(exp(min(F32(p) * a, F32(q)))) / F32(p));
-    case kExp: return exp(a);
-    case kAbs: return abs(a);
-    case kClamp: return select(a < F32(p), F32(p), select(a > F32(q), F32(q), a));
-    case kAffine: return a * F32(p) + F32(q);
-    case kAdd: return a + b;
-    case kSub: return a - b;
-    case kMul: return a * b;
-    case kDiv: return a / b;
-    case kPrelu: return select(a > F32(0.0f), a, b * a);
-    case kTanhSigmoid: return tanh(a) * sigmoid(b);
-    case kGlu: return a * sigmoid(b);
-    default: return a;
-  }
-}
+#include "../common/sampler_functions.h"
+
+// Of few calls, so that it is not inlined for each.
+inline F32 evaluate(int64_t function, F32 a, F32 b, float p, float q) { return apply(function, a, b, p, q); }
 
 // Panels of outputs of a few items: z[panels][items][kPanel].
 template <int items, int panels>
