@@ -7,11 +7,9 @@ network, checked against its full forward; "reference" is our sampler in plain t
 to benchmarks/results/sampling_cpu.csv.
 """
 
-import argparse
-import sys
 import time
-from pathlib import Path
 
+import host_clock
 import machine
 import rows
 import torch
@@ -21,7 +19,6 @@ from torch import nn
 from fastelbo.nn import GatedMaskedConv2d, HorizontalStackConv2d, VerticalStackConv2d
 from fastelbo.sampling import IncrementalSampler
 
-ROOT = Path(__file__).parent.parent
 LEVELS, SIZE, CHANNELS = 256, 28, 64
 DILATIONS = (1, 2, 1, 4, 1, 2, 1)
 
@@ -123,24 +120,12 @@ def seconds(call, factor):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = machine.parser(__doc__, rounds=5)
     parser.add_argument("--batch", type=int, nargs="*", default=(1, 16, 64))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pixels", type=int, default=2, help="that the naive loop draws (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="of torch; default: torch's own choice")
-    parser.add_argument("--no-save", action="store_true", help="append no rows to the results")
-    parser.add_argument("--results", type=Path, metavar="DIR", default=rows.RESULTS, help="of sampling_cpu.csv")
-    parser.add_argument(
-        "--unverified", action="store_true", help="without running the sampler's tests; the rows say so"
-    )
+    parser.add_argument("--pixels", type=int, default=2, help="that the naive loop draws; default: %(default)s")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    failure = "" if options.unverified else machine.test_failure("sampling", ROOT)
-    if failure:
-        sys.exit(f"its tests must pass before the sampler is timed (or --unverified): {failure}")
-    about = machine.session(torch.device("cpu")) | machine.threads()
-    about |= {"verified": "no" if options.unverified else "yes"}
+    host_clock.keep_freed_memory()
+    about = machine.start(torch.device("cpu"), options, ["sampling"])
     torch.manual_seed(0)
     model = GatedPixelCNN().eval()
     for n in options.batch:

@@ -255,35 +255,32 @@ class Training:
             temporary.unlink(missing_ok=True)
 
     def load(self, path: Path) -> None:
-        """Restores what save wrote; the random states last, so that nothing after them draws."""
+        """Restores what save wrote, if its settings are those of this run."""
         try:
-            if self.ranks.torchrun:
-                settings = self.ranks.load(path, self)
-                self._check(settings, path)
-                return
-            if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at the checksums
-                raise ValueError(f"wrong checksum of {broken}")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            settings = dict(state["settings"])
-            if settings == self.settings:
-                self.model.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.history = state["history"]
-                self.order.set_state(state["order"])
-                torch.set_rng_state(state["rng"])
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
-        except InputError:
-            raise
+            settings = self.ranks.load(path, self) if self.ranks.torchrun else self._load_file(path)
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"--resume: there is no checkpoint {path}") from None
         except Exception as error:  # a damaged file can make torch.load raise nearly anything
             reason = str(error).partition("\n")[0]
             raise InputError(f"--resume: {path} is damaged, or not of this script: {reason}") from None
-        self._check(settings, path)
-
-    def _check(self, settings: dict, path: Path) -> None:
         if settings != self.settings:
             raise InputError(f"--resume: {path} was made with {settings}; this run has {self.settings}")
+
+    def _load_file(self, path: Path) -> dict:
+        """Restores from a file, if its settings fit, which are returned; the random states last, so that nothing after
+        them draws."""
+        if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at the checksums
+            raise ValueError(f"wrong checksum of {broken}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        settings = dict(state["settings"])
+        if settings == self.settings:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.history = state["history"]
+            self.order.set_state(state["order"])
+            torch.set_rng_state(state["rng"])
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        return settings
 
     def resume(self, args: argparse.Namespace) -> None:
         """Loads the checkpoint in --output, if --resume asks for it."""

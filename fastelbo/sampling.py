@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastelbo import _library, _seed, backends
+from fastelbo import _checks, _library, _seed, backends
 from fastelbo._program import Program
 from fastelbo._trace import PIXEL, Const, Conv, trace
 from fastelbo.reference.noise import philox_uniform
@@ -202,16 +202,10 @@ class IncrementalSampler:
         _count("n", n)
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-            raise TypeError(f"temperature must be a number; got {type(temperature).__name__}")
+        shape = (n, *self.image_shape)
+        _checks.noise_arguments(None, seed, generator, noise_offset, None, temperature, shape, self.device)
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be finite and at least 0; got {temperature}")
-        if isinstance(noise_offset, bool) or not isinstance(noise_offset, int):
-            raise TypeError(f"noise_offset must be an int; got {type(noise_offset).__name__}")
-        if noise_offset < 0:
-            raise ValueError(f"noise_offset must be at least 0; got {noise_offset}")
-        if seed is not None and generator is not None:
-            raise ValueError("seed and generator must not both be given")
         image, known = self._completion(n, init, mask)
         cond = self._condition(n, cond)
         uniforms = philox_uniform(_seed.as_seed(seed, generator, self.device), image.shape, noise_offset=noise_offset)

@@ -21,6 +21,8 @@ import conditional_vae
 import hierarchical_vae
 import variational_fit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 LARGE_BATCHES = ("--epochs", "1", "--batch-size", "500")
 TINY = {  # options of a short run, and the pictures that it writes
@@ -33,14 +35,6 @@ TINY = {  # options of a short run, and the pictures that it writes
     variational_fit: (("--steps", "20"), ("fits.png",)),
 }
 each_example = pytest.mark.parametrize("example", TINY, ids=lambda module: module.__name__)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are tiny: on a busy machine, threads mostly wait for each other
-    yield
-    torch.set_num_threads(threads)
 
 
 def digits(example, *options):

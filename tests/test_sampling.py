@@ -12,20 +12,14 @@ import fastelbo
 from fastelbo.nn import GatedMaskedConv2d, HorizontalStackConv2d, MaskedConv2d, VerticalStackConv2d
 from fastelbo.sampling import IncrementalSampler
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BACKENDS = ("reference", "cpu")
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def lively(model, gain=2.0):

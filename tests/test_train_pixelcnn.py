@@ -12,16 +12,10 @@ import common
 import train_pixelcnn as example
 from fastelbo.testing import assert_causal
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 SMALL = ("--channels", "8", "--blocks", "1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are tiny: on a busy machine, threads mostly wait for each other
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -96,35 +96,21 @@ def gaussian_rsample_kl(
     options = num_samples, temperature, scale, scale_p, balance, kernel_ndim, out_dtype, backend
     if distributed.sharded(*inputs, noise, mask):
         layout = distributed.Gaussian(shape, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p, mask=mask)
-        draw = layout.draw(seed, noise, noise_offset, num_samples, backend)
-        z, kl = _sample_kl(*layout.shards(), *draw, *options)
+        z, kl = _sample_kl(layout.shards(), layout.draw(seed, noise, noise_offset, num_samples, backend), options)
         z, kl = layout.sample(z, num_samples), layout.terms(kl, kernel_ndim)
     else:
-        z, kl = _sample_kl(*inputs, mask, seed, noise, noise_offset, *options)
+        z, kl = _sample_kl((*inputs, mask), (seed, noise, noise_offset), options)
     if free_bits is not None:
         kl = floored(kl, shape, event_ndim, free_bits, free_bits_per, mask)
     return z, _library.reduce(kl, reduction, shape, event_ndim, mask)
 
 
-def _sample_kl(
-    mean_q,
-    s_q,
-    mean_p,
-    s_p,
-    mask,
-    seed,
-    noise,
-    noise_offset,
-    num_samples,
-    temperature,
-    scale,
-    scale_p,
-    balance,
-    event_ndim,
-    out_dtype,
-    backend,
-):
-    inputs = _library.distinct(mean_q, s_q, mean_p, s_p)
+def _sample_kl(tensors, draw, options):
+    """Of plain tensors: q, p and mask; seed, noise and noise_offset; and what is the same on all ranks."""
+    *inputs, mask = tensors
+    seed, noise, noise_offset = draw
+    num_samples, temperature, scale, scale_p, balance, event_ndim, out_dtype, backend = options
+    inputs = _library.distinct(*inputs)
     if backend == "reference":
         return reference.gaussian_rsample_kl(
             *inputs,

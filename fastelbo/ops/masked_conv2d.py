@@ -294,36 +294,22 @@ def _run(input, weight, bias, cond, residual, options, backend):
         tensors = (input[None], weight, bias, *(t if t is None else t[None] for t in (cond, residual)))
     backend = backends.choose(input.device, backend, backends.only_reference())
     if not distributed.sharded(*tensors):
-        y = _convolve(*tensors, *options, autocast, backend)
+        y = _convolve(tensors, options, autocast, backend)
     else:
         _, stack, *_ = options
         layout = distributed.Convolution(
             tensors, 1 if stack == "vertical" else groups, order, activation if gated else None
         )
         n = tensors[0].shape[0]
-        y = layout.image(_convolve(*layout.shards(), *options, autocast, backend), (n, *shape[-3:]))
+        y = layout.image(_convolve(layout.shards(), options, autocast, backend), (n, *shape[-3:]))
     return y[0] if unbatched else y
 
 
-def _convolve(
-    input,
-    weight,
-    bias,
-    cond,
-    residual,
-    mask_type,
-    stack,
-    dilation,
-    groups,
-    order,
-    activation,
-    autocast,
-    backend,
-):
-    tensors, options = (input, weight, bias, cond, residual), (mask_type, stack, dilation, groups, order, activation)
+def _convolve(tensors, options, autocast, backend):
+    """Plain tensors, as _reference and _MaskedConv2d take them."""
     if backend == "reference":
         if autocast:  # its arithmetic is float32, whatever autocast wants convolutions to be
-            with torch.autocast(input.device.type, enabled=False):
+            with torch.autocast(tensors[0].device.type, enabled=False):
                 return _reference(*tensors, *options)
         return _reference(*tensors, *options)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
