@@ -612,3 +612,14 @@ def test_logits_that_are_not_numbers_are_refused(method, backend):
     nn.init.constant_(model[0].bias, float("nan"))
     with pytest.raises(ValueError, match="got NaN or infinity"):
         IncrementalSampler(model, (1, 3, 3), levels=4, backend=backend).sample(2, method=method)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("method", ["cached", "naive"])
+def test_logits_that_are_no_numbers_are_an_error(temperature, method, backend):
+    model = lively(Gated())
+    with torch.no_grad():
+        model.last.bias[2] = float("nan")
+    sampler = IncrementalSampler(model, (1, 3, 4), levels=4, backend=backend)
+    with pytest.raises(ValueError, match="model must return logits that make a distribution"):
+        sampler.sample(2, seed=0, temperature=temperature, method=method)

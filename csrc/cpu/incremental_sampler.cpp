@@ -240,18 +240,20 @@ inline void advance(const Program& program, int64_t step, const float* weights, 
   pixels(front, 1 + stage);
 }
 
-// The level whose cumulative probability first exceeds u.
+// The level whose cumulative probability first exceeds u, -1 where logits make no distribution.
 inline int64_t draw(const float* logits, const int64_t* outputs, int64_t levels, float inverse_temperature, float u, float* scratch) {
   int64_t best = 0;
   float highest = logits[outputs[0]];
+  bool numbers = true;
   for (int64_t k = 0; k < levels; ++k) {
     scratch[k] = logits[outputs[k]];
+    numbers &= scratch[k] == scratch[k];
     if (scratch[k] > highest) {
       highest = scratch[k];
       best = k;
     }
   }
-  if (inverse_temperature > 3e38f) return best;
+  if (inverse_temperature > 3e38f) return numbers ? best : -1;
   for (int64_t k = 0; k < levels; k += kLanes)
     store(scratch + k, exp((load(scratch + k, Whole{}) - F32(highest)) * F32(inverse_temperature)), Whole{});
   double total = 0;

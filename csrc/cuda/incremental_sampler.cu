@@ -144,10 +144,14 @@ FASTELBO_INLINE int64_t draw(const float* logits, const int64_t* outputs, int64_
   __shared__ float highest;
   __shared__ int64_t best;
   if (threadIdx.x == 0) {
+    bool numbers = true;
     best = 0;
     highest = logits[outputs[0]];
-    for (int64_t k = 1; k < levels; ++k)
+    for (int64_t k = 0; k < levels; ++k) {
+      numbers &= logits[outputs[k]] == logits[outputs[k]];
       if (logits[outputs[k]] > highest) highest = logits[outputs[k]], best = k;
+    }
+    if (!numbers && inverse_temperature > 3e38f) best = -1;
   }
   __syncthreads();
   if (inverse_temperature > 3e38f) return best;

@@ -44,6 +44,27 @@ def philox4x32(counter, key, rounds=10):
     return c0, c1, c2, c3
 
 
+def _uniforms(seed, numel, samples, noise_offset):
+    """Those of the four words of all blocks that hold the elements: four float32 tensors [samples, blocks]."""
+    first = noise_offset // 4
+    blocks = (noise_offset + numel - 1) // 4 - first + 1 if numel else 0
+    block = first + torch.arange(blocks, device=seed.device).reshape(1, blocks)
+    sample = torch.arange(samples, device=seed.device).reshape(samples, 1)
+    seed = seed.reshape(1, 1)
+    words = philox4x32(
+        (block & _MASK, (block >> 32) & _MASK, sample, torch.zeros_like(sample)),
+        (seed & _MASK, (seed >> 32) & _MASK),
+    )
+    return tuple((word.float() * 2.0**-32) + 2.0**-33 for word in words)
+
+
+def _elements(values, numel, noise_offset):
+    """The elements [samples, numel] from the four values [samples, blocks] of the blocks that hold them."""
+    flat = torch.stack(values, dim=-1).flatten(1)
+    start = noise_offset - 4 * (noise_offset // 4)
+    return flat[:, start : start + numel]
+
+
 def philox_uniform(seed, shape, *, noise_offset=0):
     """Uniforms in (0, 1] of one draw: element e takes word e % 4 of its block.
 
@@ -54,14 +75,7 @@ def philox_uniform(seed, shape, *, noise_offset=0):
         float32 tensor of the shape, on the device of the seed.
     """
     numel = math.prod(shape)
-    first = noise_offset // 4
-    blocks = (noise_offset + numel - 1) // 4 - first + 1 if numel else 0
-    block = first + torch.arange(blocks, device=seed.device)
-    seed, zero = seed.reshape(1), torch.zeros_like(block)
-    words = philox4x32((block & _MASK, (block >> 32) & _MASK, zero, zero), (seed & _MASK, (seed >> 32) & _MASK))
-    flat = torch.stack([word.float() * 2.0**-32 + 2.0**-33 for word in words], dim=-1).reshape(-1)
-    start = noise_offset - 4 * first
-    return flat[start : start + numel].reshape(shape)
+    return _elements(_uniforms(seed, numel, 1, noise_offset), numel, noise_offset).reshape(shape)
 
 
 def philox_normal(seed, shape, *, num_samples=None, noise_offset=0):
@@ -76,24 +90,12 @@ def philox_normal(seed, shape, *, num_samples=None, noise_offset=0):
     Returns:
         float32 tensor ``[K, *shape]`` or ``shape``, on the device of the seed.
     """
-    numel = math.prod(shape)
-    samples = 1 if num_samples is None else num_samples
-    seed = seed.reshape(1, 1)
-    first = noise_offset // 4
-    blocks = (noise_offset + numel - 1) // 4 - first + 1 if numel else 0
-    block = first + torch.arange(blocks, device=seed.device).reshape(1, blocks)
-    sample = torch.arange(samples, device=seed.device).reshape(samples, 1)
-    words = philox4x32(
-        (block & _MASK, (block >> 32) & _MASK, sample, torch.zeros_like(sample)),
-        (seed & _MASK, (seed >> 32) & _MASK),
-    )
+    numel, samples = math.prod(shape), 1 if num_samples is None else num_samples
     # float32 holds the uniform by definition; log, sin and cos in float64 make the normal correct to its last bit
-    u0, u1, u2, u3 = (((word.float() * 2.0**-32) + 2.0**-33).double() for word in words)
+    u0, u1, u2, u3 = (u.double() for u in _uniforms(seed, numel, samples, noise_offset))
     normals = []
     for radius, angle in ((u0, u1), (u2, u3)):
         r = torch.sqrt(-2 * torch.log(radius))
         normals += [r * torch.cos(2 * math.pi * angle), r * torch.sin(2 * math.pi * angle)]
-    flat = torch.stack(normals, dim=-1).reshape(samples, 4 * blocks).float()
-    start = noise_offset - 4 * first
-    flat = flat[:, start : start + numel]
+    flat = _elements([normal.float() for normal in normals], numel, noise_offset)
     return flat.reshape(shape if num_samples is None else (samples, *shape))
