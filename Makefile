@@ -17,7 +17,7 @@ help:
 	@echo "make test       the test suite"
 	@echo "make test-slow  the statistical tests over 10^8 draws"
 	@echo "make bench      benchmarks against eager torch, torch.distributions and torch.compile; appends result rows"
-	@echo "make lint       ruff"
+	@echo "make lint       ruff and clang-format"
 	@echo "make clean      remove the environment and what was built"
 
 setup: $(STAMP)
@@ -46,6 +46,7 @@ bench: $(STAMP)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run -Werror $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info fastelbo/_*.so

@@ -1,4 +1,5 @@
-// Activations and their gradients. Templates over the value type V; see common/philox.h for how these files are included.
+// Activations and their gradients. Templates over the value type V; see common/philox.h for how these files are
+// included.
 
 template <class V>
 FASTELBO_INLINE V sigmoid(V x) {

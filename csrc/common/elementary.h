@@ -1,6 +1,6 @@
 // Elementary functions over F32, to about 1 ulp, and the same names over double. Polynomials are minimax fits on the
-// reduced range. The includer supplies F32, I32, Mask, Integral and their operations (cpu/vec.h, cuda/vec.cuh), and includes
-// this file inside its own namespace.
+// reduced range. The includer supplies F32, I32, Mask, Integral and their operations (cpu/vec.h, cuda/vec.cuh), and
+// includes this file inside its own namespace.
 
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // high has 9 bits: n * high is exact
@@ -27,13 +27,14 @@ FASTELBO_INLINE F32 exp(F32 x) {
   return times_pow2_from_1(r + rest, n);
 }
 
-// With e = exp(x) - 1: half_e = e / 2, which cannot overflow before x leaves what exp_reduce takes, and e_minus_x = e - x
-// without cancellation near 0; shares its reduction with exp(x).
+// With e = exp(x) - 1: half_e = e / 2, which cannot overflow before x leaves what exp_reduce takes, and e_minus_x = e -
+// x without cancellation near 0; shares its reduction with exp(x).
 FASTELBO_INLINE void expm1_parts(F32 x, F32& half_e, F32& e_minus_x) {
   F32 r, rest;
   F32 half_power = half_pow2(exp_reduce(x, r, rest));
   half_e = fma(r + rest, half_power, half_power - F32(0.5f));
-  e_minus_x = select(abs(x) < F32(0.34f), rest, fma(F32(2.0f), half_e, -min(F32(kExpHighest), x)));  // infinity must not meet infinity
+  e_minus_x = select(abs(x) < F32(0.34f), rest,
+                     fma(F32(2.0f), half_e, -min(F32(kExpHighest), x)));  // infinity must not meet infinity
 }
 
 FASTELBO_INLINE F32 expm1(F32 x) {

@@ -4,8 +4,8 @@
 constexpr double kHalfLogTwoPi = 0.91893853320467274178;
 
 // For the ratio exp(h) of two standard deviations, with e = exp(h) - 1: half the excess of their variances' ratio,
-// (exp(2h) - 1) / 2 = e + e^2 / 2, and what that costs in KL, e + e^2 / 2 - h >= 0. Neither overflows before its own value
-// does, and e - h comes without cancellation.
+// (exp(2h) - 1) / 2 = e + e^2 / 2, and what that costs in KL, e + e^2 / 2 - h >= 0. Neither overflows before its own
+// value does, and e - h comes without cancellation.
 template <class V>
 struct RatioTerms {
   V half_expm1, gap;

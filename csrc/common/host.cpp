@@ -41,7 +41,9 @@ Shape::Shape(const Tensor& tensor) {
   std::copy(sizes.begin(), sizes.end(), size);
 }
 
-Shape::Shape(std::initializer_list<int64_t> sizes) : ndim(int(sizes.size())) { std::copy(sizes.begin(), sizes.end(), size); }
+Shape::Shape(std::initializer_list<int64_t> sizes) : ndim(int(sizes.size())) {
+  std::copy(sizes.begin(), sizes.end(), size);
+}
 
 Shape& Shape::broadcast(const Tensor& tensor) {
   Shape other(tensor);
@@ -121,7 +123,8 @@ Tensor allocate(const Shape& shape, ScalarType dtype, const Tensor& like) {
   auto sizes = like.sizes(), order = like.strides();
   bool same = int(sizes.size()) == shape.ndim && std::equal(sizes.begin(), sizes.end(), shape.size);
   if (!same || like.is_contiguous()) return allocate(shape, dtype, Device(like));
-  // Dense, dimensions in the order of their strides, as torch.empty_like has it: the innermost first, found by insertion.
+  // Dense, dimensions in the order of their strides, as torch.empty_like has it: the innermost first, found by
+  // insertion.
   int perm[kMaxDims];
   auto outer = [&](int a, int b) {  // > 0: a encloses b; 0: undecided
     if (order[a] == 0 || order[b] == 0) return 0;

@@ -27,10 +27,12 @@ struct Text : std::string {
   using std::string::string;
 };
 
-// From the schema's list: kind, clamp_grad, clamp_lo, clamp_hi, soft_clamp, min_std, var_eps, beta; trailing defaults are
-// left out.
+// From the schema's list: kind, clamp_grad, clamp_lo, clamp_hi, soft_clamp, min_std, var_eps, beta; trailing defaults
+// are left out.
 Scale parse_scale(const std::vector<double>& values);
-inline Scale parse_scale(const std::optional<std::vector<double>>& values) { return values ? parse_scale(*values) : Scale(); }
+inline Scale parse_scale(const std::optional<std::vector<double>>& values) {
+  return values ? parse_scale(*values) : Scale();
+}
 
 enum class Format { f32, f64, bf16, f16, u8 };  // u8: a mask's
 Format format_of(ScalarType dtype);
@@ -52,8 +54,8 @@ struct Shape {
   Shape drop_trailing(int64_t n) const;
 };
 
-// The strides, in elements, of a tensor as it is broadcast to the logical shape less its last `reduced` dimensions, over
-// which it is constant.
+// The strides, in elements, of a tensor as it is broadcast to the logical shape less its last `reduced` dimensions,
+// over which it is constant.
 void broadcast_strides(const Tensor& tensor, const Shape& shape, int64_t reduced, int64_t* strides);
 
 struct Device {

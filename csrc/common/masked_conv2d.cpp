@@ -35,12 +35,18 @@ Tensor allocate_image(int64_t n, int64_t channels, const Tensor& like) {
 }
 
 Channels::Channels(int64_t channels, int64_t groups, const std::string& order, bool gated)
-    : half(int(gated ? channels / 2 : channels)), halves(gated ? 2 : 1), groups(int(groups)), contiguous(order == "contiguous"),
-      each(half / this->groups), rest(half % this->groups) {}
+    : half(int(gated ? channels / 2 : channels)),
+      halves(gated ? 2 : 1),
+      groups(int(groups)),
+      contiguous(order == "contiguous"),
+      each(half / this->groups),
+      rest(half % this->groups) {}
 
 Mask::Mask(const Tensor& weight, const std::string& type, const std::string& stack, int64_t dilation, int64_t groups,
            const std::string& order, bool gated)
-    : strict(type == "A"), out(weight.sizes()[0], groups, order, gated), in(weight.sizes()[1], groups, order, false),
+    : strict(type == "A"),
+      out(weight.sizes()[0], groups, order, gated),
+      in(weight.sizes()[1], groups, order, false),
       groups(int(groups)) {
   int rows = int(weight.sizes()[2]), columns = int(weight.sizes()[3]);
   int row = stack == "square" ? rows / 2 : rows - 1, column = stack == "horizontal" ? columns - 1 : columns / 2;

@@ -78,7 +78,9 @@ struct Mask {
   Mask() = default;
   Mask(const Tensor& weight, const std::string& type, const std::string& stack, int64_t dilation, int64_t groups,
        const std::string& order, bool gated);
-  bool live(int64_t out, int64_t in) const { return strict ? group_in[in] < group_out[out] : group_in[in] <= group_out[out]; }
+  bool live(int64_t out, int64_t in) const {
+    return strict ? group_in[in] < group_out[out] : group_in[in] <= group_out[out];
+  }
 };
 
 }  // namespace fastelbo

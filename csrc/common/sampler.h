@@ -17,8 +17,27 @@ enum Op : int64_t { kConv, kPoint, kCopy };
 
 // The order is that of FUNCTIONS in _program.py.
 enum Function : int64_t {
-  kNone, kRelu, kElu, kLeakyRelu, kSigmoid, kTanh, kSilu, kGelu, kGeluTanh, kSoftplus, kExp, kAbs, kClamp, kAffine,
-  kAdd, kSub, kMul, kDiv, kPrelu, kTanhSigmoid, kGlu
+  kNone,
+  kRelu,
+  kElu,
+  kLeakyRelu,
+  kSigmoid,
+  kTanh,
+  kSilu,
+  kGelu,
+  kGeluTanh,
+  kSoftplus,
+  kExp,
+  kAbs,
+  kClamp,
+  kAffine,
+  kAdd,
+  kSub,
+  kMul,
+  kDiv,
+  kPrelu,
+  kTanhSigmoid,
+  kGlu
 };
 FASTELBO_HOST_DEVICE inline bool is_gate(int64_t function) { return function >= kTanhSigmoid; }
 
@@ -29,7 +48,8 @@ struct Ref {
   FASTELBO_HOST_DEVICE explicit operator bool() const { return offset >= 0; }
   // `up` rows above the pixel's own: a ring of `depth` rows, which rows above the image are in as zeros.
   FASTELBO_HOST_DEVICE int64_t at(int64_t row, int64_t column, int64_t up = 0) const {
-    int64_t slot = depth == 1 ? 0 : (row - down - up + depth) % depth;  // no feature is read as many as `depth` rows above
+    int64_t slot =
+        depth == 1 ? 0 : (row - down - up + depth) % depth;  // no feature is read as many as `depth` rows above
     return offset + slot * row_stride + column * column_stride;
   }
 };

@@ -1,5 +1,5 @@
-// The functions of a sampler's program (sampler.h). Templates over the value type V; see common/philox.h for how these files
-// are included. The includer supplies gelu, which takes the error function.
+// The functions of a sampler's program (sampler.h). Templates over the value type V; see common/philox.h for how these
+// files are included. The includer supplies gelu, which takes the error function.
 
 // Of one operand or two.
 template <class V>

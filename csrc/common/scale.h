@@ -1,20 +1,22 @@
 // From a network's raw output s to a standard deviation, and back for the gradient (fastelbo.Scale holds the formulas).
 // Templates over the value type V; see common/philox.h for how these files are included.
 
-// What a Scale says of a raw value: the standard deviation, its logarithm, and their slopes. What a caller does not use,
-// the compiler does not compute. `exponential` is Scale::exponential() at compile time.
+// What a Scale says of a raw value: the standard deviation, its logarithm, and their slopes. What a caller does not
+// use, the compiler does not compute. `exponential` is Scale::exponential() at compile time.
 template <class V, bool exponential>
 struct Spread {
-  V std;         // sigma
-  V log_std;     // ln sigma
-  V inv_std;     // 1 / sigma where exponential, kept finite: a difference of 0 stays 0
-  V d_std;       // d sigma / d s
-  V d_logvar;    // d ln sigma^2 / d s
+  V std;  // sigma
+  V log_std;  // ln sigma
+  V inv_std;  // 1 / sigma where exponential, kept finite: a difference of 0 stays 0
+  V d_std;  // d sigma / d s
+  V d_logvar;  // d ln sigma^2 / d s
 
   // x / sigma, finite wherever the quotient is.
   FASTELBO_INLINE V divide(V x) const {
-    if constexpr (exponential) return x * inv_std;
-    else return x / std;
+    if constexpr (exponential)
+      return x * inv_std;
+    else
+      return x / std;
   }
 };
 
@@ -100,7 +102,7 @@ FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s) {
 template <class V, class Scale>
 FASTELBO_INLINE V clamp_gradient(const Scale& scale, V s, V grad) {
   if (!scale.clamped || scale.clamp_grad == Scale::straight_through) return grad;
-  auto below = s < V(scale.clamp_lo), above = s > V(scale.clamp_hi);
+  auto below = s<V(scale.clamp_lo), above = s> V(scale.clamp_hi);
   if (scale.clamp_grad == Scale::inward) {  // a descent step moves s against the gradient
     V passed_below = select(grad < V(0), grad, V(0)), passed_above = select(grad > V(0), grad, V(0));
     return select(below, passed_below, select(above, passed_above, grad));

@@ -11,7 +11,6 @@ struct ScaleKinds {
 // Real: float where the arithmetic is and conversions cost.
 template <class Real>
 struct ScaleOf : ScaleKinds {
-
   Kind kind = logvar;
   ClampGrad clamp_grad = zero;
   bool clamped = false;
@@ -23,10 +22,18 @@ struct ScaleOf : ScaleKinds {
   ScaleOf() = default;
   template <class Other>
   explicit ScaleOf(const ScaleOf<Other>& other)
-      : kind(other.kind), clamp_grad(other.clamp_grad), clamped(other.clamped), clamp_lo(Real(other.clamp_lo)),
-        clamp_hi(Real(other.clamp_hi)), soft_clamp(Real(other.soft_clamp)), inv_soft_clamp(Real(other.inv_soft_clamp)),
-        min_std(Real(other.min_std)), var_eps(Real(other.var_eps)), beta(Real(other.beta)),
-        inv_beta(Real(other.inv_beta)), log_beta(Real(other.log_beta)) {}
+      : kind(other.kind),
+        clamp_grad(other.clamp_grad),
+        clamped(other.clamped),
+        clamp_lo(Real(other.clamp_lo)),
+        clamp_hi(Real(other.clamp_hi)),
+        soft_clamp(Real(other.soft_clamp)),
+        inv_soft_clamp(Real(other.inv_soft_clamp)),
+        min_std(Real(other.min_std)),
+        var_eps(Real(other.var_eps)),
+        beta(Real(other.beta)),
+        inv_beta(Real(other.inv_beta)),
+        log_beta(Real(other.log_beta)) {}
 
   // sigma is exp of a multiple of the raw value, so ln sigma needs no logarithm
   bool exponential() const { return kind <= log_std && min_std == 0 && var_eps == 0; }

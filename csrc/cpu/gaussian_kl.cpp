@@ -46,7 +46,8 @@ void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
       const T* s_p = read_tile(args.s_p, start, n, s_p_tile);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V delta = load(mean_q + i, part) - load(mean_p + i, part);
-        Spread<V, exponential> q = spread<exponential>(scale, load(s_q + i, part)), p = spread<exponential>(scale_p, load(s_p + i, part));
+        Spread<V, exponential> q = spread<exponential>(scale, load(s_q + i, part)),
+                               p = spread<exponential>(scale_p, load(s_p + i, part));
         store(kl + i, gaussian_kl(delta, q, p).value, part);
       });
     }
@@ -115,31 +116,36 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
 namespace fastelbo {
 
 Tensor gaussian_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
-                       std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
+                       std::vector<double> scale, std::optional<std::vector<double> > scale_p, int64_t event_ndim,
                        std::optional<Tensor> mask) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Tiling tiling = event_tiling(shape, event_ndim);
   Terms kl(shape, event_ndim, dtype, mean_q, tiling);
-  GaussianKLArgs args{{mean_q, shape}, {s_q, shape}, {mean_p, shape}, {s_p, shape}, parse_scale(scale), parse_scale(scale_p),
-                      tiling, &kl};
+  GaussianKLArgs args{{mean_q, shape},    {s_q, shape},         {mean_p, shape}, {s_p, shape},
+                      parse_scale(scale), parse_scale(scale_p), tiling,          &kl};
   args.mask = {mask, shape};
   FASTELBO_RUN(gaussian_kl_fwd, dtype, args.scale.exponential() && args.scale_p.exponential(), args, tiling.tiles());
   return kl.finish(dtype, tiling);
 }
 
-// Returns d_mean_q, d_s_q, d_mean_p, d_s_p, each of the full broadcast shape; the last two are empty without prior_grad.
-std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(
-    Tensor d_kl, Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
-    std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
-    std::optional<double> balance, std::optional<Tensor> mask, bool prior_grad) {
+// Returns d_mean_q, d_s_q, d_mean_p, d_s_p, each of the full broadcast shape; the last two are empty without
+// prior_grad.
+std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(Tensor d_kl, Tensor mean_q, Tensor s_q,
+                                                           std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
+                                                           std::vector<double> scale,
+                                                           std::optional<std::vector<double> > scale_p,
+                                                           int64_t event_ndim, std::optional<double> balance,
+                                                           std::optional<Tensor> mask, bool prior_grad) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Device device(mean_q);
   Tensor d_mean_q = allocate_gradient(shape, mean_q, device), d_s_q = allocate_gradient(shape, s_q, device);
-  Tensor d_mean_p = allocate_gradient(shape, mean_p, device, prior_grad), d_s_p = allocate_gradient(shape, s_p, device, prior_grad);
-  GaussianKLArgs args{{mean_q, shape}, {s_q, shape}, {mean_p, shape}, {s_p, shape}, parse_scale(scale), parse_scale(scale_p),
-                      {1, shape.numel()}, nullptr, {d_kl, shape, event_ndim}, {d_mean_q, shape}, {d_s_q, shape}};
+  Tensor d_mean_p = allocate_gradient(shape, mean_p, device, prior_grad),
+         d_s_p = allocate_gradient(shape, s_p, device, prior_grad);
+  GaussianKLArgs args{{mean_q, shape},           {s_q, shape},         {mean_p, shape},    {s_p, shape},
+                      parse_scale(scale),        parse_scale(scale_p), {1, shape.numel()}, nullptr,
+                      {d_kl, shape, event_ndim}, {d_mean_q, shape},    {d_s_q, shape}};
   args.mask = {mask, shape};
   if (balance) {
     args.share_q = 1 - *balance;
@@ -149,7 +155,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(
     args.d_mean_p = {d_mean_p, shape};
     args.d_s_p = {d_s_p, shape};
   }
-  FASTELBO_RUN(gaussian_kl_bwd, dtype, args.scale.exponential() && args.scale_p.exponential(), args, args.tiling.tiles());
+  FASTELBO_RUN(gaussian_kl_bwd, dtype, args.scale.exponential() && args.scale_p.exponential(), args,
+               args.tiling.tiles());
   return {d_mean_q, d_s_q, d_mean_p, d_s_p};
 }
 

@@ -71,7 +71,8 @@ template <class T, bool exponential>
 void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
   const Scale scale = args.scale;  // a copy, which no store to a tensor can change
-  T x_tile[kTile], mean_tile[kTile], s_tile[kTile], d_out_tile[kTile], d_x_tile[kTile], d_mean_tile[kTile], d_s_tile[kTile];
+  T x_tile[kTile], mean_tile[kTile], s_tile[kTile], d_out_tile[kTile], d_x_tile[kTile], d_mean_tile[kTile],
+      d_s_tile[kTile];
   MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
     auto [start, n, row, rows] = args.tiling[index];
@@ -102,8 +103,10 @@ void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t e
       finish(args.d_x, start, n, d_x, d_x_tile);
     }
     finish(args.d_mean, start, n, d_mean, d_mean_tile);
-    if (args.d_s_partial) args.d_s_partial[index] = sum(d_s, n);
-    else finish(args.d_s, start, n, d_s, d_s_tile);
+    if (args.d_s_partial)
+      args.d_s_partial[index] = sum(d_s, n);
+    else
+      finish(args.d_s, start, n, d_s, d_s_tile);
   }
 }
 
@@ -111,36 +114,50 @@ void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t e
 #else
 namespace fastelbo {
 
-Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double> scale, int64_t event_ndim, bool negative,
-                             std::optional<Tensor> mask) {
+Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double> scale, int64_t event_ndim,
+                             bool negative, std::optional<Tensor> mask) {
   Shape shape = Shape(x).broadcast(mean).broadcast(s);
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
   Tiling tiling = event_tiling(shape, event_ndim);
   Terms log_prob(shape, event_ndim, dtype, mean, tiling);
-  GaussianLogProb args{{x, shape}, {mean, shape}, {s, shape}, parse_scale(scale), negative ? 1.0 : -1.0,
-                       s.numel() == 1, tiling, &log_prob};
+  GaussianLogProb args{{x, shape},     {mean, shape}, {s, shape}, parse_scale(scale), negative ? 1.0 : -1.0,
+                       s.numel() == 1, tiling,        &log_prob};
   args.mask = {mask, shape};
   FASTELBO_RUN(gaussian_log_prob_fwd, dtype, args.scale.exponential(), args, tiling.tiles());
   return log_prob.finish(dtype, tiling);
 }
 
-// Returns d_x, d_mean, d_s, each of the full broadcast shape, but for an s of one element, whose gradient is summed here.
-// The first is empty without x_grad.
-std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x, Tensor mean, Tensor s, std::vector<double> scale,
-                                                         int64_t event_ndim, bool negative, std::optional<Tensor> mask, bool x_grad) {
+// Returns d_x, d_mean, d_s, each of the full broadcast shape, but for an s of one element, whose gradient is summed
+// here. The first is empty without x_grad.
+std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x, Tensor mean, Tensor s,
+                                                         std::vector<double> scale, int64_t event_ndim, bool negative,
+                                                         std::optional<Tensor> mask, bool x_grad) {
   Shape shape = Shape(x).broadcast(mean).broadcast(s);
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
   bool one_s = s.numel() == 1;
   Device device(mean);
   Tensor d_x = allocate_gradient(shape, x, device, x_grad), d_mean = allocate_gradient(shape, mean, device);
   Tensor d_s = one_s ? allocate(Shape(s), dtype, device) : allocate_gradient(shape, s, device);
-  GaussianLogProb args{{x, shape}, {mean, shape}, {s, shape}, parse_scale(scale), negative ? 1.0 : -1.0, one_s, {1, shape.numel()},
-                       nullptr, {d_out, shape, event_ndim}, {}, {d_mean, shape}, {}, nullptr};
+  GaussianLogProb args{{x, shape},
+                       {mean, shape},
+                       {s, shape},
+                       parse_scale(scale),
+                       negative ? 1.0 : -1.0,
+                       one_s,
+                       {1, shape.numel()},
+                       nullptr,
+                       {d_out, shape, event_ndim},
+                       {},
+                       {d_mean, shape},
+                       {},
+                       nullptr};
   args.mask = {mask, shape};
   if (x_grad) args.d_x = {d_x, shape};
   std::vector<double> partial(one_s ? args.tiling.tiles() : 0);
-  if (one_s) args.d_s_partial = partial.data();
-  else args.d_s = {d_s, shape};
+  if (one_s)
+    args.d_s_partial = partial.data();
+  else
+    args.d_s = {d_s, shape};
   FASTELBO_RUN(gaussian_log_prob_bwd, dtype, args.scale.exponential(), args, args.tiling.tiles());
   if (one_s) store_total(partial, 0, partial.size(), dtype, d_s.data_ptr(), 0);
   return {d_x, d_mean, d_s};

@@ -61,7 +61,8 @@ void gaussian_rsample_bwd(const GaussianRsample& args, int64_t begin, int64_t en
     V temperature(args.noise.temperature);
     for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
       V raw = load(s + i, part);
-      V grad = temperature * spread<exponential>(scale, raw).d_std * (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part));
+      V grad = temperature * spread<exponential>(scale, raw).d_std *
+               (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part));
       store(d_s + i, clamp_gradient(scale, raw, grad), part);
     });
     finish(args.d_s, start, n, d_s, d_s_tile);
@@ -79,9 +80,11 @@ Tensor gaussian_rsample_fwd(Tensor mean, Tensor s, std::optional<Tensor> seed, s
   Shape out = shape.prepend(num_samples);
   Tensor z = num_samples ? allocate(out, out_dtype, Device(mean)) : allocate(out, out_dtype, mean);
   int64_t numel = shape.numel();
-  GaussianRsample args{{mean, shape}, {s, shape}, {noise, seed, noise_offset, num_samples, temperature, shape},
-                       parse_scale(scale), {1, numel}, numel, {z, out}, {}, {}};
-  FASTELBO_RUN(gaussian_rsample_fwd, arithmetic_type({&mean, &s}), args.scale.exponential(), args, args.tiling.tiles() * args.noise.samples);
+  GaussianRsample args{{mean, shape},      {s, shape}, {noise, seed, noise_offset, num_samples, temperature, shape},
+                       parse_scale(scale), {1, numel}, numel,
+                       {z, out},           {},         {}};
+  FASTELBO_RUN(gaussian_rsample_fwd, arithmetic_type({&mean, &s}), args.scale.exponential(), args,
+               args.tiling.tiles() * args.noise.samples);
   return z;
 }
 
@@ -92,8 +95,15 @@ Tensor gaussian_rsample_bwd(Tensor d_z, Tensor s, std::optional<Tensor> seed, st
   Shape shape = Shape(d_z).drop_leading(num_samples ? 1 : 0);
   Tensor d_s = allocate(shape, s.scalar_type(), s);
   int64_t numel = shape.numel();
-  GaussianRsample args{{}, {s, shape}, {noise, seed, noise_offset, num_samples, temperature, shape},
-                       parse_scale(scale), {1, numel}, numel, {}, {d_z, shape.prepend(num_samples)}, {d_s, shape}};
+  GaussianRsample args{{},
+                       {s, shape},
+                       {noise, seed, noise_offset, num_samples, temperature, shape},
+                       parse_scale(scale),
+                       {1, numel},
+                       numel,
+                       {},
+                       {d_z, shape.prepend(num_samples)},
+                       {d_s, shape}};
   FASTELBO_RUN(gaussian_rsample_bwd, arithmetic_type({&d_z, &s}), args.scale.exponential(), args, args.tiling.tiles());
   return d_s;
 }

@@ -31,7 +31,8 @@ template <class T, bool exponential>
 void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
   const Scale scale = args.scale, scale_p = args.scale_p;  // copies, which no store to a tensor can change
-  T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], z_tile[kTile], std_tile[kTile], kl_tile[kTile];
+  T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], z_tile[kTile], std_tile[kTile],
+      kl_tile[kTile];
   NoiseTile<T> noise_tile;
   MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
@@ -56,7 +57,8 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
       const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
       const T* s_p = read_tile(args.s_p, start, n, s_p_tile);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-        Spread<V, exponential> q = spread<exponential>(scale, load(s_q + i, part)), p = spread<exponential>(scale_p, load(s_p + i, part));
+        Spread<V, exponential> q = spread<exponential>(scale, load(s_q + i, part)),
+                               p = spread<exponential>(scale_p, load(s_p + i, part));
         V mean = load(mean_q + i, part), std = temperature * q.std;
         store(std_tile + i, std, part);
         store(z + i, fma(std, load(noise + i, part), mean), part);
@@ -104,7 +106,8 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
         Spread<V, exponential> q = spread<exponential>(scale, raw);
         GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part), q);
         store(d_mean_q + i, fma(upstream, kl.d_mean_q, load(sampled.d_z + i, part)), part);
-        V d_s = fma(temperature * q.d_std, (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part)), upstream * (kl.d_logvar_q * q.d_logvar));
+        V d_s = fma(temperature * q.d_std, (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part)),
+                    upstream * (kl.d_logvar_q * q.d_logvar));
         store(d_s_q + i, clamp_gradient(scale, raw, d_s), part);
       });
     } else {
@@ -120,7 +123,8 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
         GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part) - load(mean_p + i, part), q, p);
         V to_q = share_q * upstream, to_p = share_p * upstream;
         store(d_mean_q + i, to_q * kl.d_mean_q + load(sampled.d_z + i, part), part);
-        V d_s = fma(temperature * q.d_std, (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part)), to_q * (kl.d_logvar_q * q.d_logvar));
+        V d_s = fma(temperature * q.d_std, (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part)),
+                    to_q * (kl.d_logvar_q * q.d_logvar));
         store(d_s_q + i, clamp_gradient(scale, raw_q, d_s), part);
         store(d_mean_p + i, -to_p * kl.d_mean_q, part);
         store(d_s_p + i, clamp_gradient(scale_p, raw_p, to_p * (kl.d_logvar_p * p.d_logvar)), part);
@@ -141,40 +145,64 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
 #else
 namespace fastelbo {
 
-std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
-    Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p, std::optional<Tensor> seed,
-    std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
-    std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
-    std::optional<Tensor> mask, ScalarType out_dtype) {
+std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p,
+                                                   std::optional<Tensor> s_p, std::optional<Tensor> seed,
+                                                   std::optional<Tensor> noise, int64_t noise_offset,
+                                                   std::optional<int64_t> num_samples, double temperature,
+                                                   std::vector<double> scale,
+                                                   std::optional<std::vector<double> > scale_p, int64_t event_ndim,
+                                                   std::optional<Tensor> mask, ScalarType out_dtype) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   Shape out = shape.prepend(num_samples);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Tensor z = num_samples ? allocate(out, out_dtype, Device(mean_q)) : allocate(out, out_dtype, mean_q);
   Tiling tiling = event_tiling(shape, event_ndim);
   Terms kl(shape, event_ndim, dtype, mean_q, tiling);
-  GaussianRsampleKL args{{mean_q, shape}, {s_q, shape}, {mean_p, shape}, {s_p, shape},
+  GaussianRsampleKL args{{mean_q, shape},
+                         {s_q, shape},
+                         {mean_p, shape},
+                         {s_p, shape},
                          {noise, seed, noise_offset, num_samples, temperature, shape},
-                         parse_scale(scale), parse_scale(scale_p), tiling, shape.numel(), {z, out}, &kl};
+                         parse_scale(scale),
+                         parse_scale(scale_p),
+                         tiling,
+                         shape.numel(),
+                         {z, out},
+                         &kl};
   args.mask = {mask, shape};
-  FASTELBO_RUN(gaussian_rsample_kl_fwd, dtype, args.scale.exponential() && args.scale_p.exponential(), args, tiling.tiles());
+  FASTELBO_RUN(gaussian_rsample_kl_fwd, dtype, args.scale.exponential() && args.scale_p.exponential(), args,
+               tiling.tiles());
   return {z, kl.finish(dtype, tiling)};
 }
 
-// Returns d_mean_q, d_s_q, d_mean_p, d_s_p, each of the full broadcast shape; the last two are empty without prior_grad.
+// Returns d_mean_q, d_s_q, d_mean_p, d_s_p, each of the full broadcast shape; the last two are empty without
+// prior_grad.
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
     Tensor d_z, Tensor d_kl, Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
     std::optional<Tensor> seed, std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples,
-    double temperature, std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
+    double temperature, std::vector<double> scale, std::optional<std::vector<double> > scale_p, int64_t event_ndim,
     std::optional<double> balance, std::optional<Tensor> mask, bool prior_grad) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Device device(mean_q);
   Tensor d_mean_q = allocate_gradient(shape, mean_q, device), d_s_q = allocate_gradient(shape, s_q, device);
-  Tensor d_mean_p = allocate_gradient(shape, mean_p, device, prior_grad), d_s_p = allocate_gradient(shape, s_p, device, prior_grad);
-  GaussianRsampleKL args{{mean_q, shape}, {s_q, shape}, {mean_p, shape}, {s_p, shape},
+  Tensor d_mean_p = allocate_gradient(shape, mean_p, device, prior_grad),
+         d_s_p = allocate_gradient(shape, s_p, device, prior_grad);
+  GaussianRsampleKL args{{mean_q, shape},
+                         {s_q, shape},
+                         {mean_p, shape},
+                         {s_p, shape},
                          {noise, seed, noise_offset, num_samples, temperature, shape},
-                         parse_scale(scale), parse_scale(scale_p), {1, shape.numel()}, shape.numel(), {}, nullptr,
-                         {d_z, shape.prepend(num_samples)}, {d_kl, shape, event_ndim}, {d_mean_q, shape}, {d_s_q, shape}};
+                         parse_scale(scale),
+                         parse_scale(scale_p),
+                         {1, shape.numel()},
+                         shape.numel(),
+                         {},
+                         nullptr,
+                         {d_z, shape.prepend(num_samples)},
+                         {d_kl, shape, event_ndim},
+                         {d_mean_q, shape},
+                         {d_s_q, shape}};
   args.mask = {mask, shape};
   if (balance) {
     args.share_q = 1 - *balance;
@@ -184,7 +212,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
     args.d_mean_p = {d_mean_p, shape};
     args.d_s_p = {d_s_p, shape};
   }
-  FASTELBO_RUN(gaussian_rsample_kl_bwd, dtype, args.scale.exponential() && args.scale_p.exponential(), args, args.tiling.tiles());
+  FASTELBO_RUN(gaussian_rsample_kl_bwd, dtype, args.scale.exponential() && args.scale_p.exponential(), args,
+               args.tiling.tiles());
   return {d_mean_q, d_s_q, d_mean_p, d_s_p};
 }
 

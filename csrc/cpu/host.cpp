@@ -17,7 +17,9 @@ Isa isa() {
       found = Isa::avx512;
 #endif
     if (const char* wanted = std::getenv("FASTELBO_CPU_ISA")) {
-      Isa limit = !std::strcmp(wanted, "portable") ? Isa::portable : !std::strcmp(wanted, "avx2") ? Isa::avx2 : Isa::avx512;
+      Isa limit = !std::strcmp(wanted, "portable") ? Isa::portable
+                  : !std::strcmp(wanted, "avx2")   ? Isa::avx2
+                                                   : Isa::avx512;
       found = std::min(found, limit);
     }
     return found;
@@ -56,7 +58,10 @@ Operand::Operand(const std::optional<Tensor>& tensor, const Shape& shape) {
 
 Noise::Noise(const std::optional<Tensor>& noise, const std::optional<Tensor>& seed, int64_t offset,
              std::optional<int64_t> num_samples, double temperature, const Shape& shape)
-    : given(noise, shape.prepend(num_samples)), offset(offset), samples(num_samples.value_or(1)), temperature(temperature) {
+    : given(noise, shape.prepend(num_samples)),
+      offset(offset),
+      samples(num_samples.value_or(1)),
+      temperature(temperature) {
   if (seed) this->seed = uint64_t(*static_cast<const int64_t*>(seed->data_ptr()));
 }
 
@@ -67,7 +72,8 @@ Tiling event_tiling(const Shape& shape, int64_t event_ndim) {
 }
 
 Terms::Terms(const Shape& shape, int64_t event_ndim, ScalarType dtype, const Tensor& like, const Tiling& tiling)
-    : tensor(event_ndim == 0 ? allocate(shape, dtype, like) : allocate(shape.drop_trailing(event_ndim), dtype, Device(like))) {
+    : tensor(event_ndim == 0 ? allocate(shape, dtype, like)
+                             : allocate(shape.drop_trailing(event_ndim), dtype, Device(like))) {
   if (event_ndim == 0) {
     elements = Operand(tensor, shape);
     return;
@@ -76,10 +82,13 @@ Terms::Terms(const Shape& shape, int64_t event_ndim, ScalarType dtype, const Ten
   if (tiling.chunks_per_row > 1) partial.resize(tiling.tiles());
 }
 
-void store_total(const std::vector<double>& partial, size_t first, size_t count, ScalarType dtype, void* out, int64_t at) {
+void store_total(const std::vector<double>& partial, size_t first, size_t count, ScalarType dtype, void* out,
+                 int64_t at) {
   double total = std::accumulate(partial.begin() + first, partial.begin() + first + count, 0.0);
-  if (dtype == ScalarType::Double) static_cast<double*>(out)[at] = total;
-  else static_cast<float*>(out)[at] = float(total);
+  if (dtype == ScalarType::Double)
+    static_cast<double*>(out)[at] = total;
+  else
+    static_cast<float*>(out)[at] = float(total);
 }
 
 Tensor Terms::finish(ScalarType dtype, const Tiling& tiling) {

@@ -53,8 +53,10 @@ struct Tiling {
 
   Tiling() = default;
   Tiling(int64_t rows, int64_t columns) : rows(rows), columns(columns) {
-    if (columns > kTile) chunks_per_row = (columns + kTile - 1) / kTile;
-    else rows_per_tile = kTile / std::max<int64_t>(columns, 1);
+    if (columns > kTile)
+      chunks_per_row = (columns + kTile - 1) / kTile;
+    else
+      rows_per_tile = kTile / std::max<int64_t>(columns, 1);
   }
   int64_t tiles() const {
     return chunks_per_row > 1 ? rows * chunks_per_row : (rows + rows_per_tile - 1) / rows_per_tile;
@@ -73,7 +75,8 @@ struct Tiling {
 Tiling event_tiling(const Shape& shape, int64_t event_ndim);
 
 // out[at] = the sum of `count` partial sums, in order; out is of the arithmetic type.
-void store_total(const std::vector<double>& partial, size_t first, size_t count, ScalarType dtype, void* out, int64_t at);
+void store_total(const std::vector<double>& partial, size_t first, size_t count, ScalarType dtype, void* out,
+                 int64_t at);
 
 // An elementwise term, or its sum over each row. Rows longer than a tile go through partial sums, added in order, so
 // that the result depends neither on the number of threads nor on the instruction set.

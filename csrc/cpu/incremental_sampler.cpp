@@ -1,8 +1,8 @@
 // Draws images of a causal network a pixel at a time (fastelbo/sampling.py): runs a program over many pixels at once,
 // which are those of a row, or those of the same place in several images.
 //
-// Every output is one chain of multiply-adds in the order of the weights, whichever pixels share a tile with it, so that an
-// image does not depend on the others of its batch.
+// Every output is one chain of multiply-adds in the order of the weights, whichever pixels share a tile with it, so
+// that an image does not depend on the others of its batch.
 #ifndef FASTELBO_ISA
 #include "host.h"
 
@@ -67,7 +67,8 @@ inline F32 evaluate(int64_t function, F32 a, F32 b, float p, float q) { return a
 
 // Panels of outputs of a few items: z[panels][items][kPanel].
 template <int items, int panels>
-inline void product(const Instruction& in, const Run* runs, const Item* item, const float* weight, int64_t stride, const float* bias, float* z) {
+inline void product(const Instruction& in, const Run* runs, const Item* item, const float* weight, int64_t stride,
+                    const float* bias, float* z) {
   F32 total[panels][items][kVectors];
   FASTELBO_UNROLL
   for (int p = 0; p < panels; ++p) {
@@ -80,7 +81,8 @@ inline void product(const Instruction& in, const Run* runs, const Item* item, co
   for (int64_t r = 0; r < in.runs; ++r) {
     const float* x[items];
     FASTELBO_UNROLL
-    for (int i = 0; i < items; ++i) x[i] = item[i].image + in.a.at(item[i].row, item[i].column, runs[r].down) + runs[r].offset;
+    for (int i = 0; i < items; ++i)
+      x[i] = item[i].image + in.a.at(item[i].row, item[i].column, runs[r].down) + runs[r].offset;
     for (int64_t k = 0; k < runs[r].count; ++k, weight += kPanel) {
       FASTELBO_UNROLL
       for (int p = 0; p < panels; ++p) {
@@ -104,7 +106,8 @@ inline void product(const Instruction& in, const Run* runs, const Item* item, co
 }
 
 template <int64_t function>
-FASTELBO_INLINE void finish_panels(const Instruction& in, const Item* item, int items, int panels, int64_t first, const float* z, const float* z_b) {
+FASTELBO_INLINE void finish_panels(const Instruction& in, const Item* item, int items, int panels, int64_t first,
+                                   const float* z, const float* z_b) {
   float p = as_number(in.parameters[0]), q = as_number(in.parameters[1]);
   for (int i = 0; i < items; ++i) {
     auto [image, row, column] = item[i];
@@ -136,7 +139,8 @@ inline void conv_tile(const Instruction& in, const Run* runs, const Item* item, 
   int64_t stride = in.inputs * kPanel;
   const float *weight = weights + in.weight + first * stride, *bias = weights + in.bias + first * kPanel;
   product<items, panels>(in, runs, item, weight, stride, bias, z[0]);
-  if (is_gate(in.function)) product<items, panels>(in, runs, item, weight + in.panels * stride, stride, bias + in.panels * kPanel, z[1]);
+  if (is_gate(in.function))
+    product<items, panels>(in, runs, item, weight + in.panels * stride, stride, bias + in.panels * kPanel, z[1]);
   switch (in.function) {
     case kNone: return finish_panels<kNone>(in, item, items, panels, first, z[0], z[1]);
     case kRelu: return finish_panels<kRelu>(in, item, items, panels, first, z[0], z[1]);
@@ -148,7 +152,8 @@ inline void conv_tile(const Instruction& in, const Run* runs, const Item* item, 
 
 // All panels of up to kTileItems items.
 template <int items>
-inline void conv_panels(const Instruction& in, const Run* runs, const Item* item, const float* weights, int64_t first, int64_t end) {
+inline void conv_panels(const Instruction& in, const Run* runs, const Item* item, const float* weights, int64_t first,
+                        int64_t end) {
   constexpr int panels = kPanelsOf[items];
   for (; first + panels <= end; first += panels) conv_tile<items, panels>(in, runs, item, weights, first);
   if constexpr (panels > 2)
@@ -196,17 +201,23 @@ inline void copy(const Program& program, const Instruction& in, const Item* item
   }
 }
 
-inline void run_section(const Program& program, int64_t section, const float* weights, const Item* item, int64_t count) {
+inline void run_section(const Program& program, int64_t section, const float* weights, const Item* item,
+                        int64_t count) {
   for (int64_t at = program.section(section); at < program.section(section + 1); ++at) {
     const Instruction& in = *program.instruction(at);
-    if (in.op == kConv) conv(program, in, weights, item, count);
-    else if (in.op == kPoint) point(in, item, count);
-    else copy(program, in, item, count);
+    if (in.op == kConv)
+      conv(program, in, weights, item, count);
+    else if (in.op == kPoint)
+      point(in, item, count);
+    else
+      copy(program, in, item, count);
   }
 }
 
-// Sections at the start or the end of a row, for a few images at a time, whose rows then stay in the second-level cache.
-inline void run_row(const Program& program, int64_t section, const float* weights, float* const* images, int64_t n, int64_t row, Item* items) {
+// Sections at the start or the end of a row, for a few images at a time, whose rows then stay in the second-level
+// cache.
+inline void run_row(const Program& program, int64_t section, const float* weights, float* const* images, int64_t n,
+                    int64_t row, Item* items) {
   constexpr int64_t kImages = 4;
   int64_t columns = program.header().columns;
   if (program.section(section) == program.section(section + 1)) return;
@@ -219,7 +230,8 @@ inline void run_row(const Program& program, int64_t section, const float* weight
 }
 
 // Everything that can be computed before a stage of a front is drawn, if all before it has been.
-inline void advance(const Program& program, int64_t step, const float* weights, float* const* images, int64_t n, Item* items) {
+inline void advance(const Program& program, int64_t step, const float* weights, float* const* images, int64_t n,
+                    Item* items) {
   const Header& header = program.header();
   int64_t stages = program.stages(), front = step / stages, stage = step % stages;
   auto pixels = [&](int64_t which, int64_t section) {
@@ -241,7 +253,8 @@ inline void advance(const Program& program, int64_t step, const float* weights, 
 }
 
 // The level whose cumulative probability first exceeds u, -1 where logits make no distribution.
-inline int64_t draw(const float* logits, const int64_t* outputs, int64_t levels, float inverse_temperature, float u, float* scratch) {
+inline int64_t draw(const float* logits, const int64_t* outputs, int64_t levels, float inverse_temperature, float u,
+                    float* scratch) {
   int64_t best = 0;
   float highest = logits[outputs[0]];
   bool numbers = true;
@@ -293,7 +306,8 @@ void sampler_run(const SamplerArgs& args, int64_t begin, int64_t end) {
           if (program.stage(colour) != stage) continue;
           int64_t at = ((begin + i) * header.colours + colour) * pixels + row * header.columns + column;
           if (!args.known || !args.known[at])
-            args.image[at] = draw(logits, program.outputs(colour), header.outputs, args.inverse_temperature, args.uniforms[at], scratch);
+            args.image[at] = draw(logits, program.outputs(colour), header.outputs, args.inverse_temperature,
+                                  args.uniforms[at], scratch);
           input[program.input(colour)] = args.values[args.image[at] > 0 ? args.image[at] : 0];
         }
       }
@@ -309,7 +323,8 @@ namespace fastelbo {
 
 namespace {
 
-SamplerArgs sampler_arguments(const Tensor& program, const Tensor& weights, Tensor& workspace, int64_t first, int64_t end) {
+SamplerArgs sampler_arguments(const Tensor& program, const Tensor& weights, Tensor& workspace, int64_t first,
+                              int64_t end) {
   SamplerArgs args;
   args.program = {static_cast<const int64_t*>(program.data_ptr())};
   args.weights = static_cast<const float*>(weights.data_ptr());
@@ -332,8 +347,8 @@ void sampler_advance(Tensor program, Tensor weights, Tensor workspace, int64_t f
   run_images(sampler_arguments(program, weights, workspace, first, end));
 }
 
-void sampler_draw(Tensor program, Tensor weights, Tensor workspace, Tensor image, std::optional<Tensor> known, Tensor uniforms,
-                  Tensor values, double temperature, int64_t first, int64_t end) {
+void sampler_draw(Tensor program, Tensor weights, Tensor workspace, Tensor image, std::optional<Tensor> known,
+                  Tensor uniforms, Tensor values, double temperature, int64_t first, int64_t end) {
   SamplerArgs args = sampler_arguments(program, weights, workspace, first, end);
   args.image = static_cast<int64_t*>(image.data_ptr());
   args.known = known ? static_cast<const bool*>(known->data_ptr()) : nullptr;

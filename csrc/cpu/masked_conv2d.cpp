@@ -1,9 +1,10 @@
 // Masked convolutions over live taps only: output, input gradient and weight gradient.
 //
 // A band of rows of one image is copied into planes, one per channel, of the arithmetic type: rows of `pitch` elements
-// with zeros around the image, so that every tap is a constant offset and no loop knows an edge. A convolution is then a
-// list of (offset, weight) pairs over vectors of neighbouring pixels, and masks, channel groups, stacks and dilation are
-// only which pairs the list holds: a dead tap is not in it. The input gradient is the same with the offsets negated.
+// with zeros around the image, so that every tap is a constant offset and no loop knows an edge. A convolution is then
+// a list of (offset, weight) pairs over vectors of neighbouring pixels, and masks, channel groups, stacks and dilation
+// are only which pairs the list holds: a dead tap is not in it. The input gradient is the same with the offsets
+// negated.
 #ifndef FASTELBO_ISA
 #include "host.h"
 
@@ -33,8 +34,8 @@ struct Pair {
   int32_t channel, tap;
 };
 
-// One direction of the convolution. Its output channels come in blocks of `block`, none of which spans two groups; under
-// a gate a unit is a block of the first half and that of the second, else it is a block.
+// One direction of the convolution. Its output channels come in blocks of `block`, none of which spans two groups;
+// under a gate a unit is a block of the first half and that of the second, else it is a block.
 struct Direction {
   int block = 0, halves = 1;
   int64_t half = 0;     // channels from one half to the other
@@ -57,7 +58,9 @@ struct Direction {
 // linked for all.
 struct Scratch {
   void* data;
-  explicit Scratch(int64_t bytes) : data(std::malloc(size_t(bytes > 0 ? bytes : 1))) { STD_TORCH_CHECK(data, "out of memory"); }
+  explicit Scratch(int64_t bytes) : data(std::malloc(size_t(bytes > 0 ? bytes : 1))) {
+    STD_TORCH_CHECK(data, "out of memory");
+  }
   Scratch(const Scratch&) = delete;
   ~Scratch() { std::free(data); }
 };
@@ -92,7 +95,9 @@ struct ConvArgs {
   const Tap& tap(int64_t index) const {
     return index < 0 || index == int64_t(mask.taps.size()) ? mask.centre_tap : mask.taps[index];
   }
-  bool live(int64_t tap, int64_t out, int64_t in) const { return tap < int64_t(mask.taps.size()) || mask.live(out, in); }
+  bool live(int64_t tap, int64_t out, int64_t in) const {
+    return tap < int64_t(mask.taps.size()) || mask.live(out, in);
+  }
   const int32_t* pair_offsets(int64_t first) const { return pair_offset.data() + first; }
   bool gated() const { return is_gate(activation); }
 };
@@ -172,18 +177,21 @@ inline void read_rows(const Image& image, int64_t offset, int64_t rows, int64_t 
   }
   with_format(image.format, [&](auto format) {
     for (int64_t row = 0; row < rows; ++row)
-      gather<decltype(format)>(image.data, offset + row * image.stride[2], image.stride[3], int(columns), to + row * pitch);
+      gather<decltype(format)>(image.data, offset + row * image.stride[2], image.stride[3], int(columns),
+                               to + row * pitch);
   });
 }
 template <class T>
-inline void write_rows(const Image& image, int64_t offset, int64_t rows, int64_t columns, const T* from, int64_t pitch) {
+inline void write_rows(const Image& image, int64_t offset, int64_t rows, int64_t columns, const T* from,
+                       int64_t pitch) {
   if (pitch == columns && image.stride[2] == columns * image.stride[3]) {
     columns *= rows;
     rows = 1;
   }
   with_format(image.format, [&](auto format) {
     for (int64_t row = 0; row < rows; ++row)
-      scatter<decltype(format)>(image.data, offset + row * image.stride[2], image.stride[3], int(columns), from + row * pitch);
+      scatter<decltype(format)>(image.data, offset + row * image.stride[2], image.stride[3], int(columns),
+                                from + row * pitch);
   });
 }
 
@@ -199,11 +207,11 @@ FASTELBO_INLINE void zero(T* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = 0;
 }
 
-// Rows first - above .. first + rows + below - 1 of all channels. Those inside the image come through fetch(row, count, i),
-// `step` at a time: row .. row + count - 1 of all channels, into rows i .. of the planes.
+// Rows first - above .. first + rows + below - 1 of all channels. Those inside the image come through fetch(row, count,
+// i), `step` at a time: row .. row + count - 1 of all channels, into rows i .. of the planes.
 template <class T, class Fetch>
-inline void pack_planes(const Planes& planes, int64_t image_rows, int64_t channels, int64_t first, int64_t rows, int64_t step, T* to,
-                        Fetch&& fetch) {
+inline void pack_planes(const Planes& planes, int64_t image_rows, int64_t channels, int64_t first, int64_t rows,
+                        int64_t step, T* to, Fetch&& fetch) {
   int64_t all = planes.above + rows + planes.below, start = first - planes.above;
   int64_t begin = std::max<int64_t>(-start, 0), end = std::min(all, image_rows - start);
   for (int64_t c = 0; c < channels; ++c) {
@@ -221,13 +229,15 @@ inline void pack_input(const ConvArgs& args, int64_t n, int64_t first, int64_t r
   int64_t step = rows_of_a_channel(args.input, args.columns);
   pack_planes(planes, args.rows, args.in_channels, first, rows, step, to, [&](int64_t row, int64_t count, int64_t i) {
     for (int64_t c = 0; c < args.in_channels; ++c)
-      read_rows(args.input, args.input.at(n, c, row), count, args.columns, to + c * planes.size + planes.front + i * planes.pitch, planes.pitch);
+      read_rows(args.input, args.input.at(n, c, row), count, args.columns,
+                to + c * planes.size + planes.front + i * planes.pitch, planes.pitch);
   });
 }
 
 // kBlock output channels of vectors * lanes neighbouring pixels, on top of a constant for each channel.
 template <class T, int vectors>
-inline void conv_tile(const T* in, const int32_t* offsets, int64_t pairs, const T* weights, const T* constants, T* out, int64_t pitch) {
+inline void conv_tile(const T* in, const int32_t* offsets, int64_t pairs, const T* weights, const T* constants, T* out,
+                      int64_t pitch) {
   using Wide = WideOf<T>;
   using V = typename Wide::type;
   V total[kBlock][vectors];
@@ -277,7 +287,8 @@ inline void conv_band(const T* in, const int32_t* offsets, int64_t pairs, const 
 
 // The weights of units begin .. end - 1 in the order in which conv_tile reads them.
 template <class T>
-inline void pack_weights(const ConvArgs& args, const Direction& direction, bool transposed, T* to, int64_t begin, int64_t end) {
+inline void pack_weights(const ConvArgs& args, const Direction& direction, bool transposed, T* to, int64_t begin,
+                         int64_t end) {
   const Image& weight = args.weight;
   int64_t own_stride = weight.stride[transposed ? 1 : 0], pair_stride = weight.stride[transposed ? 0 : 1];
   with_format(weight.format, [&](auto format) {
@@ -290,8 +301,10 @@ inline void pack_weights(const ConvArgs& args, const Direction& direction, bool 
           int64_t offset = pair.channel * pair_stride + tap.row * weight.stride[2] + tap.column * weight.stride[3];
           for (int m = 0; m < kBlock; ++m, ++at) {
             int own = direction.channel(u, m);
-            if (own < 0) *at = 0;
-            else gather<decltype(format)>(weight.data, offset + (own + h * direction.half) * own_stride, 0, 1, at);
+            if (own < 0)
+              *at = 0;
+            else
+              gather<decltype(format)>(weight.data, offset + (own + h * direction.half) * own_stride, 0, 1, at);
           }
         }
       }
@@ -315,7 +328,8 @@ inline T value_at(const Image& image, int64_t offset) {
   return value;
 }
 
-// Vectors that cover n elements, and those that they cover in all. Rows in scratch are that long, with zeros at the end.
+// Vectors that cover n elements, and those that they cover in all. Rows in scratch are that long, with zeros at the
+// end.
 template <class T>
 FASTELBO_INLINE int64_t covered(int64_t n) {
   constexpr int lanes = VectorOf<T>::lanes;
@@ -328,22 +342,27 @@ FASTELBO_INLINE void for_covered(int64_t n, F&& f) {
 
 // Adds rows of an image; past the end of a row it adds zeros to the gap, and to the next row.
 template <class T>
-inline void add_rows(const Image& image, int64_t offset, int64_t rows, int64_t columns, T* to, int64_t pitch, T* scratch) {
+inline void add_rows(const Image& image, int64_t offset, int64_t rows, int64_t columns, T* to, int64_t pitch,
+                     T* scratch) {
   zero(scratch + columns, covered<T>(columns) - columns);
   for (int64_t row = 0; row < rows; ++row, to += pitch) {
     read_rows(image, offset + row * image.stride[2], 1, columns, scratch, columns);
-    for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA { store(to + i, load(to + i, Whole{}) + load(scratch + i, Whole{}), Whole{}); });
+    for_covered<T>(columns, [&](int64_t i) FASTELBO_LAMBDA {
+      store(to + i, load(to + i, Whole{}) + load(scratch + i, Whole{}), Whole{});
+    });
   }
 }
 
 // What follows the sum over taps and the bias, for the rows of one output channel: z[half], gaps and all.
 template <class T>
-inline void finish_channel(const ConvArgs& args, int64_t n, int64_t c, int64_t first, int64_t rows, T* const* z, T* scratch) {
+inline void finish_channel(const ConvArgs& args, int64_t n, int64_t c, int64_t first, int64_t rows, T* const* z,
+                           T* scratch) {
   int64_t columns = args.columns, pitch = args.planes.pitch, positions = args.planes.positions(rows);
   bool gated = args.gated();
   for (int h = 0; h < (gated ? 2 : 1); ++h) {
     int64_t channel = c + h * args.y_channels;
-    if (args.cond && args.cond_ndim == 4) add_rows(args.cond, args.cond.at(n, channel, first), rows, columns, z[h], pitch, scratch);
+    if (args.cond && args.cond_ndim == 4)
+      add_rows(args.cond, args.cond.at(n, channel, first), rows, columns, z[h], pitch, scratch);
     if (args.kept && gated) write_rows(args.kept, args.kept.at(n, channel, first), rows, columns, z[h], pitch);
   }
   T* y = z[0];
@@ -382,7 +401,8 @@ void masked_conv2d_fwd(const ConvArgs& args, int64_t begin, int64_t end) {
   const Planes& planes = args.planes;
   const Direction& forward = args.forward;
   int64_t pitch = planes.positions(args.band) + kVectors * WideOf<T>::lanes;
-  ScratchOf<T> in(args.in_channels * planes.size), z(forward.halves * kBlock * pitch), row_scratch(args.columns + kVectors * WideOf<T>::lanes);
+  ScratchOf<T> in(args.in_channels * planes.size), z(forward.halves * kBlock * pitch),
+      row_scratch(args.columns + kVectors * WideOf<T>::lanes);
   for (int64_t task = begin; task < end; ++task) {
     int64_t n = task / args.bands, first = task % args.bands * args.band, rows = std::min(args.band, args.rows - first);
     pack_input(args, n, first, rows, in.get());
@@ -406,14 +426,15 @@ void masked_conv2d_fwd(const ConvArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// The gradient before the activation, for some rows of one output channel: d[half], whose rows lie `pitch` apart. scratch:
-// three times `most`.
+// The gradient before the activation, for some rows of one output channel: d[half], whose rows lie `pitch` apart.
+// scratch: three times `most`.
 template <class T>
-inline void activation_gradient(const ConvArgs& args, int64_t n, int64_t c, int64_t row, int64_t rows, T* const* d, int64_t pitch,
-                                T* scratch, int64_t most) {
+inline void activation_gradient(const ConvArgs& args, int64_t n, int64_t c, int64_t row, int64_t rows, T* const* d,
+                                int64_t pitch, T* scratch, int64_t most) {
   using V = typename VectorOf<T>::type;
   int64_t columns = args.columns, count = rows * columns;
-  if (args.activation == Activation::none) return read_rows(args.d_y, args.d_y.at(n, c, row), rows, columns, d[0], pitch);
+  if (args.activation == Activation::none)
+    return read_rows(args.d_y, args.d_y.at(n, c, row), rows, columns, d[0], pitch);
   T *up = scratch, *a = up + most, *b = a + most;  // both of up and a, or of up and b, become the results
   read_rows(args.d_y, args.d_y.at(n, c, row), rows, columns, up, columns);
   read_rows(args.kept, args.kept.at(n, c, row), rows, columns, a, columns);
@@ -496,9 +517,11 @@ inline void transpose(const T* from, int64_t stride, int64_t channels, int64_t c
 }
 
 // The products of kPairs inputs, given by their offsets, with a block of output channels, summed over rows of pixels.
-// dz: [rows][columns][lanes of the block]. Lanes are channels, so that a NaN reaches the weights of its own channel only.
+// dz: [rows][columns][lanes of the block]. Lanes are channels, so that a NaN reaches the weights of its own channel
+// only.
 template <class T>
-inline void weight_tile(const T* in, const int32_t* offsets, const T* dz, int64_t rows, int64_t columns, int64_t pitch, T* total_out) {
+inline void weight_tile(const T* in, const int32_t* offsets, const T* dz, int64_t rows, int64_t columns, int64_t pitch,
+                        T* total_out) {
   using Wide = WideOf<T>;
   using V = typename Wide::type;
   V total[kPairs][kChannelVectors];
@@ -526,7 +549,8 @@ inline void weight_tile(const T* in, const int32_t* offsets, const T* dz, int64_
   FASTELBO_UNROLL
   for (int m = 0; m < kPairs; ++m) {
     FASTELBO_UNROLL
-    for (int v = 0; v < kChannelVectors; ++v, total_out += Wide::lanes) Wide::put(total_out, Wide::get(total_out) + total[m][v]);
+    for (int v = 0; v < kChannelVectors; ++v, total_out += Wide::lanes)
+      Wide::put(total_out, Wide::get(total_out) + total[m][v]);
   }
 }
 
@@ -559,29 +583,32 @@ void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
     T* partial = args.partial ? static_cast<T*>(args.partial) + chunk * blocks * args.pairs * lanes : nullptr;
     if (partial) zero(partial, blocks * args.pairs * lanes);
     for (int64_t unit = args.first_unit(chunk); unit < args.first_unit(chunk + 1); ++unit) {
-      int64_t n = unit / args.bands, first = unit % args.bands * args.band, rows = std::min(args.band, args.rows - first);
-      pack_planes(d_planes, args.rows, args.z_channels, first, rows, step, dz.get(), [&](int64_t row, int64_t count, int64_t i) {
-        for (int64_t c = 0; c < args.y_channels; ++c) {
-          T* line = dz.get() + c * d_planes.size + d_planes.front + i * d_planes.pitch;
-          T* lines[2] = {line, line + args.y_channels * d_planes.size};
-          activation_gradient(args, n, c, row, count, lines, d_planes.pitch, row_scratch.get(), most);
-        }
-      });
+      int64_t n = unit / args.bands, first = unit % args.bands * args.band,
+              rows = std::min(args.band, args.rows - first);
+      pack_planes(d_planes, args.rows, args.z_channels, first, rows, step, dz.get(),
+                  [&](int64_t row, int64_t count, int64_t i) {
+                    for (int64_t c = 0; c < args.y_channels; ++c) {
+                      T* line = dz.get() + c * d_planes.size + d_planes.front + i * d_planes.pitch;
+                      T* lines[2] = {line, line + args.y_channels * d_planes.size};
+                      activation_gradient(args, n, c, row, count, lines, d_planes.pitch, row_scratch.get(), most);
+                    }
+                  });
       if (args.d_cond || args.sums_wanted) {
         for (int64_t c = 0; c < args.z_channels; ++c) {
           const T* line = dz.get() + c * d_planes.size + d_planes.first();
-          if (args.d_cond) write_rows(args.d_cond, args.d_cond.at(n, c, first), rows, args.columns, line, d_planes.pitch);
+          if (args.d_cond)
+            write_rows(args.d_cond, args.d_cond.at(n, c, first), rows, args.columns, line, d_planes.pitch);
           if (args.sums_wanted) args.sums[unit * args.z_channels + c] = sum_plane(line, d_planes.positions(rows));
         }
       }
       if (args.d_input) {
         for (int64_t u = 0; u < backward.units(); ++u) {
           conv_band(dz.get() + d_planes.first(), backward.offsets(u), backward.pairs(u),
-                    static_cast<const T*>(args.d_packed) + backward.weights_of(u, 0), no_constants, d_planes.positions(rows),
-                    d_in.get(), pitch);
+                    static_cast<const T*>(args.d_packed) + backward.weights_of(u, 0), no_constants,
+                    d_planes.positions(rows), d_in.get(), pitch);
           for (int m = 0; m < kBlock && backward.channel(u, m) >= 0; ++m)
-            write_rows(args.d_input, args.d_input.at(n, backward.channel(u, m), first), rows, args.columns, d_in.get() + m * pitch,
-                       d_planes.pitch);
+            write_rows(args.d_input, args.d_input.at(n, backward.channel(u, m), first), rows, args.columns,
+                       d_in.get() + m * pitch, d_planes.pitch);
         }
       }
       if (partial) {
@@ -591,11 +618,11 @@ void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
           for (int64_t block = 0; block < blocks; ++block) {
             const T* line = dz.get() + block * lanes * d_planes.size + d_planes.first() + row * d_planes.pitch;
             for (int64_t r = 0; r < some; ++r)
-              transpose<T, lanes>(line + r * d_planes.pitch, d_planes.size, args.z_channels - block * lanes, args.columns,
-                                  transposed.get() + r * args.columns * lanes);
+              transpose<T, lanes>(line + r * d_planes.pitch, d_planes.size, args.z_channels - block * lanes,
+                                  args.columns, transposed.get() + r * args.columns * lanes);
             for (int64_t pair = 0; pair < args.pairs; pair += kPairs)
-              weight_tile(in.get() + planes.first() + row * planes.pitch, args.pair_offsets(pair), transposed.get(), some,
-                          args.columns, planes.pitch, partial + (block * args.pairs + pair) * lanes);
+              weight_tile(in.get() + planes.first() + row * planes.pitch, args.pair_offsets(pair), transposed.get(),
+                          some, args.columns, planes.pitch, partial + (block * args.pairs + pair) * lanes);
           }
         }
       }
@@ -631,7 +658,8 @@ namespace fastelbo {
 
 namespace {
 
-#define FASTELBO_CONV_LOOP(loop, dtype) ((dtype) == ScalarType::Double ? FASTELBO_BEST(loop, double, true) : FASTELBO_BEST(loop, float, true))
+#define FASTELBO_CONV_LOOP(loop, dtype) \
+  ((dtype) == ScalarType::Double ? FASTELBO_BEST(loop, double, true) : FASTELBO_BEST(loop, float, true))
 
 template <class Loop>
 void run_tasks(Loop loop, const ConvArgs& args, int64_t tasks) {
@@ -640,7 +668,8 @@ void run_tasks(Loop loop, const ConvArgs& args, int64_t tasks) {
 }
 
 // sign: 1 for the convolution, -1 for its input gradient, whose outputs are the convolution's inputs.
-Direction direction_of(const Mask& mask, int64_t outputs, int64_t inputs, const Planes& planes, int block, bool gated, int sign) {
+Direction direction_of(const Mask& mask, int64_t outputs, int64_t inputs, const Planes& planes, int block, bool gated,
+                       int sign) {
   Direction direction;
   direction.block = block;
   direction.halves = gated ? 2 : 1;
@@ -658,7 +687,8 @@ Direction direction_of(const Mask& mask, int64_t outputs, int64_t inputs, const 
       direction.group_pairs[g].push_back({int32_t(c), t});
     };
     for (int64_t c = 0; c < inputs; ++c) {
-      for (size_t t = 0; t < mask.taps.size(); ++t) add(c, int32_t(t), mask.taps[t].down * planes.pitch + mask.taps[t].right);
+      for (size_t t = 0; t < mask.taps.size(); ++t)
+        add(c, int32_t(t), mask.taps[t].down * planes.pitch + mask.taps[t].right);
       if (mask.centre && (sign > 0 ? mask.live(members[0], c) : mask.live(c, members[0]))) add(c, -1, 0);
     }
     for (size_t at = 0; at < members.size(); at += block) {
@@ -683,13 +713,15 @@ constexpr int64_t kChunkPixels = 1024;      // of a share of the weight gradient
 // The rows in a band depend on shapes only, so that results do not depend on the number of threads.
 int64_t band_rows(int64_t n, int64_t rows, int64_t columns, int64_t channels, int64_t reach) {
   int64_t fitting = kBandElements / std::max<int64_t>(channels * columns, 1) - reach;
-  int64_t bands = std::max<int64_t>((rows + std::max<int64_t>(fitting, 1) - 1) / std::max<int64_t>(fitting, 1), (kTasks + n - 1) / std::max<int64_t>(n, 1));
+  int64_t bands = std::max<int64_t>((rows + std::max<int64_t>(fitting, 1) - 1) / std::max<int64_t>(fitting, 1),
+                                    (kTasks + n - 1) / std::max<int64_t>(n, 1));
   int64_t least = std::max<int64_t>(4, 2 * reach);  // the rows above a band are packed twice
   return std::min(rows, std::max(least, (rows + bands - 1) / bands));
 }
 
-ConvArgs arguments(const Tensor& input, const Tensor& weight, const std::string& mask_type, const std::string& stack, int64_t dilation,
-                   int64_t groups, const std::string& order, const std::string& activation, const Constants& constants) {
+ConvArgs arguments(const Tensor& input, const Tensor& weight, const std::string& mask_type, const std::string& stack,
+                   int64_t dilation, int64_t groups, const std::string& order, const std::string& activation,
+                   const Constants& constants) {
   ConvArgs args;
   auto sizes = input.sizes();
   args.n = sizes[0];
@@ -703,7 +735,8 @@ ConvArgs arguments(const Tensor& input, const Tensor& weight, const std::string&
   args.input = image_of(input);
   args.weight = image_of(weight);
   int64_t gap = std::max(args.mask.left, args.mask.right);
-  args.band = band_rows(args.n, args.rows, args.columns + gap, std::max(args.in_channels, args.z_channels), args.mask.up);
+  args.band =
+      band_rows(args.n, args.rows, args.columns + gap, std::max(args.in_channels, args.z_channels), args.mask.up);
   args.bands = (args.rows + args.band - 1) / args.band;
   args.planes = Planes(args.columns, args.band, gap, args.mask.up, 0, constants.slack);
   return args;
@@ -711,21 +744,25 @@ ConvArgs arguments(const Tensor& input, const Tensor& weight, const std::string&
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> cond,
-                                             std::optional<Tensor> residual, Text mask_type, Text stack, int64_t dilation,
-                                             int64_t channel_groups, Text group_order, Text activation, bool keep) {
+std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::optional<Tensor> bias,
+                                             std::optional<Tensor> cond, std::optional<Tensor> residual, Text mask_type,
+                                             Text stack, int64_t dilation, int64_t channel_groups, Text group_order,
+                                             Text activation, bool keep) {
   ScalarType dtype = arithmetic_type({&input});
   Constants constants(dtype);
-  ConvArgs args = arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, constants);
+  ConvArgs args =
+      arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, constants);
   Tensor y = allocate_image(args.n, args.y_channels, input);
-  Tensor kept = keep ? allocate_image(args.n, args.z_channels, input) : allocate(Shape{0}, input.scalar_type(), Device(input));
+  Tensor kept =
+      keep ? allocate_image(args.n, args.z_channels, input) : allocate(Shape{0}, input.scalar_type(), Device(input));
   args.y = image_of(y);
   if (keep) args.kept = image_of(kept);
   args.residual = image_of(residual);
   args.cond = image_of(cond);
   if (cond) args.cond_ndim = int64_t(cond->sizes().size());
   args.bias = image_of(bias);
-  args.forward = direction_of(args.mask, args.z_channels, args.in_channels, args.planes, int(constants.block), args.gated(), 1);
+  args.forward =
+      direction_of(args.mask, args.z_channels, args.in_channels, args.planes, int(constants.block), args.gated(), 1);
   Tensor packed = allocate(Shape{args.forward.weights}, dtype, Device(input));
   args.packed = packed.data_ptr();
   run_tasks(FASTELBO_CONV_LOOP(conv_pack_forward, dtype), args, args.forward.units());
@@ -733,13 +770,15 @@ std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::o
   return {y, kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor input, Tensor weight, std::optional<Tensor> kept,
-                                                             Text mask_type, Text stack, int64_t dilation,
-                                                             int64_t channel_groups, Text group_order, Text activation,
-                                                             bool want_input, bool want_weight, bool want_bias, int64_t cond_ndim) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor input, Tensor weight,
+                                                             std::optional<Tensor> kept, Text mask_type, Text stack,
+                                                             int64_t dilation, int64_t channel_groups, Text group_order,
+                                                             Text activation, bool want_input, bool want_weight,
+                                                             bool want_bias, int64_t cond_ndim) {
   ScalarType dtype = arithmetic_type({&input}), stored = input.scalar_type();
   Constants constants(dtype);
-  ConvArgs args = arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, constants);
+  ConvArgs args =
+      arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, constants);
   const Mask& mask = args.mask;
   Device device(input);
   args.d_y = image_of(d_y);
@@ -761,7 +800,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   std::optional<Tensor> d_packed, partial;
   if (want_input) {
     args.d_input = image_of(d_input);
-    args.backward = direction_of(mask, args.in_channels, args.z_channels, args.d_planes, int(constants.block), false, -1);
+    args.backward =
+        direction_of(mask, args.in_channels, args.z_channels, args.d_planes, int(constants.block), false, -1);
     d_packed = allocate(Shape{args.backward.weights}, dtype, device);
     args.d_packed = d_packed->data_ptr();
     run_tasks(FASTELBO_CONV_LOOP(conv_pack_backward, dtype), args, args.backward.units());
@@ -770,7 +810,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   int64_t taps = args.taps();
   if (want_weight) {
     args.d_weight = image_of(d_weight);
-    std::memset(d_weight.data_ptr(), 0, size_t(d_weight.numel()) * (stored == ScalarType::Double ? 8 : stored == ScalarType::Float ? 4 : 2));
+    std::memset(d_weight.data_ptr(), 0,
+                size_t(d_weight.numel()) * (stored == ScalarType::Double  ? 8
+                                            : stored == ScalarType::Float ? 4
+                                                                          : 2));
     int64_t count = args.in_channels * taps;
     args.pairs = (count + constants.pairs - 1) / constants.pairs * constants.pairs;
     for (int64_t in = 0; in < args.in_channels; ++in) {
@@ -780,7 +823,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
       }
     }
     args.pair_offset.resize(args.pairs, 0);
-    int64_t blocks = (args.z_channels + constants.lanes - 1) / constants.lanes, share = blocks * args.pairs * constants.lanes;
+    int64_t blocks = (args.z_channels + constants.lanes - 1) / constants.lanes,
+            share = blocks * args.pairs * constants.lanes;
     int64_t most = std::max<int64_t>(args.n * args.rows * args.columns / kChunkPixels, 4);
     args.chunks = std::min(args.chunks, most);
     partial = allocate(Shape{args.chunks * share}, dtype, device);
@@ -795,7 +839,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
     for (int64_t entry = 0; entry < entries; ++entry) {
       for (int64_t c = 0; c < args.z_channels; ++c) {
         double total = 0;
-        for (int64_t unit = entry * per_entry; unit < (entry + 1) * per_entry; ++unit) total += sums[unit * args.z_channels + c];
+        for (int64_t unit = entry * per_entry; unit < (entry + 1) * per_entry; ++unit)
+          total += sums[unit * args.z_channels + c];
         portable::with_format(image.format, [&](auto format) {
           portable::scatter<decltype(format)>(image.data, entry * args.z_channels + c, 1, 1, &total);
         });

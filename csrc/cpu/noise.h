@@ -4,7 +4,8 @@
 constexpr int kNormals = 4 * kLanes;          // of one vector of blocks
 constexpr int kGroup = 4, kGroupNormals = kGroup * kNormals;  // vectors of blocks that go through the rounds together
 
-// The words of the blocks from first_block on, as floats. For each vector of blocks all first words, all second ones, ...
+// The words of the blocks from first_block on, as floats. For each vector of blocks all first words, all second ones,
+// ...
 FASTELBO_INLINE void philox_words(const PhiloxKeys<Words>& keys, uint32_t sample, uint64_t first_block, float* words) {
   // Words hold every other lane each. The interleaving store works within 128 bits, so lane 4 L + k takes block
   // (lanes / 4) k + L: then the store lands in order.
@@ -44,12 +45,13 @@ FASTELBO_INLINE void words_to_normals(float* tile) {
 
 constexpr int kNoiseScratch = kTile + 3 + kGroupNormals;
 
-// The normals of elements first .. first + n - 1; returns where in scratch[kNoiseScratch] they start. Two loops, because
-// each alone is short enough for the processor to overlap several of its turns.
+// The normals of elements first .. first + n - 1; returns where in scratch[kNoiseScratch] they start. Two loops,
+// because each alone is short enough for the processor to overlap several of its turns.
 inline const float* normals(uint64_t seed, uint32_t sample, uint64_t first, int n, float* scratch) {
   const PhiloxKeys<Words> keys(seed);
   int lead = int(first % 4);
-  for (int done = 0; done < lead + n; done += kGroupNormals) philox_words(keys, sample, first / 4 + done / 4, scratch + done);
+  for (int done = 0; done < lead + n; done += kGroupNormals)
+    philox_words(keys, sample, first / 4 + done / 4, scratch + done);
   for (int done = 0; done < lead + n; done += kNormals) words_to_normals(scratch + done);
   return scratch + lead;
 }
@@ -72,8 +74,8 @@ struct NoiseTile {
   }
 };
 
-// What a tile's gradient needs of its samples: the sums over them of d_z and of d_z * noise. The second is the product of
-// two arrays, so that a single sample needs no pass of its own.
+// What a tile's gradient needs of its samples: the sums over them of d_z and of d_z * noise. The second is the product
+// of two arrays, so that a single sample needs no pass of its own.
 template <class T>
 struct SampleGradient {
   NoiseTile<T> noise_tile;

@@ -20,7 +20,8 @@
 #if defined(__x86_64__)
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
@@ -55,9 +56,9 @@ namespace fastelbo::FASTELBO_ISA {
 #pragma GCC pop_options
 #endif
 
-#define FASTELBO_BEST(loop, T, exponential)                 \
-  (isa() == Isa::avx512 ? avx512::loop<T, exponential>      \
-   : isa() == Isa::avx2 ? avx2::loop<T, exponential>        \
+#define FASTELBO_BEST(loop, T, exponential)            \
+  (isa() == Isa::avx512 ? avx512::loop<T, exponential> \
+   : isa() == Isa::avx2 ? avx2::loop<T, exponential>   \
                         : portable::loop<T, exponential>)
 
 #else
@@ -65,12 +66,11 @@ namespace fastelbo::FASTELBO_ISA {
 #endif
 
 // Runs the best loop<T, exponential> over `count` tiles.
-#define FASTELBO_RUN(loop, dtype, exponential, args, count)                                   \
-  ((dtype) == ScalarType::Double                                                              \
-       ? ((exponential) ? run(FASTELBO_BEST(loop, double, true), args, count)               \
-                        : run(FASTELBO_BEST(loop, double, false), args, count))             \
-       : ((exponential) ? run(FASTELBO_BEST(loop, float, true), args, count)                \
-                        : run(FASTELBO_BEST(loop, float, false), args, count)))
+#define FASTELBO_RUN(loop, dtype, exponential, args, count)                                               \
+  ((dtype) == ScalarType::Double ? ((exponential) ? run(FASTELBO_BEST(loop, double, true), args, count)   \
+                                                  : run(FASTELBO_BEST(loop, double, false), args, count)) \
+                                 : ((exponential) ? run(FASTELBO_BEST(loop, float, true), args, count)    \
+                                                  : run(FASTELBO_BEST(loop, float, false), args, count)))
 
 #define FASTELBO_ISA portable
 namespace fastelbo::FASTELBO_ISA {

@@ -5,8 +5,14 @@
 
 // F32 for float arithmetic, double for double.
 template <class T> struct VectorOf;
-template <> struct VectorOf<float> { using type = F32; static constexpr int lanes = kLanes; };
-template <> struct VectorOf<double> { using type = double; static constexpr int lanes = 1; };
+template <> struct VectorOf<float> {
+  using type = F32;
+  static constexpr int lanes = kLanes;
+};
+template <> struct VectorOf<double> {
+  using type = double;
+  static constexpr int lanes = 1;
+};
 
 // Calls f(offset, Whole or Part) until n elements are covered.
 template <class T, class F>
@@ -33,11 +39,24 @@ inline uint16_t float_to_half(float x) {
 }
 
 // One element of memory to and from the arithmetic type, by storage format.
-struct AsF32 { using Stored = float; static float get(float x) { return x; } static float put(float x) { return x; } };
-struct AsF64 { using Stored = double; static double get(double x) { return x; } static double put(double x) { return x; } };
+struct AsF32 {
+  using Stored = float;
+  static float get(float x) { return x; }
+  static float put(float x) { return x; }
+};
+struct AsF64 {
+  using Stored = double;
+  static double get(double x) { return x; }
+  static double put(double x) { return x; }
+};
 struct AsBF16 {
   using Stored = uint16_t;
-  static float get(uint16_t x) { uint32_t bits = uint32_t(x) << 16; float y; __builtin_memcpy(&y, &bits, 4); return y; }
+  static float get(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float y;
+    __builtin_memcpy(&y, &bits, 4);
+    return y;
+  }
   static uint16_t put(float x) {
     uint32_t bits;
     __builtin_memcpy(&bits, &x, 4);
@@ -45,8 +64,16 @@ struct AsBF16 {
     return uint16_t(x == x ? rounded : 0x7fc0);
   }
 };
-struct AsF16 { using Stored = uint16_t; static float get(uint16_t x) { return half_to_float(x); } static uint16_t put(float x) { return float_to_half(x); } };
-struct AsU8 { using Stored = uint8_t; static float get(uint8_t x) { return x; } static uint8_t put(float x) { return uint8_t(x); } };
+struct AsF16 {
+  using Stored = uint16_t;
+  static float get(uint16_t x) { return half_to_float(x); }
+  static uint16_t put(float x) { return float_to_half(x); }
+};
+struct AsU8 {
+  using Stored = uint8_t;
+  static float get(uint8_t x) { return x; }
+  static uint8_t put(float x) { return uint8_t(x); }
+};
 
 template <class F>
 inline void with_format(Format format, F&& f) {
@@ -62,15 +89,21 @@ inline void with_format(Format format, F&& f) {
 template <class As, class T>
 inline void gather(const char* data, int64_t offset, int64_t stride, int n, T* to) {
   auto from = reinterpret_cast<const typename As::Stored*>(data) + offset;
-  if (stride == 1) for (int i = 0; i < n; ++i) to[i] = T(As::get(from[i]));
-  else if (stride == 0) { T value = T(As::get(*from)); for (int i = 0; i < n; ++i) to[i] = value; }
-  else for (int i = 0; i < n; ++i) to[i] = T(As::get(from[i * stride]));
+  if (stride == 1)
+    for (int i = 0; i < n; ++i) to[i] = T(As::get(from[i]));
+  else if (stride == 0) {
+    T value = T(As::get(*from));
+    for (int i = 0; i < n; ++i) to[i] = value;
+  } else
+    for (int i = 0; i < n; ++i) to[i] = T(As::get(from[i * stride]));
 }
 template <class As, class T>
 inline void scatter(char* data, int64_t offset, int64_t stride, int n, const T* from) {
   auto to = reinterpret_cast<typename As::Stored*>(data) + offset;
-  if (stride == 1) for (int i = 0; i < n; ++i) to[i] = As::put(from[i]);
-  else for (int i = 0; i < n; ++i) to[i * stride] = As::put(from[i]);
+  if (stride == 1)
+    for (int i = 0; i < n; ++i) to[i] = As::put(from[i]);
+  else
+    for (int i = 0; i < n; ++i) to[i * stride] = As::put(from[i]);
 }
 
 // Calls f(memory offset, stride, count, position in the tile) for each run of the tile along the innermost dimension.
@@ -110,7 +143,8 @@ inline T* in_place(const Operand& operand, int64_t start, int n) {
   if (operand.ndim == 1) {
     if (operand.stride[0] == 1) found = reinterpret_cast<T*>(operand.data) + start;
   } else if (operand.stride[operand.ndim - 1] == 1 && n <= operand.size[operand.ndim - 1]) {
-    for_each_run(operand, start, 1, [&](int64_t offset, int64_t, int, int) { found = reinterpret_cast<T*>(operand.data) + offset; });
+    for_each_run(operand, start, 1,
+                 [&](int64_t offset, int64_t, int, int) { found = reinterpret_cast<T*>(operand.data) + offset; });
     if (start % operand.size[operand.ndim - 1] + n > operand.size[operand.ndim - 1]) found = nullptr;
   }
   return found;
@@ -120,7 +154,8 @@ template <class T>
 inline const T* read_tile(const Operand& operand, int64_t start, int n, T* scratch) {
   if (const T* direct = in_place<T>(operand, start, n)) return direct;
   for_each_run(operand, start, n, [&](int64_t offset, int64_t stride, int count, int at) {
-    with_format(operand.format, [&](auto format) { gather<decltype(format)>(operand.data, offset, stride, count, scratch + at); });
+    with_format(operand.format,
+                [&](auto format) { gather<decltype(format)>(operand.data, offset, stride, count, scratch + at); });
   });
   return scratch;
 }
@@ -135,7 +170,8 @@ template <class T>
 inline void finish(const Operand& operand, int64_t start, int n, const T* tile, const T* scratch) {
   if (tile != scratch) return;
   for_each_run(operand, start, n, [&](int64_t offset, int64_t stride, int count, int at) {
-    with_format(operand.format, [&](auto format) { scatter<decltype(format)>(operand.data, offset, stride, count, tile + at); });
+    with_format(operand.format,
+                [&](auto format) { scatter<decltype(format)>(operand.data, offset, stride, count, tile + at); });
   });
 }
 
@@ -145,7 +181,9 @@ struct MaskTile {
   const T* mask;  // null where there is none
   T scratch[kTile];
 
-  void read(const Operand& operand, int64_t start, int n) { mask = operand ? read_tile(operand, start, n, scratch) : nullptr; }
+  void read(const Operand& operand, int64_t start, int n) {
+    mask = operand ? read_tile(operand, start, n, scratch) : nullptr;
+  }
   template <class... Values>
   void select(int n, Values*... tiles) const {
     if (mask) (select_one(n, tiles), ...);
@@ -184,8 +222,10 @@ inline double sum(const float* x, int n) {
     FASTELBO_UNROLL
     for (int k = 0; k < vectors; ++k) {
       int left = std::min(n - i - k * kLanes, kLanes);
-      if (left == kLanes) total[k] = total[k] + load(x + i + k * kLanes, Whole{});
-      else if (left > 0) total[k] = total[k] + load(x + i + k * kLanes, Part{left});
+      if (left == kLanes)
+        total[k] = total[k] + load(x + i + k * kLanes, Whole{});
+      else if (left > 0)
+        total[k] = total[k] + load(x + i + k * kLanes, Part{left});
     }
   }
   FASTELBO_UNROLL
@@ -212,7 +252,8 @@ template <class T>
 inline void finish_terms(Terms& terms, const Tiling& tiling, const Tile& tile, const T* values, const T* scratch) {
   if (terms.elements) return finish(terms.elements, tile.start, tile.count, values, scratch);
   if (tile.rows == 0) {
-    terms.partial[tile.row * tiling.chunks_per_row + (tile.start - tile.row * tiling.columns) / kTile] = sum(values, tile.count);
+    terms.partial[tile.row * tiling.chunks_per_row + (tile.start - tile.row * tiling.columns) / kTile] =
+        sum(values, tile.count);
     return;
   }
   for (int row = 0; row < tile.rows; ++row)

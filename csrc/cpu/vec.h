@@ -59,12 +59,18 @@ struct Mask {
 FASTELBO_INLINE Mask operator<(F32 a, F32 b) { return {_mm512_cmp_ps_mask((__m512)a.v, (__m512)b.v, _CMP_LT_OQ)}; }
 FASTELBO_INLINE Mask operator>(F32 a, F32 b) { return {_mm512_cmp_ps_mask((__m512)a.v, (__m512)b.v, _CMP_GT_OQ)}; }
 FASTELBO_INLINE Mask nonzero(I32 a) { return {_mm512_test_epi32_mask((__m512i)a.v, (__m512i)a.v)}; }
-FASTELBO_INLINE F32 select(Mask m, F32 a, F32 b) { return F32((NativeF)_mm512_mask_blend_ps(m.v, (__m512)b.v, (__m512)a.v)); }
-FASTELBO_INLINE F32 fma(F32 a, F32 b, F32 c) { return F32((NativeF)_mm512_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v)); }
+FASTELBO_INLINE F32 select(Mask m, F32 a, F32 b) {
+  return F32((NativeF)_mm512_mask_blend_ps(m.v, (__m512)b.v, (__m512)a.v));
+}
+FASTELBO_INLINE F32 fma(F32 a, F32 b, F32 c) {
+  return F32((NativeF)_mm512_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v));
+}
 FASTELBO_INLINE F32 min(F32 a, F32 b) { return F32((NativeF)_mm512_min_ps((__m512)a.v, (__m512)b.v)); }
 FASTELBO_INLINE F32 max(F32 a, F32 b) { return F32((NativeF)_mm512_max_ps((__m512)a.v, (__m512)b.v)); }
 FASTELBO_INLINE F32 sqrt(F32 a) { return F32((NativeF)_mm512_sqrt_ps((__m512)a.v)); }
-FASTELBO_INLINE F32 round(F32 a) { return F32((NativeF)_mm512_roundscale_ps((__m512)a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+FASTELBO_INLINE F32 round(F32 a) {
+  return F32((NativeF)_mm512_roundscale_ps((__m512)a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 #else
 struct Mask {
   NativeI v;
@@ -74,11 +80,15 @@ FASTELBO_INLINE Mask operator>(F32 a, F32 b) { return {a.v > b.v}; }
 FASTELBO_INLINE Mask nonzero(I32 a) { return {a.v != 0}; }
 FASTELBO_INLINE F32 select(Mask m, F32 a, F32 b) { return F32(m.v ? a.v : b.v); }
 #if defined(FASTELBO_AVX2)
-FASTELBO_INLINE F32 fma(F32 a, F32 b, F32 c) { return F32((NativeF)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v)); }
+FASTELBO_INLINE F32 fma(F32 a, F32 b, F32 c) {
+  return F32((NativeF)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v));
+}
 FASTELBO_INLINE F32 min(F32 a, F32 b) { return F32((NativeF)_mm256_min_ps((__m256)a.v, (__m256)b.v)); }
 FASTELBO_INLINE F32 max(F32 a, F32 b) { return F32((NativeF)_mm256_max_ps((__m256)a.v, (__m256)b.v)); }
 FASTELBO_INLINE F32 sqrt(F32 a) { return F32((NativeF)_mm256_sqrt_ps((__m256)a.v)); }
-FASTELBO_INLINE F32 round(F32 a) { return F32((NativeF)_mm256_round_ps((__m256)a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+FASTELBO_INLINE F32 round(F32 a) {
+  return F32((NativeF)_mm256_round_ps((__m256)a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 #else
 FASTELBO_INLINE F32 fma(F32 a, F32 b, F32 c) {
 #if defined(__FP_FAST_FMAF)
@@ -91,7 +101,11 @@ FASTELBO_INLINE F32 fma(F32 a, F32 b, F32 c) {
 }
 FASTELBO_INLINE F32 min(F32 a, F32 b) { return F32(a.v < b.v ? a.v : b.v); }
 FASTELBO_INLINE F32 max(F32 a, F32 b) { return F32(a.v > b.v ? a.v : b.v); }
-FASTELBO_INLINE F32 sqrt(F32 a) { F32 r; for (int i = 0; i < kLanes; ++i) r.v[i] = __builtin_sqrtf(a.v[i]); return r; }
+FASTELBO_INLINE F32 sqrt(F32 a) {
+  F32 r;
+  for (int i = 0; i < kLanes; ++i) r.v[i] = __builtin_sqrtf(a.v[i]);
+  return r;
+}
 // Adding 1.5 * 2^23 leaves no room for a fraction; for |a| < 2^22, which is all the callers have.
 FASTELBO_INLINE F32 round(F32 a) { return (a + F32(0x1.8p23f)) - F32(0x1.8p23f); }
 #endif

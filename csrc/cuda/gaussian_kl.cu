@@ -20,7 +20,8 @@ struct GaussianKLArgs {
 };
 
 template <class Access, bool exponential, Prior prior>
-__global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_kl_fwd_kernel(const __grid_constant__ GaussianKLArgs<Access> args) {
+__global__ void __launch_bounds__(kThreads, Access::blocks)
+    gaussian_kl_fwd_kernel(const __grid_constant__ GaussianKLArgs<Access> args) {
   using V = typename Access::Value;
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
@@ -39,17 +40,22 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_kl_fwd_kern
       Access::load(args.s_p, args.layout, place, s_p);
       FASTELBO_UNROLL
       for (int i = 0; i < n; ++i)
-        kl[i] = gaussian_kl(mean_q[i] - mean_p[i], spread<exponential>(args.scale, s_q[i]), spread<exponential>(args.scale_p, s_p[i])).value;
+        kl[i] = gaussian_kl(mean_q[i] - mean_p[i], spread<exponential>(args.scale, s_q[i]),
+                            spread<exponential>(args.scale_p, s_p[i]))
+                    .value;
     }
     select(Access::kept(args.mask, args.layout, place), kl);
-    if (args.kl.data) Access::store_term(args.kl, args.layout, place, kl);
-    else total += sum_inside<Access>(place, kl);
+    if (args.kl.data)
+      Access::store_term(args.kl, args.layout, place, kl);
+    else
+      total += sum_inside<Access>(place, kl);
   }
   if (!args.kl.data) args.sums.store(args.work, thread, total);
 }
 
 template <class Access, bool exponential, Prior prior>
-__global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_kl_bwd_kernel(const __grid_constant__ GaussianKLArgs<Access> args) {
+__global__ void __launch_bounds__(kThreads, Access::blocks)
+    gaussian_kl_bwd_kernel(const __grid_constant__ GaussianKLArgs<Access> args) {
   using V = typename Access::Value;
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
@@ -101,24 +107,31 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_kl_bwd_kern
 namespace fastelbo {
 
 Tensor gaussian_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
-                       std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers, int64_t event_ndim,
-                       std::optional<Tensor> mask) {
+                       std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers,
+                       int64_t event_ndim, std::optional<Tensor> mask) {
   Launcher launch("gaussian_kl_fwd", mean_q);
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
   Terms kl(shape, event_ndim, dtype, mean_q);
-  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape), mask_view(mask, shape);
+  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape),
+      mask_view(mask, shape);
   Plan plan(shape, event_ndim, dtype, {scale, scale_p}, std::nullopt, std::nullopt,
             {&mean_q_view, &s_q_view, &mean_p_view, &s_p_view, &mask_view, &kl.elements});
   kl.make_room(plan);
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
     using V = typename Access::Value;
-    device::GaussianKLArgs<Access> args{plan.layout, plan.work, typename Access::Scale(scale), typename Access::Scale(scale_p),
-                                        operand<Access>(mean_q_view, plan), operand<Access>(s_q_view, plan),
-                                        operand<Access>(mean_p_view, plan), operand<Access>(s_p_view, plan),
-                                        operand<Access>(kl.elements, plan), kl.sums<V>()};
+    device::GaussianKLArgs<Access> args{plan.layout,
+                                        plan.work,
+                                        typename Access::Scale(scale),
+                                        typename Access::Scale(scale_p),
+                                        operand<Access>(mean_q_view, plan),
+                                        operand<Access>(s_q_view, plan),
+                                        operand<Access>(mean_p_view, plan),
+                                        operand<Access>(s_p_view, plan),
+                                        operand<Access>(kl.elements, plan),
+                                        kl.sums<V>()};
     args.mask = operand<Access>(mask_view, plan);
     with_prior<Access>(mean_p.has_value(), [&](auto prior) {
       launch(device::gaussian_kl_fwd_kernel<Access, exponential.value, prior.value>, args, plan.work.blocks);
@@ -127,17 +140,21 @@ Tensor gaussian_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, 
   return kl.finish(launch, plan);
 }
 
-// Returns d_mean_q, d_s_q, d_mean_p, d_s_p, each of the full broadcast shape; the last two are empty without prior_grad.
-std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(
-    Tensor d_kl, Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
-    std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers, int64_t event_ndim,
-    std::optional<double> balance, std::optional<Tensor> mask, bool prior_grad) {
+// Returns d_mean_q, d_s_q, d_mean_p, d_s_p, each of the full broadcast shape; the last two are empty without
+// prior_grad.
+std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(Tensor d_kl, Tensor mean_q, Tensor s_q,
+                                                           std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
+                                                           std::vector<double> scale_numbers,
+                                                           std::optional<std::vector<double>> scale_p_numbers,
+                                                           int64_t event_ndim, std::optional<double> balance,
+                                                           std::optional<Tensor> mask, bool prior_grad) {
   Launcher launch("gaussian_kl_bwd", mean_q);
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
   GaussianGradients grads(shape, mean_q, s_q, mean_p, s_p, prior_grad);
-  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape), mask_view(mask, shape);
+  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape),
+      mask_view(mask, shape);
   View d_kl_view = View::of_term(d_kl, shape, event_ndim);
   Plan plan(shape, 0, dtype, {scale, scale_p}, std::nullopt, std::nullopt,
             {&mean_q_view, &s_q_view, &mean_p_view, &s_p_view, &d_kl_view, &grads.d_mean_q_view, &grads.d_s_q_view,
@@ -145,12 +162,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
     using V = typename Access::Value;
-    device::GaussianKLArgs<Access> args{plan.layout, plan.work, typename Access::Scale(scale), typename Access::Scale(scale_p),
-                                        operand<Access>(mean_q_view, plan), operand<Access>(s_q_view, plan),
-                                        operand<Access>(mean_p_view, plan), operand<Access>(s_p_view, plan), {}, {},
+    device::GaussianKLArgs<Access> args{plan.layout,
+                                        plan.work,
+                                        typename Access::Scale(scale),
+                                        typename Access::Scale(scale_p),
+                                        operand<Access>(mean_q_view, plan),
+                                        operand<Access>(s_q_view, plan),
+                                        operand<Access>(mean_p_view, plan),
+                                        operand<Access>(s_p_view, plan),
+                                        {},
+                                        {},
                                         operand<Access>(d_kl_view, plan),
-                                        operand<Access>(grads.d_mean_q_view, plan), operand<Access>(grads.d_s_q_view, plan),
-                                        operand<Access>(grads.d_mean_p_view, plan), operand<Access>(grads.d_s_p_view, plan),
+                                        operand<Access>(grads.d_mean_q_view, plan),
+                                        operand<Access>(grads.d_s_q_view, plan),
+                                        operand<Access>(grads.d_mean_p_view, plan),
+                                        operand<Access>(grads.d_s_p_view, plan),
                                         operand<Access>(mask_view, plan)};
     if (balance) {
       args.share_q = V(1 - *balance);

@@ -22,7 +22,8 @@ struct GaussianLogProb {
 };
 
 template <class Access, bool exponential>
-__global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_log_prob_fwd_kernel(const __grid_constant__ GaussianLogProb<Access> args) {
+__global__ void __launch_bounds__(kThreads, Access::blocks)
+    gaussian_log_prob_fwd_kernel(const __grid_constant__ GaussianLogProb<Access> args) {
   using V = typename Access::Value;
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
@@ -34,16 +35,20 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_log_prob_fw
     Access::load(args.mean, args.layout, place, mean);
     Access::load_repeated(args.s, args.layout, place, s);
     FASTELBO_UNROLL
-    for (int i = 0; i < n; ++i) x[i] = args.sign * gaussian_nll(x[i] - mean[i], spread<exponential>(args.scale, s[i])).value;
+    for (int i = 0; i < n; ++i)
+      x[i] = args.sign * gaussian_nll(x[i] - mean[i], spread<exponential>(args.scale, s[i])).value;
     select(Access::kept(args.mask, args.layout, place), x);
-    if (args.log_prob.data) Access::store_term(args.log_prob, args.layout, place, x);
-    else total += sum_inside<Access>(place, x);
+    if (args.log_prob.data)
+      Access::store_term(args.log_prob, args.layout, place, x);
+    else
+      total += sum_inside<Access>(place, x);
   }
   if (!args.log_prob.data) args.sums.store(args.work, thread, total);
 }
 
 template <class Access, bool exponential>
-__global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_log_prob_bwd_kernel(const __grid_constant__ GaussianLogProb<Access> args) {
+__global__ void __launch_bounds__(kThreads, Access::blocks)
+    gaussian_log_prob_bwd_kernel(const __grid_constant__ GaussianLogProb<Access> args) {
   using V = typename Access::Value;
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
@@ -70,8 +75,10 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_log_prob_bw
     select(kept, s);
     if (args.d_x.data) Access::store(args.d_x, args.layout, place, x);
     Access::store(args.d_mean, args.layout, place, mean);
-    if (args.d_s.data) Access::store(args.d_s, args.layout, place, s);
-    else total += sum_inside<Access>(place, s);
+    if (args.d_s.data)
+      Access::store(args.d_s, args.layout, place, s);
+    else
+      total += sum_inside<Access>(place, s);
   }
   if (args.d_s_partial) {
     double sum = sum_lanes(total, kThreads);
@@ -83,8 +90,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_log_prob_bw
 
 namespace fastelbo {
 
-Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double> scale_numbers, int64_t event_ndim, bool negative,
-                             std::optional<Tensor> mask) {
+Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double> scale_numbers, int64_t event_ndim,
+                             bool negative, std::optional<Tensor> mask) {
   Launcher launch("gaussian_log_prob_fwd", mean);
   Shape shape = Shape(x).broadcast(mean).broadcast(s);
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
@@ -92,24 +99,32 @@ Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double
   Terms log_prob(shape, event_ndim, dtype, mean);
   View x_view(x, shape), mean_view(mean, shape), s_view(s, shape), mask_view(mask, shape);
   s_view.repeats = true;
-  Plan plan(shape, event_ndim, dtype, {scale}, std::nullopt, std::nullopt, {&x_view, &mean_view, &s_view, &mask_view, &log_prob.elements});
+  Plan plan(shape, event_ndim, dtype, {scale}, std::nullopt, std::nullopt,
+            {&x_view, &mean_view, &s_view, &mask_view, &log_prob.elements});
   log_prob.make_room(plan);
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
     using V = typename Access::Value;
-    device::GaussianLogProb<Access> args{plan.layout, plan.work, typename Access::Scale(scale), V(negative ? 1 : -1),
-                                         operand<Access>(x_view, plan), operand<Access>(mean_view, plan), operand<Access>(s_view, plan),
-                                         operand<Access>(log_prob.elements, plan), log_prob.sums<V>()};
+    device::GaussianLogProb<Access> args{plan.layout,
+                                         plan.work,
+                                         typename Access::Scale(scale),
+                                         V(negative ? 1 : -1),
+                                         operand<Access>(x_view, plan),
+                                         operand<Access>(mean_view, plan),
+                                         operand<Access>(s_view, plan),
+                                         operand<Access>(log_prob.elements, plan),
+                                         log_prob.sums<V>()};
     args.mask = operand<Access>(mask_view, plan);
     launch(device::gaussian_log_prob_fwd_kernel<Access, exponential.value>, args, plan.work.blocks);
   });
   return log_prob.finish(launch, plan);
 }
 
-// Returns d_x, d_mean, d_s, each of the full broadcast shape, but for an s of one element, whose gradient is summed here.
-// The first is empty without x_grad.
-std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x, Tensor mean, Tensor s, std::vector<double> scale_numbers,
-                                                         int64_t event_ndim, bool negative, std::optional<Tensor> mask, bool x_grad) {
+// Returns d_x, d_mean, d_s, each of the full broadcast shape, but for an s of one element, whose gradient is summed
+// here. The first is empty without x_grad.
+std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x, Tensor mean, Tensor s,
+                                                         std::vector<double> scale_numbers, int64_t event_ndim,
+                                                         bool negative, std::optional<Tensor> mask, bool x_grad) {
   Launcher launch("gaussian_log_prob_bwd", mean);
   Shape shape = Shape(x).broadcast(mean).broadcast(s);
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
@@ -130,11 +145,21 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
     using V = typename Access::Value;
-    device::GaussianLogProb<Access> args{plan.layout, plan.work, typename Access::Scale(scale), V(negative ? 1 : -1),
-                                         operand<Access>(x_view, plan), operand<Access>(mean_view, plan), operand<Access>(s_view, plan),
-                                         {}, {}, operand<Access>(d_out_view, plan), operand<Access>(d_x_view, plan),
-                                         operand<Access>(d_mean_view, plan), operand<Access>(d_s_view, plan),
-                                         partial ? static_cast<double*>(partial->data_ptr()) : nullptr, operand<Access>(mask_view, plan)};
+    device::GaussianLogProb<Access> args{plan.layout,
+                                         plan.work,
+                                         typename Access::Scale(scale),
+                                         V(negative ? 1 : -1),
+                                         operand<Access>(x_view, plan),
+                                         operand<Access>(mean_view, plan),
+                                         operand<Access>(s_view, plan),
+                                         {},
+                                         {},
+                                         operand<Access>(d_out_view, plan),
+                                         operand<Access>(d_x_view, plan),
+                                         operand<Access>(d_mean_view, plan),
+                                         operand<Access>(d_s_view, plan),
+                                         partial ? static_cast<double*>(partial->data_ptr()) : nullptr,
+                                         operand<Access>(mask_view, plan)};
     launch(device::gaussian_log_prob_bwd_kernel<Access, exponential.value>, args, plan.work.blocks);
   });
   if (partial) add_partials(launch, *partial, 1, plan.work.blocks, dtype, d_s.data_ptr());

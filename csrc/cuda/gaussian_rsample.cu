@@ -17,7 +17,8 @@ struct GaussianRsample {
 };
 
 template <class Access, bool exponential>
-__global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_fwd_kernel(const __grid_constant__ GaussianRsample<Access> args) {
+__global__ void __launch_bounds__(kThreads, Access::blocks)
+    gaussian_rsample_fwd_kernel(const __grid_constant__ GaussianRsample<Access> args) {
   using V = typename Access::Value;
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
@@ -41,7 +42,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_fwd
 
 // d_s = temperature * d sigma / d s * sum over samples of d_z * noise. (d_mean is the sum of d_z: the caller's.)
 template <class Access, bool exponential>
-__global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_bwd_kernel(const __grid_constant__ GaussianRsample<Access> args) {
+__global__ void __launch_bounds__(kThreads, Access::blocks)
+    gaussian_rsample_bwd_kernel(const __grid_constant__ GaussianRsample<Access> args) {
   using V = typename Access::Value;
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
@@ -79,13 +81,17 @@ Tensor gaussian_rsample_fwd(Tensor mean, Tensor s, std::optional<Tensor> seed, s
   Scale scale = parse_scale(scale_numbers);
   View mean_view(mean, shape), s_view(s, shape), z_view = View::of_samples(z, shape, num_samples);
   View noise_view = View::of_samples(noise, shape, num_samples);
-  Plan plan(shape, 0, arithmetic_type({&mean, &s}), {scale}, noise ? std::nullopt : std::optional(noise_offset), num_samples,
-            {&mean_view, &s_view, &z_view, &noise_view});
+  Plan plan(shape, 0, arithmetic_type({&mean, &s}), {scale}, noise ? std::nullopt : std::optional(noise_offset),
+            num_samples, {&mean_view, &s_view, &z_view, &noise_view});
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
-    device::GaussianRsample<Access> args{plan.layout, plan.work, draw<Access>(seed, noise_view, num_samples, temperature, z_view, plan),
-                                         typename Access::Scale(scale), operand<Access>(mean_view, plan),
-                                         operand<Access>(s_view, plan), operand<Access>(z_view, plan)};
+    device::GaussianRsample<Access> args{plan.layout,
+                                         plan.work,
+                                         draw<Access>(seed, noise_view, num_samples, temperature, z_view, plan),
+                                         typename Access::Scale(scale),
+                                         operand<Access>(mean_view, plan),
+                                         operand<Access>(s_view, plan),
+                                         operand<Access>(z_view, plan)};
     launch(device::gaussian_rsample_fwd_kernel<Access, exponential.value>, args, plan.work.blocks);
   });
   return z;
@@ -101,13 +107,19 @@ Tensor gaussian_rsample_bwd(Tensor d_z, Tensor s, std::optional<Tensor> seed, st
   Scale scale = parse_scale(scale_numbers);
   View s_view(s, shape), d_s_view(d_s, shape), d_z_view = View::of_samples(d_z, shape, num_samples);
   View noise_view = View::of_samples(noise, shape, num_samples);
-  Plan plan(shape, 0, arithmetic_type({&d_z, &s}), {scale}, noise ? std::nullopt : std::optional(noise_offset), num_samples,
-            {&s_view, &d_s_view, &d_z_view, &noise_view});
+  Plan plan(shape, 0, arithmetic_type({&d_z, &s}), {scale}, noise ? std::nullopt : std::optional(noise_offset),
+            num_samples, {&s_view, &d_s_view, &d_z_view, &noise_view});
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
-    device::GaussianRsample<Access> args{plan.layout, plan.work, draw<Access>(seed, noise_view, num_samples, temperature, d_z_view, plan),
-                                         typename Access::Scale(scale), {}, operand<Access>(s_view, plan), {},
-                                         operand<Access>(d_z_view, plan), operand<Access>(d_s_view, plan)};
+    device::GaussianRsample<Access> args{plan.layout,
+                                         plan.work,
+                                         draw<Access>(seed, noise_view, num_samples, temperature, d_z_view, plan),
+                                         typename Access::Scale(scale),
+                                         {},
+                                         operand<Access>(s_view, plan),
+                                         {},
+                                         operand<Access>(d_z_view, plan),
+                                         operand<Access>(d_s_view, plan)};
     launch(device::gaussian_rsample_bwd_kernel<Access, exponential.value>, args, plan.work.blocks);
   });
   return d_s;

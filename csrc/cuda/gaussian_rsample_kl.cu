@@ -23,7 +23,8 @@ struct GaussianRsampleKL {
 };
 
 template <class Access, bool exponential, Prior prior>
-__global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_kl_fwd_kernel(const __grid_constant__ GaussianRsampleKL<Access> args) {
+__global__ void __launch_bounds__(kThreads, Access::blocks)
+    gaussian_rsample_kl_fwd_kernel(const __grid_constant__ GaussianRsampleKL<Access> args) {
   using V = typename Access::Value;
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
@@ -54,8 +55,10 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_kl_
     }
     const uint32_t kept = Access::kept(args.mask, args.layout, place);
     select(kept, kl);
-    if (args.kl.data) Access::store_term(args.kl, args.layout, place, kl);
-    else total += sum_inside<Access>(place, kl);
+    if (args.kl.data)
+      Access::store_term(args.kl, args.layout, place, kl);
+    else
+      total += sum_inside<Access>(place, kl);
     uint32_t sample = 0;
     do {
       V z[n];
@@ -70,14 +73,16 @@ __global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_kl_
 }
 
 template <class Access, bool exponential, Prior prior>
-__global__ void __launch_bounds__(kThreads, Access::blocks) gaussian_rsample_kl_bwd_kernel(const __grid_constant__ GaussianRsampleKL<Access> args) {
+__global__ void __launch_bounds__(kThreads, Access::blocks)
+    gaussian_rsample_kl_bwd_kernel(const __grid_constant__ GaussianRsampleKL<Access> args) {
   using V = typename Access::Value;
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
   const PhiloxKeys<uint32_t> keys = args.draw.keys();
   for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
-    V mean_q[n], s_q[n], upstream[n], sampled[n] = {}, noisy[n] = {};  // the sums over samples of d_z and of d_z * noise
+    V mean_q[n], s_q[n], upstream[n], sampled[n] = {},
+                                      noisy[n] = {};  // the sums over samples of d_z and of d_z * noise
     Access::load(args.mean_q, args.layout, place, mean_q);
     Access::load(args.s_q, args.layout, place, s_q);
     Access::load_term(args.d_kl, args.layout, place, upstream);
@@ -146,7 +151,8 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
   Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
   Tensor z = num_samples ? allocate(out, out_dtype, Device(mean_q)) : allocate(out, out_dtype, mean_q);
   Terms kl(shape, event_ndim, dtype, mean_q);
-  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape), mask_view(mask, shape);
+  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape),
+      mask_view(mask, shape);
   View z_view = View::of_samples(z, shape, num_samples), noise_view = View::of_samples(noise, shape, num_samples);
   Plan plan(shape, event_ndim, dtype, {scale, scale_p}, noise ? std::nullopt : std::optional(noise_offset), num_samples,
             {&mean_q_view, &s_q_view, &mean_p_view, &s_p_view, &z_view, &noise_view, &mask_view, &kl.elements});
@@ -154,11 +160,18 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
     using V = typename Access::Value;
-    device::GaussianRsampleKL<Access> args{plan.layout, plan.work, draw<Access>(seed, noise_view, num_samples, temperature, z_view, plan),
-                                           typename Access::Scale(scale), typename Access::Scale(scale_p),
-                                           operand<Access>(mean_q_view, plan), operand<Access>(s_q_view, plan),
-                                           operand<Access>(mean_p_view, plan), operand<Access>(s_p_view, plan),
-                                           operand<Access>(z_view, plan), operand<Access>(kl.elements, plan), kl.sums<V>()};
+    device::GaussianRsampleKL<Access> args{plan.layout,
+                                           plan.work,
+                                           draw<Access>(seed, noise_view, num_samples, temperature, z_view, plan),
+                                           typename Access::Scale(scale),
+                                           typename Access::Scale(scale_p),
+                                           operand<Access>(mean_q_view, plan),
+                                           operand<Access>(s_q_view, plan),
+                                           operand<Access>(mean_p_view, plan),
+                                           operand<Access>(s_p_view, plan),
+                                           operand<Access>(z_view, plan),
+                                           operand<Access>(kl.elements, plan),
+                                           kl.sums<V>()};
     args.mask = operand<Access>(mask_view, plan);
     with_prior<Access>(mean_p.has_value(), [&](auto prior) {
       launch(device::gaussian_rsample_kl_fwd_kernel<Access, exponential.value, prior.value>, args, plan.work.blocks);
@@ -167,18 +180,20 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
   return {z, kl.finish(launch, plan)};
 }
 
-// Returns d_mean_q, d_s_q, d_mean_p, d_s_p, each of the full broadcast shape; the last two are empty without prior_grad.
+// Returns d_mean_q, d_s_q, d_mean_p, d_s_p, each of the full broadcast shape; the last two are empty without
+// prior_grad.
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
     Tensor d_z, Tensor d_kl, Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
     std::optional<Tensor> seed, std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples,
-    double temperature, std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers, int64_t event_ndim,
-    std::optional<double> balance, std::optional<Tensor> mask, bool prior_grad) {
+    double temperature, std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers,
+    int64_t event_ndim, std::optional<double> balance, std::optional<Tensor> mask, bool prior_grad) {
   Launcher launch("gaussian_rsample_kl_bwd", mean_q);
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
   GaussianGradients grads(shape, mean_q, s_q, mean_p, s_p, prior_grad);
-  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape), mask_view(mask, shape);
+  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape),
+      mask_view(mask, shape);
   View d_z_view = View::of_samples(d_z, shape, num_samples), noise_view = View::of_samples(noise, shape, num_samples);
   View d_kl_view = View::of_term(d_kl, shape, event_ndim);
   Plan plan(shape, 0, dtype, {scale, scale_p}, noise ? std::nullopt : std::optional(noise_offset), num_samples,
@@ -187,13 +202,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
     using V = typename Access::Value;
-    device::GaussianRsampleKL<Access> args{plan.layout, plan.work, draw<Access>(seed, noise_view, num_samples, temperature, d_z_view, plan),
-                                           typename Access::Scale(scale), typename Access::Scale(scale_p),
-                                           operand<Access>(mean_q_view, plan), operand<Access>(s_q_view, plan),
-                                           operand<Access>(mean_p_view, plan), operand<Access>(s_p_view, plan), {}, {}, {},
-                                           operand<Access>(d_z_view, plan), operand<Access>(d_kl_view, plan),
-                                           operand<Access>(grads.d_mean_q_view, plan), operand<Access>(grads.d_s_q_view, plan),
-                                           operand<Access>(grads.d_mean_p_view, plan), operand<Access>(grads.d_s_p_view, plan),
+    device::GaussianRsampleKL<Access> args{plan.layout,
+                                           plan.work,
+                                           draw<Access>(seed, noise_view, num_samples, temperature, d_z_view, plan),
+                                           typename Access::Scale(scale),
+                                           typename Access::Scale(scale_p),
+                                           operand<Access>(mean_q_view, plan),
+                                           operand<Access>(s_q_view, plan),
+                                           operand<Access>(mean_p_view, plan),
+                                           operand<Access>(s_p_view, plan),
+                                           {},
+                                           {},
+                                           {},
+                                           operand<Access>(d_z_view, plan),
+                                           operand<Access>(d_kl_view, plan),
+                                           operand<Access>(grads.d_mean_q_view, plan),
+                                           operand<Access>(grads.d_s_q_view, plan),
+                                           operand<Access>(grads.d_mean_p_view, plan),
+                                           operand<Access>(grads.d_s_p_view, plan),
                                            operand<Access>(mask_view, plan)};
     if (balance) {
       args.share_q = V(1 - *balance);

@@ -83,7 +83,9 @@ device::Work spread(int64_t rows, int64_t groups, bool summed) {
   auto grow = [&](auto&& enough) {
     while (lanes < kThreads && lanes < groups && !enough()) lanes *= 2, ++work.lanes_log2;
   };
-  grow([&] { return lanes >= 8 && lanes * 4 >= groups; });  // 8 lanes read whole cache lines; several groups overlap in time
+  grow([&] {
+    return lanes >= 8 && lanes * 4 >= groups;
+  });  // 8 lanes read whole cache lines; several groups overlap in time
   grow([&] { return rows * lanes >= 65536; });              // half the threads of a large GPU
   work.steps = int((groups + lanes - 1) / lanes);
   int64_t most = summed ? device::kMostSteps : 4;
@@ -179,7 +181,8 @@ Launcher::Launcher(const char* op, const Tensor& on) : op_(op) {
 Launcher::~Launcher() { aoti_torch_delete_cuda_guard(guard_); }
 
 cudaLaunchConfig_t Launcher::configuration(int64_t blocks, int threads) const {
-  STD_TORCH_CHECK(blocks <= INT32_MAX, op_, ": too many elements for one launch, which takes 2^31 - 1 blocks; got ", blocks);
+  STD_TORCH_CHECK(blocks <= INT32_MAX, op_, ": too many elements for one launch, which takes 2^31 - 1 blocks; got ",
+                  blocks);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(unsigned(threads));
@@ -214,7 +217,8 @@ __global__ void __launch_bounds__(kThreads) sum_partials(const __grid_constant__
 
 }  // namespace device
 
-void add_partials(const Launcher& launch, const Tensor& partial, int64_t rows, int64_t count, ScalarType dtype, void* out) {
+void add_partials(const Launcher& launch, const Tensor& partial, int64_t rows, int64_t count, ScalarType dtype,
+                  void* out) {
   auto sums = static_cast<const double*>(partial.data_ptr());
   if (dtype == ScalarType::Double) {
     launch(device::sum_partials<double>, device::Partials<double>{sums, count, static_cast<double*>(out)}, rows);
@@ -224,7 +228,8 @@ void add_partials(const Launcher& launch, const Tensor& partial, int64_t rows, i
 }
 
 Terms::Terms(const Shape& shape, int64_t event_ndim, ScalarType dtype, const Tensor& like)
-    : tensor(event_ndim == 0 ? allocate(shape, dtype, like) : allocate(shape.drop_trailing(event_ndim), dtype, Device(like))) {
+    : tensor(event_ndim == 0 ? allocate(shape, dtype, like)
+                             : allocate(shape.drop_trailing(event_ndim), dtype, Device(like))) {
   if (event_ndim == 0) elements = View::of_term(tensor, shape, 0);
 }
 
@@ -235,7 +240,8 @@ void Terms::make_room(const Plan& plan) {
 }
 
 Tensor Terms::finish(const Launcher& launch, const Plan& plan) {
-  if (partial) add_partials(launch, *partial, plan.layout.rows, plan.work.splits.divisor, plan.dtype, tensor.data_ptr());
+  if (partial)
+    add_partials(launch, *partial, plan.layout.rows, plan.work.splits.divisor, plan.dtype, tensor.data_ptr());
   return tensor;
 }
 

@@ -14,7 +14,7 @@ namespace fastelbo {
 // A tensor as it is broadcast to the logical shape.
 struct View {
   bool given = false;
-  bool term = false;     // an elementwise term or its gradient: of the arithmetic type, whatever the storage of the others
+  bool term = false;  // an elementwise term or its gradient: of the arithmetic type, whatever the storage of the others
   bool repeats = false;  // its kernel takes a single value a row, too
   char* data = nullptr;
   Format format = Format::f32;
@@ -33,8 +33,8 @@ struct View {
 struct Plan {
   device::Layout layout;
   device::Work work;
-  ScalarType dtype;             // of the arithmetic
-  bool exponential, clamped;    // of the scales: all, any
+  ScalarType dtype;  // of the arithmetic
+  bool exponential, clamped;  // of the scales: all, any
   bool packed = false;
   Format format = Format::f32;  // of the operands that are no terms, where packed
 
@@ -67,16 +67,20 @@ typename Access::Operand operand(const View& view, const Plan& plan) {
 template <class Access>
 device::Draw<Access> draw(const std::optional<Tensor>& seed, const View& noise, std::optional<int64_t> num_samples,
                           double temperature, const View& sample, const Plan& plan) {
-  return {seed ? static_cast<const int64_t*>(seed->data_ptr()) : nullptr, operand<Access>(noise, plan), uint32_t(num_samples.value_or(1)),
-          typename Access::Value(temperature), sample.format == Format::bf16 || sample.format == Format::f16};
+  return {seed ? static_cast<const int64_t*>(seed->data_ptr()) : nullptr, operand<Access>(noise, plan),
+          uint32_t(num_samples.value_or(1)), typename Access::Value(temperature),
+          sample.format == Format::bf16 || sample.format == Format::f16};
 }
 
 template <bool clamped, class F>
 void dispatch_packed(const Plan& plan, F& f) {
   using device::Packed;
-  if (plan.format == Format::f32) f(Packed<Format::f32, clamped>(), std::true_type());
-  else if (plan.format == Format::bf16) f(Packed<Format::bf16, clamped>(), std::true_type());
-  else f(Packed<Format::f16, clamped>(), std::true_type());
+  if (plan.format == Format::f32)
+    f(Packed<Format::f32, clamped>(), std::true_type());
+  else if (plan.format == Format::bf16)
+    f(Packed<Format::bf16, clamped>(), std::true_type());
+  else
+    f(Packed<Format::f16, clamped>(), std::true_type());
 }
 
 // Calls f(an access, whether all scales are exponential), both as types. Scales that are not take the strided kernels,
@@ -84,14 +88,20 @@ void dispatch_packed(const Plan& plan, F& f) {
 template <class F>
 void dispatch(const Plan& plan, F&& f) {
   if (plan.packed) {
-    if (plan.clamped) dispatch_packed<true>(plan, f);
-    else dispatch_packed<false>(plan, f);
+    if (plan.clamped)
+      dispatch_packed<true>(plan, f);
+    else
+      dispatch_packed<false>(plan, f);
   } else if (plan.dtype == ScalarType::Double) {
-    if (plan.exponential) f(device::Strided<double>(), std::true_type());
-    else f(device::Strided<double>(), std::false_type());
+    if (plan.exponential)
+      f(device::Strided<double>(), std::true_type());
+    else
+      f(device::Strided<double>(), std::false_type());
   } else {
-    if (plan.exponential) f(device::Strided<float>(), std::true_type());
-    else f(device::Strided<float>(), std::false_type());
+    if (plan.exponential)
+      f(device::Strided<float>(), std::true_type());
+    else
+      f(device::Strided<float>(), std::false_type());
   }
 }
 
@@ -119,12 +129,13 @@ class Launcher {
 };
 
 // out[row] = the sum of partial[row, :] in a fixed order; out is of the arithmetic type.
-void add_partials(const Launcher& launch, const Tensor& partial, int64_t rows, int64_t count, ScalarType dtype, void* out);
+void add_partials(const Launcher& launch, const Tensor& partial, int64_t rows, int64_t count, ScalarType dtype,
+                  void* out);
 
 // An elementwise term, or its sum over each row.
 struct Terms {
   Tensor tensor;
-  View elements;                  // where elementwise
+  View elements;  // where elementwise
   std::optional<Tensor> partial;  // [rows, splits], where there are several
 
   // The last event_ndim dimensions of the shape are one event.

@@ -1,8 +1,8 @@
-// Draws images of a causal network a pixel at a time (fastelbo/sampling.py): a block of threads takes an image through all
-// steps of a launch, and meets after each instruction of the program. Weights come from the second-level cache.
+// Draws images of a causal network a pixel at a time (fastelbo/sampling.py): a block of threads takes an image through
+// all steps of a launch, and meets after each instruction of the program. Weights come from the second-level cache.
 //
-// Outputs are spread over the threads, and where these are more, the inputs of an output too: sums are in an order that the
-// program alone decides, so that an image does not depend on the others of its batch.
+// Outputs are spread over the threads, and where these are more, the inputs of an output too: sums are in an order that
+// the program alone decides, so that an image does not depend on the others of its batch.
 #include "../common/sampler.h"
 #include "host.cuh"
 
@@ -22,11 +22,11 @@ struct SamplerArgs {
   float* workspace;  // [n, size]
   int64_t first, end;  // steps
   // for samples only
-  int64_t* image = nullptr;       // [n, colours, rows, columns], levels
-  const bool* known = nullptr;    // of the same shape, or none
+  int64_t* image = nullptr;  // [n, colours, rows, columns], levels
+  const bool* known = nullptr;  // of the same shape, or none
   const float* uniforms = nullptr;
   const float* values = nullptr;  // [levels], what the network takes for each
-  float* scratch = nullptr;       // [n, levels]
+  float* scratch = nullptr;  // [n, levels]
   float inverse_temperature = 1;  // infinite for the likeliest level
 };
 
@@ -35,7 +35,9 @@ struct Pixels {
   int64_t front, row, count;
   bool whole_row;
 
-  FASTELBO_INLINE static Pixels of_row(const Program& program, int64_t row) { return {0, row, program.header().columns, true}; }
+  FASTELBO_INLINE static Pixels of_row(const Program& program, int64_t row) {
+    return {0, row, program.header().columns, true};
+  }
   FASTELBO_INLINE static Pixels of_front(const Program& program, int64_t front) {
     int64_t first = program.first_row(front);
     return {front, first, program.end_row(front) - first, false};
@@ -47,8 +49,9 @@ struct Pixels {
 };
 
 // Adds to x, and under a gate to y, the products of inputs begin .. end - 1 with an output's weights.
-FASTELBO_INLINE void multiply(const Instruction& in, const Run* run, const float* image, Pixel pixel, const float* weight, const float* gate_weight,
-                              int64_t begin, int64_t end, float& x, float& y) {
+FASTELBO_INLINE void multiply(const Instruction& in, const Run* run, const float* image, Pixel pixel,
+                              const float* weight, const float* gate_weight, int64_t begin, int64_t end, float& x,
+                              float& y) {
   int64_t seen = 0;
   for (int64_t r = 0; r < in.runs && seen < end; seen += run[r].count, ++r) {
     const float* from = image + in.a.at(pixel.row, pixel.column, run[r].down) + run[r].offset;
@@ -69,7 +72,8 @@ FASTELBO_INLINE void finish_output(const Instruction& in, float* image, Pixel pi
   image[in.out.at(pixel.row, pixel.column) + output] = x;
 }
 
-FASTELBO_INLINE void conv(const Program& program, const Instruction& in, const float* weights, float* image, const Pixels& pixels) {
+FASTELBO_INLINE void conv(const Program& program, const Instruction& in, const float* weights, float* image,
+                          const Pixels& pixels) {
   __shared__ float parts[2][kThreads];
   const bool gate = is_gate(in.function);
   const int64_t outputs = in.panels * kPanel, all = pixels.count * outputs;
@@ -81,15 +85,19 @@ FASTELBO_INLINE void conv(const Program& program, const Instruction& in, const f
     const float* weight = weights + in.weight + output / kPanel * in.inputs * kPanel + output % kPanel;
     const float* gate_weight = gate ? weight + outputs * in.inputs : nullptr;
     float x = part ? 0.0f : weights[in.bias + output], y = part || !gate ? 0.0f : weights[in.bias + outputs + output];
-    multiply(in, program.runs(in), image, pixel, weight, gate_weight, part * in.inputs / split, (part + 1) * in.inputs / split, x, y);
-    if (split == 1) finish_output(in, image, pixel, output, x, y);
-    else parts[0][at] = x, parts[1][at] = y;
+    multiply(in, program.runs(in), image, pixel, weight, gate_weight, part * in.inputs / split,
+             (part + 1) * in.inputs / split, x, y);
+    if (split == 1)
+      finish_output(in, image, pixel, output, x, y);
+    else
+      parts[0][at] = x, parts[1][at] = y;
   }
   if (split == 1) return;
   __syncthreads();
   if (threadIdx.x < all) {
     float x = parts[0][threadIdx.x], y = parts[1][threadIdx.x];
-    for (int64_t part = 1; part < split; ++part) x += parts[0][part * all + threadIdx.x], y += parts[1][part * all + threadIdx.x];
+    for (int64_t part = 1; part < split; ++part)
+      x += parts[0][part * all + threadIdx.x], y += parts[1][part * all + threadIdx.x];
     finish_output(in, image, pixels.at(program, threadIdx.x / outputs), threadIdx.x % outputs, x, y);
   }
 }
@@ -99,7 +107,8 @@ FASTELBO_INLINE void point(const Program& program, const Instruction& in, float*
   for (int64_t at = threadIdx.x; at < pixels.count * outputs; at += kThreads) {
     auto [row, column] = pixels.at(program, at / outputs);
     float a = image[in.a.at(row, column) + at % outputs], b = in.b ? image[in.b.at(row, column) + at % outputs] : a;
-    image[in.out.at(row, column) + at % outputs] = apply(in.function, a, b, as_number(in.parameters[0]), as_number(in.parameters[1]));
+    image[in.out.at(row, column) + at % outputs] =
+        apply(in.function, a, b, as_number(in.parameters[0]), as_number(in.parameters[1]));
   }
 }
 
@@ -114,12 +123,16 @@ FASTELBO_INLINE void copy(const Program& program, const Instruction& in, float* 
   }
 }
 
-FASTELBO_INLINE void run_section(const Program& program, int64_t section, const float* weights, float* image, const Pixels& pixels) {
+FASTELBO_INLINE void run_section(const Program& program, int64_t section, const float* weights, float* image,
+                                 const Pixels& pixels) {
   for (int64_t at = program.section(section); at < program.section(section + 1); ++at) {
     const Instruction& in = *program.instruction(at);
-    if (in.op == kConv) conv(program, in, weights, image, pixels);
-    else if (in.op == kPoint) point(program, in, image, pixels);
-    else copy(program, in, image, pixels);
+    if (in.op == kConv)
+      conv(program, in, weights, image, pixels);
+    else if (in.op == kPoint)
+      point(program, in, image, pixels);
+    else
+      copy(program, in, image, pixels);
     __syncthreads();
   }
 }
@@ -128,19 +141,22 @@ FASTELBO_INLINE void run_section(const Program& program, int64_t section, const 
 FASTELBO_INLINE void advance(const Program& program, int64_t step, const float* weights, float* image) {
   const Header& header = program.header();
   int64_t stages = program.stages(), front = step / stages, stage = step % stages;
-  // One call in a loop, since each is inlined: pixels of the last front, the end of the last row, the start of this, pixels.
+  // One call in a loop, since each is inlined: pixels of the last front, the end of the last row, the start of this,
+  // pixels.
   for (int part = stage == 0 ? 0 : 3; part < 4; ++part) {
     int64_t row = front / header.columns;
     bool starts = !header.wavefront && front % header.columns == 0;
     if (part == 0 && front > 0) run_section(program, 1 + stages, weights, image, Pixels::of_front(program, front - 1));
-    if (part == 1 && starts && row > 0) run_section(program, 1 + header.levels, weights, image, Pixels::of_row(program, row - 1));
+    if (part == 1 && starts && row > 0)
+      run_section(program, 1 + header.levels, weights, image, Pixels::of_row(program, row - 1));
     if (part == 2 && starts) run_section(program, 0, weights, image, Pixels::of_row(program, row));
     if (part == 3) run_section(program, 1 + stage, weights, image, Pixels::of_front(program, front));
   }
 }
 
 // The level whose cumulative probability first exceeds u, -1 where logits make no distribution; in thread 0.
-FASTELBO_INLINE int64_t draw(const float* logits, const int64_t* outputs, int64_t levels, float inverse_temperature, float u, float* scratch) {
+FASTELBO_INLINE int64_t draw(const float* logits, const int64_t* outputs, int64_t levels, float inverse_temperature,
+                             float u, float* scratch) {
   __shared__ float highest;
   __shared__ int64_t best;
   if (threadIdx.x == 0) {
@@ -155,7 +171,8 @@ FASTELBO_INLINE int64_t draw(const float* logits, const int64_t* outputs, int64_
   }
   __syncthreads();
   if (inverse_temperature > 3e38f) return best;
-  for (int64_t k = threadIdx.x; k < levels; k += kThreads) scratch[k] = exp((logits[outputs[k]] - highest) * inverse_temperature);
+  for (int64_t k = threadIdx.x; k < levels; k += kThreads)
+    scratch[k] = exp((logits[outputs[k]] - highest) * inverse_temperature);
   __syncthreads();
   if (threadIdx.x) return 0;
   double total = 0, sum = 0;
@@ -183,14 +200,17 @@ __global__ void __launch_bounds__(kThreads, 2) incremental_sampler_kernel(const 
       auto [row, column] = front.at(program, index);
       for (int64_t colour = 0; colour < header.colours; ++colour) {
         if (program.stage(colour) != step % stages) continue;
-        int64_t at = (int64_t(blockIdx.x) * header.colours + colour) * pixels + row * header.columns + column, level = 0;
+        int64_t at = (int64_t(blockIdx.x) * header.colours + colour) * pixels + row * header.columns + column,
+                level = 0;
         bool known = args.known && args.known[at];
         if (!known)
-          level = draw(image + header.logits.at(row, column), program.outputs(colour), header.outputs, args.inverse_temperature,
-                       args.uniforms[at], args.scratch + int64_t(blockIdx.x) * header.outputs);
+          level =
+              draw(image + header.logits.at(row, column), program.outputs(colour), header.outputs,
+                   args.inverse_temperature, args.uniforms[at], args.scratch + int64_t(blockIdx.x) * header.outputs);
         if (threadIdx.x == 0) {
           if (!known) args.image[at] = level;
-          image[header.image.at(row, column) + program.input(colour)] = args.values[args.image[at] > 0 ? args.image[at] : 0];
+          image[header.image.at(row, column) + program.input(colour)] =
+              args.values[args.image[at] > 0 ? args.image[at] : 0];
         }
         __syncthreads();
       }
@@ -204,7 +224,8 @@ namespace fastelbo {
 
 namespace {
 
-device::SamplerArgs sampler_arguments(const Tensor& program, const Tensor& weights, Tensor& workspace, int64_t first, int64_t end) {
+device::SamplerArgs sampler_arguments(const Tensor& program, const Tensor& weights, Tensor& workspace, int64_t first,
+                                      int64_t end) {
   device::SamplerArgs args;
   args.program = {static_cast<const int64_t*>(program.data_ptr())};
   args.weights = static_cast<const float*>(weights.data_ptr());
@@ -218,11 +239,12 @@ device::SamplerArgs sampler_arguments(const Tensor& program, const Tensor& weigh
 
 void sampler_advance(Tensor program, Tensor weights, Tensor workspace, int64_t first, int64_t end) {
   Launcher launch("sampler_advance", workspace);
-  launch(device::incremental_sampler_kernel, sampler_arguments(program, weights, workspace, first, end), workspace.sizes()[0]);
+  launch(device::incremental_sampler_kernel, sampler_arguments(program, weights, workspace, first, end),
+         workspace.sizes()[0]);
 }
 
-void sampler_draw(Tensor program, Tensor weights, Tensor workspace, Tensor image, std::optional<Tensor> known, Tensor uniforms,
-                  Tensor values, double temperature, int64_t first, int64_t end) {
+void sampler_draw(Tensor program, Tensor weights, Tensor workspace, Tensor image, std::optional<Tensor> known,
+                  Tensor uniforms, Tensor values, double temperature, int64_t first, int64_t end) {
   Launcher launch("sampler_draw", workspace);
   int64_t n = workspace.sizes()[0];
   Tensor scratch = allocate(Shape{n, values.sizes()[0]}, ScalarType::Float, Device(workspace));

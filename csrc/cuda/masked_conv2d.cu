@@ -1,10 +1,11 @@
 // Masked convolutions over live taps only: output, input gradient and weight gradient.
 //
 // A convolution is a product of matrices, of the input at every (pixel, pair) with the weights at every (pair, output
-// channel), where a pair is an input channel and one of its live taps. Masks, channel groups, stacks and dilation are only
-// which pairs there are: a dead tap is none. Blocks make tiles of the product from chunks of pairs in shared memory. The
-// input gradient is the same with the taps' directions negated and the weights transposed; the weight gradient sums the
-// products of the input at every (pixel, pair) with the gradient at every (pixel, output channel) over the pixels.
+// channel), where a pair is an input channel and one of its live taps. Masks, channel groups, stacks and dilation are
+// only which pairs there are: a dead tap is none. Blocks make tiles of the product from chunks of pairs in shared
+// memory. The input gradient is the same with the taps' directions negated and the weights transposed; the weight
+// gradient sums the products of the input at every (pixel, pair) with the gradient at every (pixel, output channel)
+// over the pixels.
 #include "../common/masked_conv2d.h"
 #include "host.cuh"
 
@@ -29,7 +30,11 @@ struct Raster {
 
   Raster() = default;
   Raster(int64_t n, int64_t rows, int64_t columns)
-      : pixels(n * rows * columns), image(rows * columns), rows(int(rows)), columns(int(columns)), wide(pixels > INT32_MAX) {
+      : pixels(n * rows * columns),
+        image(rows * columns),
+        rows(int(rows)),
+        columns(int(columns)),
+        wide(pixels > INT32_MAX) {
     if (!wide) by_image = Divisor(uint32_t(std::max<int64_t>(image, 1))), by_columns = Divisor(uint32_t(columns));
   }
   FASTELBO_INLINE Pixel at(int64_t index) const {
@@ -50,7 +55,9 @@ struct alignas(16) Place {
 };
 constexpr Place kNowhere{0, kNever, 0};
 
-FASTELBO_INLINE Place place_of(const Image& image, const Pixel& pixel) { return {offset(image, pixel), pixel.row, pixel.column}; }
+FASTELBO_INLINE Place place_of(const Image& image, const Pixel& pixel) {
+  return {offset(image, pixel), pixel.row, pixel.column};
+}
 
 // An input channel and a tap: where they lie from an output's pixel.
 struct alignas(16) Pair {
@@ -58,7 +65,8 @@ struct alignas(16) Pair {
   int down, right;
 
   FASTELBO_INLINE bool inside(const Place& place, const Raster& raster) const {
-    return unsigned(place.row + down) < unsigned(raster.rows) && unsigned(place.column + right) < unsigned(raster.columns);
+    return unsigned(place.row + down) < unsigned(raster.rows) &&
+           unsigned(place.column + right) < unsigned(raster.columns);
   }
 };
 
@@ -115,7 +123,9 @@ struct Tiles {
   FASTELBO_INLINE int group(int tile) const { return tile / per_group; }
   // A unit is a channel of the first half, and under a gate that of the second.
   FASTELBO_INLINE int units(const Channels& channels) const { return width / channels.halves; }
-  FASTELBO_INLINE int first_unit(int tile, const Channels& channels) const { return tile % per_group * units(channels); }
+  FASTELBO_INLINE int first_unit(int tile, const Channels& channels) const {
+    return tile % per_group * units(channels);
+  }
 };
 
 template <class T>
@@ -174,7 +184,8 @@ __global__ void __launch_bounds__(kThreads) masked_conv2d_pack_kernel(const __gr
     int own = outputs.member(group, unit) + position / units * outputs.half;
     int64_t out = direction.transposed ? other : own, in = direction.transposed ? own : other;
     weight = read<T>(args.weight.format, args.weight.data,
-                     out * args.weight.stride[0] + in * args.weight.stride[1] + tap / args.kernel.columns * args.weight.stride[2] +
+                     out * args.weight.stride[0] + in * args.weight.stride[1] +
+                         tap / args.kernel.columns * args.weight.stride[2] +
                          tap % args.kernel.columns * args.weight.stride[3]);
   }
   args.weights[at] = weight;
@@ -219,7 +230,8 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   using T = typename Element::Value;
   using Bits = typename Element::Type;
   using Tile = ConvTile<T, channels>;
-  constexpr int pixels = Tile::pixels, own = Tile::own, lanes = pixels < kConvThreads ? pixels : kConvThreads, runs = pixels / lanes;
+  constexpr int pixels = Tile::pixels, own = Tile::own, lanes = pixels < kConvThreads ? pixels : kConvThreads,
+                runs = pixels / lanes;
   __shared__ typename Tile::Memory memory;
   __shared__ Place places[pixels];
   const Channels& outputs = args.direction.outputs;
@@ -240,7 +252,8 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   }
   __syncthreads();
 
-  const Vec4<T>* weights = static_cast<const Vec4<T>*>(args.weights) + int64_t(tile) * args.tiles.most_pairs * channels / 4;
+  const Vec4<T>* weights =
+      static_cast<const Vec4<T>*>(args.weights) + int64_t(tile) * args.tiles.most_pairs * channels / 4;
   const Pair* pairs = args.pairs + int64_t(group) * args.tiles.most_pairs;
   const Bits* input = reinterpret_cast<const Bits*>(args.input.data);
   constexpr int count = pixels * kChunk / kConvThreads, vectors = kChunk * channels / 4;
@@ -264,7 +277,8 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   };
   auto put = [&](int buffer, auto inner) {
     FASTELBO_UNROLL
-    for (int i = 0; i < count; ++i) memory.staged.x[buffer][pair_of(i, inner)][pixel_of(i, inner)] = Element::decode(x[i]);
+    for (int i = 0; i < count; ++i)
+      memory.staged.x[buffer][pair_of(i, inner)][pixel_of(i, inner)] = Element::decode(x[i]);
     if (thread < vectors) reinterpret_cast<Vec4<T>*>(memory.staged.w[buffer])[thread] = w;
   };
 
@@ -272,10 +286,12 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   T total[own][8];
   FASTELBO_UNROLL
   for (int m = 0; m < own; ++m) {
-    int position = own_channel + m / 4 * Tile::channel_gap + m % 4, half = position >= units, unit = position - half * units;
+    int position = own_channel + m / 4 * Tile::channel_gap + m % 4, half = position >= units,
+        unit = position - half * units;
     T bias = 0;
     if (args.bias.data && unit < members)
-      bias = Element::read(args.bias.data, (outputs.member(group, first_unit + unit) + half * outputs.half) * args.bias.stride[0]);
+      bias = Element::read(args.bias.data,
+                           (outputs.member(group, first_unit + unit) + half * outputs.half) * args.bias.stride[0]);
     FASTELBO_UNROLL
     for (int i = 0; i < 8; ++i) total[m][i] = bias;
   }
@@ -283,18 +299,22 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   for (int chunk = -1; chunk < chunks; ++chunk) {
     bool more = chunk + 1 < chunks;
     if (more) {
-      if (args.input_inner) load(chunk + 1, std::true_type());
-      else load(chunk + 1, std::false_type());
+      if (args.input_inner)
+        load(chunk + 1, std::true_type());
+      else
+        load(chunk + 1, std::false_type());
     }
     if (chunk >= 0) {
       FASTELBO_UNROLL
       for (int k = 0; k < kChunk; ++k)
-        multiply_add<own>(&memory.staged.x[chunk % 2][k][own_pixel], Tile::pixel_gap, &memory.staged.w[chunk % 2][k][own_channel],
-                          Tile::channel_gap, total);
+        multiply_add<own>(&memory.staged.x[chunk % 2][k][own_pixel], Tile::pixel_gap,
+                          &memory.staged.w[chunk % 2][k][own_channel], Tile::channel_gap, total);
     }
     if (more) {
-      if (args.input_inner) put((chunk + 1) % 2, std::true_type());
-      else put((chunk + 1) % 2, std::false_type());
+      if (args.input_inner)
+        put((chunk + 1) % 2, std::true_type());
+      else
+        put((chunk + 1) % 2, std::false_type());
     }
     __syncthreads();
   }
@@ -313,9 +333,10 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   }
   __syncthreads();
   // Four channels at a time: what there is to be done is asked less often.
-  int unit_lanes = args.output_inner ? 8 : kConvThreads / lanes, step = unit_lanes * (outputs.contiguous ? 1 : outputs.groups);
-  for (int pixel = args.output_inner ? thread / 8 : thread % lanes; pixel < pixels && first + pixel < args.raster.pixels;
-       pixel += kConvThreads / unit_lanes) {
+  int unit_lanes = args.output_inner ? 8 : kConvThreads / lanes,
+      step = unit_lanes * (outputs.contiguous ? 1 : outputs.groups);
+  for (int pixel = args.output_inner ? thread / 8 : thread % lanes;
+       pixel < pixels && first + pixel < args.raster.pixels; pixel += kConvThreads / unit_lanes) {
     Pixel place = args.raster.at(first + pixel);
     int64_t cond = offset(args.cond, place), kept = offset(args.kept, place);
     int64_t residual = offset(args.residual, place), output = offset(args.output, place);
@@ -346,10 +367,14 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
         store(args.kept, kept + channel * args.kept.stride[1], y);
         store(args.kept, kept + other * args.kept.stride[1], gate);
       }
-      if (args.activation == Activation::relu) replace([](T a, T) { return relu(a); });
-      else if (args.activation == Activation::elu) replace([](T a, T) { return elu(a); });
-      else if (args.activation == Activation::tanh_sigmoid) replace([](T a, T b) { return tanh(a) * sigmoid(b); });
-      else if (args.activation == Activation::glu) replace([](T a, T b) { return a * sigmoid(b); });
+      if (args.activation == Activation::relu)
+        replace([](T a, T) { return relu(a); });
+      else if (args.activation == Activation::elu)
+        replace([](T a, T) { return elu(a); });
+      else if (args.activation == Activation::tanh_sigmoid)
+        replace([](T a, T b) { return tanh(a) * sigmoid(b); });
+      else if (args.activation == Activation::glu)
+        replace([](T a, T b) { return a * sigmoid(b); });
       if (outputs.halves == 1) store(args.kept, kept + channel * args.kept.stride[1], y);
       add(args.residual, residual + channel * args.residual.stride[1], y);
       store(args.output, output + channel * args.output.stride[1], y);
@@ -372,7 +397,8 @@ struct ActivationGradient {
 };
 
 template <Format format>
-__global__ void __launch_bounds__(kThreads) masked_conv2d_activation_kernel(const __grid_constant__ ActivationGradient args) {
+__global__ void __launch_bounds__(kThreads)
+    masked_conv2d_activation_kernel(const __grid_constant__ ActivationGradient args) {
   using Element = Stored<format>;
   using T = typename Element::Value;
   __shared__ double sums[2][kThreads];
@@ -386,15 +412,20 @@ __global__ void __launch_bounds__(kThreads) masked_conv2d_activation_kernel(cons
     for (int64_t i = begin + (args.inner ? thread / 32 : thread % 32); i < end; i += kThreads / unit_lanes) {
       Pixel pixel = args.raster.at(i);
       pixel.n = n;
-      T upstream = Element::read(args.d_y.data, offset(args.d_y, pixel) + unit * args.d_y.stride[1]), d_a = upstream, d_b = 0;
+      T upstream = Element::read(args.d_y.data, offset(args.d_y, pixel) + unit * args.d_y.stride[1]), d_a = upstream,
+        d_b = 0;
       if (args.activation != Activation::none) {
         int64_t kept = offset(args.kept, pixel);
         T a = Element::read(args.kept.data, kept + unit * args.kept.stride[1]), b = 0;
         if (args.halves == 2) b = Element::read(args.kept.data, kept + other * args.kept.stride[1]);
-        if (args.activation == Activation::relu) d_a = relu_gradient(a, upstream);
-        else if (args.activation == Activation::elu) d_a = elu_gradient(a, upstream);
-        else if (args.activation == Activation::tanh_sigmoid) tanh_sigmoid_gradient(a, b, upstream, d_a, d_b);
-        else glu_gradient(a, b, upstream, d_a, d_b);
+        if (args.activation == Activation::relu)
+          d_a = relu_gradient(a, upstream);
+        else if (args.activation == Activation::elu)
+          d_a = elu_gradient(a, upstream);
+        else if (args.activation == Activation::tanh_sigmoid)
+          tanh_sigmoid_gradient(a, b, upstream, d_a, d_b);
+        else
+          glu_gradient(a, b, upstream, d_a, d_b);
       }
       if (args.d_z.data) {
         int64_t d_z = offset(args.d_z, pixel);
@@ -451,7 +482,8 @@ struct WeightGradient {
   void* partial;                         // [splits, pairs of the tiles, channels of the tiles]
 };
 
-// Two groups of 64 threads take half of the pixels each; a thread makes `own` pairs of 8 channels, both in runs of four.
+// Two groups of 64 threads take half of the pixels each; a thread makes `own` pairs of 8 channels, both in runs of
+// four.
 template <class T>
 struct WeightTile {
   static constexpr int own = sizeof(T) == 8 ? 4 : 8, pairs = 8 * own;
@@ -506,7 +538,8 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   find(0);
   __syncthreads();
 
-  const Bits *input = reinterpret_cast<const Bits*>(args.input.data), *d_z = reinterpret_cast<const Bits*>(args.d_z.data);
+  const Bits *input = reinterpret_cast<const Bits*>(args.input.data),
+             *d_z = reinterpret_cast<const Bits*>(args.d_z.data);
   Bits x[kPixels * Tile::pairs / kConvThreads], d[kPixels * kTileChannels / kConvThreads];
   // The i-th of what a thread loads of a chunk of so many columns; neighbours in memory are for neighbouring threads.
   auto pixel_of = [&](int i, int columns, auto inner) {
@@ -550,10 +583,14 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   for (int chunk = -1; chunk < chunks; ++chunk) {
     bool more = chunk + 1 < chunks;
     if (more) {
-      if (args.input_inner) load_x(chunk + 1, std::true_type());
-      else load_x(chunk + 1, std::false_type());
-      if (args.d_z_inner) load_d(chunk + 1, std::true_type());
-      else load_d(chunk + 1, std::false_type());
+      if (args.input_inner)
+        load_x(chunk + 1, std::true_type());
+      else
+        load_x(chunk + 1, std::false_type());
+      if (args.d_z_inner)
+        load_d(chunk + 1, std::true_type());
+      else
+        load_d(chunk + 1, std::false_type());
     }
     find(chunk + 2);
     if (chunk >= 0) {
@@ -566,10 +603,14 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
     }
     if (more) {
       int buffer = (chunk + 1) % 2;
-      if (args.input_inner) put(x, memory.staged.x[buffer], x_columns, std::true_type());
-      else put(x, memory.staged.x[buffer], x_columns, std::false_type());
-      if (args.d_z_inner) put(d, memory.staged.d[buffer], d_columns, std::true_type());
-      else put(d, memory.staged.d[buffer], d_columns, std::false_type());
+      if (args.input_inner)
+        put(x, memory.staged.x[buffer], x_columns, std::true_type());
+      else
+        put(x, memory.staged.x[buffer], x_columns, std::false_type());
+      if (args.d_z_inner)
+        put(d, memory.staged.d[buffer], d_columns, std::true_type());
+      else
+        put(d, memory.staged.d[buffer], d_columns, std::false_type());
     }
     __syncthreads();
   }
@@ -586,7 +627,8 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   __syncthreads();
   if (group == 1) return;
   Vec4<T>* out = static_cast<Vec4<T>*>(args.partial);
-  int64_t width = int64_t(args.channel_tiles) * kTileChannels, row = split * args.pair_tiles * Tile::pairs + first_pair + own_pair;
+  int64_t width = int64_t(args.channel_tiles) * kTileChannels,
+          row = split * args.pair_tiles * Tile::pairs + first_pair + own_pair;
   FASTELBO_UNROLL
   for (int m = 0; m < own * 2; ++m) {
     Vec4<T> some = memory.sums[m][thread];
@@ -625,7 +667,8 @@ __global__ void __launch_bounds__(kThreads) masked_conv2d_reduce_kernel(const __
   __syncthreads();
   if (warp > 0 || out >= outputs.all()) return;
   for (int other = 1; other < kThreads / 32; ++other) total += sums[other][lane];
-  int64_t at = out * args.d_weight.stride[0] + in * args.d_weight.stride[1] + tap / args.kernel.columns * args.d_weight.stride[2] +
+  int64_t at = out * args.d_weight.stride[0] + in * args.d_weight.stride[1] +
+               tap / args.kernel.columns * args.d_weight.stride[2] +
                tap % args.kernel.columns * args.d_weight.stride[3];
   write(args.d_weight.format, args.d_weight.data, at, total);
 }
@@ -661,14 +704,21 @@ struct Problem {
   ScalarType dtype;  // of the arithmetic
   Device device;
 
-  Problem(const Tensor& input, const Tensor& weight, const std::string& mask_type, const std::string& stack, int64_t dilation,
-          int64_t groups, const std::string& order, const std::string& activation)
-      : n(input.sizes()[0]), rows(input.sizes()[2]), columns(input.sizes()[3]), z_channels(weight.sizes()[0]),
-        activation(parse_activation(activation)), mask(weight, mask_type, stack, dilation, groups, order, is_gate(this->activation)),
-        raster(n, rows, columns), weight(image_of(weight)), format(format_of(input.scalar_type())),
-        dtype(arithmetic_type({&input})), device(input) {
-    STD_TORCH_CHECK(rows < -device::kNever && columns < -device::kNever, "input: expected fewer than 2^30 rows and columns, got ",
-                    rows, " and ", columns);
+  Problem(const Tensor& input, const Tensor& weight, const std::string& mask_type, const std::string& stack,
+          int64_t dilation, int64_t groups, const std::string& order, const std::string& activation)
+      : n(input.sizes()[0]),
+        rows(input.sizes()[2]),
+        columns(input.sizes()[3]),
+        z_channels(weight.sizes()[0]),
+        activation(parse_activation(activation)),
+        mask(weight, mask_type, stack, dilation, groups, order, is_gate(this->activation)),
+        raster(n, rows, columns),
+        weight(image_of(weight)),
+        format(format_of(input.scalar_type())),
+        dtype(arithmetic_type({&input})),
+        device(input) {
+    STD_TORCH_CHECK(rows < -device::kNever && columns < -device::kNever,
+                    "input: expected fewer than 2^30 rows and columns, got ", rows, " and ", columns);
     const Tap& centre = mask.centre_tap;
     int64_t beyond = -device::kNever;  // as far as any image reaches
     kernel = {int(weight.sizes()[2] * weight.sizes()[3]), int(weight.sizes()[3]), centre.row, centre.column,
@@ -676,11 +726,17 @@ struct Problem {
   }
 
   device::Direction direction(bool transposed) const {
-    return {transposed ? mask.in : mask.out, transposed ? mask.out : mask.in, int(mask.taps.size()), mask.centre, mask.strict, transposed};
+    return {transposed ? mask.in : mask.out,
+            transposed ? mask.out : mask.in,
+            int(mask.taps.size()),
+            mask.centre,
+            mask.strict,
+            transposed};
   }
 
   // The convolution of `input`, or its input gradient, with the rest of `args` given.
-  void convolve(const Launcher& launch, bool transposed, const Tensor& input, const Tensor& output, device::Convolution args) const {
+  void convolve(const Launcher& launch, bool transposed, const Tensor& input, const Tensor& output,
+                device::Convolution args) const {
     if (raster.pixels == 0) return;
     const Channels &outputs = transposed ? mask.in : mask.out, &inputs = transposed ? mask.out : mask.in;
     int64_t members = divide_up(outputs.half, outputs.groups) * outputs.halves;  // of the largest group
@@ -688,10 +744,12 @@ struct Problem {
     // in a narrow tile, a channel takes about 1.5 times as many instructions
     int64_t width = channels_in_tiles(16) * 3 < channels_in_tiles(64) * 2 ? 16 : 64;
     int64_t per_group = divide_up(members, width), tiles = per_group * outputs.groups;
-    int64_t most_pairs = divide_up((int64_t(mask.taps.size()) + mask.centre) * inputs.all(), device::kChunk) * device::kChunk;
+    int64_t most_pairs =
+        divide_up((int64_t(mask.taps.size()) + mask.centre) * inputs.all(), device::kChunk) * device::kChunk;
     int64_t count = tiles * most_pairs * width;
     Tensor weights = allocate(Shape{count}, dtype, device);
-    Tensor pairs = allocate(Shape{outputs.groups * most_pairs * int64_t(sizeof(device::Pair)) / 8}, ScalarType::Double, device);
+    Tensor pairs =
+        allocate(Shape{outputs.groups * most_pairs * int64_t(sizeof(device::Pair)) / 8}, ScalarType::Double, device);
     args.direction = direction(transposed);
     args.tiles = {int(width), int(per_group), int(most_pairs)};
     args.tile_count = int(tiles);
@@ -704,52 +762,81 @@ struct Problem {
     args.pairs = static_cast<const device::Pair*>(pairs.data_ptr());
     with_format(format, [&](auto format) {
       using T = typename device::Stored<format.value>::Value;
-      device::Pack<T> pack{args.direction, args.tiles, kernel, raster, weight, args.input, count,
-                           static_cast<T*>(weights.data_ptr()), static_cast<device::Pair*>(pairs.data_ptr())};
+      device::Pack<T> pack{args.direction,
+                           args.tiles,
+                           kernel,
+                           raster,
+                           weight,
+                           args.input,
+                           count,
+                           static_cast<T*>(weights.data_ptr()),
+                           static_cast<device::Pair*>(pairs.data_ptr())};
       launch(device::masked_conv2d_pack_kernel<T>, pack, divide_up(count, device::kThreads));
       auto run = [&](auto convolution, int64_t pixels) {
         launch(convolution, args, divide_up(raster.pixels, pixels) * tiles, device::kConvThreads);
       };
-      if (width == 16) run(device::masked_conv2d_kernel<format.value, 16>, device::ConvTile<T, 16>::pixels);
-      else run(device::masked_conv2d_kernel<format.value, 64>, device::ConvTile<T, 64>::pixels);
+      if (width == 16)
+        run(device::masked_conv2d_kernel<format.value, 16>, device::ConvTile<T, 16>::pixels);
+      else
+        run(device::masked_conv2d_kernel<format.value, 64>, device::ConvTile<T, 64>::pixels);
     });
   }
 
   void weight_gradient(const Launcher& launch, const Tensor& input, const Tensor& d_z, const Tensor& d_weight) const {
     int64_t pairs = (int64_t(mask.taps.size()) + mask.centre) * mask.in.all();
-    int64_t in_tile = dtype == ScalarType::Double ? device::WeightTile<double>::pairs : device::WeightTile<float>::pairs;
+    int64_t in_tile =
+        dtype == ScalarType::Double ? device::WeightTile<double>::pairs : device::WeightTile<float>::pairs;
     int64_t pair_tiles = divide_up(pairs, in_tile), channel_tiles = divide_up(z_channels, device::kTileChannels);
     int64_t tiles = pair_tiles * channel_tiles;
     int64_t splits = 0, per_split = 0;
-    if (raster.pixels && tiles) {  // enough blocks for a large GPU, of enough pixels each; a function of the shapes alone
+    if (raster.pixels &&
+        tiles) {  // enough blocks for a large GPU, of enough pixels each; a function of the shapes alone
       splits = std::max<int64_t>(1, std::min(512 / tiles, raster.pixels / 256));
       per_split = divide_up(divide_up(raster.pixels, splits), device::kPixels) * device::kPixels;
       splits = divide_up(raster.pixels, per_split);
     }
     int64_t partial_rows = pair_tiles * in_tile, width = channel_tiles * device::kTileChannels;
     Tensor partial = allocate(Shape{splits * partial_rows * width}, dtype, device);
-    device::WeightGradient args{raster, kernel, mask.in.all(), mask.out.all(), int(pairs), int(pair_tiles), int(channel_tiles),
-                                per_split, image_of(input), image_of(d_z), is_channels_last(input), is_channels_last(d_z),
+    device::WeightGradient args{raster,
+                                kernel,
+                                mask.in.all(),
+                                mask.out.all(),
+                                int(pairs),
+                                int(pair_tiles),
+                                int(channel_tiles),
+                                per_split,
+                                image_of(input),
+                                image_of(d_z),
+                                is_channels_last(input),
+                                is_channels_last(d_z),
                                 partial.data_ptr()};
     with_format(format, [&](auto format) {
       using T = typename device::Stored<format.value>::Value;
       launch(device::masked_conv2d_weight_kernel<format.value>, args, tiles * splits, device::kConvThreads);
-      device::Reduce<T> reduce{kernel, direction(false), splits, partial_rows, width, static_cast<const T*>(partial.data_ptr()),
+      device::Reduce<T> reduce{kernel,
+                               direction(false),
+                               splits,
+                               partial_rows,
+                               width,
+                               static_cast<const T*>(partial.data_ptr()),
                                image_of(d_weight)};
-      launch(device::masked_conv2d_reduce_kernel<T>, reduce, int64_t(kernel.taps) * mask.in.all() * divide_up(z_channels, 32));
+      launch(device::masked_conv2d_reduce_kernel<T>, reduce,
+             int64_t(kernel.taps) * mask.in.all() * divide_up(z_channels, 32));
     });
   }
 };
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> cond,
-                                             std::optional<Tensor> residual, Text mask_type, Text stack, int64_t dilation,
-                                             int64_t channel_groups, Text group_order, Text activation, bool keep) {
+std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::optional<Tensor> bias,
+                                             std::optional<Tensor> cond, std::optional<Tensor> residual, Text mask_type,
+                                             Text stack, int64_t dilation, int64_t channel_groups, Text group_order,
+                                             Text activation, bool keep) {
   Launcher launch("masked_conv2d_fwd", input);
   Problem problem(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation);
   Tensor y = allocate_image(problem.n, problem.mask.out.half, input);
-  Tensor kept = keep ? allocate_image(problem.n, problem.z_channels, input) : allocate(Shape{0}, input.scalar_type(), problem.device);
+  Tensor kept = keep ? allocate_image(problem.n, problem.z_channels, input)
+                     : allocate(Shape{0}, input.scalar_type(), problem.device);
   device::Convolution args;
   args.activation = problem.activation;
   args.bias = image_of(bias);
@@ -760,10 +847,11 @@ std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::o
   return {y, kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor input, Tensor weight, std::optional<Tensor> kept,
-                                                             Text mask_type, Text stack, int64_t dilation,
-                                                             int64_t channel_groups, Text group_order, Text activation,
-                                                             bool want_input, bool want_weight, bool want_bias, int64_t cond_ndim) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor input, Tensor weight,
+                                                             std::optional<Tensor> kept, Text mask_type, Text stack,
+                                                             int64_t dilation, int64_t channel_groups, Text group_order,
+                                                             Text activation, bool want_input, bool want_weight,
+                                                             bool want_bias, int64_t cond_ndim) {
   Launcher launch("masked_conv2d_bwd", input);
   Problem problem(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation);
   ScalarType stored = input.scalar_type();
@@ -776,9 +864,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
                   : cond_ndim == 2 ? allocate(Shape{n, channels}, stored, problem.device)
                                    : allocate(Shape{0}, stored, problem.device);
 
-  // The gradient before the activation, in the images' format, as kept is: what an image's condition gets, and without an
-  // activation d_y.
-  Tensor d_z = cond_ndim == 4 ? d_cond : problem.activation == Activation::none ? d_y : allocate_image(n, channels, input);
+  // The gradient before the activation, in the images' format, as kept is: what an image's condition gets, and without
+  // an activation d_y.
+  Tensor d_z = cond_ndim == 4                           ? d_cond
+               : problem.activation == Activation::none ? d_y
+                                                        : allocate_image(n, channels, input);
   bool sums = want_bias || cond_ndim == 2, fill = cond_ndim == 4 || problem.activation != Activation::none;
   int64_t slices = divide_up(raster.image, device::kSlice);
   std::optional<Tensor> partial;
@@ -800,8 +890,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   }
   auto sum = [&](const Tensor& out, int64_t entries) {
     if (entries == 0) return;
-    device::PixelSums args{static_cast<const double*>(partial->data_ptr()), unsigned(channels), unsigned(slices), unsigned(n / entries),
-                           problem.format, static_cast<char*>(out.data_ptr())};
+    device::PixelSums args{static_cast<const double*>(partial->data_ptr()),
+                           unsigned(channels),
+                           unsigned(slices),
+                           unsigned(n / entries),
+                           problem.format,
+                           static_cast<char*>(out.data_ptr())};
     launch(device::masked_conv2d_sum_kernel, args, entries * channels);
   };
   if (want_bias) sum(d_bias, 1);

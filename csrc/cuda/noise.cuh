@@ -5,7 +5,8 @@
 
 namespace fastelbo::device {
 
-// By the processor's approximate functions, which are off by up to 3e-6: the rounding of a half-precision sample hides it.
+// By the processor's approximate functions, which are off by up to 3e-6: the rounding of a half-precision sample hides
+// it.
 FASTELBO_INLINE void box_muller_approximate(uint32_t word0, uint32_t word1, float& n0, float& n1) {
   // -2 ln u; lg2.approx is off by 2^-22 near 1, where it may come out positive
   float r = sqrt_approx(fmaxf(0.0f, -1.3862943611198906f * log2_approx(uniform(float(word0)))));
@@ -42,14 +43,16 @@ struct Draw {
 
   FASTELBO_INLINE PhiloxKeys<uint32_t> keys() const { return PhiloxKeys<uint32_t>(seed ? uint64_t(*seed) : 0); }
 
-  FASTELBO_INLINE void read(const PhiloxKeys<uint32_t>& keys, const Layout& layout,
-                            const typename Access::Place& place, int64_t sample, V (&noise)[Access::width]) const {
+  FASTELBO_INLINE void read(const PhiloxKeys<uint32_t>& keys, const Layout& layout, const typename Access::Place& place,
+                            int64_t sample, V (&noise)[Access::width]) const {
     if (given.data) return Access::load(given, layout, place, noise, sample);
     FASTELBO_UNROLL
     for (int i = 0; i < Access::width; i += 4) {
       float drawn[4];
-      if (Access::approximate(approximate)) normals<true>(keys, uint32_t(sample), place.block + i / 4, drawn);
-      else normals<false>(keys, uint32_t(sample), place.block + i / 4, drawn);
+      if (Access::approximate(approximate))
+        normals<true>(keys, uint32_t(sample), place.block + i / 4, drawn);
+      else
+        normals<false>(keys, uint32_t(sample), place.block + i / 4, drawn);
       FASTELBO_UNROLL
       for (int j = 0; j < 4; ++j) noise[i + j] = V(drawn[j]);
     }

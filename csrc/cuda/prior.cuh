@@ -12,8 +12,10 @@ enum class Prior { absent, given, either };
 
 template <Prior prior, class Operand>
 FASTELBO_INLINE bool has_prior(const Operand& mean_p) {
-  if constexpr (prior == Prior::either) return mean_p.data != nullptr;
-  else return prior == Prior::given;
+  if constexpr (prior == Prior::either)
+    return mean_p.data != nullptr;
+  else
+    return prior == Prior::given;
 }
 
 }  // namespace device
@@ -21,9 +23,12 @@ FASTELBO_INLINE bool has_prior(const Operand& mean_p) {
 template <class Access, class F>
 void with_prior(bool given, F&& f) {
   using device::Prior;
-  if constexpr (!Access::packed) f(std::integral_constant<Prior, Prior::either>());
-  else if (given) f(std::integral_constant<Prior, Prior::given>());
-  else f(std::integral_constant<Prior, Prior::absent>());
+  if constexpr (!Access::packed)
+    f(std::integral_constant<Prior, Prior::either>());
+  else if (given)
+    f(std::integral_constant<Prior, Prior::given>());
+  else
+    f(std::integral_constant<Prior, Prior::absent>());
 }
 
 // d_mean_q, d_s_q, d_mean_p, d_s_p, each of the full broadcast shape; the last two are empty without prior_grad.
@@ -33,10 +38,12 @@ struct GaussianGradients {
 
   GaussianGradients(const Shape& shape, const Tensor& mean_q, const Tensor& s_q, const std::optional<Tensor>& mean_p,
                     const std::optional<Tensor>& s_p, bool prior_grad)
-      : d_mean_q(allocate_gradient(shape, mean_q, Device(mean_q))), d_s_q(allocate_gradient(shape, s_q, Device(mean_q))),
+      : d_mean_q(allocate_gradient(shape, mean_q, Device(mean_q))),
+        d_s_q(allocate_gradient(shape, s_q, Device(mean_q))),
         d_mean_p(allocate_gradient(shape, mean_p, Device(mean_q), prior_grad)),
         d_s_p(allocate_gradient(shape, s_p, Device(mean_q), prior_grad)),
-        d_mean_q_view(d_mean_q, shape), d_s_q_view(d_s_q, shape) {
+        d_mean_q_view(d_mean_q, shape),
+        d_s_q_view(d_s_q, shape) {
     if (!prior_grad) return;
     d_mean_p_view = View(d_mean_p, shape);
     d_s_p_view = View(d_s_p, shape);

@@ -1,4 +1,5 @@
-// How a kernel reaches its elements. The elements are rows of columns; a thread takes groups of a few consecutive columns.
+// How a kernel reaches its elements. The elements are rows of columns; a thread takes groups of a few consecutive
+// columns.
 //
 // Packed: every row of every operand is whole 16-byte vectors of one storage format. Strided: anything else.
 #pragma once
@@ -70,7 +71,8 @@ struct Thread {
 // The sum over the `lanes` threads that share a row, in the first of them. Every thread of the block calls it.
 FASTELBO_INLINE double sum_lanes(double x, int lanes) {
   FASTELBO_ROLLED
-  for (int distance = (lanes < 32 ? lanes : 32) / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+  for (int distance = (lanes < 32 ? lanes : 32) / 2; distance > 0; distance /= 2)
+    x += __shfl_xor_sync(0xffffffffu, x, distance);
   if (lanes > 32) {
     __shared__ double warps[kThreads / 32];
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
@@ -89,8 +91,10 @@ FASTELBO_INLINE V sum_group(const V (&x)[n]) {
   V y[n / 2];
   FASTELBO_UNROLL
   for (int i = 0; i < n / 2; ++i) y[i] = x[i] + x[i + n / 2];
-  if constexpr (n == 2) return y[0];
-  else return sum_group(y);
+  if constexpr (n == 2)
+    return y[0];
+  else
+    return sum_group(y);
 }
 
 // Where an elementwise term goes that is summed over its row.
@@ -103,8 +107,10 @@ struct Sums {
   FASTELBO_INLINE void store(const Work& work, const Thread<Index>& thread, V x) const {
     double total = sum_lanes(x, int(thread.lanes));
     if (thread.row >= Index(work.rows) || (threadIdx.x & (thread.lanes - 1))) return;
-    if (work.splits.divisor > 1) partial[int64_t(thread.row) * work.splits.divisor + thread.split] = total;
-    else out[thread.row] = V(total);
+    if (work.splits.divisor > 1)
+      partial[int64_t(thread.row) * work.splits.divisor + thread.split] = total;
+    else
+      out[thread.row] = V(total);
   }
 };
 
@@ -113,20 +119,29 @@ FASTELBO_INLINE float bf16_to_float(uint32_t bits) { return as_float(int32_t(bit
 // An element of a storage format, and the arithmetic type.
 template <Format format>
 struct Stored {
-  using Type = std::conditional_t<format == Format::f64, double, std::conditional_t<format == Format::f32, float, uint16_t>>;
+  using Type =
+      std::conditional_t<format == Format::f64, double, std::conditional_t<format == Format::f32, float, uint16_t>>;
   using Value = std::conditional_t<format == Format::f64, double, float>;
 
   static FASTELBO_INLINE Value decode(Type x) {
-    if constexpr (format == Format::bf16) return bf16_to_float(x);
-    else if constexpr (format == Format::f16) return f16_to_float(x);
-    else return x;
+    if constexpr (format == Format::bf16)
+      return bf16_to_float(x);
+    else if constexpr (format == Format::f16)
+      return f16_to_float(x);
+    else
+      return x;
   }
   static FASTELBO_INLINE Type encode(Value x) {
-    if constexpr (format == Format::bf16) return uint16_t(pack_bf16(x, 0));
-    else if constexpr (format == Format::f16) return uint16_t(pack_f16(x, 0));
-    else return x;
+    if constexpr (format == Format::bf16)
+      return uint16_t(pack_bf16(x, 0));
+    else if constexpr (format == Format::f16)
+      return uint16_t(pack_f16(x, 0));
+    else
+      return x;
   }
-  static FASTELBO_INLINE Value read(const char* data, int64_t at) { return decode(reinterpret_cast<const Type*>(data)[at]); }
+  static FASTELBO_INLINE Value read(const char* data, int64_t at) {
+    return decode(reinterpret_cast<const Type*>(data)[at]);
+  }
   static FASTELBO_INLINE void write(char* data, int64_t at, Value x) { reinterpret_cast<Type*>(data)[at] = encode(x); }
 };
 
@@ -160,7 +175,10 @@ struct PlainScale : ScaleKinds {
   static constexpr float soft_clamp = 0, inv_soft_clamp = 0;
 
   explicit PlainScale(const fastelbo::Scale& scale)
-      : kind(scale.kind), clamp_grad(scale.clamp_grad), clamp_lo(float(scale.clamp_lo)), clamp_hi(float(scale.clamp_hi)) {}
+      : kind(scale.kind),
+        clamp_grad(scale.clamp_grad),
+        clamp_lo(float(scale.clamp_lo)),
+        clamp_hi(float(scale.clamp_hi)) {}
 };
 
 // Offsets are 32-bit, in vectors: the host sees to it that they fit.
@@ -188,17 +206,21 @@ struct Packed {
   };
 
   static FASTELBO_INLINE constexpr bool approximate(bool) { return format != Format::f32; }
-  static FASTELBO_INLINE constexpr uint32_t kept(const Operand&, const Layout&, const Place&) { return ~0u; }  // no mask
+  static FASTELBO_INLINE constexpr uint32_t kept(const Operand&, const Layout&, const Place&) {
+    return ~0u;
+  }  // no mask
 
   static FASTELBO_INLINE Place place(const Layout& layout, uint32_t row, uint32_t group) {
     return {row, group, layout.first_block + uint64_t(row * layout.vectors + group) * (width / 4)};
   }
 
   static FASTELBO_INLINE char* address(const Operand& operand, const Place& place, int64_t sample) {
-    return operand.data + 16 * uint64_t(uint32_t(sample) * operand.sample_vectors + place.row * operand.row_vectors + place.group);
+    return operand.data +
+           16 * uint64_t(uint32_t(sample) * operand.sample_vectors + place.row * operand.row_vectors + place.group);
   }
 
-  static FASTELBO_INLINE void load(const Operand& operand, const Layout&, const Place& place, float (&out)[width], int64_t sample = 0) {
+  static FASTELBO_INLINE void load(const Operand& operand, const Layout&, const Place& place, float (&out)[width],
+                                   int64_t sample = 0) {
     const char* from = address(operand, place, sample);
     if constexpr (format == Format::f32) {
       float4 v = *reinterpret_cast<const float4*>(from);
@@ -219,7 +241,8 @@ struct Packed {
     }
   }
 
-  static FASTELBO_INLINE void store(const Operand& operand, const Layout&, const Place& place, const float (&x)[width], int64_t sample = 0) {
+  static FASTELBO_INLINE void store(const Operand& operand, const Layout&, const Place& place, const float (&x)[width],
+                                    int64_t sample = 0) {
     char* to = address(operand, place, sample);
     if constexpr (format == Format::f32) {
       *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
@@ -227,18 +250,22 @@ struct Packed {
       uint32_t pair[4];
       FASTELBO_UNROLL
       for (int i = 0; i < 4; ++i) {
-        if constexpr (format == Format::bf16) pair[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
-        else pair[i] = pack_f16(x[2 * i], x[2 * i + 1]);
+        if constexpr (format == Format::bf16)
+          pair[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+        else
+          pair[i] = pack_f16(x[2 * i], x[2 * i + 1]);
       }
       *reinterpret_cast<uint4*>(to) = {pair[0], pair[1], pair[2], pair[3]};
     }
   }
 
   // An operand that may hold one value a row.
-  static FASTELBO_INLINE void load_repeated(const Operand& operand, const Layout& layout, const Place& place, float (&out)[width]) {
+  static FASTELBO_INLINE void load_repeated(const Operand& operand, const Layout& layout, const Place& place,
+                                            float (&out)[width]) {
     if (!operand.repeats) return load(operand, layout, place, out);
     float value;
-    if constexpr (format == Format::f32) value = reinterpret_cast<const float*>(operand.data)[place.row * operand.row_stride];
+    if constexpr (format == Format::f32)
+      value = reinterpret_cast<const float*>(operand.data)[place.row * operand.row_stride];
     else {
       uint16_t bits = reinterpret_cast<const uint16_t*>(operand.data)[place.row * operand.row_stride];
       value = format == Format::bf16 ? bf16_to_float(bits) : f16_to_float(bits);
@@ -248,7 +275,8 @@ struct Packed {
   }
 
   // Elementwise terms and their gradients, which are float32 whatever the storage format.
-  static FASTELBO_INLINE void load_term(const Operand& operand, const Layout&, const Place& place, float (&out)[width]) {
+  static FASTELBO_INLINE void load_term(const Operand& operand, const Layout&, const Place& place,
+                                        float (&out)[width]) {
     const float* row = reinterpret_cast<const float*>(operand.data) + place.row * operand.row_stride;
     if (operand.repeats) {
       FASTELBO_UNROLL
@@ -261,8 +289,10 @@ struct Packed {
       out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
     }
   }
-  static FASTELBO_INLINE void store_term(const Operand& operand, const Layout&, const Place& place, const float (&x)[width]) {
-    float* row = reinterpret_cast<float*>(operand.data) + place.row * operand.row_stride + place.group * uint64_t(width);
+  static FASTELBO_INLINE void store_term(const Operand& operand, const Layout&, const Place& place,
+                                         const float (&x)[width]) {
+    float* row =
+        reinterpret_cast<float*>(operand.data) + place.row * operand.row_stride + place.group * uint64_t(width);
     FASTELBO_UNROLL
     for (int i = 0; i < width; i += 4) *reinterpret_cast<float4*>(row + i) = {x[i], x[i + 1], x[i + 2], x[i + 3]};
   }
@@ -274,7 +304,8 @@ struct Strided {
   using Index = int64_t;
   using Scale = ScaleOf<T>;
   static constexpr bool packed = false;
-  static constexpr int blocks = sizeof(T) == 4 ? 2 : 1;  // that a multiprocessor holds at least; without it, registers spill
+  static constexpr int blocks =
+      sizeof(T) == 4 ? 2 : 1;  // that a multiprocessor holds at least; without it, registers spill
   static constexpr int width = 4;
 
   struct Operand {
@@ -300,7 +331,9 @@ struct Strided {
     int64_t row = walk(mask, layout, place.row, 0, layout.outer);
     FASTELBO_UNROLL
     for (int i = 0; i < width; ++i)
-      if (place.inside(i) && mask.data[row + walk(mask, layout, place.column + i, layout.outer, layout.outer + layout.inner)]) bits |= 1u << i;
+      if (place.inside(i) &&
+          mask.data[row + walk(mask, layout, place.column + i, layout.outer, layout.outer + layout.inner)])
+        bits |= 1u << i;
     return bits;
   }
 
@@ -325,24 +358,39 @@ struct Strided {
     return offset + n * operand.stride[begin];
   }
 
-  static FASTELBO_INLINE void load(const Operand& operand, const Layout& layout, const Place& place, T (&out)[width], int64_t sample = 0) {
+  static FASTELBO_INLINE void load(const Operand& operand, const Layout& layout, const Place& place, T (&out)[width],
+                                   int64_t sample = 0) {
     int64_t row = sample * operand.sample_stride + walk(operand, layout, place.row, 0, layout.outer);
     FASTELBO_UNROLL
     for (int i = 0; i < width; ++i) {
       out[i] = 0;
-      if (place.inside(i)) out[i] = read<T>(operand.format, operand.data, row + walk(operand, layout, place.column + i, layout.outer, layout.outer + layout.inner));
+      if (place.inside(i))
+        out[i] = read<T>(operand.format, operand.data,
+                         row + walk(operand, layout, place.column + i, layout.outer, layout.outer + layout.inner));
     }
   }
-  static FASTELBO_INLINE void store(const Operand& operand, const Layout& layout, const Place& place, const T (&x)[width], int64_t sample = 0) {
+  static FASTELBO_INLINE void store(const Operand& operand, const Layout& layout, const Place& place,
+                                    const T (&x)[width], int64_t sample = 0) {
     int64_t row = sample * operand.sample_stride + walk(operand, layout, place.row, 0, layout.outer);
     FASTELBO_UNROLL
     for (int i = 0; i < width; ++i)
-      if (place.inside(i)) write(operand.format, operand.data, row + walk(operand, layout, place.column + i, layout.outer, layout.outer + layout.inner), x[i]);
+      if (place.inside(i))
+        write(operand.format, operand.data,
+              row + walk(operand, layout, place.column + i, layout.outer, layout.outer + layout.inner), x[i]);
   }
 
-  static FASTELBO_INLINE void load_repeated(const Operand& operand, const Layout& layout, const Place& place, T (&out)[width]) { load(operand, layout, place, out); }
-  static FASTELBO_INLINE void load_term(const Operand& operand, const Layout& layout, const Place& place, T (&out)[width]) { load(operand, layout, place, out); }
-  static FASTELBO_INLINE void store_term(const Operand& operand, const Layout& layout, const Place& place, const T (&x)[width]) { store(operand, layout, place, x); }
+  static FASTELBO_INLINE void load_repeated(const Operand& operand, const Layout& layout, const Place& place,
+                                            T (&out)[width]) {
+    load(operand, layout, place, out);
+  }
+  static FASTELBO_INLINE void load_term(const Operand& operand, const Layout& layout, const Place& place,
+                                        T (&out)[width]) {
+    load(operand, layout, place, out);
+  }
+  static FASTELBO_INLINE void store_term(const Operand& operand, const Layout& layout, const Place& place,
+                                         const T (&x)[width]) {
+    store(operand, layout, place, x);
+  }
 };
 
 // Sets to 0 what a mask leaves out of a group, NaN too.

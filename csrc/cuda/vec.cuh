@@ -36,24 +36,66 @@ FASTELBO_INLINE void keep(uint32_t& a) { asm volatile("" : "+r"(a)); }
 FASTELBO_INLINE void keep(int64_t&) {}
 
 // NaN stays NaN, which fminf and fmaxf would drop.
-FASTELBO_INLINE float min(float a, float b) { float y; asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b)); return y; }
-FASTELBO_INLINE float max(float a, float b) { float y; asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b)); return y; }
-
-FASTELBO_INLINE float rsqrt_approx(float a) { float y; asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a)); return y; }
-FASTELBO_INLINE float sqrt_approx(float a) { float y; asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a)); return y; }
-FASTELBO_INLINE float log2_approx(float a) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a)); return y; }
-FASTELBO_INLINE float sin_approx(float a) { float y; asm("sin.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a)); return y; }
-FASTELBO_INLINE float cos_approx(float a) { float y; asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a)); return y; }
-
-// Two values to two halves, `low` in the low bits; rounded to nearest.
-FASTELBO_INLINE uint32_t pack_bf16(float low, float high) { uint32_t y; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low)); return y; }
-FASTELBO_INLINE uint32_t pack_f16(float low, float high) { uint32_t y; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low)); return y; }
-// One instruction; of a 64-bit product in C++ the compiler makes two.
-FASTELBO_INLINE void multiply_wide(uint32_t a, uint32_t constant, uint32_t& high, uint32_t& low) {
-  asm("{ .reg .u64 product; mul.wide.u32 product, %2, %3; mov.b64 {%1, %0}, product; }" : "=r"(high), "=r"(low) : "r"(a), "r"(constant));
+FASTELBO_INLINE float min(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+FASTELBO_INLINE float max(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
 }
 
-FASTELBO_INLINE float f16_to_float(uint16_t a) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(a)); return y; }
+FASTELBO_INLINE float rsqrt_approx(float a) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a));
+  return y;
+}
+FASTELBO_INLINE float sqrt_approx(float a) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a));
+  return y;
+}
+FASTELBO_INLINE float log2_approx(float a) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a));
+  return y;
+}
+FASTELBO_INLINE float sin_approx(float a) {
+  float y;
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a));
+  return y;
+}
+FASTELBO_INLINE float cos_approx(float a) {
+  float y;
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(a));
+  return y;
+}
+
+// Two values to two halves, `low` in the low bits; rounded to nearest.
+FASTELBO_INLINE uint32_t pack_bf16(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+FASTELBO_INLINE uint32_t pack_f16(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+// One instruction; of a 64-bit product in C++ the compiler makes two.
+FASTELBO_INLINE void multiply_wide(uint32_t a, uint32_t constant, uint32_t& high, uint32_t& low) {
+  asm("{ .reg .u64 product; mul.wide.u32 product, %2, %3; mov.b64 {%1, %0}, product; }"
+      : "=r"(high), "=r"(low)
+      : "r"(a), "r"(constant));
+}
+
+FASTELBO_INLINE float f16_to_float(uint16_t a) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(a));
+  return y;
+}
 #endif
 
 // sqrt(max(a, 0)) to 1 ulp. The compiler's own correctly rounded root branches, and takes twice the instructions.
@@ -63,8 +105,8 @@ FASTELBO_INLINE float sqrt_of_positive_part(float a) {
   return fma(fma(-root, root, a), 0.5f * inverse, root);
 }
 
-// An integer, as a float and in the low bits of another one's mantissa: adding 1.5 * 2^23 rounds to an integer and leaves
-// it there, where a conversion would take a slower unit. For |a| < 2^22, which is all the callers have.
+// An integer, as a float and in the low bits of another one's mantissa: adding 1.5 * 2^23 rounds to an integer and
+// leaves it there, where a conversion would take a slower unit. For |a| < 2^22, which is all the callers have.
 struct Integral {
   float value, shifted;
 };
@@ -79,7 +121,9 @@ FASTELBO_INLINE float to_float(int32_t a) { return as_float(a + 0x4b400000) - kS
 constexpr float kExpLowest = -87.0f;  // exp is 0 below, where float32 is about to run out of normal numbers
 
 // 2^(n - 1), which never overflows; 0 for n = -126. The shift drops what is above the exponent.
-FASTELBO_INLINE float half_pow2(Integral n) { return as_float(int32_t(uint32_t(as_int(n.shifted)) << 23) + (126 << 23)); }
+FASTELBO_INLINE float half_pow2(Integral n) {
+  return as_float(int32_t(uint32_t(as_int(n.shifted)) << 23) + (126 << 23));
+}
 // (1 + x) 2^n.
 FASTELBO_INLINE float times_pow2_from_1(float x, Integral n) {
   float half_power = half_pow2(n);

@@ -1,6 +1,6 @@
 // As much of CUDA as csrc/cuda needs, on a CPU: a C++ compiler that finds this file first and includes it up front
-// (tests/test_cuda_on_cpu.py) makes a library whose kernels run there, thread by thread, on torch's CPU tensors. It checks
-// indices, masks, sums and host code; not the instructions, the memory model or the speed of a GPU.
+// (tests/test_cuda_on_cpu.py) makes a library whose kernels run there, thread by thread, on torch's CPU tensors. It
+// checks indices, masks, sums and host code; not the instructions, the memory model or the speed of a GPU.
 #pragma once
 
 #include <setjmp.h>
@@ -50,8 +50,8 @@ __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t,
 
 inline dim3 threadIdx, blockIdx;
 
-// The threads of a block take turns: each runs until it meets the others. A context starts a thread on its own stack; from
-// then on jumps switch, which unlike swapcontext make no system call.
+// The threads of a block take turns: each runs until it meets the others. A context starts a thread on its own stack;
+// from then on jumps switch, which unlike swapcontext make no system call.
 struct Block {
   static constexpr size_t kStack = 1 << 16;
   jmp_buf scheduler;
