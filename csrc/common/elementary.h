@@ -110,6 +110,7 @@ FASTELBO_INLINE double sqrt(double a) { return std::sqrt(a); }
 FASTELBO_INLINE double exp(double a) { return std::exp(a); }
 FASTELBO_INLINE double expm1(double a) { return std::expm1(a); }
 FASTELBO_INLINE double log(double a) { return std::log(a); }
+FASTELBO_INLINE double log_normalised(double a) { return std::log(a); }
 FASTELBO_INLINE double log1p(double a) { return std::log1p(a); }
 FASTELBO_INLINE double tanh(double a) { return std::tanh(a); }
 FASTELBO_INLINE void expm1_parts(double x, double& half_e, double& e_minus_x) {

@@ -75,6 +75,15 @@ Tensor allocate_gradient(const Shape& shape, const std::optional<Tensor>& of, De
 ScalarType arithmetic_type(std::initializer_list<const Tensor*> tensors);
 inline const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
 
+// What reaches q and p of a KL's gradient: all of it, or shares by fastelbo.gaussian_kl's balance.
+template <class Real>
+struct Shares {
+  Real q = 1, p = 1;
+
+  Shares() = default;
+  explicit Shares(std::optional<double> balance) : q(Real(1 - balance.value_or(0))), p(Real(balance.value_or(1))) {}
+};
+
 }  // namespace fastelbo
 
 template <>

@@ -34,12 +34,13 @@ FASTELBO_INLINE V limit(const Scale& scale, V s, V* slope) {
   return t;
 }
 
+// `kind` is scale.kind; a caller that knows it at compile time gets the code of that kind alone.
 template <bool exponential, class V, class Scale>
-FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s) {
+FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s, typename Scale::Kind kind) {
   Spread<V, exponential> out;
   V slope, t = limit(scale, s, &slope);
   if constexpr (exponential) {
-    V c(scale.kind == Scale::logvar ? 0.5f : 1.0f);
+    V c(kind == Scale::logvar ? 0.5f : 1.0f);
     out.log_std = c * t;
     out.std = exp(out.log_std);
     constexpr float largest = std::is_same_v<V, double> ? 709.0f : 88.0f;  // exponents beyond would overflow
@@ -49,10 +50,10 @@ FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s) {
     return out;
   } else {
     V base, d_base, x;  // the kind's own sigma, its slope; what its logarithm is taken of
-    switch (scale.kind) {
+    switch (kind) {
       case Scale::logvar:
       case Scale::log_std: {
-        V c(scale.kind == Scale::logvar ? 0.5f : 1.0f);
+        V c(kind == Scale::logvar ? 0.5f : 1.0f);
         x = c * t;
         base = exp(x);
         d_base = c * base;
@@ -81,7 +82,7 @@ FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s) {
       if (scale.var_eps > 0) d_base = d_base * (shifted / out.std);
     } else {
       out.std = base;
-      switch (scale.kind) {
+      switch (kind) {
         case Scale::logvar:
         case Scale::log_std: out.log_std = x; break;
         case Scale::std: out.log_std = log(x); break;
@@ -92,10 +93,14 @@ FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s) {
     }
     out.d_std = d_base * slope;
     out.d_logvar = V(2) * out.d_std / out.std;
-    if (scale.kind == Scale::softplus && scale.min_std == 0 && scale.var_eps == 0)
+    if (kind == Scale::softplus && scale.min_std == 0 && scale.var_eps == 0)
       out.d_logvar = select(V(scale.beta) * t < V(-17), V(2 * scale.beta) * slope, out.d_logvar);
     return out;
   }
+}
+template <bool exponential, class V, class Scale>
+FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s) {
+  return spread<exponential>(scale, s, scale.kind);
 }
 
 // The gradient that reaches the raw value s when the limited value is owed `grad`.
@@ -110,11 +115,22 @@ FASTELBO_INLINE V clamp_gradient(const Scale& scale, V s, V grad) {
   return select(below, V(0), select(above, V(0), grad));
 }
 
-// ln(sigma_q / sigma_p). Where both come as standard deviations and lie close, through their exact difference.
+// Of two standard deviations within these bounds log_ratio needs no logarithm.
+constexpr float kTameLowest = 0x1p-60f, kTameHighest = 0x1p60f;
+
+// ln(sigma_q / sigma_p) by one logarithm of the ratio, near 1 of the exact difference relative to sigma_p.
 template <class V, bool exponential>
 FASTELBO_INLINE V log_ratio(const Spread<V, exponential>& q, const Spread<V, exponential>& p) {
-  V difference = q.log_std - p.log_std;
-  if constexpr (exponential) return difference;
-  V relative = (q.std - p.std) / p.std;
-  return select(abs(relative) < V(0.5f), log1p(relative), difference);
+  V apart = q.log_std - p.log_std;
+  if constexpr (exponential) {
+    return apart;
+  } else {
+    V ratio = q.std / p.std, relative = (q.std - p.std) / p.std;
+    auto near = abs(relative) < V(0.5f);
+    V u = select(near, V(1) + relative, ratio);
+    V h = log_normalised(u) + select(near, (relative - (u - V(1))) / u, V(0));
+    // what is left is a ratio that overflows or loses bits, and what is no positive number
+    h = select(ratio > V(0x1p-121f), select(ratio < V(0x1p121f), h, apart), apart);
+    return select(p.std > V(0), h, apart);
+  }
 }

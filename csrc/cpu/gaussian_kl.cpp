@@ -12,7 +12,7 @@ struct GaussianKLArgs {
   Operand d_kl;
   Operand d_mean_q, d_s_q, d_mean_p, d_s_p;  // no d_mean_p: the prior needs no gradient
   Operand mask;                  // none: every element counts
-  double share_q = 1, share_p = 1;  // of d_kl that reach q and p
+  Shares<double> share;              // of d_kl
 };
 
 }  // namespace fastelbo
@@ -29,6 +29,8 @@ void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
   const Scale scale = args.scale, scale_p = args.scale_p;  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], kl_tile[kTile];
+  SpreadTile<T, exponential, kLogStd> q_alone;
+  SpreadTile<T, exponential, kLogStdOfWild> q_at, p_at;
   MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
     Tile tile = args.tiling[index];
@@ -38,17 +40,18 @@ void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
     const T* s_q = read_tile(args.s_q, start, n, s_q_tile);
     T* kl = output_terms(*args.kl, tile, kl_tile);
     if (!args.mean_p) {
+      q_alone.read(scale, s_q, n);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-        store(kl + i, gaussian_kl(load(mean_q + i, part), spread<exponential>(scale, load(s_q + i, part))).value, part);
+        store(kl + i, gaussian_kl(load(mean_q + i, part), q_alone.at(scale, s_q, i, part)).value, part);
       });
     } else {
       const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
       const T* s_p = read_tile(args.s_p, start, n, s_p_tile);
+      q_at.read(scale, s_q, n);
+      p_at.read(scale_p, s_p, n);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V delta = load(mean_q + i, part) - load(mean_p + i, part);
-        Spread<V, exponential> q = spread<exponential>(scale, load(s_q + i, part)),
-                               p = spread<exponential>(scale_p, load(s_p + i, part));
-        store(kl + i, gaussian_kl(delta, q, p).value, part);
+        store(kl + i, gaussian_kl(delta, q_at.at(scale, s_q, i, part), p_at.at(scale_p, s_p, i, part)).value, part);
       });
     }
     kept.read(args.mask, start, n);
@@ -63,6 +66,8 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
   const Scale scale = args.scale, scale_p = args.scale_p;  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], d_kl_tile[kTile];
   T d_mean_q_tile[kTile], d_s_q_tile[kTile], d_mean_p_tile[kTile], d_s_p_tile[kTile];
+  SpreadTile<T, exponential, kLogStd | kLogSlope> q_alone;
+  SpreadTile<T, exponential, kLogStdOfWild | kLogSlope> q_at, p_at;
   MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
     Tile tile = args.tiling[index];
@@ -75,9 +80,10 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
     T* d_s_q = output(args.d_s_q, start, n, d_s_q_tile);
     kept.read(args.mask, start, n);
     if (!args.mean_p) {
+      q_alone.read(scale, s_q, n);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw = load(s_q + i, part), upstream = load(d_kl + i, part);
-        Spread<V, exponential> q = spread<exponential>(scale, raw);
+        Spread<V, exponential> q = q_alone.at(scale, s_q, i, part);
         GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part), q);
         store(d_mean_q + i, upstream * kl.d_mean_q, part);
         store(d_s_q + i, clamp_gradient(scale, raw, upstream * (kl.d_logvar_q * q.d_logvar)), part);
@@ -88,10 +94,12 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
       bool prior(args.d_mean_p);
       T* d_mean_p = prior ? output(args.d_mean_p, start, n, d_mean_p_tile) : d_mean_p_tile;
       T* d_s_p = prior ? output(args.d_s_p, start, n, d_s_p_tile) : d_s_p_tile;
-      V share_q(args.share_q), share_p(args.share_p);
+      V share_q(args.share.q), share_p(args.share.p);
+      q_at.read(scale, s_q, n);
+      p_at.read(scale_p, s_p, n);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw_q = load(s_q + i, part), raw_p = load(s_p + i, part), upstream = load(d_kl + i, part);
-        Spread<V, exponential> q = spread<exponential>(scale, raw_q), p = spread<exponential>(scale_p, raw_p);
+        Spread<V, exponential> q = q_at.at(scale, s_q, i, part), p = p_at.at(scale_p, s_p, i, part);
         GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part) - load(mean_p + i, part), q, p);
         V to_q = share_q * upstream, to_p = share_p * upstream;
         store(d_mean_q + i, to_q * kl.d_mean_q, part);
@@ -147,10 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(Tensor d_kl, Tensor m
                       parse_scale(scale),        parse_scale(scale_p), {1, shape.numel()}, nullptr,
                       {d_kl, shape, event_ndim}, {d_mean_q, shape},    {d_s_q, shape}};
   args.mask = {mask, shape};
-  if (balance) {
-    args.share_q = 1 - *balance;
-    args.share_p = *balance;
-  }
+  args.share = Shares<double>(balance);
   if (prior_grad) {
     args.d_mean_p = {d_mean_p, shape};
     args.d_s_p = {d_s_p, shape};

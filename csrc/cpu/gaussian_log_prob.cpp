@@ -27,16 +27,18 @@ struct GaussianLogProb {
 namespace fastelbo::FASTELBO_ISA {
 
 // Calls loop(raw_at, spread_at): functions from a position in the tile to the raw scale there and to what it means.
-template <class T, bool exponential, class Loop>
-FASTELBO_INLINE void with_scale(const Scale& scale, bool one_s, const T* s, Loop&& loop) {
+template <class T, bool exponential, int needs, class Loop>
+FASTELBO_INLINE void with_scale(const Scale& scale, bool one_s, const T* s, int n,
+                                SpreadTile<T, exponential, needs>& ahead, Loop&& loop) {
   using V = typename VectorOf<T>::type;
   if (one_s) {
     V raw(*s);
     Spread<V, exponential> fixed = spread<exponential>(scale, raw);
-    loop([&](int, auto) FASTELBO_LAMBDA { return raw; }, [&](V) FASTELBO_LAMBDA { return fixed; });
+    loop([&](int, auto) FASTELBO_LAMBDA { return raw; }, [&](int, auto) FASTELBO_LAMBDA { return fixed; });
   } else {
+    ahead.read(scale, s, n);
     loop([&](int i, auto part) FASTELBO_LAMBDA { return load(s + i, part); },
-         [&](V raw) FASTELBO_LAMBDA { return spread<exponential>(scale, raw); });
+         [&](int i, auto part) FASTELBO_LAMBDA { return ahead.at(scale, s, i, part); });
   }
 }
 
@@ -45,6 +47,7 @@ void gaussian_log_prob_fwd(const GaussianLogProb& args, int64_t begin, int64_t e
   using V = typename VectorOf<T>::type;
   const Scale scale = args.scale;  // a copy, which no store to a tensor can change
   T x_tile[kTile], mean_tile[kTile], s_tile[kTile], out_tile[kTile];
+  SpreadTile<T, exponential, kLogStd> p_at;
   MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
     Tile tile = args.tiling[index];
@@ -55,10 +58,10 @@ void gaussian_log_prob_fwd(const GaussianLogProb& args, int64_t begin, int64_t e
     const T* s = read_tile(args.s, start, n, s_tile);
     T* out = output_terms(*args.log_prob, tile, out_tile);
     V sign(args.sign);
-    with_scale<T, exponential>(scale, args.one_s, s, [&](auto raw_at, auto spread_at) FASTELBO_LAMBDA {
+    with_scale(scale, args.one_s, s, n, p_at, [&](auto, auto spread_at) FASTELBO_LAMBDA {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V delta = load(x + i, part) - load(mean + i, part);
-        store(out + i, sign * gaussian_nll(delta, spread_at(raw_at(i, part))).value, part);
+        store(out + i, sign * gaussian_nll(delta, spread_at(i, part)).value, part);
       });
     });
     kept.read(args.mask, start, n);
@@ -73,6 +76,7 @@ void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t e
   const Scale scale = args.scale;  // a copy, which no store to a tensor can change
   T x_tile[kTile], mean_tile[kTile], s_tile[kTile], d_out_tile[kTile], d_x_tile[kTile], d_mean_tile[kTile],
       d_s_tile[kTile];
+  SpreadTile<T, exponential, kLogSlope> p_at;
   MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
     auto [start, n, row, rows] = args.tiling[index];
@@ -85,10 +89,10 @@ void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t e
     T* d_mean = output(args.d_mean, start, n, d_mean_tile);
     T* d_s = args.d_s ? output(args.d_s, start, n, d_s_tile) : d_s_tile;
     V sign(args.sign);
-    with_scale<T, exponential>(scale, args.one_s, s, [&](auto raw_at, auto spread_at) FASTELBO_LAMBDA {
+    with_scale(scale, args.one_s, s, n, p_at, [&](auto raw_at, auto spread_at) FASTELBO_LAMBDA {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw = raw_at(i, part), upstream = sign * load(d_out + i, part);
-        Spread<V, exponential> p = spread_at(raw);
+        Spread<V, exponential> p = spread_at(i, part);
         GaussianNLL<V> nll = gaussian_nll(load(x + i, part) - load(mean + i, part), p);
         V d_delta = upstream * nll.d_x;
         if (x_grad) store(d_x + i, d_delta, part);

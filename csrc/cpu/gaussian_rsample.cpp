@@ -29,6 +29,7 @@ void gaussian_rsample_fwd(const GaussianRsample& args, int64_t begin, int64_t en
   using V = typename VectorOf<T>::type;
   const Scale scale = args.scale;  // a copy, which no store to a tensor can change
   T mean_tile[kTile], s_tile[kTile], z_tile[kTile];
+  SpreadTile<T, exponential, kNoMore> p_at;
   NoiseTile<T> noise_tile;
   for (int64_t item = begin; item < end; ++item) {
     auto [start, n, row, rows] = args.tiling[item / args.noise.samples];
@@ -38,9 +39,10 @@ void gaussian_rsample_fwd(const GaussianRsample& args, int64_t begin, int64_t en
     T* z = output(args.z, out, n, z_tile);
     const T* noise = noise_tile.read(args.noise, sample, start, n, args.numel);
     V temperature(args.noise.temperature);
+    p_at.read(scale, s, n);
     for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-      V std = spread<exponential>(scale, load(s + i, part)).std;
-      store(z + i, fma(temperature * std, load(noise + i, part), load(mean + i, part)), part);
+      store(z + i, fma(temperature * p_at.at(scale, s, i, part).std, load(noise + i, part), load(mean + i, part)),
+            part);
     });
     finish(args.z, out, n, z, z_tile);
   }
@@ -52,6 +54,7 @@ void gaussian_rsample_bwd(const GaussianRsample& args, int64_t begin, int64_t en
   using V = typename VectorOf<T>::type;
   const Scale scale = args.scale;  // a copy, which no store to a tensor can change
   T s_tile[kTile], d_s_tile[kTile];
+  SpreadTile<T, exponential, kSlope> p_at;
   SampleGradient<T> sampled;
   for (int64_t tile = begin; tile < end; ++tile) {
     auto [start, n, row, rows] = args.tiling[tile];
@@ -59,9 +62,10 @@ void gaussian_rsample_bwd(const GaussianRsample& args, int64_t begin, int64_t en
     T* d_s = output(args.d_s, start, n, d_s_tile);
     sampled.read(args.noise, args.d_z, start, n, args.numel);
     V temperature(args.noise.temperature);
+    p_at.read(scale, s, n);
     for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
       V raw = load(s + i, part);
-      V grad = temperature * spread<exponential>(scale, raw).d_std *
+      V grad = temperature * p_at.at(scale, s, i, part).d_std *
                (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part));
       store(d_s + i, clamp_gradient(scale, raw, grad), part);
     });

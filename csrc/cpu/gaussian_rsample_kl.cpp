@@ -15,7 +15,7 @@ struct GaussianRsampleKL {
   Operand d_z, d_kl;
   Operand d_mean_q, d_s_q, d_mean_p, d_s_p;  // no d_mean_p: the prior needs no gradient
   Operand mask;                      // [...]; none: every element counts
-  double share_q = 1, share_p = 1;   // of d_kl that reach q and p
+  Shares<double> share;              // of d_kl
 };
 
 }  // namespace fastelbo
@@ -33,6 +33,8 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
   const Scale scale = args.scale, scale_p = args.scale_p;  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], z_tile[kTile], std_tile[kTile],
       kl_tile[kTile];
+  SpreadTile<T, exponential, kLogStd> q_alone;
+  SpreadTile<T, exponential, kLogStdOfWild> q_at, p_at;
   NoiseTile<T> noise_tile;
   MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
@@ -46,8 +48,9 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
     const T* noise = noise_tile.read(args.noise, 0, start, n, args.numel);
     V temperature(args.noise.temperature);
     if (!args.mean_p) {
+      q_alone.read(scale, s_q, n);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-        Spread<V, exponential> q = spread<exponential>(scale, load(s_q + i, part));
+        Spread<V, exponential> q = q_alone.at(scale, s_q, i, part);
         V mean = load(mean_q + i, part), std = temperature * q.std;
         store(std_tile + i, std, part);
         store(z + i, fma(std, load(noise + i, part), mean), part);
@@ -56,9 +59,10 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
     } else {
       const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
       const T* s_p = read_tile(args.s_p, start, n, s_p_tile);
+      q_at.read(scale, s_q, n);
+      p_at.read(scale_p, s_p, n);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-        Spread<V, exponential> q = spread<exponential>(scale, load(s_q + i, part)),
-                               p = spread<exponential>(scale_p, load(s_p + i, part));
+        Spread<V, exponential> q = q_at.at(scale, s_q, i, part), p = p_at.at(scale_p, s_p, i, part);
         V mean = load(mean_q + i, part), std = temperature * q.std;
         store(std_tile + i, std, part);
         store(z + i, fma(std, load(noise + i, part), mean), part);
@@ -88,6 +92,9 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
   const Scale scale = args.scale, scale_p = args.scale_p;  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], d_kl_tile[kTile];
   T d_mean_q_tile[kTile], d_s_q_tile[kTile], d_mean_p_tile[kTile], d_s_p_tile[kTile];
+  SpreadTile<T, exponential, kLogStd | kSlope | kLogSlope> q_alone;
+  SpreadTile<T, exponential, kLogStdOfWild | kSlope | kLogSlope> q_at;
+  SpreadTile<T, exponential, kLogStdOfWild | kLogSlope> p_at;
   SampleGradient<T> sampled;
   MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
@@ -101,9 +108,10 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
     kept.read(args.mask, start, n);
     V temperature(args.noise.temperature);
     if (!args.mean_p) {
+      q_alone.read(scale, s_q, n);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw = load(s_q + i, part), upstream = load(d_kl + i, part);
-        Spread<V, exponential> q = spread<exponential>(scale, raw);
+        Spread<V, exponential> q = q_alone.at(scale, s_q, i, part);
         GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part), q);
         store(d_mean_q + i, fma(upstream, kl.d_mean_q, load(sampled.d_z + i, part)), part);
         V d_s = fma(temperature * q.d_std, (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part)),
@@ -116,10 +124,12 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
       bool prior(args.d_mean_p);
       T* d_mean_p = prior ? output(args.d_mean_p, start, n, d_mean_p_tile) : d_mean_p_tile;
       T* d_s_p = prior ? output(args.d_s_p, start, n, d_s_p_tile) : d_s_p_tile;
-      V share_q(args.share_q), share_p(args.share_p);
+      V share_q(args.share.q), share_p(args.share.p);
+      q_at.read(scale, s_q, n);
+      p_at.read(scale_p, s_p, n);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw_q = load(s_q + i, part), raw_p = load(s_p + i, part), upstream = load(d_kl + i, part);
-        Spread<V, exponential> q = spread<exponential>(scale, raw_q), p = spread<exponential>(scale_p, raw_p);
+        Spread<V, exponential> q = q_at.at(scale, s_q, i, part), p = p_at.at(scale_p, s_p, i, part);
         GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part) - load(mean_p + i, part), q, p);
         V to_q = share_q * upstream, to_p = share_p * upstream;
         store(d_mean_q + i, to_q * kl.d_mean_q + load(sampled.d_z + i, part), part);
@@ -204,10 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
                          {d_mean_q, shape},
                          {d_s_q, shape}};
   args.mask = {mask, shape};
-  if (balance) {
-    args.share_q = 1 - *balance;
-    args.share_p = *balance;
-  }
+  args.share = Shares<double>(balance);
   if (prior_grad) {
     args.d_mean_p = {d_mean_p, shape};
     args.d_s_p = {d_s_p, shape};

@@ -5,4 +5,5 @@
 #include "../common/scale.h"
 #include "../common/gaussian_math.h"
 #include "tile.h"
+#include "scale_tile.h"
 #include "noise.h"

@@ -19,7 +19,7 @@ struct GaussianRsampleKL {
   Operand d_kl;                      // [rows, columns]
   Operand d_mean_q, d_s_q, d_mean_p, d_s_p;  // [rows, columns]; no d_mean_p: the prior needs no gradient
   Operand mask;                      // [rows, columns]; none: every element counts
-  V share_q = 1, share_p = 1;        // of d_kl that reach q and p
+  Shares<V> share;                   // of d_kl
 };
 
 template <class Access, bool exponential, Prior prior>
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
       for (int i = 0; i < n; ++i) {
         auto q = spread<exponential>(args.scale, s_q[i]), p = spread<exponential>(args.scale_p, s_p[i]);
         auto kl = gaussian_kl(mean_q[i] - mean_p[i], q, p);
-        V to_q = args.share_q * upstream[i], to_p = args.share_p * upstream[i];
+        V to_q = args.share.q * upstream[i], to_p = args.share.p * upstream[i];
         mean_q[i] = to_q * kl.d_mean_q + sampled[i];
         mean_p[i] = -to_p * kl.d_mean_q;
         V d_s = fma(args.draw.temperature * q.d_std, noisy[i], to_q * (kl.d_logvar_q * q.d_logvar));
@@ -221,10 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
                                            operand<Access>(grads.d_mean_p_view, plan),
                                            operand<Access>(grads.d_s_p_view, plan),
                                            operand<Access>(mask_view, plan)};
-    if (balance) {
-      args.share_q = V(1 - *balance);
-      args.share_p = V(*balance);
-    }
+    args.share = Shares<V>(balance);
     with_prior<Access>(mean_p.has_value(), [&](auto prior) {
       launch(device::gaussian_rsample_kl_bwd_kernel<Access, exponential.value, prior.value>, args, plan.work.blocks);
     });

@@ -31,7 +31,7 @@ struct SamplerArgs {
 
 }  // namespace fastelbo
 
-#define FASTELBO_LOOPS "incremental_sampler.cpp"
+#define FASTELBO_LOOPS "sampler.cpp"
 #include "per_isa.h"
 #endif
 

@@ -187,7 +187,7 @@ FASTELBO_INLINE int64_t draw(const float* logits, const int64_t* outputs, int64_
   return last;
 }
 
-__global__ void __launch_bounds__(kThreads, 2) incremental_sampler_kernel(const __grid_constant__ SamplerArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) sampler_kernel(const __grid_constant__ SamplerArgs args) {
   const Program program = args.program;
   const Header& header = program.header();
   float* image = args.workspace + int64_t(blockIdx.x) * header.size;
@@ -239,8 +239,7 @@ device::SamplerArgs sampler_arguments(const Tensor& program, const Tensor& weigh
 
 void sampler_advance(Tensor program, Tensor weights, Tensor workspace, int64_t first, int64_t end) {
   Launcher launch("sampler_advance", workspace);
-  launch(device::incremental_sampler_kernel, sampler_arguments(program, weights, workspace, first, end),
-         workspace.sizes()[0]);
+  launch(device::sampler_kernel, sampler_arguments(program, weights, workspace, first, end), workspace.sizes()[0]);
 }
 
 void sampler_draw(Tensor program, Tensor weights, Tensor workspace, Tensor image, std::optional<Tensor> known,
@@ -255,7 +254,7 @@ void sampler_draw(Tensor program, Tensor weights, Tensor workspace, Tensor image
   args.values = static_cast<const float*>(values.data_ptr());
   args.scratch = static_cast<float*>(scratch.data_ptr());
   args.inverse_temperature = float(1 / temperature);
-  launch(device::incremental_sampler_kernel, args, n);
+  launch(device::sampler_kernel, args, n);
 }
 
 }  // namespace fastelbo

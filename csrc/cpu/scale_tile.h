@@ -1,0 +1,70 @@
+// What a Scale says of a tile of raw values. An exponential one costs so little that it is worked out where it is used;
+// any other is worked out a tile ahead, by a loop for each kind: all of them inside an op's loop would spill its
+// registers. Included inside a namespace, once per instruction set (per_isa.h).
+
+// What an op uses of a Spread beside sigma.
+enum Needs {
+  kNoMore = 0,
+  kLogStd = 1,
+  kLogStdOfWild = 2,  // where log_ratio asks for it
+  kSlope = 4,  // of sigma
+  kLogSlope = 8,  // of ln sigma^2
+};
+
+template <class T, bool exponential, int needs>
+struct SpreadTile {
+  using V = typename VectorOf<T>::type;
+
+  T std[kTile], log_std[kTile], d_std[kTile], d_logvar[kTile];
+
+  void read(const Scale& scale, const T* raw, int n) {
+    switch (scale.kind) {
+      case Scale::logvar: return read_kind<Scale::logvar>(scale, raw, n);
+      case Scale::log_std: return read_kind<Scale::log_std>(scale, raw, n);
+      case Scale::std: return read_kind<Scale::std>(scale, raw, n);
+      case Scale::var: return read_kind<Scale::var>(scale, raw, n);
+      case Scale::softplus: return read_kind<Scale::softplus>(scale, raw, n);
+    }
+  }
+
+  template <class Count>
+  FASTELBO_INLINE Spread<V, false> at(const Scale&, const T*, int i, Count part) const {
+    Spread<V, false> out;
+    out.std = load(std + i, part);
+    if (needs & (kLogStd | kLogStdOfWild)) out.log_std = load(log_std + i, part);
+    if (needs & kSlope) out.d_std = load(d_std + i, part);
+    if (needs & kLogSlope) out.d_logvar = load(d_logvar + i, part);
+    return out;
+  }
+
+ private:
+  template <Scale::Kind kind>
+  void read_kind(const Scale& given, const T* raw, int n) {
+    const Scale scale = given;  // a copy, which no store to a tile can change
+    for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+      Spread<V, false> out = spread<false>(scale, load(raw + i, part), kind);
+      store(std + i, out.std, part);
+      if (needs & kLogStd) store(log_std + i, out.log_std, part);
+      if (needs & kSlope) store(d_std + i, out.d_std, part);
+      if (needs & kLogSlope) store(d_logvar + i, out.d_logvar, part);
+    });
+    if (!(needs & kLogStdOfWild)) return;
+    int wild = 0;
+    for (int i = 0; i < n; ++i) wild |= (std[i] > kTameLowest) & (std[i] < kTameHighest) ? 0 : 1;
+    if (!wild) return ::std::fill(log_std, log_std + n, T(0));
+    for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+      store(log_std + i, spread<false>(scale, load(raw + i, part), kind).log_std, part);
+    });
+  }
+};
+
+template <class T, int needs>
+struct SpreadTile<T, true, needs> {
+  using V = typename VectorOf<T>::type;
+
+  void read(const Scale&, const T*, int) {}
+  template <class Count>
+  FASTELBO_INLINE Spread<V, true> at(const Scale& scale, const T* raw, int i, Count part) const {
+    return spread<true>(scale, load(raw + i, part));
+  }
+};
