@@ -124,7 +124,7 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
 namespace fastelbo {
 
 Tensor gaussian_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
-                       std::vector<double> scale, std::optional<std::vector<double> > scale_p, int64_t event_ndim,
+                       std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
                        std::optional<Tensor> mask) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
@@ -142,7 +142,7 @@ Tensor gaussian_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(Tensor d_kl, Tensor mean_q, Tensor s_q,
                                                            std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
                                                            std::vector<double> scale,
-                                                           std::optional<std::vector<double> > scale_p,
+                                                           std::optional<std::vector<double>> scale_p,
                                                            int64_t event_ndim, std::optional<double> balance,
                                                            std::optional<Tensor> mask, bool prior_grad) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);

@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(Tensor mean_q, Tensor s_q, st
                                                    std::optional<Tensor> noise, int64_t noise_offset,
                                                    std::optional<int64_t> num_samples, double temperature,
                                                    std::vector<double> scale,
-                                                   std::optional<std::vector<double> > scale_p, int64_t event_ndim,
+                                                   std::optional<std::vector<double>> scale_p, int64_t event_ndim,
                                                    std::optional<Tensor> mask, ScalarType out_dtype) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   Shape out = shape.prepend(num_samples);
@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(Tensor mean_q, Tensor s_q, st
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
     Tensor d_z, Tensor d_kl, Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
     std::optional<Tensor> seed, std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples,
-    double temperature, std::vector<double> scale, std::optional<std::vector<double> > scale_p, int64_t event_ndim,
+    double temperature, std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
     std::optional<double> balance, std::optional<Tensor> mask, bool prior_grad) {
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
