@@ -36,7 +36,7 @@ demo: $(STAMP)
 	@$(BIN)/python examples/train_pixelcnn.py --compare --output demo/pixelcnn
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
 
 test-slow: $(STAMP)
 	@$(BIN)/python -m pytest -m slow
