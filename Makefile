@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu) setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench lint clean
+.PHONY: help setup demo test test-slow bench lint docs pictures clean
 
 help:
 	@echo "make setup      virtual environment in $(VENV), pinned dependencies, fastelbo with its C++ library"
@@ -18,6 +18,8 @@ help:
 	@echo "make test-slow  the statistical tests over 10^8 draws"
 	@echo "make bench      benchmarks against eager torch, torch.distributions and torch.compile; appends result rows"
 	@echo "make lint       ruff and clang-format"
+	@echo "make docs       the documentation as a site, in docs/_build/html"
+	@echo "make pictures   the pictures of the documentation, by running the examples; some minutes"
 	@echo "make clean      remove the environment and what was built"
 
 setup: $(STAMP)
@@ -48,5 +50,12 @@ lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run -Werror $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
 
+docs: $(STAMP)
+	@$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	@echo "fastelbo: the site is docs/_build/html/index.html"
+
+pictures: $(STAMP)
+	@$(BIN)/python docs/pictures.py
+
 clean:
-	rm -rf $(VENV) build demo *.egg-info fastelbo/_*.so
+	rm -rf $(VENV) build docs/_build demo *.egg-info fastelbo/_*.so

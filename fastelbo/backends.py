@@ -30,7 +30,18 @@ OVERRIDE = os.environ.get("FASTELBO_BACKEND") or None
 
 
 def usable(name: str) -> "str | None":
-    """None if the backend is installed, else why it is not, in one sentence."""
+    """None if the backend is installed, else why it is not, in one sentence.
+
+    Args:
+        name: of a backend.
+
+    Returns:
+        None or the sentence.
+
+    Example:
+        >>> fastelbo.backends.usable("reference") is None
+        True
+    """
     if name == "reference":
         return None
     if name == "triton":
@@ -49,19 +60,50 @@ def _triton_missing() -> "str | None":
 
 
 def no_device(name: str) -> "str | None":
-    """None if a device that the backend runs on is there, else a sentence."""
+    """None if a device that the backend runs on is there, else a sentence.
+
+    Args:
+        name: of a backend.
+
+    Returns:
+        None or the sentence.
+
+    Example:
+        >>> fastelbo.backends.no_device("cpu") is None
+        True
+    """
     if name != "reference" and _DEVICE[name] == "cuda" and not torch.cuda.is_available():
         return "torch sees no GPU"
     return None
 
 
 def cpu_isa() -> str:
-    """The instruction set that the cpu backend's kernels use; the environment's FASTELBO_CPU_ISA may lower it."""
+    """The instruction set that the cpu backend's kernels use; the environment's FASTELBO_CPU_ISA may lower it.
+
+    Returns:
+        "AVX-512", "AVX2" or "portable".
+
+    Example:
+        >>> fastelbo.backends.cpu_isa() in ("AVX-512", "AVX2", "portable")
+        True
+    """
     return _CPU_ISA_NAMES[_CPU_ISA()]
 
 
 def why_not(name: str, device: torch.device) -> "str | None":
-    """None if the backend can run tensors of the device, else why not, in one sentence."""
+    """None if the backend can run tensors of the device, else why not, in one sentence.
+
+    Args:
+        name: of a backend.
+        device: of the tensors.
+
+    Returns:
+        None or the sentence.
+
+    Example:
+        >>> fastelbo.backends.why_not("cpu", torch.device("meta"))
+        'it runs tensors on cpu, these are on meta'
+    """
     reason = _MISSING[name]
     if reason is None and name != "reference" and device.type != _DEVICE[name]:
         reason = f"it runs tensors on {_DEVICE[name]}, these are on {device}"
@@ -69,7 +111,15 @@ def why_not(name: str, device: torch.device) -> "str | None":
 
 
 def fastest() -> "dict[str, str]":
-    """The backend that runs by default, by kind of device."""
+    """The backend that runs by default, by kind of device.
+
+    Returns:
+        A dictionary of the kinds "cpu" and "cuda"; the reference where nothing else can run.
+
+    Example:
+        >>> fastelbo.backends.fastest()["cpu"]
+        'cpu'
+    """
     return {
         kind: next((name for name in order if why_not(name, torch.device(kind)) is None), "reference")
         for kind, order in _ORDER.items()
@@ -89,9 +139,16 @@ def choose(device: torch.device, backend: "str | None" = None, only_reference: "
         backend: the caller's explicit choice, or None.
         only_reference: why none but the reference can run this call, or None.
 
+    Returns:
+        The backend's name; FASTELBO_BACKEND's where that is set and backend is None.
+
     Raises:
         ValueError: for a name that is no backend.
         NotImplementedError: for a choice that cannot run this call, with each backend's reason.
+
+    Example:
+        >>> fastelbo.backends.choose(torch.device("cpu"), "reference")
+        'reference'
     """
     wanted = backend or OVERRIDE
     if wanted is None:
@@ -108,7 +165,18 @@ def choose(device: torch.device, backend: "str | None" = None, only_reference: "
 
 
 def only_reference(noise=None) -> "str | None":
-    """Why a call must run on the reference, or None."""
+    """Why a call must run on the reference, or None.
+
+    Args:
+        noise: the noise that the call is given, or None.
+
+    Returns:
+        None or the reason: a noise that wants a gradient, torch.func, forward-mode differentiation.
+
+    Example:
+        >>> fastelbo.backends.only_reference(torch.zeros(3, requires_grad=True))
+        'only the reference passes a gradient to noise'
+    """
     if noise is not None and noise.requires_grad:
         return "only the reference passes a gradient to noise"
     if _library.transformed():

@@ -37,6 +37,9 @@ class Normal(torch.distributions.Normal):
     Raises:
         ValueError: a scale that is not positive, or a loc or value that is NaN, in host memory.
 
+    Source:
+        torch/distributions/normal.py.
+
     Example:
         >>> q = fastelbo.distributions.Normal(torch.zeros(2, 3), 1.0)
         >>> q.rsample((5,), generator=torch.Generator().manual_seed(0)).shape
@@ -56,11 +59,11 @@ class Normal(torch.distributions.Normal):
                 _checks.values(valid, f"Expected parameter {name} to satisfy the constraint {constraint!r}")
 
     def expand(self, batch_shape, _instance=None):
-        """The same distribution with its batch dimensions expanded."""
+        """The same distribution with its batch dimensions expanded to batch_shape; _instance as in torch."""
         return super().expand(batch_shape, self._get_checked_instance(Normal, _instance))
 
     def sample(self, sample_shape=(), generator=None):
-        """rsample without gradients."""
+        """rsample without gradients; sample_shape and generator as there."""
         with torch.no_grad():
             return self.rsample(sample_shape, generator)
 
@@ -109,6 +112,9 @@ class Independent(torch.distributions.Independent):
     Raises:
         ValueError: more dimensions than the base has batch dimensions.
 
+    Source:
+        torch/distributions/independent.py.
+
     Example:
         >>> q = fastelbo.distributions.Normal(torch.zeros(2, 3), torch.ones(2, 3))
         >>> fastelbo.distributions.Independent(q, 1).log_prob(torch.zeros(2, 3))
@@ -116,11 +122,12 @@ class Independent(torch.distributions.Independent):
     """
 
     def sample(self, sample_shape=(), generator=None):
-        """Draws without gradients; generator only for a base that takes one."""
+        """Draws of shape sample_shape + batch_shape + event_shape without gradients; generator only for a base that
+        takes one."""
         return self.base_dist.sample(sample_shape, **({} if generator is None else {"generator": generator}))
 
     def rsample(self, sample_shape=(), generator=None):
-        """Draws with gradients; generator only for a base that takes one."""
+        """The same draws with gradients; sample_shape and generator as in sample."""
         return self.base_dist.rsample(sample_shape, **({} if generator is None else {"generator": generator}))
 
     def log_prob(self, value):
@@ -143,6 +150,9 @@ def kl_divergence(p, q):
 
     Raises:
         NotImplementedError: a pair of types for which no KL is registered.
+
+    Source:
+        torch/distributions/kl.py.
 
     Example:
         >>> p, q = fastelbo.distributions.Normal(torch.ones(3), 1.0), torch.distributions.Normal(torch.zeros(3), 1.0)

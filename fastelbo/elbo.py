@@ -58,7 +58,7 @@ def gaussian_elbo(
 ):
     r"""Evidence lower bound of a variational autoencoder with a Gaussian decoder, by one sample of its latents.
 
-    .. math:: -\left(-\ln N(x; \mu_x, \sigma_x^2) + \beta \, KL(q \| p)\right)
+    .. math:: -\left(-\ln N(x; \mu_x, \sigma_x^2) + \beta \, \mathrm{KL}(q \| p)\right)
 
     where the decoder has computed :math:`\mu_x` (and :math:`\sigma_x`) from a sample of q.
 
@@ -130,7 +130,8 @@ def gaussian_elbo(
 def iwae_bound(log_p_x, log_p_z, log_q_z, *, dim=0, estimator="iwae", z=None):
     r"""Importance-weighted lower bound of the log-likelihood, from K samples of the posterior.
 
-    .. math:: \ln \tfrac1K \sum_k w_k, \qquad w_k = \frac{p(x | z_k) \, p(z_k)}{q(z_k | x)}, \qquad z_k \sim q(z | x)
+    .. math:: \ln \tfrac{1}{K} \sum_k w_k, \qquad w_k = \frac{p(x | z_k) \, p(z_k)}{q(z_k | x)}, \qquad
+              z_k \sim q(z | x)
 
     The value does not depend on the estimator; the gradient that reaches the parameters of q does, and what log_q_z
     must be. With :math:`\tilde w_k = w_k / \sum_j w_j`, each adds up the samples' gradients
@@ -239,7 +240,7 @@ def _check_paths(z, log_p_x, log_p_z, log_q_z, estimator):
 def importance_weighted_log_likelihood(log_weights, *, dim=0):
     r"""Log-likelihood of x by importance sampling, for evaluation: the log of the mean weight, without gradient.
 
-    .. math:: \ln p(x) \approx \ln \tfrac1K \sum_k w_k, \qquad w_k = \frac{p(x | z_k) \, p(z_k)}{q(z_k | x)}
+    .. math:: \ln p(x) \approx \ln \tfrac{1}{K} \sum_k w_k, \qquad w_k = \frac{p(x | z_k) \, p(z_k)}{q(z_k | x)}
 
     a lower bound in expectation, which K tightens; thousands of samples are customary.
 
@@ -309,7 +310,7 @@ def gaussian_rsample_log_prob(
         less the event's dimensions.
 
     Raises:
-        As gaussian_rsample.
+        ValueError, TypeError, NotImplementedError: as gaussian_rsample.
 
     Source:
         The change of variables; sample_and_log_prob of distrax.
@@ -371,7 +372,7 @@ def gaussian_one_sample_kl(
         the event's dimensions.
 
     Raises:
-        As gaussian_rsample_kl.
+        ValueError, TypeError, NotImplementedError: as gaussian_rsample_kl.
 
     Source:
         Kingma and Welling 2013, "Auto-Encoding Variational Bayes", section 2.3.
@@ -406,7 +407,7 @@ def gaussian_one_sample_kl(
 def optimal_sigma(x, mean, *, dim=None, mask=None):
     r"""The standard deviation that makes x likeliest around its mean: the decoder's sigma of an optimal sigma-VAE.
 
-    .. math:: \sigma^* = \sqrt{\tfrac1N \sum_i (x_i - \mu_i)^2}
+    .. math:: \sigma^* = \sqrt{\tfrac{1}{N} \sum_i (x_i - \mu_i)^2}
 
     for ``gaussian_nll(x, mean, sigma, scale="std")``. It passes no gradient on: the likelihood's with respect to it is
     0, where the elements that share a sigma have the same weight in the loss. It is 0 for a perfect reconstruction,

@@ -156,10 +156,10 @@ class MaskedConv2d(_CausalConv2d):
     Args:
         in_channels, out_channels: C_in and C_out, the latter before a gate halves them.
         kernel_size: k, odd.
-        stride: 1.
+        stride: 1; for nn.Conv2d's users.
         padding: k//2 times the dilation, "same", or None for either.
         dilation: the distance between taps.
-        groups: 1.
+        groups: 1, too.
         bias: whether there is one.
         padding_mode: "zeros".
         mask_type: "A" or "B".
@@ -169,6 +169,9 @@ class MaskedConv2d(_CausalConv2d):
     Raises:
         ValueError: as masked_conv2d, and for a stride or padding at which the output does not lie on the input.
         NotImplementedError: for groups or another padding mode.
+
+    Source:
+        van den Oord et al. 2016, "Pixel Recurrent Neural Networks", section 3.4.
 
     Example:
         >>> conv = fastelbo.nn.MaskedConv2d(3, 8, 5, mask_type="A")
@@ -224,7 +227,7 @@ class MaskedConv2d(_CausalConv2d):
         self.padding = (same, same)
 
     def forward(self, input, cond=None, residual=None):
-        """[N, C_in, H, W] to [N, C_out or C_out / 2, H, W]; cond and residual as for masked_conv2d."""
+        """From input [N, C_in, H, W] to [N, C_out or C_out / 2, H, W]; cond and residual as for masked_conv2d."""
         return op.masked_conv2d(
             input,
             self.weight,
@@ -250,6 +253,12 @@ class VerticalStackConv2d(_CausalConv2d):
         kernel_size: k, odd.
         mask_type: "B", or "A" for a first layer that must not see the pixel's own row.
         dilation, bias, activation, backend, device, dtype: as for MaskedConv2d.
+
+    Raises:
+        ValueError: as causal_conv2d.
+
+    Source:
+        van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders", section 2.2.
 
     Example:
         >>> fastelbo.nn.VerticalStackConv2d(3, 8, 5).weight.shape
@@ -303,7 +312,7 @@ class VerticalStackConv2d(_CausalConv2d):
         return torch.equal(mask.cpu().bool(), rows[:, None].expand(mask.shape))
 
     def forward(self, input, cond=None):
-        """[N, C_in, H, W] to [N, C_out or C_out / 2, H, W]; cond as for causal_conv2d."""
+        """From input [N, C_in, H, W] to [N, C_out or C_out / 2, H, W]; cond as for causal_conv2d."""
         return op.causal_conv2d(
             input,
             self.weight,
@@ -328,6 +337,12 @@ class HorizontalStackConv2d(_CausalConv2d):
         mask_type: "B", or "A" for a first layer that must not see the pixel itself.
         channel_groups, group_order: as for causal_conv2d.
         dilation, bias, activation, backend, device, dtype: as for MaskedConv2d.
+
+    Raises:
+        ValueError: as causal_conv2d.
+
+    Source:
+        van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders", section 2.2.
 
     Example:
         >>> fastelbo.nn.HorizontalStackConv2d(3, 8, 5).weight.shape
@@ -378,7 +393,7 @@ class HorizontalStackConv2d(_CausalConv2d):
         return slice(self.k // 2, self.k // 2 + 1), slice(0, kept[1])
 
     def forward(self, input, cond=None):
-        """[N, C_in, H, W] to [N, C_out or C_out / 2, H, W]; cond as for causal_conv2d."""
+        """From input [N, C_in, H, W] to [N, C_out or C_out / 2, H, W]; cond as for causal_conv2d."""
         return op.causal_conv2d(
             input,
             self.weight,
@@ -511,7 +526,7 @@ class GatedMaskedConv2d(nn.Module):
 class GaussianNLLLoss(nn.GaussianNLLLoss):
     r"""gaussian_nll as a module that takes the place of nn.GaussianNLLLoss: the same arguments, errors and gradients.
 
-    .. math:: \tfrac12 \left(\ln v + \frac{(\text{input} - \text{target})^2}{v}\right), \qquad v = \max(var, eps)
+    .. math:: \tfrac{1}{2} \left(\ln v + \frac{(\text{input} - \text{target})^2}{v}\right), \qquad v = \max(var, eps)
 
     Unlike the original it does not wait for a GPU to see whether var has negative entries: there the device asserts it.
     Results are float32 for half inputs.

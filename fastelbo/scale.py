@@ -94,22 +94,49 @@ class Scale:
 
     @classmethod
     def diffusers(cls) -> "Scale":
-        """The log-variance clamped to (-30, 20), as diffusers' DiagonalGaussianDistribution has it."""
+        """The log-variance clamped to (-30, 20), as diffusers' DiagonalGaussianDistribution has it.
+
+        Example:
+            >>> fastelbo.Scale.diffusers().clamp
+            (-30.0, 20.0)
+        """
         return cls("logvar", clamp=(-30.0, 20.0))
 
     @classmethod
     def softplus(cls, min_std: float = 1e-4, beta: float = 1.0) -> "Scale":
-        """softplus(s) + min_std, as the Oobleck audio autoencoder and RSSM world models have it."""
+        """softplus(s) + min_std, as the Oobleck audio autoencoder and RSSM world models have it.
+
+        Args:
+            min_std: added to the standard deviation, at least 0.
+            beta: sharpness of the softplus, above 0.
+
+        Example:
+            >>> fastelbo.Scale.softplus().min_std
+            0.0001
+        """
         return cls("softplus", min_std=min_std, beta=beta)
 
     @classmethod
     def nvae(cls) -> "Scale":
-        """exp(5 tanh(s / 5)) + 0.01, as NVAE has it (which limits its means in the same way)."""
+        """exp(5 tanh(s / 5)) + 0.01, as NVAE has it (which limits its means in the same way).
+
+        Example:
+            >>> fastelbo.Scale.nvae().soft_clamp
+            5.0
+        """
         return cls("log_std", soft_clamp=5.0, min_std=1e-2)
 
     @classmethod
     def gaussian_nll_loss(cls, eps: float = 1e-6) -> "Scale":
-        """A variance of at least eps whose gradient ignores the limit, as nn.GaussianNLLLoss has it."""
+        """A variance of at least eps whose gradient ignores the limit, as nn.GaussianNLLLoss has it.
+
+        Args:
+            eps: the least variance.
+
+        Example:
+            >>> fastelbo.gaussian_nll(torch.zeros(1), 0.0, 0.0, scale=fastelbo.Scale.gaussian_nll_loss(), event_ndim=0)
+            tensor([-5.9888])
+        """
         return cls("var", clamp=(eps, math.inf), clamp_grad="straight_through")
 
 

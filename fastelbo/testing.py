@@ -33,7 +33,22 @@ def gaussian(shape, *, kind="logvar", dtype=torch.float32, seed=0, requires_grad
 
 
 def plain_kl(mean_q, logvar_q, mean_p=None, logvar_p=None):
-    """Today's lines, elementwise, in the inputs' own precision: what an error budget is measured against."""
+    r"""KL in today's lines, elementwise, in the inputs' own precision: what an error budget is measured against.
+
+    .. math:: \tfrac{1}{2} \left(e^{s_q} + \mu_q^2 - 1 - s_q\right), \text{ or } \tfrac{1}{2} \left(s_p - s_q
+              + e^{s_q - s_p} + (\mu_q - \mu_p)^2 e^{-s_p} - 1\right)
+
+    Args:
+        mean_q, logvar_q: mean and log-variance of the posterior, any shape.
+        mean_p, logvar_p: of the prior; the standard normal where both are None.
+
+    Returns:
+        KL in nats, of the broadcast shape and the inputs' dtype.
+
+    Example:
+        >>> fastelbo.testing.plain_kl(torch.ones(2), torch.zeros(2))
+        tensor([0.5000, 0.5000])
+    """
     if mean_p is None:
         return -0.5 * (1 + logvar_q - mean_q**2 - torch.exp(logvar_q))
     return 0.5 * (
@@ -42,12 +57,35 @@ def plain_kl(mean_q, logvar_q, mean_p=None, logvar_p=None):
 
 
 def plain_rsample(mean, logvar, noise):
-    """Today's line."""
+    r"""A draw in today's line, :math:`\mu + e^{s / 2} \epsilon`.
+
+    Args:
+        mean, logvar: mean and log-variance, any shape.
+        noise: standard normals, broadcast with them.
+
+    Returns:
+        The draw, of the broadcast shape and the inputs' dtype.
+
+    Example:
+        >>> fastelbo.testing.plain_rsample(torch.ones(2), torch.zeros(2), torch.tensor([-1.0, 2.0]))
+        tensor([0., 3.])
+    """
     return mean + torch.exp(0.5 * logvar) * noise
 
 
 def plain_log_prob(x, mean, logvar):
-    """Today's line, elementwise."""
+    r"""A log-density in today's line, elementwise: :math:`-\tfrac{1}{2} (s + (x - \mu)^2 e^{-s} + \ln 2\pi)`.
+
+    Args:
+        x, mean, logvar: data, mean and log-variance; they broadcast.
+
+    Returns:
+        Log-density in nats, of the broadcast shape and the inputs' dtype.
+
+    Example:
+        >>> fastelbo.testing.plain_log_prob(torch.zeros(2), torch.zeros(2), torch.zeros(2))
+        tensor([-0.9189, -0.9189])
+    """
     return -0.5 * (logvar + (x - mean) ** 2 * torch.exp(-logvar) + math.log(2 * math.pi))
 
 
@@ -62,6 +100,12 @@ def assert_within_budget(actual, exact, plain, name="result"):
 
     Raises:
         AssertionError: naming the error, the budget and where the budget comes from.
+
+    Example:
+        >>> mean, logvar = fastelbo.testing.gaussian((64, 32))
+        >>> actual = fastelbo.gaussian_kl(mean, logvar, event_ndim=0)
+        >>> exact, plain = (fastelbo.testing.plain_kl(mean.to(t), logvar.to(t)) for t in (torch.float64, torch.float32))
+        >>> fastelbo.testing.assert_within_budget(actual, exact, plain)
     """
     scale = exact.abs().max().item()
     unit = torch.finfo(actual.dtype).eps * scale

@@ -1,12 +1,16 @@
 """The house: one basename per op in every folder, and a reference that stands alone."""
 
 import ast
+import doctest
 import inspect
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastelbo
+import fastelbo.testing
 
 ROOT = Path(__file__).parent.parent
 OPS = sorted(path.stem for path in (ROOT / "fastelbo" / "ops").glob("*.py") if path.stem != "__init__")
@@ -45,23 +49,55 @@ def test_reference_takes_the_arguments_in_the_same_order(op):
 
 
 PROJECTS = [getattr(fastelbo.compat, name) for name in fastelbo.compat.PROJECTS]
-MODULES = [fastelbo, fastelbo.distributed, fastelbo.distributions, fastelbo.sampling, *PROJECTS]
+DOCUMENTED = [
+    fastelbo,
+    fastelbo.backends,
+    fastelbo.distributed,
+    fastelbo.distributions,
+    fastelbo.nn,
+    fastelbo.sampling,
+    fastelbo.testing,
+    *PROJECTS,
+]
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
-def test_docstring_examples_run(module):
-    import doctest
+def public(module):
+    """The public functions and classes of a module, by their full names."""
+    defined = [name for name, thing in vars(module).items() if getattr(thing, "__module__", "") == module.__name__]
+    for name in getattr(module, "__all__", [name for name in defined if not name.startswith("_")]):
+        if callable(getattr(module, name)):
+            yield f"{module.__name__}.{name}", getattr(module, name)
 
-    import torch
 
-    for name in module.__all__:
-        thing = getattr(module, name)
-        if not callable(thing):
-            continue
-        parser = doctest.DocTestParser().get_doctest(
-            inspect.getdoc(thing), {"fastelbo": fastelbo, "torch": torch}, name, None, None
-        )
-        assert parser.examples, f"{name} has no example"
-        runner = doctest.DocTestRunner()
-        runner.run(parser)
-        assert runner.summarize().failed == 0, name
+PUBLIC = dict(sorted(pair for module in DOCUMENTED for pair in public(module)))
+each_public_name = pytest.mark.parametrize("name", PUBLIC)
+
+
+@each_public_name
+def test_docstring_examples_run(name):
+    finder = doctest.DocTestFinder()  # finds those of a class's methods, too
+    tests = finder.find(PUBLIC[name], name, module=False, globs={"fastelbo": fastelbo, "torch": torch})
+    assert any(test.name == name for test in tests), f"{name} has no example"
+    runner = doctest.DocTestRunner()
+    for test in tests:
+        runner.run(test)
+    assert runner.summarize().failed == 0
+
+
+@each_public_name
+def test_docstring_has_its_sections(name):
+    thing = PUBLIC[name]
+    sections = dict(re.findall(r"^(\w+):\n((?:(?:    .*)?\n)+)", inspect.getdoc(thing) + "\n", flags=re.MULTILINE))
+    described = re.findall(r"^    (\w[\w, ]*):", sections.get("Args", ""), flags=re.MULTILINE)
+    described = {argument for names in described for argument in names.split(", ")}
+    assert set(inspect.signature(thing).parameters) == described
+    ours = ("fastelbo.ELBO", "fastelbo.Scale", "fastelbo.backends.", "fastelbo.distributed.", "fastelbo.testing.")
+    if not name.startswith((*ours, "fastelbo.compat.diffusers.patch")):
+        assert {"Raises", "Source"} <= set(sections)
+    if not inspect.isclass(thing):
+        assert "Returns" in sections or thing.__name__.startswith("assert_")
+        return
+    for method, function in vars(thing).items():
+        if inspect.isfunction(function) and not method.startswith("_"):
+            for argument in list(inspect.signature(function).parameters)[1:]:
+                assert re.search(rf"\b{argument}\b", function.__doc__), f"{method} does not say what {argument} is"

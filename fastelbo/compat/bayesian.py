@@ -35,7 +35,13 @@ def kl_div(mu_q, sigma_q, mu_p, sigma_p):
         mu_q, sigma_q, mu_p, sigma_p: tensors that broadcast, or numbers.
 
     Returns:
-        A 0-d tensor.
+        A 0-d tensor, nats per element.
+
+    Raises:
+        ValueError, TypeError: as gaussian_kl.
+
+    Source:
+        Blundell et al. 2015, "Weight Uncertainty in Neural Networks"; bayesian_torch/layers/base_variational_layer.py.
 
     Example:
         >>> fastelbo.compat.bayesian.kl_div(torch.ones(2, 3), torch.ones(2, 3), 0.0, 1.0)
@@ -51,7 +57,13 @@ def get_kl_loss(m):
         m: a module.
 
     Returns:
-        A 0-d tensor, or None for a model without such layers.
+        A 0-d tensor in nats, or None for a model without such layers.
+
+    Raises:
+        ValueError, TypeError: as gaussian_kl.
+
+    Source:
+        Blundell et al. 2015, "Weight Uncertainty in Neural Networks"; bayesian_torch/models/dnn_to_bnn.py.
 
     Example:
         >>> fastelbo.compat.bayesian.get_kl_loss(torch.nn.Linear(2, 3)) is None
@@ -85,6 +97,9 @@ def bayesian_kl_loss(model, reduction="mean", last_layer_only=False):
 
     Raises:
         ValueError: an unknown reduction.
+
+    Source:
+        Blundell et al. 2015, "Weight Uncertainty in Neural Networks"; torchbnn/functional.py.
 
     Example:
         >>> fastelbo.compat.bayesian.bayesian_kl_loss(torch.nn.Linear(2, 3))

@@ -97,7 +97,15 @@ class DiagonalGaussianDistribution(_Posterior):
         deterministic: whether the standard deviation is 0.
 
     Attributes:
-        parameters, mean, deterministic; logvar, std, var, each computed when asked for.
+        parameters: as given.
+        deterministic: as given.
+        mean: [B, C, ...], as are logvar, std and var, which are computed when asked for.
+
+    Raises:
+        ValueError, TypeError: in a method, as the op that computes it.
+
+    Source:
+        diffusers/models/autoencoders/vae.py.
 
     Example:
         >>> q = fastelbo.compat.diffusers.DiagonalGaussianDistribution(torch.zeros(2, 8, 3, 4, 4))
@@ -123,7 +131,7 @@ class DiagonalGaussianDistribution(_Posterior):
         return torch.zeros_like(self.mean) if self.deterministic else torch.exp(self.logvar)
 
     def kl(self, other=None):
-        """KL from another such distribution, or from the standard normal: [B]."""
+        """KL from another such distribution, other, or from the standard normal: [B]."""
         return self._zero() if self.deterministic else self._kl(other)
 
     def nll(self, sample, dims=None):
@@ -143,7 +151,15 @@ class OobleckDiagonalGaussianDistribution(_Posterior):
         deterministic: whether a draw is the mean, and the KL 0.
 
     Attributes:
-        parameters, mean, scale, deterministic; std, var, logvar, each computed when asked for.
+        parameters: as given.
+        deterministic: as given.
+        mean: [B, C, T], as are scale, and std, var and logvar, which are computed when asked for.
+
+    Raises:
+        ValueError, TypeError: in a method, as the op that computes it.
+
+    Source:
+        diffusers/models/autoencoders/autoencoder_oobleck.py.
 
     Example:
         >>> q = fastelbo.compat.diffusers.OobleckDiagonalGaussianDistribution(torch.zeros(2, 8, 16))
@@ -174,7 +190,7 @@ class OobleckDiagonalGaussianDistribution(_Posterior):
         return torch.log(self.var)
 
     def kl(self, other=None):
-        """Twice the KL from another such distribution, or from the standard normal, as nats per example and time."""
+        """Twice the KL from another such distribution, other, or the standard normal; nats per example and time."""
         if self.deterministic:
             return self._zero()
         return 2 * self.mean.shape[1] * self._kl(other, event_ndim=0, reduction="mean")

@@ -29,7 +29,10 @@ def kl_loss_v1(mean_q, s_q, mean_p, s_p, *, free_nats=3.0, scale="std"):
         scale: what s_q and s_p are.
 
     Returns:
-        A 0-d tensor.
+        A 0-d tensor, nats in the mean over all but D.
+
+    Raises:
+        ValueError, TypeError: as gaussian_kl.
 
     Source:
         Hafner et al. 2020, "Dream to Control: Learning Behaviors by Latent Imagination".
@@ -52,7 +55,10 @@ def kl_loss_v2(mean_q, s_q, mean_p, s_p, *, alpha=0.8, free_nats=0.0, free_avg=T
         free_avg: see free_nats.
 
     Returns:
-        A 0-d tensor.
+        A 0-d tensor, nats in the mean over all but D.
+
+    Raises:
+        ValueError, TypeError: as gaussian_kl.
 
     Source:
         Hafner et al. 2021, "Mastering Atari with Discrete World Models", algorithm 2.
@@ -76,7 +82,10 @@ def kl_loss_v3(mean_q, s_q, mean_p, s_p, *, dyn_scale=1.0, rep_scale=0.1, free_n
         free_nats: the floor of each KL.
 
     Returns:
-        A 0-d tensor.
+        A 0-d tensor, nats in the mean over all but D.
+
+    Raises:
+        ValueError, TypeError: as gaussian_kl.
 
     Source:
         Hafner et al. 2023, "Mastering Diverse Domains through World Models".

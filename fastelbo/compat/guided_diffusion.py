@@ -25,6 +25,9 @@ def normal_kl(mean1, logvar1, mean2, logvar2):
     Raises:
         AssertionError: only numbers.
 
+    Source:
+        guided_diffusion/losses.py; Nichol and Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models".
+
     Example:
         >>> fastelbo.compat.guided_diffusion.normal_kl(torch.ones(2), torch.zeros(2), 0.0, 0.0)
         tensor([0.5000, 0.5000])

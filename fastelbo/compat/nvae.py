@@ -31,7 +31,13 @@ class Normal:
         temp: multiplies the standard deviation.
 
     Attributes:
-        mu, sigma: mean and standard deviation.
+        mu: the mean; sigma is the standard deviation.
+
+    Raises:
+        ValueError, TypeError: in a method, as the op that computes it.
+
+    Source:
+        Vahdat and Kautz 2020, "NVAE: A Deep Hierarchical Variational Autoencoder"; its distributions.py.
 
     Example:
         >>> q = fastelbo.compat.nvae.Normal(torch.zeros(2, 3), torch.zeros(2, 3))
@@ -56,7 +62,7 @@ class Normal:
         return sample_and_noise(self.mu, self._s, self._scale)
 
     def sample_given_eps(self, eps):
-        """The draw that has this noise."""
+        """The draw that has this noise, eps."""
         return gaussian_rsample(self.mu, self._s, scale=self._scale, noise=eps)
 
     def log_p(self, samples):
@@ -64,6 +70,6 @@ class Normal:
         return gaussian_log_prob(samples, self.mu, self._s, scale=self._scale, event_ndim=0)
 
     def kl(self, normal_dist):
-        """KL of this from another such Normal, elementwise."""
+        """KL of this from another such Normal, normal_dist, elementwise."""
         other = normal_dist
         return gaussian_kl(self.mu, self._s, other.mu, other._s, scale=self._scale, scale_p=other._scale, event_ndim=0)

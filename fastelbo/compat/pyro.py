@@ -19,13 +19,19 @@ class Normal(distributions.Normal, TorchDistributionMixin):
     Args:
         loc, scale, validate_args: as there.
 
+    Raises:
+        ValueError: as there.
+
+    Source:
+        pyro/distributions/torch.py.
+
     Example:
         >>> fastelbo.compat.pyro.Normal(torch.zeros(2, 3), 1.0).to_event(1).log_prob(torch.zeros(2, 3))
         tensor([-2.7568, -2.7568])
     """
 
     def to_event(self, reinterpreted_batch_ndims=None):
-        """The Normal with that many trailing batch dimensions, or all, as one event."""
+        """The Normal with its last reinterpreted_batch_ndims batch dimensions, or all, as one event."""
         return _ours(super().to_event(reinterpreted_batch_ndims))
 
 
@@ -35,6 +41,12 @@ class Independent(distributions.Independent, pyro.distributions.Independent):
     Args:
         base_distribution, reinterpreted_batch_ndims, validate_args: as there.
 
+    Raises:
+        ValueError: as there.
+
+    Source:
+        pyro/distributions/torch.py.
+
     Example:
         >>> base = fastelbo.compat.pyro.Normal(torch.zeros(2, 3), 1.0)
         >>> fastelbo.compat.pyro.Independent(base, 1).event_shape
@@ -42,7 +54,7 @@ class Independent(distributions.Independent, pyro.distributions.Independent):
     """
 
     def to_event(self, reinterpreted_batch_ndims=None):
-        """The distribution with that many more trailing batch dimensions, or all, in the event."""
+        """The distribution with reinterpreted_batch_ndims more of its last batch dimensions, or all, in the event."""
         return _ours(super().to_event(reinterpreted_batch_ndims))
 
 

@@ -28,6 +28,12 @@ def sample_gauss(mu, std):
     Returns:
         (z, eps): the draw, and the noise in it.
 
+    Raises:
+        ValueError, TypeError: as gaussian_rsample.
+
+    Source:
+        Kingma and Welling 2013, "Auto-Encoding Variational Bayes"; pythae/models/vae/vae_model.py.
+
     Example:
         >>> z, eps = fastelbo.compat.pythae.sample_gauss(torch.zeros(2, 3), torch.ones(2, 3))
         >>> torch.equal(z, eps)
@@ -45,6 +51,12 @@ def kl(mu, log_var):
     Returns:
         KL in nats, of that shape less the last dimension.
 
+    Raises:
+        ValueError, TypeError: as gaussian_kl.
+
+    Source:
+        Kingma and Welling 2013, "Auto-Encoding Variational Bayes"; pythae/models/vae/vae_model.py.
+
     Example:
         >>> fastelbo.compat.pythae.kl(torch.ones(2, 3), torch.zeros(2, 3))
         tensor([1.5000, 1.5000])
@@ -60,6 +72,12 @@ def sample_and_kl(mu, log_var):
 
     Returns:
         (z, kl).
+
+    Raises:
+        ValueError, TypeError: as gaussian_rsample_kl.
+
+    Source:
+        Kingma and Welling 2013, "Auto-Encoding Variational Bayes"; pythae/models/vae/vae_model.py.
 
     Example:
         >>> z, kl = fastelbo.compat.pythae.sample_and_kl(torch.ones(2, 3), torch.zeros(2, 3))

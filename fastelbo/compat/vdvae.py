@@ -22,6 +22,12 @@ def gaussian_analytical_kl(mu1, mu2, logsigma1, logsigma2):
     Returns:
         KL in nats, of the broadcast shape.
 
+    Raises:
+        ValueError, TypeError: as gaussian_kl.
+
+    Source:
+        Child 2021, "Very Deep VAEs Generalize Autoregressive Models and Can Outperform Them on Images"; vae_helpers.py.
+
     Example:
         >>> zeros = torch.zeros(2)
         >>> fastelbo.compat.vdvae.gaussian_analytical_kl(torch.ones(2), zeros, zeros, zeros)
@@ -38,6 +44,12 @@ def draw_gaussian_diag_samples(mu, logsigma):
 
     Returns:
         A tensor of the broadcast shape.
+
+    Raises:
+        ValueError, TypeError: as gaussian_rsample.
+
+    Source:
+        Child 2021, "Very Deep VAEs Generalize Autoregressive Models and Can Outperform Them on Images"; vae_helpers.py.
 
     Example:
         >>> fastelbo.compat.vdvae.draw_gaussian_diag_samples(torch.zeros(2, 3), torch.zeros(2, 3)).shape

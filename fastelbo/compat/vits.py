@@ -20,7 +20,11 @@ __all__ = ["kl_loss", "posterior_sample"]
 
 
 def kl_loss(z_p, logs_q, m_p, logs_p, z_mask):
-    """One-sample KL of N(., exp(logs_q)^2), which the flow took to z_p, from N(m_p, exp(logs_p)^2); per frame.
+    r"""One-sample KL of N(., exp(logs_q)^2), which the flow took to z_p, from N(m_p, exp(logs_p)^2); per frame.
+
+    .. math:: -\ln N(z_p; m_p, \sigma_p^2) - \ln\sigma_q - \tfrac{1}{2} \ln 2 \pi e, \qquad \sigma = e^{\text{logs}}
+
+    summed over the frames that count, and divided by their number.
 
     Args:
         z_p, logs_q, m_p, logs_p: [B, H, T].
@@ -28,6 +32,13 @@ def kl_loss(z_p, logs_q, m_p, logs_p, z_mask):
 
     Returns:
         A 0-d tensor: nats per frame that counts.
+
+    Raises:
+        ValueError, TypeError: as gaussian_nll.
+
+    Source:
+        Kim et al. 2021, "Conditional Variational Autoencoder with Adversarial Learning for End-to-End
+        Text-to-Speech"; losses.py.
 
     Example:
         >>> zeros, mask = torch.zeros(2, 3, 4), torch.ones(2, 1, 4)
@@ -50,6 +61,13 @@ def posterior_sample(m, logs, x_mask, noise_scale=1.0):
 
     Returns:
         [B, H, T].
+
+    Raises:
+        ValueError, TypeError: as gaussian_rsample.
+
+    Source:
+        Kim et al. 2021, "Conditional Variational Autoencoder with Adversarial Learning for End-to-End
+        Text-to-Speech"; models.py.
 
     Example:
         >>> m, logs = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)

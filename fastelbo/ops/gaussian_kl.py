@@ -26,7 +26,7 @@ def gaussian_kl(
 ):
     r"""KL divergence of a diagonal Gaussian q from a diagonal Gaussian p, or from the standard normal.
 
-    .. math:: KL(q \| p) = \tfrac12 \left(\tfrac{\sigma_q^2 + (\mu_q - \mu_p)^2}{\sigma_p^2} - 1\right)
+    .. math:: \mathrm{KL}(q \| p) = \tfrac{1}{2} \left(\tfrac{\sigma_q^2 + (\mu_q - \mu_p)^2}{\sigma_p^2} - 1\right)
               - \ln\tfrac{\sigma_q}{\sigma_p}
 
     summed over each event; computed without cancellation, so never negative and right to the last digits for posteriors

@@ -12,8 +12,8 @@ from fastelbo.scale import as_scale, numbers
 def gaussian_log_prob(x, mean, s, *, scale="logvar", event_ndim=None, reduction="none", mask=None, backend=None):
     r"""Log-density of x under a diagonal Gaussian.
 
-    .. math:: \ln N(x; \mu, \sigma^2) = -\tfrac12 \left(\tfrac{x - \mu}{\sigma}\right)^2 - \ln\sigma
-              - \tfrac12 \ln 2\pi
+    .. math:: \ln N(x; \mu, \sigma^2) = -\tfrac{1}{2} \left(\tfrac{x - \mu}{\sigma}\right)^2 - \ln\sigma
+              - \tfrac{1}{2} \ln 2\pi
 
     summed over each event.
 
@@ -53,16 +53,20 @@ def gaussian_nll(
 ):
     r"""Negative log-likelihood of x under a diagonal Gaussian: the negative of gaussian_log_prob, constant included.
 
+    .. math:: -\sigma^{2 \beta} \ln N(x; \mu, \sigma^2)
+
+    summed over each event.
+
     Args:
         x, mean, s, scale, event_ndim, reduction, mask, backend: as in gaussian_log_prob.
-        beta_nll: between 0 and 1; each element, constant included, is multiplied by its :math:`\sigma^{2\beta}`, which
-            is held for the gradient. 0 is the likelihood; 1 gives the mean the gradient of the squared error.
+        beta_nll: :math:`\beta`, between 0 and 1; the weight :math:`\sigma^{2\beta}` of each element is held for the
+            gradient. 0 is the likelihood; 1 gives the mean the gradient of the squared error.
 
     Returns:
         As gaussian_log_prob, negated.
 
     Raises:
-        As gaussian_log_prob.
+        ValueError, TypeError, NotImplementedError: as gaussian_log_prob, and for a beta_nll out of range.
 
     Source:
         The density of the normal distribution. beta-NLL: Seitzer et al. 2022, "On the Pitfalls of Heteroscedastic

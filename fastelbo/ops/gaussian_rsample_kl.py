@@ -40,7 +40,7 @@ def gaussian_rsample_kl(
     r"""Draws from the posterior q and returns its KL divergence from the prior p: the bottleneck of a VAE in one pass
     over the data, and one in the backward.
 
-    .. math:: z = \mu_q + T \, \sigma_q \, \epsilon, \qquad KL(q \| p)
+    .. math:: z = \mu_q + T \, \sigma_q \, \epsilon, \qquad \mathrm{KL}(q \| p)
 
     The same numbers as gaussian_rsample and gaussian_kl with the same arguments; their docstrings have the formulas.
 

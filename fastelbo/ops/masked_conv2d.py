@@ -28,7 +28,7 @@ def masked_conv2d(
 ):
     r"""Convolution of an image with a k x k kernel that reads only what comes before a pixel in raster order.
 
-    .. math:: y = f\Big(b + c + \sum_{(i,j) \text{ live}} w_{ij}\, x_{r+(i-h)d,\,col+(j-h)d}\Big) + \text{residual},
+    .. math:: y = f\left(b + c + \sum_{(i,j) \text{ live}} w_{ij}\, x_{r+(i-h)d,\,col+(j-h)d}\right) + \text{residual},
               \qquad h = \lfloor k/2 \rfloor
 
     Live are the h rows above the kernel's centre, what lies left of the centre in its own row, and for mask B the
@@ -46,7 +46,7 @@ def masked_conv2d(
         bias: [C_out] or None.
         mask_type: "A" (for a network's first layer) or "B".
         dilation: d, the distance between taps, an int.
-        channel_groups: G.
+        channel_groups: how many groups, G.
         group_order: "interleaved" or "contiguous".
         activation: None, "relu", "elu", or a gate over the halves (a, b) of the channels, which leaves C_out / 2 of
             them: "tanh_sigmoid" is tanh(a) sigmoid(b), "glu" is a sigmoid(b).
@@ -112,8 +112,8 @@ def causal_conv2d(
     The vertical stack reads the rows down to the pixel's own with a kernel of k//2 + 1 rows and k columns, the
     horizontal stack what lies left of the pixel, and the pixel itself, with a kernel of 1 row and k//2 + 1 columns:
 
-    .. math:: y^v = f\Big(b + c + \sum_{i \le h,\,j} w_{ij}\, x_{r+(i-h)d,\,col+(j-h)d}\Big), \qquad
-              y^h = f\Big(b + c + \sum_{j \le h} w_{j}\, x_{r,\,col+(j-h)d}\Big), \qquad h = \lfloor k/2 \rfloor.
+    .. math:: y^v = f\left(b + c + \sum_{i \le h,\,j} w_{ij}\, x_{r+(i-h)d,\,col+(j-h)d}\right), \qquad
+              y^h = f\left(b + c + \sum_{j \le h} w_{j}\, x_{r,\,col+(j-h)d}\right), \qquad h = \lfloor k/2 \rfloor.
 
     A vertical feature thus has seen its own row to its end: shift it down by one row before it meets the horizontal
     stack, or start with mask A.
@@ -178,7 +178,7 @@ def conv_mask2d(
         out_channels, in_channels: C_out and C_in.
         kernel_size: k, odd.
         mask_type: "A" or "B".
-        channel_groups: G.
+        channel_groups: how many groups, G.
         group_order: "interleaved" or "contiguous".
         gated: whether a gate halves the output's channels, so that each half has its own groups.
 

@@ -2,8 +2,8 @@ r"""KL divergence of diagonal Gaussians.
 
 With :math:`h = \ln(\sigma_q / \sigma_p)` and :math:`r = (\mu_q - \mu_p) / \sigma_p`,
 
-.. math:: KL(q \| p) = \tfrac12 \left(\tfrac{\sigma_q^2}{\sigma_p^2} + r^2 - 1\right) - \ln\tfrac{\sigma_q}{\sigma_p}
-          = g(2h) + \tfrac12 r^2, \qquad g(d) = \tfrac12 (e^d - 1 - d) \ge 0.
+.. math:: \mathrm{KL}(q \| p) = \tfrac{1}{2} \left(\tfrac{\sigma_q^2}{\sigma_p^2} + r^2 - 1\right)
+          - \ln\tfrac{\sigma_q}{\sigma_p} = g(2h) + \tfrac{1}{2} r^2, \qquad g(d) = \tfrac{1}{2} (e^d - 1 - d) \ge 0.
 
 The middle form subtracts numbers near 1 where the posterior lies near its prior, and loses every digit there. g does
 not: its series has :math:`d^2` in front.

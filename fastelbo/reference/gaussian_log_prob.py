@@ -1,4 +1,4 @@
-r"""Log-density of a diagonal Gaussian: :math:`-r^2/2 - \ln\sigma - \tfrac12 \ln 2\pi`, r = (x - mean) / sigma."""
+r"""Log-density of a diagonal Gaussian: :math:`-r^2/2 - \ln\sigma - \tfrac{1}{2} \ln 2\pi`, r = (x - mean) / sigma."""
 
 import math
 

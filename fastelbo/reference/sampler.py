@@ -9,7 +9,7 @@ _PANEL = 16
 def draw(logits, uniforms, temperature):
     r"""The levels whose cumulative probability first exceeds a uniform number.
 
-    .. math:: \min\Big\{k : \sum_{j \le k} p_j > u\Big\}, \qquad p \propto \exp(\text{logits} / T)
+    .. math:: \min\left\{k : \sum_{j \le k} p_j > u\right\}, \qquad p \propto \exp(\text{logits} / T)
 
     Args:
         logits: [N, levels, ...].
