@@ -1,7 +1,7 @@
 """How a network's raw output becomes a standard deviation."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 
@@ -47,6 +47,7 @@ class Scale:
     """
 
     kind: str
+    _: KW_ONLY
     clamp: "tuple[float, float] | None" = None
     clamp_grad: str = "zero"
     soft_clamp: "float | None" = None

@@ -135,6 +135,8 @@ def test_is_frozen_hashable_and_picklable():
     scale = fastelbo.Scale("softplus", clamp=(-5, 5), min_std=0.1)
     assert scale == fastelbo.Scale("softplus", clamp=(-5.0, 5.0), min_std=0.1)
     assert hash(scale) == hash(dataclasses.replace(scale))
+    with pytest.raises(TypeError, match="positional"):
+        fastelbo.Scale("logvar", (-1.0, 1.0))
     assert pickle.loads(pickle.dumps(scale)) == scale
     with pytest.raises(dataclasses.FrozenInstanceError):
         scale.kind = "std"
