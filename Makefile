@@ -4,12 +4,14 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+PYTHONS ?= python3.10 python3.13
+TORCHES ?= 2.10.0 newest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu) setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench lint docs pictures clean
+.PHONY: help setup demo test test-slow bench lint docs pictures wheel wheel-test clean
 
 help:
 	@echo "make setup      virtual environment in $(VENV), pinned dependencies, fastelbo with its C++ library"
@@ -20,6 +22,8 @@ help:
 	@echo "make lint       ruff and clang-format"
 	@echo "make docs       the documentation as a site, in docs/_build/html"
 	@echo "make pictures   the pictures of the documentation, by running the examples; some minutes"
+	@echo "make wheel      source distribution and manylinux wheel into dist/; takes minutes, with nvcc many"
+	@echo "make wheel-test installs dist/'s wheel anew for each of PYTHONS=\"$(PYTHONS)\" and TORCHES=\"$(TORCHES)\", and tries it"
 	@echo "make clean      remove the environment and what was built"
 
 setup: $(STAMP)
@@ -57,5 +61,23 @@ docs: $(STAMP)
 pictures: $(STAMP)
 	@$(BIN)/python docs/pictures.py
 
+# torch 2.10's own wheels run on glibc 2.28, too. GPUs: A100, H100, B200, and from sm_120 on.
+wheel: PLATFORM = manylinux_2_28_$(shell uname -m)
+wheel: $(STAMP)
+	@rm -rf dist build/wheel
+	@echo "fastelbo: packing the sources, then building a wheel from them: minutes, with nvcc many"
+	@FASTELBO_GLIBC=2.28 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;9.0;10.0;12.0+PTX}" \
+		$(BIN)/python -m build --no-isolation --outdir build/wheel
+	@echo "fastelbo: auditing the wheel"
+	@$(BIN)/auditwheel show build/wheel/*.whl
+	@PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat $(PLATFORM) --only-plat --wheel-dir build/wheel/audited \
+		--exclude "libtorch*" --exclude "libc10*" --exclude "libcuda.so*" build/wheel/*.whl || \
+		{ echo "fastelbo: the wheel does not run on every $(PLATFORM), as auditwheel says above: no dist/" >&2; exit 1; }
+	@mkdir dist && mv build/wheel/*.tar.gz build/wheel/audited/*.whl dist
+	@echo "fastelbo: dist/ holds" && ls -sh dist
+
+wheel-test:
+	@$(PYTHON) tools/try_wheel.py --pythons $(PYTHONS) --torches $(TORCHES)
+
 clean:
-	rm -rf $(VENV) build docs/_build demo *.egg-info fastelbo/_*.so
+	rm -rf $(VENV) build docs/_build demo dist *.egg-info fastelbo/_*.so

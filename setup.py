@@ -8,6 +8,7 @@ Environment:
     MAX_JOBS              how many files to compile at a time; the number of processors if unset
     FASTELBO_CUDA         auto (the default): CUDA kernels where nvcc is found; 1: fail without it; 0: none
     TORCH_CUDA_ARCH_LIST  GPUs to compile for, 8.0 or newer; "8.0;9.0;10.0+PTX" if unset
+    FASTELBO_GLIBC        the glibc to run on, as in 2.28, for wheels (make wheel); this machine's if unset
 """
 
 import os
@@ -132,6 +133,7 @@ class BuildLibraries(build_ext):
         def compile_all(sources, **options):
             return [o for objects in self.in_parallel(lambda s: compile_one([s], **options), sources) for o in objects]
 
+        extension.extra_link_args = self.older_glibc()
         self.compiler.compile = compile_all
         try:
             super().build_extension(extension)
@@ -161,8 +163,16 @@ class BuildLibraries(build_ext):
         objects = self.in_parallel(compile_one, extension.sources)
         # as -l options, which nvcc leaves behind --no-as-needed, where it moves files ahead of it
         libraries = ["-Xlinker=--no-as-needed", f"-L{folder}", "-ltorch_cuda"]
-        libraries += [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+        libraries += [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10", *self.older_glibc()]
         self.spawn([*nvcc, "-shared", "-cudart=static", *objects, *libraries, "-o", str(library)])
+
+    def older_glibc(self):
+        # Before glibc 2.34 threads and dlopen lie in libraries of their own, which are there once libtorch_cpu.so is.
+        if not os.environ.get("FASTELBO_GLIBC"):
+            return []
+        folder = Path(self.build_temp, "glibc")
+        self.spawn([sys.executable, "tools/older_glibc.py", os.environ["FASTELBO_GLIBC"], str(folder)])
+        return [f"-L{folder}", "-lc_older", "-lm_older"]
 
     def in_parallel(self, function, items):
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:

@@ -1,6 +1,7 @@
 """python -m fastelbo: what runs here, and in one sentence why something does not."""
 
 import argparse
+import importlib.metadata
 import platform
 
 import numpy
@@ -13,10 +14,8 @@ from fastelbo import backends
 def report() -> str:
     """Versions, devices and backends as text."""
     try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
+        triton_version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
         triton_version = "not installed"
     lines = [
         f"fastelbo {fastelbo.__version__}",
@@ -33,7 +32,10 @@ def report() -> str:
         lines.append(f"  cuda:{index}    {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
     lines += ["", "backends"]
     for name, description in backends.BACKENDS.items():
-        reason = backends.usable(name) or backends.no_device(name)
+        reason = backends.usable(name)
+        if name == "triton":
+            reason = reason or backends.triton_import_error()
+        reason = reason or backends.no_device(name)
         if name == "cpu" and reason is None:
             description = f"C++, {backends.cpu_isa()}"
         lines.append(f"  {name:<9} {description if reason is None else 'not usable: ' + reason}")

@@ -1,5 +1,6 @@
 """Which implementation runs: chosen once, in the public function."""
 
+import importlib
 import importlib.metadata
 import os
 
@@ -56,6 +57,16 @@ def _triton_missing() -> "str | None":
         return "triton is not installed: pip install triton"
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
         return f"triton is {version}, and fastelbo needs {'.'.join(map(str, _OLDEST_TRITON))} or newer"
+    return None
+
+
+def triton_import_error() -> "str | None":
+    """None if triton can be imported, else why not, in one sentence; `usable` does not try, for it takes long."""
+    try:
+        importlib.import_module("triton")
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        return f"triton is installed, and importing it fails: {type(error).__name__}: {reason}"
     return None
 
 

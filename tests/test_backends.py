@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import fastelbo
-from fastelbo import _extension, backends
+from fastelbo import backends
 
 CPU = torch.device("cpu")
 
@@ -53,15 +54,88 @@ def test_environment_overrides_the_default_only():
     assert run(code.format("fastelbo.backends.choose(d, 'cpu'))"), FASTELBO_BACKEND="reference") == "reference cpu"
 
 
-def test_missing_library_leaves_the_reference(monkeypatch, tmp_path):
-    monkeypatch.setattr(_extension, "__file__", str(tmp_path / "_extension.py"))
-    monkeypatch.setattr(_extension, "_FAILURES", {})
-    monkeypatch.setattr(backends, "_MISSING", {name: backends.usable(name) for name in ("cpu", "triton", "cuda")})
-    assert "was not built" in backends.usable("cpu")
-    assert backends.fastest()["cpu"] == "reference"
-    (tmp_path / "_cpu.so").write_bytes(b"not a library")
-    monkeypatch.setattr(_extension, "_FAILURES", {})
-    assert "_cpu.so does not load with torch" in backends.usable("cpu")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the package, less its CUDA library."""
+    shutil.copytree(ROOT / "fastelbo", tmp_path / "fastelbo", ignore=shutil.ignore_patterns("kernels", "_cuda.so"))
+    shutil.copytree(ROOT / "kernels", tmp_path / "fastelbo" / "kernels")
+    return tmp_path
+
+
+def report_and_use(folder, code="", **environment):
+    """What python -m fastelbo and the code print in the copy, after a KL by default; a warning fails."""
+    program = f"""
+import runpy, torch, fastelbo
+assert fastelbo.__file__.startswith({str(folder)!r})
+assert fastelbo.gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 3)).tolist() == [0, 0]
+runpy.run_module("fastelbo", run_name="__main__")
+{code}
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (None, "_cpu.so was not built: install fastelbo with a C++ compiler present"),
+        (lambda library: b"", "file too short"),
+        (lambda library: b"not a library" * 100, "invalid ELF header"),
+        # a whole header, and a file that ends inside the code or the data: reading on would be a SIGBUS
+        (lambda library: library[:3000], "_cpu.so is cut short, as by an interrupted copy: install fastelbo again"),
+        (lambda library: library[: len(library) // 2], "_cpu.so is cut short"),
+        (lambda library: library.replace(b"torch_empty_strided", b"torch_empty_striped"), "undefined symbol"),
+    ],
+    ids=["missing", "empty", "text", "header", "half", "another torch"],
+)
+def test_library_that_does_not_load_leaves_the_reference(copied, spoil, reason):
+    library = copied / "fastelbo" / "_cpu.so"
+    contents = library.read_bytes()
+    library.unlink()
+    if spoil is not None:
+        assert spoil(contents) != contents
+        library.write_bytes(spoil(contents))
+    report = report_and_use(copied)
+    (line,) = (line for line in report.splitlines() if line.startswith("  cpu       not usable: "))
+    assert "_cpu.so" in line and reason in line
+
+
+def test_package_without_triton(copied):
+    (copied / "sitecustomize.py").write_text(
+        """
+import importlib.metadata, sys
+def version(name, version=importlib.metadata.version):
+    if name == "triton":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version, sys.modules["triton"] = version, None
+"""
+    )
+    report = report_and_use(copied)
+    assert "triton   not installed" in report
+    assert "  triton    not usable: triton is not installed: pip install triton\n" in report
+
+
+def test_triton_whose_import_fails(copied):
+    (copied / "triton").mkdir()
+    (copied / "triton" / "__init__.py").write_text("raise OSError('libLLVM.so is missing\\nand more')\n")
+    call = "fastelbo.gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 3), backend='triton')"
+    code = f"try: {call}\nexcept RuntimeError as error: print(error)"
+    printed = report_and_use(copied, code, TRITON_INTERPRET="1")
+    reason = "triton is installed, and importing it fails: OSError: libLLVM.so is missing"
+    assert f"  triton    not usable: {reason}\n" in printed
+    assert "gaussian_kl_fwd failed in Triton on cpu: libLLVM.so is missing" in printed
 
 
 def test_gpus_take_triton_until_rows_say_otherwise():

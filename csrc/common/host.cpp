@@ -2,6 +2,13 @@
 
 #include <numeric>
 
+#if __has_include(<sys/single_threaded.h>)
+#include <sys/single_threaded.h>
+// The C++ library's shared_ptr reads this of glibc 2.32 and newer, to save atomic counts where there is one thread. Our
+// own, hidden, says that there may be more, and the library runs on an older glibc, too.
+decltype(__libc_single_threaded) __libc_single_threaded = false;
+#endif
+
 namespace fastelbo {
 
 Scale parse_scale(const std::vector<double>& values) {
