@@ -11,15 +11,17 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu) setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow bench lint docs pictures wheel wheel-test clean
+.PHONY: help setup demo test test-slow coverage bench lint typecheck docs pictures wheel wheel-test clean
 
 help:
 	@echo "make setup      virtual environment in $(VENV), pinned dependencies, fastelbo with its C++ library"
 	@echo "make demo       train a VAE and a PixelCNN on handwritten digits, under two minutes; pictures go to demo/"
 	@echo "make test       the test suite"
-	@echo "make test-slow  the statistical tests over 10^8 draws"
+	@echo "make test-slow  the statistical tests over 10^8 draws, and properties on ten thousand calls, sanitized too"
 	@echo "make bench      benchmarks against eager torch, torch.distributions and torch.compile; appends result rows"
 	@echo "make lint       ruff and clang-format"
+	@echo "make typecheck  mypy"
+	@echo "make coverage   the test suite, and which lines of Python it ran"
 	@echo "make docs       the documentation as a site, in docs/_build/html"
 	@echo "make pictures   the pictures of the documentation, by running the examples; some minutes"
 	@echo "make wheel      source distribution and manylinux wheel into dist/; takes minutes, with nvcc many"
@@ -53,6 +55,12 @@ bench: $(STAMP)
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run -Werror $(shell git ls-files "*.h" "*.cpp" "*.cu" "*.cuh")
+
+typecheck: $(STAMP)
+	@$(BIN)/mypy
+
+coverage: $(STAMP)
+	@$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term-missing:skip-covered
 
 docs: $(STAMP)
 	@$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html

@@ -9,6 +9,7 @@ Environment:
     FASTELBO_CUDA         auto (the default): CUDA kernels where nvcc is found; 1: fail without it; 0: none
     TORCH_CUDA_ARCH_LIST  GPUs to compile for, 8.0 or newer; "8.0;9.0;10.0+PTX" if unset
     FASTELBO_GLIBC        the glibc to run on, as in 2.28, for wheels (make wheel); this machine's if unset
+    FASTELBO_SANITIZE     sanitizers for the CPU library, as in address,undefined (tests/test_sanitizers.py)
 """
 
 import os
@@ -34,6 +35,29 @@ TORCH = Path(torch.__file__).parent
 TORCH_TARGET = "0x020a000000000000"  # 2.10: the oldest torch whose stable interface has all we call
 
 
+def sanitizers() -> "list[str]":
+    """GCC's options for FASTELBO_SANITIZE."""
+    wanted = os.environ.get("FASTELBO_SANITIZE")
+    if not wanted:
+        return []
+    return [
+        f"-fsanitize={wanted}",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+        "-fno-wrapv",  # Python may have been built with -fwrapv, which takes the checks of signed overflow out
+        "-O1",
+        "-g1",
+        # Inlined as deeply as our loops are, these checks would take the compiler a quarter of an hour. A null pointer
+        # faults without them, and the types that vptr looks up are libtorch's.
+        "-fno-sanitize=null,object-size,vptr",
+        "-fno-sanitize-address-use-after-scope",
+        "--param=asan-instrumentation-with-call-threshold=0",
+    ]
+
+
+SANITIZE = sanitizers()
+
+
 def sources(*patterns: str) -> "list[str]":
     """Of csrc, the largest first: they take longest."""
     found = {path for pattern in patterns for path in Path("csrc").glob(pattern)}
@@ -44,7 +68,7 @@ def cpu_library() -> Extension:
     return Extension(
         "fastelbo._cpu",
         sources=sources("common/*.cpp", "cpu/*.cpp"),
-        depends=sources("*/*.h"),
+        depends=[*sources("*/*.h"), __file__],
         include_dirs=[str(TORCH / "include")],
         library_dirs=[str(TORCH / "lib")],
         libraries=["torch_cpu", "c10"],
@@ -61,7 +85,9 @@ def cpu_library() -> Extension:
             "-Wno-maybe-uninitialized",  # GCC 12 warns of its own intrinsics
             "-Wno-unknown-pragmas",
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+            *SANITIZE,
         ],
+        extra_link_args=SANITIZE[:1],
     )
 
 
@@ -133,7 +159,7 @@ class BuildLibraries(build_ext):
         def compile_all(sources, **options):
             return [o for objects in self.in_parallel(lambda s: compile_one([s], **options), sources) for o in objects]
 
-        extension.extra_link_args = self.older_glibc()
+        extension.extra_link_args += self.older_glibc()
         self.compiler.compile = compile_all
         try:
             super().build_extension(extension)

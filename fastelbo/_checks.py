@@ -3,6 +3,7 @@ metadata, but for `values`, which drop-ins use whose originals look at values.""
 
 import functools
 import math
+from typing import Any
 
 import torch
 
@@ -10,13 +11,15 @@ from fastelbo import _library
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_DIMS = 15
+_OPTIONAL = ("mean_p", "s_p")
 
 
-def operands(**named):
+def operands(**named: Any) -> "tuple[tuple[torch.Tensor, ...], torch.Size, torch.dtype]":
     """Checks the tensors of an op, and makes tensors of its numbers.
 
     Args:
-        named: tensors, Python numbers or None, in the order in which errors should name them.
+        named: tensors or Python numbers, and None for a prior that is not given, in the order in which errors should
+            name them.
 
     Returns:
         The tensors (None where None came), their broadcast shape, and the dtype torch promotes them to.
@@ -25,8 +28,8 @@ def operands(**named):
     first = values[0]
     if isinstance(first, torch.Tensor):
         shape, dtype, device = first.shape, first.dtype, first.device
-        for value in values[1:]:  # the common case: nothing to convert, nothing to broadcast
-            if value is not None and not (
+        for name, value in named.items():  # the common case: nothing to convert, nothing to broadcast
+            if not (value is None and name in _OPTIONAL) and not (
                 isinstance(value, torch.Tensor)
                 and value.shape == shape
                 and value.dtype == dtype
@@ -45,7 +48,7 @@ def _mixed_operands(named):
     device = named[anchor_name].device
     shape, widest = torch.Size(()), anchor_name
     for name, value in named.items():
-        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        if (value is None and name in _OPTIONAL) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
             continue
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a tensor or a number; got {type(value).__name__}")
@@ -64,13 +67,17 @@ def _mixed_operands(named):
             if joint != shape:
                 shape, widest = joint, name
     if len(shape) > _MAX_DIMS:
-        raise ValueError(f"{widest} must have at most {_MAX_DIMS} dimensions; got {len(shape)}")
+        name, value = max(
+            ((name, value) for name, value in named.items() if isinstance(value, torch.Tensor)),
+            key=lambda item: item[1].dim(),
+        )
+        raise ValueError(f"{name} must have at most {_MAX_DIMS} dimensions; got {value.dim()}")
     dtype = promoted(*named.values())
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     made = []
     for value in named.values():
         if isinstance(value, (int, float)):
-            value = torch.full((), value, dtype=arithmetic, device=device)
+            value = torch.full((), float(value), dtype=arithmetic, device=device)
         elif value is not None and value.dtype == torch.float64 and arithmetic == torch.float32:
             value = value.to(arithmetic)  # it is 0-d: else the arithmetic would be float64
         made.append(value)
@@ -188,17 +195,21 @@ def kl_objective(free_bits, free_bits_per, balance, mask_, shape, event_ndim, de
 def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperature, shape, device):
     """Checks what decides a draw, but for the seed's own value."""
     if num_samples is not None:
-        if isinstance(num_samples, (bool, float)):
+        if isinstance(num_samples, bool) or not isinstance(num_samples, (int, torch.SymInt)):
             raise TypeError(f"num_samples must be an int or None; got {type(num_samples).__name__}")
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1; got {num_samples}")
+        if num_samples >= 2**32:
+            raise ValueError(f"num_samples must be below 2**32, the samples of a seed; got {num_samples}")
         shape = torch.Size((num_samples, *shape))
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature must be a number; got {type(temperature).__name__}")
-    if isinstance(noise_offset, (bool, float)):
+    if isinstance(noise_offset, bool) or not isinstance(noise_offset, (int, torch.SymInt)):
         raise TypeError(f"noise_offset must be an int; got {type(noise_offset).__name__}")
     if noise_offset < 0:
         raise ValueError(f"noise_offset must be at least 0; got {noise_offset}")
+    if noise_offset >= 2**63:
+        raise ValueError(f"noise_offset must be below 2**63; got {noise_offset}")
     if noise is None:
         if seed is not None and generator is not None:
             raise ValueError("seed and generator must not both be given")

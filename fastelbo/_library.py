@@ -144,7 +144,7 @@ def transformed() -> bool:
 
 
 # What torch.compiler.assume_constant_result does, which would also import torch._dynamo and Triton.
-transformed._dynamo_marked_constant = True
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def distinct(*tensors):

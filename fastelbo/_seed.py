@@ -1,5 +1,7 @@
 """The seed of a draw: an int64 tensor of one element, on the device of the sample."""
 
+from typing import Any
+
 import torch
 
 from fastelbo import _library
@@ -24,7 +26,7 @@ _DRAW = _library.define_helper(
 _library.implement("draw_seed", lambda fresh: _draw(fresh.device))
 
 
-def as_seed(seed, generator, device: torch.device) -> torch.Tensor:
+def as_seed(seed: Any, generator: Any, device: torch.device) -> torch.Tensor:
     """The seed as a tensor; drawn from the generator, or torch's default one, where there is none.
 
     Raises:
@@ -54,4 +56,5 @@ def as_seed(seed, generator, device: torch.device) -> torch.Tensor:
         raise TypeError(f"seed must be an int or an int64 tensor; got {type(seed).__name__}")
     if not _LOW <= seed < 2**64:
         raise ValueError(f"seed must fit in 64 bits; got {seed}")
-    return torch.full((1,), seed - 2**64 if seed > _HIGH else seed, dtype=torch.int64, device=device)
+    signed: Any = seed - 2**64 if seed > _HIGH else seed  # torch.full says nothing of SymInt
+    return torch.full((1,), signed, dtype=torch.int64, device=device)

@@ -161,10 +161,10 @@ def choose(device: torch.device, backend: "str | None" = None, only_reference: "
         >>> fastelbo.backends.choose(torch.device("cpu"), "reference")
         'reference'
     """
-    wanted = backend or OVERRIDE
+    wanted = OVERRIDE if backend is None else backend
     if wanted is None:
         return _FASTEST.get(device.type, "reference") if only_reference is None else "reference"
-    if wanted not in BACKENDS:
+    if not isinstance(wanted, str) or wanted not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {wanted!r}")
     if wanted == "reference" or (only_reference is None and why_not(wanted, device) is None):
         return wanted
@@ -175,7 +175,7 @@ def choose(device: torch.device, backend: "str | None" = None, only_reference: "
     raise NotImplementedError(f"backend {wanted!r} cannot run this input ({reasons})")
 
 
-def only_reference(noise=None) -> "str | None":
+def only_reference(noise: "torch.Tensor | None" = None) -> "str | None":
     """Why a call must run on the reference, or None.
 
     Args:

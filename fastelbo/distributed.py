@@ -19,7 +19,13 @@ __all__ = ["independent_seed", "noise_offset", "same_seed"]
 _SEED_BLOCK = (0, 1)
 
 
-def same_seed(seed=None, *, generator=None, device="cpu", group=None):
+def same_seed(
+    seed: "int | torch.Tensor | None" = None,
+    *,
+    generator: "torch.Generator | None" = None,
+    device: "torch.device | str" = "cpu",
+    group: "dist.ProcessGroup | None" = None,
+) -> torch.Tensor:
     """One seed for all ranks of a group, that of its first rank: the same draw as on one device.
 
     With it, and with the noise_offset of its rows, each rank draws its part of what one device would draw for the whole
@@ -48,13 +54,19 @@ def same_seed(seed=None, *, generator=None, device="cpu", group=None):
         >>> torch.distributed.destroy_process_group()
     """
     _rank(group)
-    seed = _as_tensor(seed, generator, device).clone()
+    shared = _as_tensor(seed, generator, device).clone()
     first = 0 if group is None else dist.get_global_rank(group, 0)
-    dist.broadcast(seed, first, group=group)
-    return seed
+    dist.broadcast(shared, first, group=group)
+    return shared
 
 
-def independent_seed(seed=None, *, generator=None, device="cpu", group=None):
+def independent_seed(
+    seed: "int | torch.Tensor | None" = None,
+    *,
+    generator: "torch.Generator | None" = None,
+    device: "torch.device | str" = "cpu",
+    group: "dist.ProcessGroup | None" = None,
+) -> torch.Tensor:
     r"""A seed of its own for each rank of a group: independent draws.
 
     .. math:: \text{Philox}_{\text{seed}}(\text{rank}, 0, 0, 1)
@@ -87,14 +99,14 @@ def independent_seed(seed=None, *, generator=None, device="cpu", group=None):
         >>> torch.distributed.destroy_process_group()
     """
     rank = _rank(group)
-    seed = _as_tensor(seed, generator, device)
+    key = _as_tensor(seed, generator, device)
     low = 0xFFFFFFFF
-    counter = (torch.full_like(seed, word) for word in (rank, 0, *_SEED_BLOCK))
-    words = philox4x32(tuple(counter), (seed & low, (seed >> 32) & low))
+    counter = (torch.full_like(key, word) for word in (rank, 0, *_SEED_BLOCK))
+    words = philox4x32(tuple(counter), (key & low, (key >> 32) & low))
     return words[0] | (words[1] << 32)
 
 
-def noise_offset(shard, first=None, *, group=None):
+def noise_offset(shard: torch.Tensor, first: "int | None" = None, *, group: "dist.ProcessGroup | None" = None) -> int:
     """The noise_offset of a rank's rows of a batch.
 
     Args:

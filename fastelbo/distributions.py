@@ -14,6 +14,8 @@ What differs from the originals:
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.distributions.utils import broadcast_all
@@ -46,7 +48,9 @@ class Normal(torch.distributions.Normal):
         torch.Size([5, 2, 3])
     """
 
-    def __init__(self, loc, scale, validate_args=None):
+    def __init__(
+        self, loc: "torch.Tensor | float", scale: "torch.Tensor | float", validate_args: "bool | None" = None
+    ) -> None:
         self.loc, self.scale = broadcast_all(loc, scale)
         validate = self._validate_args if validate_args is None else validate_args
         readable = _checks.readable(self.loc)
@@ -58,23 +62,23 @@ class Normal(torch.distributions.Normal):
                 valid = constraint.check(getattr(self, name))
                 _checks.values(valid, f"Expected parameter {name} to satisfy the constraint {constraint!r}")
 
-    def expand(self, batch_shape, _instance=None):
+    def expand(self, batch_shape: "Sequence[int]", _instance: Any = None) -> "Normal":
         """The same distribution with its batch dimensions expanded to batch_shape; _instance as in torch."""
         return super().expand(batch_shape, self._get_checked_instance(Normal, _instance))
 
-    def sample(self, sample_shape=(), generator=None):
+    def sample(self, sample_shape: "Sequence[int]" = (), generator: "torch.Generator | None" = None) -> torch.Tensor:
         """rsample without gradients; sample_shape and generator as there."""
         with torch.no_grad():
             return self.rsample(sample_shape, generator)
 
-    def rsample(self, sample_shape=(), generator=None):
+    def rsample(self, sample_shape: "Sequence[int]" = (), generator: "torch.Generator | None" = None) -> torch.Tensor:
         """Draws of shape sample_shape + batch_shape, through which gradients reach loc and scale.
 
         Args:
             sample_shape: of the draws, in front.
             generator: a torch.Generator of loc's device to draw the seed from; torch's default one where None.
         """
-        shape = self._extended_shape(sample_shape)
+        shape = self._extended_shape(torch.Size(sample_shape))
         if len(shape) == len(self._batch_shape):
             return gaussian_rsample(self.loc, self.scale, scale="std", generator=generator)
         num_samples = math.prod(shape[: len(shape) - len(self._batch_shape)])
@@ -83,7 +87,7 @@ class Normal(torch.distributions.Normal):
         z = gaussian_rsample(self.loc, self.scale, scale="std", num_samples=num_samples, generator=generator)
         return z.reshape(shape)
 
-    def log_prob(self, value):
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """Log-density of value, elementwise."""
         return self._log_prob(value, event_ndim=0)
 
@@ -121,23 +125,23 @@ class Independent(torch.distributions.Independent):
         tensor([-2.7568, -2.7568])
     """
 
-    def sample(self, sample_shape=(), generator=None):
+    def sample(self, sample_shape: "Sequence[int]" = (), generator: "torch.Generator | None" = None) -> torch.Tensor:
         """Draws of shape sample_shape + batch_shape + event_shape without gradients; generator only for a base that
         takes one."""
         return self.base_dist.sample(sample_shape, **({} if generator is None else {"generator": generator}))
 
-    def rsample(self, sample_shape=(), generator=None):
+    def rsample(self, sample_shape: "Sequence[int]" = (), generator: "torch.Generator | None" = None) -> torch.Tensor:
         """The same draws with gradients; sample_shape and generator as in sample."""
         return self.base_dist.rsample(sample_shape, **({} if generator is None else {"generator": generator}))
 
-    def log_prob(self, value):
+    def log_prob(self, value: torch.Tensor) -> torch.Tensor:
         """Log-density of value, summed over each event."""
         if isinstance(self.base_dist, Normal):
             return self.base_dist._log_prob(value, self.reinterpreted_batch_ndims)
         return super().log_prob(value)
 
 
-def kl_divergence(p, q):
+def kl_divergence(p: torch.distributions.Distribution, q: torch.distributions.Distribution) -> torch.Tensor:
     r"""KL(p || q), with gaussian_kl where p and q are (Independent) Normals; torch's for anything else.
 
     It computes what torch.distributions.kl_divergence does of the same two, and can be traced in full by torch.compile.
@@ -175,7 +179,7 @@ def _kl_independent(p, q):
     return torch.distributions.kl_divergence(*plain)
 
 
-_KL = {}
+_KL: dict[Any, Any] = {}
 for _ours, _theirs, _function in (
     (Normal, torch.distributions.Normal, _kl_normal),
     (Independent, torch.distributions.Independent, _kl_independent),

@@ -1,7 +1,8 @@
 """Variational objectives composed of the ops."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,7 +12,7 @@ from fastelbo.ops.gaussian_log_prob import gaussian_log_prob, gaussian_nll
 from fastelbo.ops.gaussian_rsample import gaussian_rsample
 from fastelbo.reference.gaussian_kl import event_sum
 from fastelbo.reference.scale import arithmetic, log_std_and_std
-from fastelbo.scale import as_scale
+from fastelbo.scale import Scale, as_scale
 
 ESTIMATORS = ("iwae", "stl", "dreg")
 
@@ -35,27 +36,27 @@ class ELBO(NamedTuple):
 
 
 def gaussian_elbo(
-    x,
-    x_mean,
-    x_s,
-    mean_q,
-    s_q,
-    mean_p=None,
-    s_p=None,
+    x: "torch.Tensor | float",
+    x_mean: "torch.Tensor | float",
+    x_s: "torch.Tensor | float",
+    mean_q: "torch.Tensor | float",
+    s_q: "torch.Tensor | float",
+    mean_p: "torch.Tensor | float | None" = None,
+    s_p: "torch.Tensor | float | None" = None,
     *,
-    x_scale="logvar",
-    z_scale="logvar",
-    z_scale_p=None,
-    beta=1.0,
-    x_event_ndim=None,
-    z_event_ndim=None,
-    free_bits=None,
-    free_bits_per="dim",
-    balance=None,
-    x_mask=None,
-    z_mask=None,
-    backend=None,
-):
+    x_scale: "str | Scale" = "logvar",
+    z_scale: "str | Scale" = "logvar",
+    z_scale_p: "str | Scale | None" = None,
+    beta: "torch.Tensor | float" = 1.0,
+    x_event_ndim: "int | None" = None,
+    z_event_ndim: "int | None" = None,
+    free_bits: "torch.Tensor | float | None" = None,
+    free_bits_per: str = "dim",
+    balance: "float | None" = None,
+    x_mask: "torch.Tensor | None" = None,
+    z_mask: "torch.Tensor | None" = None,
+    backend: "str | None" = None,
+) -> ELBO:
     r"""Evidence lower bound of a variational autoencoder with a Gaussian decoder, by one sample of its latents.
 
     .. math:: -\left(-\ln N(x; \mu_x, \sigma_x^2) + \beta \, \mathrm{KL}(q \| p)\right)
@@ -103,7 +104,7 @@ def gaussian_elbo(
     x_event_ndim = _checks.event_ndim(x_event_ndim, x_shape, "x_event_ndim")
     if x_mask is not None:
         _checks.mask("x_mask", x_mask, x_shape, x.device)
-    options = {"event_ndim": x_event_ndim, "mask": x_mask, "backend": backend}
+    options: dict[str, Any] = {"event_ndim": x_event_ndim, "mask": x_mask, "backend": backend}
     nll = gaussian_nll(x, x_mean, x_s, scale=x_scale, **options)
     kl = gaussian_kl(
         mean_q,
@@ -127,7 +128,15 @@ def gaussian_elbo(
     return ELBO(-(nll + weighted), nll, kl)
 
 
-def iwae_bound(log_p_x, log_p_z, log_q_z, *, dim=0, estimator="iwae", z=None):
+def iwae_bound(
+    log_p_x: "torch.Tensor | float",
+    log_p_z: "torch.Tensor | float",
+    log_q_z: "torch.Tensor | float",
+    *,
+    dim: int = 0,
+    estimator: str = "iwae",
+    z: "torch.Tensor | None" = None,
+) -> torch.Tensor:
     r"""Importance-weighted lower bound of the log-likelihood, from K samples of the posterior.
 
     .. math:: \ln \tfrac{1}{K} \sum_k w_k, \qquad w_k = \frac{p(x | z_k) \, p(z_k)}{q(z_k | x)}, \qquad
@@ -188,7 +197,7 @@ def iwae_bound(log_p_x, log_p_z, log_q_z, *, dim=0, estimator="iwae", z=None):
     log_w = wide_p_x + wide_p_z - wide_q_z
     if estimator != "iwae":
         _check_samples(z, shape, estimator)
-        if torch.is_grad_enabled() and z.requires_grad:
+        if z is not None and torch.is_grad_enabled() and z.requires_grad:
             if not torch.compiler.is_compiling() and not _library.transformed():
                 _check_paths(z, log_p_x, log_p_z, log_q_z, estimator)
             if estimator == "dreg":
@@ -237,7 +246,9 @@ def _check_paths(z, log_p_x, log_p_z, log_q_z, estimator):
         raise ValueError(f"log_q_z must be evaluated at z for estimator {estimator!r}; got one that does not reach z")
 
 
-def importance_weighted_log_likelihood(log_weights, *, dim=0):
+def importance_weighted_log_likelihood(
+    log_weights: "torch.Tensor | Iterable[torch.Tensor]", *, dim: int = 0
+) -> torch.Tensor:
     r"""Log-likelihood of x by importance sampling, for evaluation: the log of the mean weight, without gradient.
 
     .. math:: \ln p(x) \approx \ln \tfrac{1}{K} \sum_k w_k, \qquad w_k = \frac{p(x | z_k) \, p(z_k)}{q(z_k | x)}
@@ -268,30 +279,30 @@ def importance_weighted_log_likelihood(log_weights, *, dim=0):
     with torch.no_grad():
         for chunk in (log_weights,) if isinstance(log_weights, torch.Tensor) else log_weights:
             (chunk,), shape, _ = _checks.operands(log_weights=chunk)
-            part = torch.logsumexp(*arithmetic(chunk), _checks.sample_dim(dim, shape))
+            part = torch.logsumexp(arithmetic(chunk)[0], _checks.sample_dim(dim, shape))
             if total is not None and part.shape != total.shape:
                 raise ValueError(f"log_weights must be of one batch, {tuple(total.shape)}; got {tuple(part.shape)}")
             total = part if total is None else torch.logaddexp(total, part)
             count += shape[dim]
-    if count == 0:
+    if total is None:
         raise ValueError("log_weights must hold at least one sample; got none")
     return total - math.log(count)
 
 
 def gaussian_rsample_log_prob(
-    mean,
-    s,
+    mean: "torch.Tensor | float",
+    s: "torch.Tensor | float",
     *,
-    scale="logvar",
-    num_samples=None,
-    noise=None,
-    seed=None,
-    generator=None,
-    noise_offset=0,
-    out_dtype=None,
-    event_ndim=None,
-    backend=None,
-):
+    scale: "str | Scale" = "logvar",
+    num_samples: "int | None" = None,
+    noise: "torch.Tensor | None" = None,
+    seed: "int | torch.Tensor | None" = None,
+    generator: "torch.Generator | None" = None,
+    noise_offset: int = 0,
+    out_dtype: "torch.dtype | None" = None,
+    event_ndim: "int | None" = None,
+    backend: "str | None" = None,
+) -> "tuple[torch.Tensor, torch.Tensor]":
     r"""Draws from a diagonal Gaussian and returns the log-density of the draw, from the noise in it.
 
     .. math:: z = \mu + \sigma \epsilon, \qquad \ln q(z) = \ln N(\epsilon; 0, 1) - \ln\sigma
@@ -323,7 +334,7 @@ def gaussian_rsample_log_prob(
     scale = as_scale(scale)
     (mean, s), shape, _ = _checks.operands(mean=mean, s=s)
     event_ndim = _checks.event_ndim(event_ndim, shape)
-    draw = {"num_samples": num_samples, "noise_offset": noise_offset, "backend": backend}
+    draw: dict[str, Any] = {"num_samples": num_samples, "noise_offset": noise_offset, "backend": backend}
     if noise is None:
         draw["seed"] = _seed.as_seed(seed, generator, mean.device)
         z = gaussian_rsample(mean, s, scale=scale, out_dtype=out_dtype, **draw)
@@ -333,28 +344,28 @@ def gaussian_rsample_log_prob(
         draw |= {"noise": noise, "seed": seed, "generator": generator}
         z = gaussian_rsample(mean, s, scale=scale, out_dtype=out_dtype, **draw)
         noise = noise.expand(z.shape)
-    log_std, _ = log_std_and_std(*arithmetic(s), scale)
+    log_std, _ = log_std_and_std(arithmetic(s)[0], scale)
     log_noise = gaussian_log_prob(noise, 0.0, 1.0, scale="std", event_ndim=event_ndim, backend=backend)
     return z, log_noise - event_sum(log_std.expand(shape), event_ndim)
 
 
 def gaussian_one_sample_kl(
-    mean_q,
-    s_q,
-    mean_p=None,
-    s_p=None,
+    mean_q: "torch.Tensor | float",
+    s_q: "torch.Tensor | float",
+    mean_p: "torch.Tensor | float | None" = None,
+    s_p: "torch.Tensor | float | None" = None,
     *,
-    scale="logvar",
-    scale_p=None,
-    num_samples=None,
-    noise=None,
-    seed=None,
-    generator=None,
-    noise_offset=0,
-    out_dtype=None,
-    event_ndim=None,
-    backend=None,
-):
+    scale: "str | Scale" = "logvar",
+    scale_p: "str | Scale | None" = None,
+    num_samples: "int | None" = None,
+    noise: "torch.Tensor | None" = None,
+    seed: "int | torch.Tensor | None" = None,
+    generator: "torch.Generator | None" = None,
+    noise_offset: int = 0,
+    out_dtype: "torch.dtype | None" = None,
+    event_ndim: "int | None" = None,
+    backend: "str | None" = None,
+) -> "tuple[torch.Tensor, torch.Tensor]":
     r"""Draws from the posterior q and returns the one-sample estimate of its KL divergence from the prior p.
 
     .. math:: z \sim q, \qquad \ln q(z) - \ln p(z)
@@ -400,11 +411,21 @@ def gaussian_one_sample_kl(
     )
     if mean_p is None:
         mean_p, s_p, scale_p = 0.0, 1.0, "std"
-    options = {"scale": scale if scale_p is None else scale_p, "event_ndim": event_ndim, "backend": backend}
+    options: dict[str, Any] = {
+        "scale": scale if scale_p is None else scale_p,
+        "event_ndim": event_ndim,
+        "backend": backend,
+    }
     return z, log_q - gaussian_log_prob(z, mean_p, s_p, **options)
 
 
-def optimal_sigma(x, mean, *, dim=None, mask=None):
+def optimal_sigma(
+    x: "torch.Tensor | float",
+    mean: "torch.Tensor | float",
+    *,
+    dim: "int | tuple[int, ...] | None" = None,
+    mask: "torch.Tensor | None" = None,
+) -> torch.Tensor:
     r"""The standard deviation that makes x likeliest around its mean: the decoder's sigma of an optimal sigma-VAE.
 
     .. math:: \sigma^* = \sqrt{\tfrac{1}{N} \sum_i (x_i - \mu_i)^2}
@@ -436,8 +457,8 @@ def optimal_sigma(x, mean, *, dim=None, mask=None):
         tensor([[1., 3.]])
     """
     (x, mean), shape, _ = _checks.operands(x=x, mean=mean)
-    x, mean = arithmetic(x.detach(), mean.detach())
-    squared, over = (x - mean).square(), {"dim": dim, "keepdim": dim is not None}
+    squared = torch.sub(*arithmetic(x.detach(), mean.detach())).square()
+    over: dict[str, Any] = {"dim": dim, "keepdim": dim is not None}
     if mask is None:
         return squared.mean(**over).sqrt()
     _checks.mask("mask", mask, shape, x.device)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
@@ -181,24 +182,24 @@ class MaskedConv2d(_CausalConv2d):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride=1,
-        padding=None,
-        dilation=1,
-        groups=1,
-        bias=True,
-        padding_mode="zeros",
-        device=None,
-        dtype=None,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: "int | tuple[int, int]",
+        stride: "int | tuple[int, int]" = 1,
+        padding: "int | str | tuple[int, int] | None" = None,
+        dilation: "int | tuple[int, int]" = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: "torch.device | str | None" = None,
+        dtype: "torch.dtype | None" = None,
         *,
-        mask_type="A",
-        channel_groups=1,
-        group_order="interleaved",
-        activation=None,
-        backend=None,
-    ):
+        mask_type: str = "A",
+        channel_groups: int = 1,
+        group_order: str = "interleaved",
+        activation: "str | None" = None,
+        backend: "str | None" = None,
+    ) -> None:
         kernel_size, dilation = _square("kernel_size", kernel_size), _square("dilation", dilation)
         same = kernel_size // 2 * dilation
         if _square("stride", stride) != 1:
@@ -226,7 +227,9 @@ class MaskedConv2d(_CausalConv2d):
         )
         self.padding = (same, same)
 
-    def forward(self, input, cond=None, residual=None):
+    def forward(
+        self, input: torch.Tensor, cond: "torch.Tensor | None" = None, residual: "torch.Tensor | None" = None
+    ) -> torch.Tensor:
         """From input [N, C_in, H, W] to [N, C_out or C_out / 2, H, W]; cond and residual as for masked_conv2d."""
         return op.masked_conv2d(
             input,
@@ -267,18 +270,18 @@ class VerticalStackConv2d(_CausalConv2d):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        kernel_size,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: "int | tuple[int, int]",
         *,
-        mask_type="B",
-        dilation=1,
-        bias=True,
-        activation=None,
-        backend=None,
-        device=None,
-        dtype=None,
-    ):
+        mask_type: str = "B",
+        dilation: "int | tuple[int, int]" = 1,
+        bias: bool = True,
+        activation: "str | None" = None,
+        backend: "str | None" = None,
+        device: "torch.device | str | None" = None,
+        dtype: "torch.dtype | None" = None,
+    ) -> None:
         kernel_size = _square("kernel_size", kernel_size)
         super().__init__(
             in_channels,
@@ -296,7 +299,7 @@ class VerticalStackConv2d(_CausalConv2d):
             dtype=dtype,
         )
 
-    def live_taps(self):
+    def live_taps(self) -> torch.Tensor:
         """The mask of the weight: bool, of its shape, True where a tap is live."""
         live = super().live_taps()
         live[:, :, -1] = self.mask_type == "B"
@@ -311,7 +314,7 @@ class VerticalStackConv2d(_CausalConv2d):
         rows = torch.arange(mask.shape[2]) < self.k // 2 + (mask_type == "B")
         return torch.equal(mask.cpu().bool(), rows[:, None].expand(mask.shape))
 
-    def forward(self, input, cond=None):
+    def forward(self, input: torch.Tensor, cond: "torch.Tensor | None" = None) -> torch.Tensor:
         """From input [N, C_in, H, W] to [N, C_out or C_out / 2, H, W]; cond as for causal_conv2d."""
         return op.causal_conv2d(
             input,
@@ -351,20 +354,20 @@ class HorizontalStackConv2d(_CausalConv2d):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        kernel_size,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: "int | tuple[int, int]",
         *,
-        mask_type="B",
-        dilation=1,
-        bias=True,
-        channel_groups=1,
-        group_order="interleaved",
-        activation=None,
-        backend=None,
-        device=None,
-        dtype=None,
-    ):
+        mask_type: str = "B",
+        dilation: "int | tuple[int, int]" = 1,
+        bias: bool = True,
+        channel_groups: int = 1,
+        group_order: str = "interleaved",
+        activation: "str | None" = None,
+        backend: "str | None" = None,
+        device: "torch.device | str | None" = None,
+        dtype: "torch.dtype | None" = None,
+    ) -> None:
         kernel_size = _square("kernel_size", kernel_size)
         super().__init__(
             in_channels,
@@ -392,7 +395,7 @@ class HorizontalStackConv2d(_CausalConv2d):
     def _where(self, kept):
         return slice(self.k // 2, self.k // 2 + 1), slice(0, kept[1])
 
-    def forward(self, input, cond=None):
+    def forward(self, input: torch.Tensor, cond: "torch.Tensor | None" = None) -> torch.Tensor:
         """From input [N, C_in, H, W] to [N, C_out or C_out / 2, H, W]; cond as for causal_conv2d."""
         return op.causal_conv2d(
             input,
@@ -449,23 +452,23 @@ class GatedMaskedConv2d(nn.Module):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        kernel_size,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: "int | tuple[int, int]",
         *,
-        mask_type="B",
-        link="shift",
-        dilation=1,
-        cond_channels=None,
-        residual=None,
-        activation="tanh_sigmoid",
-        channel_groups=1,
-        group_order="interleaved",
-        bias=True,
-        backend=None,
-        device=None,
-        dtype=None,
-    ):
+        mask_type: str = "B",
+        link: str = "shift",
+        dilation: "int | tuple[int, int]" = 1,
+        cond_channels: "int | None" = None,
+        residual: "bool | None" = None,
+        activation: str = "tanh_sigmoid",
+        channel_groups: int = 1,
+        group_order: str = "interleaved",
+        bias: bool = True,
+        backend: "str | None" = None,
+        device: "torch.device | str | None" = None,
+        dtype: "torch.dtype | None" = None,
+    ) -> None:
         super().__init__()
         op._one_of("mask_type", mask_type, op.MASK_TYPES)
         op._one_of("link", link, ("shift", "mask-first-layer"))
@@ -478,8 +481,14 @@ class GatedMaskedConv2d(nn.Module):
             )
         self.link_convention, self.activation = link, activation
         self.residual = can_add if residual is None else residual
-        common = {"dilation": dilation, "bias": bias, "backend": backend, "device": device, "dtype": dtype}
-        groups = {"channel_groups": channel_groups, "group_order": group_order}
+        common: dict[str, Any] = {
+            "dilation": dilation,
+            "bias": bias,
+            "backend": backend,
+            "device": device,
+            "dtype": dtype,
+        }
+        groups: dict[str, Any] = {"channel_groups": channel_groups, "group_order": group_order}
         vertical_mask = mask_type if link == "mask-first-layer" else "B"
         self.vertical = VerticalStackConv2d(
             in_channels, 2 * out_channels, kernel_size, mask_type=vertical_mask, **common
@@ -499,11 +508,13 @@ class GatedMaskedConv2d(nn.Module):
             backend=backend,
             **groups,
         )
-        self.cond = None
+        self.cond: nn.Conv2d | None = None
         if cond_channels is not None:
             self.cond = nn.Conv2d(cond_channels, 4 * out_channels, 1, bias=False, device=device, dtype=dtype)
 
-    def forward(self, v, h, cond=None):
+    def forward(
+        self, v: torch.Tensor, h: torch.Tensor, cond: "torch.Tensor | None" = None
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
         """Both stacks [N, C_in, H, W] to both [N, C_out, H, W].
 
         Args:
@@ -513,7 +524,7 @@ class GatedMaskedConv2d(nn.Module):
         if (cond is None) != (self.cond is None):
             raise ValueError(f"cond must {'not ' if self.cond is None else ''}be given: cond_channels decides")
         v_cond = h_cond = 0
-        if cond is not None:
+        if cond is not None and self.cond is not None:
             v_cond, h_cond = self.cond(cond if cond.dim() == 4 else cond[:, :, None, None]).chunk(2, dim=1)
         z = self.vertical(v)
         seen = z
@@ -549,7 +560,7 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
         tensor(0.5000)
     """
 
-    def forward(self, input, target, var):
+    def forward(self, input: torch.Tensor, target: torch.Tensor, var: "torch.Tensor | float") -> torch.Tensor:
         """The loss.
 
         Args:
@@ -585,7 +596,7 @@ def _one_is_1(shape, other):
     return len(shape) == len(other) and sum(b for a, b in zip(shape, other, strict=True) if a != b) == 1
 
 
-def _square(name, value):
+def _square(name: str, value: Any) -> int:
     """The number that an int or a pair of equal ints stands for."""
     if isinstance(value, (tuple, list)):
         if len(set(value)) != 1:

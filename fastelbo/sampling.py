@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +76,16 @@ class IncrementalSampler:
     """
 
     def __init__(
-        self, model, image_shape, *, levels=None, values=None, conditional=False, order="raster", backend=None
-    ):
+        self,
+        model: nn.Module,
+        image_shape: "Sequence[int]",
+        *,
+        levels: "int | None" = None,
+        values: "torch.Tensor | Sequence[float] | None" = None,
+        conditional: bool = False,
+        order: str = "raster",
+        backend: "str | None" = None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a module; got {type(model).__name__}")
         shape = tuple(image_shape)
@@ -114,7 +123,7 @@ class IncrementalSampler:
                 f"stack do ({len(rowwise)} of its {len(self._network.steps)} steps); got {order!r}"
             )
         self._programs: dict[tuple, _Compiled] = {}
-        self._run = None
+        self._run: _Run | None = None
         if not conditional:
             with torch.no_grad():
                 self._compiled(self._constants({}))
@@ -138,7 +147,7 @@ class IncrementalSampler:
         fronts = columns + self.lag * (rows - 1) if self.order == "wavefront" else rows * columns
         return fronts * len(self._network.stages)
 
-    def cache_bytes(self, n=1):
+    def cache_bytes(self, n: int = 1) -> int:
         """Bytes that the caches of n images take, as the class's formula has it.
 
         A condition counts as one of a class until a spatial one has been given.
@@ -156,18 +165,18 @@ class IncrementalSampler:
     @torch.no_grad()
     def sample(
         self,
-        n,
-        cond=None,
+        n: int,
+        cond: "torch.Tensor | None" = None,
         *,
-        init=None,
-        mask=None,
-        temperature=1.0,
-        seed=None,
-        generator=None,
-        noise_offset=0,
-        method="cached",
-        progress=False,
-    ):
+        init: "torch.Tensor | None" = None,
+        mask: "torch.Tensor | None" = None,
+        temperature: float = 1.0,
+        seed: "int | torch.Tensor | None" = None,
+        generator: "torch.Generator | None" = None,
+        noise_offset: int = 0,
+        method: str = "cached",
+        progress: bool = False,
+    ) -> torch.Tensor:
         """Draws images, or completes some that are known in part.
 
         The draw of a colour of a pixel depends on the seed, on the index of that element in the sample and on the
@@ -285,7 +294,7 @@ class IncrementalSampler:
     # Pixel after pixel
 
     @torch.no_grad()
-    def reset(self, n, cond=None):
+    def reset(self, n: int, cond: "torch.Tensor | None" = None) -> "IncrementalSampler":
         """Starts n images, for step and commit.
 
         Args:
@@ -300,15 +309,17 @@ class IncrementalSampler:
     @property
     def pixels(self) -> list[tuple[int, int]]:
         """Rows and columns that the next step is about: one pixel in raster order."""
-        return self._started().pixels(self._run.step)
+        run = self._started()
+        return run.pixels(run.step)
 
     @property
     def colours(self) -> list[int]:
         """The colours of these pixels that the next step is about."""
-        return self._started().colours(self._run.step)
+        run = self._started()
+        return run.colours(run.step)
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> torch.Tensor:
         """The outputs for `colours` at `pixels`, given all that was committed.
 
         Returns:
@@ -322,7 +333,7 @@ class IncrementalSampler:
             return run.advance(run.step).clone()
 
     @torch.no_grad()
-    def commit(self, values):
+    def commit(self, values: torch.Tensor) -> None:
         """Tells what `colours` at `pixels` are, and goes on to the next step.
 
         Args:
@@ -451,7 +462,8 @@ class _Run:
             channels = torch.zeros_like(channels)
         elif int(channels.max()) >= value.shape[1]:
             raise ValueError(f"cond must lead to {int(channels.max()) + 1} channels or more; got {value.shape[1]}")
-        ref, rows, columns = buffer.ref, *value.shape[2:]
+        ref = buffer.ref
+        rows, columns = value.shape[2:]
         view = self.workspace.as_strided(
             (self.n, rows, columns, buffer.width),
             (self.program.size, ref.row_stride, ref.column_stride, 1),
@@ -520,7 +532,7 @@ class _Run:
 
 
 def _choose(device, dtype, backend):
-    wanted = backend or backends.OVERRIDE
+    wanted = backends.OVERRIDE if backend is None else backend
     reasons = {"reference": None, "triton": "it has no sampler"}
     for name in ("cpu", "cuda"):
         reasons[name] = backends.why_not(name, device)
@@ -528,7 +540,7 @@ def _choose(device, dtype, backend):
             reasons[name] = f"it computes in float32, and the model is in {dtype}"
     if wanted is None:
         return next(name for name in ("cpu", "cuda", "reference") if reasons[name] is None)
-    if wanted not in backends.BACKENDS:
+    if not isinstance(wanted, str) or wanted not in backends.BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}; got {wanted!r}")
     if reasons[wanted] is None:
         return wanted

@@ -146,18 +146,20 @@ def numbers(scale: "Scale | None") -> "list[float] | None":
     if scale is None:
         return None
     if torch.compiler.is_compiling():  # with dynamic shapes a float would become an unknown, which no op takes
-        return [float(number) for number in scale.text.split()]
-    return scale.numbers
+        return [float(number) for number in scale.text.split()]  # type: ignore[attr-defined]
+    return scale.numbers  # type: ignore[attr-defined]
 
 
 _SCALES = {kind: Scale(kind) for kind in KINDS}
 
 
-def as_scale(scale: "str | Scale") -> Scale:
-    """The Scale itself, or that of a kind."""
+def as_scale(scale: "str | Scale", name: str = "scale") -> Scale:
+    """The Scale itself, or that of a kind; name: what an error calls it."""
     if isinstance(scale, Scale):
         return scale
-    if isinstance(scale, str):
-        found = _SCALES.get(scale)
-        return Scale(scale) if found is None else found
-    raise TypeError(f"scale must be a Scale or one of {', '.join(KINDS)}; got {type(scale).__name__}")
+    if not isinstance(scale, str):
+        raise TypeError(f"{name} must be a Scale or one of {', '.join(KINDS)}; got {type(scale).__name__}")
+    found = _SCALES.get(scale)
+    if found is None:
+        raise ValueError(f"{name} must be one of {', '.join(KINDS)}; got {scale!r}")
+    return found

@@ -2,11 +2,19 @@
 
 import copy
 import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 
-def gaussian(shape, *, kind="logvar", dtype=torch.float32, seed=0, requires_grad=False):
+def gaussian(
+    shape: "Sequence[int]",
+    *,
+    kind: str = "logvar",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    requires_grad: bool = False,
+) -> "tuple[torch.Tensor, ...]":
     """A mean and a raw scale of one kind, both with values as networks emit them.
 
     Args:
@@ -32,7 +40,12 @@ def gaussian(shape, *, kind="logvar", dtype=torch.float32, seed=0, requires_grad
     return tuple(tensor.to(dtype).requires_grad_(requires_grad) for tensor in (mean, s))
 
 
-def plain_kl(mean_q, logvar_q, mean_p=None, logvar_p=None):
+def plain_kl(
+    mean_q: torch.Tensor,
+    logvar_q: torch.Tensor,
+    mean_p: "torch.Tensor | None" = None,
+    logvar_p: "torch.Tensor | None" = None,
+) -> torch.Tensor:
     r"""KL in today's lines, elementwise, in the inputs' own precision: what an error budget is measured against.
 
     .. math:: \tfrac{1}{2} \left(e^{s_q} + \mu_q^2 - 1 - s_q\right), \text{ or } \tfrac{1}{2} \left(s_p - s_q
@@ -49,14 +62,14 @@ def plain_kl(mean_q, logvar_q, mean_p=None, logvar_p=None):
         >>> fastelbo.testing.plain_kl(torch.ones(2), torch.zeros(2))
         tensor([0.5000, 0.5000])
     """
-    if mean_p is None:
+    if mean_p is None or logvar_p is None:
         return -0.5 * (1 + logvar_q - mean_q**2 - torch.exp(logvar_q))
     return 0.5 * (
         -1.0 + logvar_p - logvar_q + torch.exp(logvar_q - logvar_p) + (mean_q - mean_p) ** 2 * torch.exp(-logvar_p)
     )
 
 
-def plain_rsample(mean, logvar, noise):
+def plain_rsample(mean: torch.Tensor, logvar: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     r"""A draw in today's line, :math:`\mu + e^{s / 2} \epsilon`.
 
     Args:
@@ -73,7 +86,7 @@ def plain_rsample(mean, logvar, noise):
     return mean + torch.exp(0.5 * logvar) * noise
 
 
-def plain_log_prob(x, mean, logvar):
+def plain_log_prob(x: torch.Tensor, mean: torch.Tensor, logvar: torch.Tensor) -> torch.Tensor:
     r"""A log-density in today's line, elementwise: :math:`-\tfrac{1}{2} (s + (x - \mu)^2 e^{-s} + \ln 2\pi)`.
 
     Args:
@@ -89,7 +102,7 @@ def plain_log_prob(x, mean, logvar):
     return -0.5 * (logvar + (x - mean) ** 2 * torch.exp(-logvar) + math.log(2 * math.pi))
 
 
-def assert_within_budget(actual, exact, plain, name="result"):
+def assert_within_budget(actual: torch.Tensor, exact: torch.Tensor, plain: torch.Tensor, name: str = "result") -> None:
     """Asserts that a result is off by at most twice what plain torch is in the same dtype, plus one rounding unit.
 
     Args:
@@ -119,17 +132,17 @@ def assert_within_budget(actual, exact, plain, name="result"):
 
 
 def assert_causal(
-    module,
-    in_shape,
+    module: "Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]",
+    in_shape: "Sequence[int]",
     *,
-    out_channels_per_channel=None,
-    channel_groups=1,
-    group_order="interleaved",
-    strict=True,
-    poison=True,
-    pixels=None,
-    seed=0,
-):
+    out_channels_per_channel: "int | None" = None,
+    channel_groups: int = 1,
+    group_order: str = "interleaved",
+    strict: bool = True,
+    poison: bool = True,
+    pixels: "Iterable[tuple[int, int]] | None" = None,
+    seed: int = 0,
+) -> None:
     """Asserts that a network's output at a pixel depends on nothing that comes later in raster order.
 
     Two proofs. By gradients, in float64: the output at a pixel, weighted at random, has gradient exactly 0 with

@@ -64,7 +64,7 @@ struct NoiseTile {
 
   const T* read(const Noise& noise, int64_t sample, int64_t start, int n, int64_t numel) {
     if (noise.given) return read_tile(noise.given, sample * numel + start, n, widened);
-    const float* normal = normals(noise.seed, uint32_t(sample), uint64_t(noise.offset + start), n, drawn);
+    const float* normal = normals(noise.seed, uint32_t(sample), uint64_t(noise.offset) + uint64_t(start), n, drawn);
     if constexpr (sizeof(T) == 4) {
       return normal;
     } else {

@@ -40,7 +40,7 @@ __all__ = ["DiagonalGaussianDistribution", "OobleckDiagonalGaussianDistribution"
 
 
 class _Posterior:
-    _scale = None
+    _scale: "Scale | None" = None
 
     def __init__(self, parameters, deterministic=False):
         self.parameters = parameters

@@ -1,29 +1,31 @@
 """KL divergence of diagonal Gaussians."""
 
+from typing import Any
+
 import torch
 
 from fastelbo import _checks, _library, backends, distributed, reference
 from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
 from fastelbo.reference.gaussian_kl import event_sum
-from fastelbo.scale import as_scale, numbers
+from fastelbo.scale import Scale, as_scale, numbers
 
 
 def gaussian_kl(
-    mean_q,
-    s_q,
-    mean_p=None,
-    s_p=None,
+    mean_q: "torch.Tensor | float",
+    s_q: "torch.Tensor | float",
+    mean_p: "torch.Tensor | float | None" = None,
+    s_p: "torch.Tensor | float | None" = None,
     *,
-    scale="logvar",
-    scale_p=None,
-    event_ndim=None,
-    reduction="none",
-    free_bits=None,
-    free_bits_per="dim",
-    balance=None,
-    mask=None,
-    backend=None,
-):
+    scale: "str | Scale" = "logvar",
+    scale_p: "str | Scale | None" = None,
+    event_ndim: "int | None" = None,
+    reduction: str = "none",
+    free_bits: "torch.Tensor | float | None" = None,
+    free_bits_per: str = "dim",
+    balance: "float | None" = None,
+    mask: "torch.Tensor | None" = None,
+    backend: "str | None" = None,
+) -> torch.Tensor:
     r"""KL divergence of a diagonal Gaussian q from a diagonal Gaussian p, or from the standard normal.
 
     .. math:: \mathrm{KL}(q \| p) = \tfrac{1}{2} \left(\tfrac{\sigma_q^2 + (\mu_q - \mu_p)^2}{\sigma_p^2} - 1\right)
@@ -81,18 +83,18 @@ def gaussian_kl(
     scale = as_scale(scale)
     _checks.prior(mean_p, s_p, scale_p)
     scale_p = prior_scale(scale, mean_p, scale_p)
-    (mean_q, s_q, mean_p, s_p), shape, _ = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)
+    (mean_q, s_q, mean_p, s_p), shape, dtype = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)
     event_ndim = _checks.event_ndim(event_ndim, shape)
     _checks.reduction(reduction)
     if free_bits is not None or balance is not None or mask is not None or free_bits_per != "dim":
         _checks.kl_objective(free_bits, free_bits_per, balance, mask, shape, event_ndim, mean_q.device, mean_p)
     backend = backends.choose(mean_q.device, backend, backends.only_reference())
-    s_q, scale = clamp_before_broadcast(s_q, shape, scale)
-    if s_p is not None:
-        s_p, scale_p = clamp_before_broadcast(s_p, shape, scale_p)
+    s_q, scale = clamp_before_broadcast(s_q, shape, scale, dtype)
+    if s_p is not None and scale_p is not None:
+        s_p, scale_p = clamp_before_broadcast(s_p, shape, scale_p, dtype)
     inputs = mean_q, s_q, mean_p, s_p
     kernel_ndim = computed_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
-    options = scale, scale_p, balance, kernel_ndim, backend
+    options: tuple[Any, ...] = scale, scale_p, balance, kernel_ndim, backend
     if distributed.sharded(*inputs, mask):
         layout = distributed.Gaussian(shape, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p, mask=mask)
         kl = layout.terms(_kl(*layout.shards(), *options), kernel_ndim)
@@ -136,19 +138,18 @@ def floored(kl, shape, event_ndim, free_bits, free_bits_per, mask):
             judged = judged.mean(dim=batch_dims)
         else:
             judged = judged.sum(dim=batch_dims) / counted.expand(kl.shape)[None].sum(dim=batch_dims)
-    if isinstance(free_bits, torch.Tensor):
-        free_bits = free_bits.to(kl.dtype)
+    free_bits = free_bits.to(kl.dtype) if isinstance(free_bits, torch.Tensor) else float(free_bits)
     kl = torch.where(judged <= free_bits, free_bits, kl)  # a NaN is not at the floor
     if counted is not None:
         kl = torch.where(counted, kl, 0.0)
     return event_sum(kl, event_ndim) if free_bits_per == "dim" else kl
 
 
-def prior_scale(scale, mean_p, scale_p):
+def prior_scale(scale: Scale, mean_p: Any, scale_p: "str | Scale | None") -> "Scale | None":
     """The Scale of the prior; None for the standard normal."""
     if mean_p is None:
         return None
-    return scale if scale_p is None else as_scale(scale_p)
+    return scale if scale_p is None else as_scale(scale_p, "scale_p")
 
 
 class _GaussianKL(torch.autograd.Function):

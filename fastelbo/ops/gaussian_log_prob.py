@@ -6,10 +6,20 @@ from fastelbo import _checks, _library, backends, distributed, reference
 from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
 from fastelbo.reference.gaussian_kl import event_sum
 from fastelbo.reference.scale import arithmetic, log_std_and_std
-from fastelbo.scale import as_scale, numbers
+from fastelbo.scale import Scale, as_scale, numbers
 
 
-def gaussian_log_prob(x, mean, s, *, scale="logvar", event_ndim=None, reduction="none", mask=None, backend=None):
+def gaussian_log_prob(
+    x: "torch.Tensor | float",
+    mean: "torch.Tensor | float",
+    s: "torch.Tensor | float",
+    *,
+    scale: "str | Scale" = "logvar",
+    event_ndim: "int | None" = None,
+    reduction: str = "none",
+    mask: "torch.Tensor | None" = None,
+    backend: "str | None" = None,
+) -> torch.Tensor:
     r"""Log-density of x under a diagonal Gaussian.
 
     .. math:: \ln N(x; \mu, \sigma^2) = -\tfrac{1}{2} \left(\tfrac{x - \mu}{\sigma}\right)^2 - \ln\sigma
@@ -49,8 +59,17 @@ def gaussian_log_prob(x, mean, s, *, scale="logvar", event_ndim=None, reduction=
 
 
 def gaussian_nll(
-    x, mean, s, *, scale="logvar", event_ndim=None, reduction="none", mask=None, beta_nll=0.0, backend=None
-):
+    x: "torch.Tensor | float",
+    mean: "torch.Tensor | float",
+    s: "torch.Tensor | float",
+    *,
+    scale: "str | Scale" = "logvar",
+    event_ndim: "int | None" = None,
+    reduction: str = "none",
+    mask: "torch.Tensor | None" = None,
+    beta_nll: float = 0.0,
+    backend: "str | None" = None,
+) -> torch.Tensor:
     r"""Negative log-likelihood of x under a diagonal Gaussian: the negative of gaussian_log_prob, constant included.
 
     .. math:: -\sigma^{2 \beta} \ln N(x; \mu, \sigma^2)
@@ -86,7 +105,7 @@ def gaussian_nll(
     event_ndim = _checks.event_ndim(event_ndim, shape)
     _checks.reduction(reduction)
     nll = _log_prob(x, mean, s, scale, 0, "none", mask, backend, negative=True)
-    weight = (2 * beta_nll * log_std_and_std(*arithmetic(s.detach()), scale)[0]).exp()
+    weight = (2 * beta_nll * log_std_and_std(arithmetic(s.detach())[0], scale)[0]).exp()
     if mask is not None:
         weight = torch.where(mask, weight, 0.0)
     return _library.reduce(event_sum(weight * nll, event_ndim), reduction, shape, event_ndim, mask)
@@ -94,13 +113,13 @@ def gaussian_nll(
 
 def _log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative):
     scale = as_scale(scale)
-    (x, mean, s), shape, _ = _checks.operands(x=x, mean=mean, s=s)
+    (x, mean, s), shape, dtype = _checks.operands(x=x, mean=mean, s=s)
     event_ndim = _checks.event_ndim(event_ndim, shape)
     _checks.reduction(reduction)
     if mask is not None:
         _checks.mask("mask", mask, shape, x.device)
     backend = backends.choose(x.device, backend, backends.only_reference())
-    s, scale = clamp_before_broadcast(s, shape, scale)
+    s, scale = clamp_before_broadcast(s, shape, scale, dtype)
     kernel_ndim = _library.kernel_event_ndim(event_ndim, reduction, shape)
     options = scale, kernel_ndim, negative, backend
     if distributed.sharded(x, mean, s, mask):

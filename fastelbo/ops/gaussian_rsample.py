@@ -1,6 +1,7 @@
 """Reparameterised Gaussian sampling."""
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -9,19 +10,19 @@ from fastelbo.scale import Scale, as_scale, numbers
 
 
 def gaussian_rsample(
-    mean,
-    s,
+    mean: "torch.Tensor | float",
+    s: "torch.Tensor | float",
     *,
-    scale="logvar",
-    num_samples=None,
-    temperature=1.0,
-    noise=None,
-    seed=None,
-    generator=None,
-    noise_offset=0,
-    out_dtype=None,
-    backend=None,
-):
+    scale: "str | Scale" = "logvar",
+    num_samples: "int | None" = None,
+    temperature: float = 1.0,
+    noise: "torch.Tensor | None" = None,
+    seed: "int | torch.Tensor | None" = None,
+    generator: "torch.Generator | None" = None,
+    noise_offset: int = 0,
+    out_dtype: "torch.dtype | None" = None,
+    backend: "str | None" = None,
+) -> torch.Tensor:
     r"""Draws from a diagonal Gaussian so that gradients reach its parameters.
 
     .. math:: z = \mu + T \, \sigma(s) \, \epsilon, \qquad \epsilon \sim N(0, 1)
@@ -69,8 +70,8 @@ def gaussian_rsample(
     backend = backends.choose(device, backend, backends.only_reference(noise))
     if noise is None:
         seed = _seed.as_seed(seed, generator, device)
-    s, scale = clamp_before_broadcast(s, shape, scale)
-    options = num_samples, temperature, scale, out_dtype, backend
+    s, scale = clamp_before_broadcast(s, shape, scale, dtype)
+    options: tuple[Any, ...] = num_samples, temperature, scale, out_dtype, backend
     if distributed.sharded(mean, s, noise):
         layout = distributed.Gaussian(shape, mean=mean, s=s)
         z = _sample(*layout.shards(), *layout.draw(seed, noise, noise_offset, num_samples, backend), *options)
@@ -96,11 +97,14 @@ def _sample(mean, s, seed, noise, noise_offset, num_samples, temperature, scale,
     )
 
 
-def clamp_before_broadcast(s, shape, scale: Scale):
+def clamp_before_broadcast(
+    s: torch.Tensor, shape: torch.Size, scale: Scale, dtype: torch.dtype
+) -> "tuple[torch.Tensor, Scale]":
     """The inward clamp looks at the sign of a value's whole gradient, which a broadcast value has only before it is
-    broadcast: it is then applied here rather than in the kernel."""
+    broadcast: it is then applied here rather than in the kernel. dtype: that the op's tensors promote to."""
     if scale.clamp is None or scale.clamp_grad != "inward" or s.shape == shape:
         return s, scale
+    s = s.to(torch.float64 if dtype == torch.float64 else torch.float32)  # half precision would round the limits
     return reference.scale.clamp(s, scale), dataclasses.replace(scale, clamp=None)
 
 

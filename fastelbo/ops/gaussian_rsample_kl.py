@@ -11,32 +11,32 @@ from fastelbo.ops.gaussian_kl import (
     prior_shape,
 )
 from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
-from fastelbo.scale import as_scale, numbers
+from fastelbo.scale import Scale, as_scale, numbers
 
 
 def gaussian_rsample_kl(
-    mean_q,
-    s_q,
-    mean_p=None,
-    s_p=None,
+    mean_q: "torch.Tensor | float",
+    s_q: "torch.Tensor | float",
+    mean_p: "torch.Tensor | float | None" = None,
+    s_p: "torch.Tensor | float | None" = None,
     *,
-    scale="logvar",
-    scale_p=None,
-    num_samples=None,
-    temperature=1.0,
-    noise=None,
-    seed=None,
-    generator=None,
-    noise_offset=0,
-    out_dtype=None,
-    event_ndim=None,
-    reduction="none",
-    free_bits=None,
-    free_bits_per="dim",
-    balance=None,
-    mask=None,
-    backend=None,
-):
+    scale: "str | Scale" = "logvar",
+    scale_p: "str | Scale | None" = None,
+    num_samples: "int | None" = None,
+    temperature: float = 1.0,
+    noise: "torch.Tensor | None" = None,
+    seed: "int | torch.Tensor | None" = None,
+    generator: "torch.Generator | None" = None,
+    noise_offset: int = 0,
+    out_dtype: "torch.dtype | None" = None,
+    event_ndim: "int | None" = None,
+    reduction: str = "none",
+    free_bits: "torch.Tensor | float | None" = None,
+    free_bits_per: str = "dim",
+    balance: "float | None" = None,
+    mask: "torch.Tensor | None" = None,
+    backend: "str | None" = None,
+) -> "tuple[torch.Tensor, torch.Tensor]":
     r"""Draws from the posterior q and returns its KL divergence from the prior p: the bottleneck of a VAE in one pass
     over the data, and one in the backward.
 
@@ -88,9 +88,9 @@ def gaussian_rsample_kl(
     backend = backends.choose(device, backend, backends.only_reference(noise))
     if noise is None:
         seed = _seed.as_seed(seed, generator, device)
-    s_q, scale = clamp_before_broadcast(s_q, shape, scale)
-    if s_p is not None:
-        s_p, scale_p = clamp_before_broadcast(s_p, shape, scale_p)
+    s_q, scale = clamp_before_broadcast(s_q, shape, scale, dtype)
+    if s_p is not None and scale_p is not None:
+        s_p, scale_p = clamp_before_broadcast(s_p, shape, scale_p, dtype)
     inputs = mean_q, s_q, mean_p, s_p
     kernel_ndim = computed_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
     options = num_samples, temperature, scale, scale_p, balance, kernel_ndim, out_dtype, backend

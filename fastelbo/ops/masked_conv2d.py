@@ -13,19 +13,19 @@ ACTIVATIONS = ("relu", "elu", *GATES)
 
 
 def masked_conv2d(
-    input,
-    weight,
-    bias=None,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: "torch.Tensor | None" = None,
     *,
-    mask_type,
-    dilation=1,
-    channel_groups=1,
-    group_order="interleaved",
-    activation=None,
-    cond=None,
-    residual=None,
-    backend=None,
-):
+    mask_type: str,
+    dilation: int = 1,
+    channel_groups: int = 1,
+    group_order: str = "interleaved",
+    activation: "str | None" = None,
+    cond: "torch.Tensor | None" = None,
+    residual: "torch.Tensor | None" = None,
+    backend: "str | None" = None,
+) -> torch.Tensor:
     r"""Convolution of an image with a k x k kernel that reads only what comes before a pixel in raster order.
 
     .. math:: y = f\left(b + c + \sum_{(i,j) \text{ live}} w_{ij}\, x_{r+(i-h)d,\,col+(j-h)d}\right) + \text{residual},
@@ -94,19 +94,19 @@ def masked_conv2d(
 
 
 def causal_conv2d(
-    input,
-    weight,
-    bias=None,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: "torch.Tensor | None" = None,
     *,
-    stack,
-    mask_type="B",
-    dilation=1,
-    channel_groups=1,
-    group_order="interleaved",
-    activation=None,
-    cond=None,
-    backend=None,
-):
+    stack: str,
+    mask_type: str = "B",
+    dilation: int = 1,
+    channel_groups: int = 1,
+    group_order: str = "interleaved",
+    activation: "str | None" = None,
+    cond: "torch.Tensor | None" = None,
+    backend: "str | None" = None,
+) -> torch.Tensor:
     r"""Convolution of one of the two stacks of a Gated PixelCNN, which have no dead taps and together no blind spot.
 
     The vertical stack reads the rows down to the pixel's own with a kernel of k//2 + 1 rows and k columns, the
@@ -156,6 +156,7 @@ def causal_conv2d(
             "weight must have an odd number k of columns and at most k//2 + 1 rows for the vertical stack; "
             f"got shape {tuple(weight.shape)}"
         )
+    _positive_int("channel_groups", channel_groups)
     if stack == "vertical" and channel_groups != 1:
         raise ValueError(f"channel_groups must be 1 for the vertical stack; got {channel_groups}")
     return _run(
@@ -170,8 +171,15 @@ def causal_conv2d(
 
 
 def conv_mask2d(
-    out_channels, in_channels, kernel_size, mask_type, *, channel_groups=1, group_order="interleaved", gated=False
-):
+    out_channels: int,
+    in_channels: int,
+    kernel_size: int,
+    mask_type: str,
+    *,
+    channel_groups: int = 1,
+    group_order: str = "interleaved",
+    gated: bool = False,
+) -> torch.Tensor:
     """The live taps of masked_conv2d as a tensor: for tests, for checkpoints, and for networks of other layers.
 
     Args:
@@ -202,6 +210,8 @@ def conv_mask2d(
         _positive_int(name, value)
     if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd; got {kernel_size}")
+    if not isinstance(gated, bool):
+        raise TypeError(f"gated must be a bool; got {type(gated).__name__}")
     if gated and out_channels % 2:
         raise ValueError(f"out_channels must be even under a gate; got {out_channels}")
     _check_groups(channel_groups, group_order, in_channels, out_channels // 2 if gated else out_channels)
@@ -226,6 +236,8 @@ def _positive_int(name, value):
         raise TypeError(f"{name} must be an int; got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}")
+    if value >= 2**31:
+        raise ValueError(f"{name} must be below 2**31; got {value}")
 
 
 def _check_groups(groups, order, in_channels, out_channels):
@@ -318,7 +330,8 @@ def _convolve(tensors, options, autocast, backend):
 
 def _autocast(input):
     """Whether autocast casts the operands of a convolution of this input."""
-    return torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+    kind = input.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind) and input.dtype != torch.float64
 
 
 def _reference(input, weight, bias, cond, residual, mask_type, stack, dilation, groups, order, activation):
