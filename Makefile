@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu) setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow coverage bench lint typecheck docs pictures wheel wheel-test clean
+.PHONY: help setup demo test test-slow coverage bench figures lint typecheck docs pictures wheel wheel-test clean
 
 help:
 	@echo "make setup      virtual environment in $(VENV), pinned dependencies, fastelbo with its C++ library"
@@ -19,6 +19,7 @@ help:
 	@echo "make test       the test suite"
 	@echo "make test-slow  the statistical tests over 10^8 draws, and properties on ten thousand calls, sanitized too"
 	@echo "make bench      benchmarks against eager torch, torch.distributions and torch.compile; appends result rows"
+	@echo "make figures    draws every result file of benchmarks/results into docs/figures"
 	@echo "make lint       ruff and clang-format"
 	@echo "make typecheck  mypy"
 	@echo "make coverage   the test suite, and which lines of Python it ran"
@@ -51,6 +52,9 @@ test-slow: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python -m pytest benchmarks
+
+figures: $(STAMP)
+	@$(BIN)/python benchmarks/plot.py
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,9 +1,10 @@
-"""What the Triton kernels can reach on an H200, predicted from their machine code: needs no GPU, measures nothing.
+"""What kernels can reach on an H200, predicted from machine code: needs no GPU, measures nothing.
 
-    python benchmarks/bounds.py
+    python benchmarks/bounds.py [--convolutions]
 
-A kernel takes as long as the longer of two things: moving the op's bytes, and issuing its instructions. Writes
-benchmarks/results/bounds.csv.
+A kernel takes as long as the longer of two things: moving the op's bytes, and issuing its instructions; masked
+convolutions as the longer of moving bytes and of tensor cores' products. Writes benchmarks/results/bounds.csv or
+conv_bounds.csv.
 """
 
 import argparse
@@ -14,12 +15,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import convolutions
+import rows
+import torch
 import triton
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "bounds.csv"
-
 CAPABILITY = 90
+TENSOR_CORES = 7.9e14  # multiplications and additions a second in bfloat16 that matrix products reach
 COPY = 4.3e12  # bytes a second, read and written: a device-to-device copy through torch on an H200
 ISSUE = 132 * 4 * 32 * 1.98e9  # instructions of threads a second: multiprocessors, schedulers, lanes, clock
 
@@ -37,7 +40,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 def predictions(kernels: dict) -> "list[dict]":
     """A row for each op, direction and dtype."""
-    rows = []
+    found = []
     for op, floor in FLOOR.items():
         for direction, elements in zip(("fwd", "bwd"), floor, strict=True):
             for dtype, size in BYTES.items():
@@ -45,7 +48,7 @@ def predictions(kernels: dict) -> "list[dict]":
                 instructions = len(kernel["code"]) / kernel["elements"]
                 moved = elements * size
                 fraction = min(1.0, ISSUE / instructions * moved / COPY)
-                rows.append(
+                found.append(
                     {
                         "op": op,
                         "pass": {"fwd": "forward", "bwd": "backward"}[direction],
@@ -56,11 +59,53 @@ def predictions(kernels: dict) -> "list[dict]":
                         "predicted_fraction_of_copy": round(fraction, 2),
                     }
                 )
-    return rows
+    return found
+
+
+def of_convolutions() -> list[dict]:
+    """What an H200 allows a bfloat16 forward, and how many times as long rivals take that are as efficient.
+
+    Predicted, not measured.
+    """
+    found = []
+    for layer in convolutions.LAYERS:
+        pixels = layer.n * layer.size**2
+        moved = convolutions.bytes_moved(layer, torch.bfloat16, with_backward=False) / COPY
+
+        def seconds(taps, pixels=pixels, layer=layer, moved=moved):
+            return max(2 * pixels * layer.c_in * layer.c_out * taps / TENSOR_CORES, moved)
+
+        ours = seconds(layer.live)
+        found.append(
+            {
+                "layer": layer.name,
+                "shape": layer.shape,
+                "predicted_us": f"{1e6 * ours:.1f}",
+                "bound_by": "bytes" if ours == moved else "products",
+                "over_eager_at_most": f"{seconds(layer.k**2) / ours:.2f}",
+                "over_crop_at_most": f"{seconds(layer.k * (layer.k // 2 + 1)) / ours:.2f}",
+            }
+        )
+    return found
+
+
+def write(path: Path, lines: list[dict]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, lines[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--convolutions", action="store_true", help="of masked convolutions, which needs no compiler")
+    parser.add_argument("--results", type=Path, metavar="DIR", default=rows.RESULTS, help="where the CSV file goes")
+    options = parser.parse_args()
+    if options.convolutions:
+        lines = of_convolutions()
+        write(options.results / "conv_bounds.csv", lines)
+        print(rows.aligned([tuple(lines[0]), *(tuple(line.values()) for line in lines)]))
+        return
     script = ROOT / "tests" / "compile_triton.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     print(f"compiling for sm_{CAPABILITY}, some minutes", file=sys.stderr)
@@ -69,13 +114,10 @@ def main() -> None:
     )
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     common = {"target": f"sm_{CAPABILITY}", "triton": triton.__version__, "commit": commit.stdout.strip()}
-    rows = [common | row for row in predictions(json.loads(done.stdout))]
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    for row in rows:
-        print(*(f"{value}" for value in list(row.values())[3:]), sep="\t")
+    lines = [common | row for row in predictions(json.loads(done.stdout))]
+    write(options.results / "bounds.csv", lines)
+    for line in lines:
+        print(*(f"{value}" for value in list(line.values())[3:]), sep="\t")
 
 
 if __name__ == "__main__":

@@ -180,6 +180,15 @@ class Timed:
     timing: str
     rivals: tuple[str, ...]
 
+    @property
+    def op(self) -> str:
+        return self.case.op
+
+    @property
+    def tests(self) -> str:
+        """What must pass before it is timed: tests/test_<tests>.py."""
+        return self.case.op
+
     def __str__(self):
         rows, columns = self.shape
         return "-".join((self.case.op, self.case.name, f"{rows}x{columns}", self.dtype, self.pass_, self.timing))

@@ -1,17 +1,14 @@
-"""Times masked convolutions on layers that people train: python benchmarks/convolutions.py --help
+"""Masked convolutions on layers that people train, which test_convolutions.py times.
 
 Ours against the three lines users could write: a product with the mask and a full convolution ("eager"), the
 convolution cropped to the rows at or above the centre in both memory formats ("crop", "crop_channels_last"; in each the
-faster of padding above and of computing rows too many), and torch.compile of the crop ("compile"). In turns, within one
-run; rows go to benchmarks/results/conv_<device>.csv.
+faster of padding above and of computing rows too many), and torch.compile of the crop ("compile").
 """
 
-import csv
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
-import host_clock
-import machine
 import rows
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -19,9 +16,8 @@ import torch.nn.functional as F  # noqa: N812
 import fastelbo
 
 SAMPLE_SECONDS = 5e-3
-# Of an H200: multiplications and additions a second in bfloat16 that matrix products reach, bytes a second of a copy.
-TENSOR_CORES, COPY = 7.9e14, 4.3e12
 PASSES = ("forward", "forward_backward")
+RIVALS = ("eager", "crop", "compile")
 
 
 class Layer(NamedTuple):
@@ -61,6 +57,7 @@ LAYERS = [
     Layer(8, 192, 384, 16, 5, "A", "CompressAI"),
     Layer(32, 320, 320, 32, 3, "B", "lmconv"),
 ]
+QUICK = (0, 4, 8)  # of LAYERS
 
 
 def contestants(layer: Layer, dtype: torch.dtype, device: torch.device, backends: list[str], compiled: bool):
@@ -131,96 +128,52 @@ def bytes_moved(layer: Layer, dtype, with_backward: bool) -> int:
     return size * (operands + image * layer.c_out + with_backward * (2 * operands + image * layer.c_out))
 
 
-def bounds() -> "list[dict]":
-    """What an H200 allows a bfloat16 forward, and how many times as long rivals take that are as efficient.
+@dataclass(frozen=True)
+class Timed:
+    """One layer and dtype, and one pass of it."""
 
-    Predicted, not measured.
+    layer: Layer
+    dtype: str
+    pass_: str
+    op = tests = "masked_conv2d"
+
+    def __str__(self):
+        return "-".join((self.op, self.layer.shape, *self.layer.name.split(), self.dtype, self.pass_))
+
+
+def timed(device: str, dtypes=(), quick=False) -> list[Timed]:
+    """What is to be timed: bfloat16 by default on a GPU, whose tensor cores take it, else float32."""
+    layers = [LAYERS[index] for index in QUICK] if quick else LAYERS
+    dtypes = dtypes or ["bfloat16" if device == "cuda" else "float32"]
+    return [Timed(layer, dtype, pass_) for layer in layers for dtype in dtypes for pass_ in PASSES]
+
+
+def wanted_contestants(timed: Timed, device: torch.device, backends: list[str], rivals) -> dict[str, Callable]:
+    """Calls that compute the same, ours first.
+
+    Raises:
+        AssertionError: where one computes something else than the product with the mask.
     """
+    layer, dtype, with_backward = timed.layer, getattr(torch, timed.dtype), timed.pass_ == "forward_backward"
+    found = contestants(layer, dtype, device, backends, "compile" in rivals)
+    calls = {name: make_call(*entry, layer, dtype, device, with_backward) for name, entry in found.items()}
+    names = [name for name in calls if name.startswith((*backends, *rivals))]
+    check({name: calls[name]() for name in dict.fromkeys(["eager", *names])}, dtype)
+    return {name: calls[name] for name in sorted(names, key=lambda name: not name.startswith(tuple(backends)))}
+
+
+def rows_of(timed: Timed, backends: list[str], samples: dict[str, list[float]], rounds: int) -> list[dict]:
+    """The fields of the contestants' rows that differ from those of other layers."""
+    layer, dtype = timed.layer, getattr(torch, timed.dtype)
+    fastest = {name: min(values) for name, values in samples.items()}
+    common = {"op": timed.op, "case": layer.name, "shape": layer.shape, "dtype": timed.dtype, "pass_": timed.pass_}
+    common |= {"rounds": rounds, "bytes": bytes_moved(layer, dtype, timed.pass_ == "forward_backward")}
     found = []
-    for layer in LAYERS:
-        pixels = layer.n * layer.size**2
-        moved = bytes_moved(layer, torch.bfloat16, with_backward=False) / COPY
-
-        def seconds(taps, pixels=pixels, layer=layer, moved=moved):
-            return max(2 * pixels * layer.c_in * layer.c_out * taps / TENSOR_CORES, moved)
-
-        ours = seconds(layer.live)
-        found.append(
-            {
-                "layer": layer.name,
-                "shape": layer.shape,
-                "predicted_us": f"{1e6 * ours:.1f}",
-                "bound_by": "bytes" if ours == moved else "products",
-                "over_eager_at_most": f"{seconds(layer.k**2) / ours:.2f}",
-                "over_crop_at_most": f"{seconds(layer.k * (layer.k // 2 + 1)) / ours:.2f}",
-            }
-        )
-    return found
-
-
-def main():
-    parser = machine.parser(__doc__, rounds=10)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--layer", type=int, nargs="*", help=f"0 to {len(LAYERS) - 1}; default: all")
-    parser.add_argument("--pass", dest="passes", choices=PASSES, nargs="*", default=PASSES)
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes its time")
-    parser.add_argument("--bounds", action="store_true", help="no timing: what an H200 allows, to conv_bounds.csv")
-    options = parser.parse_args()
-    if options.bounds:
-        lines = bounds()
-        with (options.results / "conv_bounds.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, lines[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
-        print(rows.aligned([tuple(lines[0]), *(tuple(line.values()) for line in lines)]))
-        return
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    backends = [name for name in rows.OURS if fastelbo.backends.why_not(name, device) is None]
-    # tests of other backends (Triton's interpreter) say nothing about these
-    about = machine.start(device, options, ["masked_conv2d"], only=" or ".join(f"[{name}" for name in backends))
-    for index in options.layer or range(len(LAYERS)):
-        layer = LAYERS[index]
-        for pass_ in options.passes:
-            torch._dynamo.reset()
-            with_backward = pass_ == "forward_backward"
-            found = contestants(layer, dtype, device, backends, not options.no_compile)
-            calls = {name: make_call(*entry, layer, dtype, device, with_backward) for name, entry in found.items()}
-            check({name: call() for name, call in calls.items()}, dtype)
-            samples = host_clock.measure(calls, options.rounds, SAMPLE_SECONDS)
-            fastest = {name: min(values) for name, values in samples.items()}
-            report(layer, pass_, options, backends, samples, fastest, about)
-
-
-def report(layer, pass_, options, backends, samples, fastest, about):
-    """Prints how many times as long each rival takes, in its better memory format, and keeps the rows."""
-
-    def best(rival):
-        return min((time for name, time in fastest.items() if name.startswith(rival)), default=None)
-
-    made, now = [], machine.now()
     for name, values in samples.items():
         ratios = {}
         if name.removesuffix("_channels_last") in backends:
-            ratios = {"over_eager": best("eager") / fastest[name]}
-            if best("compile"):
-                ratios["over_compile"] = best("compile") / fastest[name]
-            flop = 2 * layer.n * layer.size**2 * layer.c_in * layer.c_out * layer.live
-            flop *= 1 if pass_ == "forward" else 2 if layer.c_in <= 4 else 3
-            compiled = f", compile {ratios['over_compile']:.2f}x" if "over_compile" in ratios else ""
-            print(
-                f"{layer.shape:15} {layer.name:14} {pass_:17} {name:18} {1e3 * fastest[name]:8.2f} ms "
-                f"{flop / fastest[name] / 1e9:6.0f} GFLOP/s   mask-multiply {ratios['over_eager']:.2f}x, "
-                f"crop {best('crop') / fastest[name]:.2f}x{compiled}",
-                flush=True,
-            )
-        moved = bytes_moved(layer, getattr(torch, options.dtype), pass_ == "forward_backward")
-        common = {"op": "masked_conv2d", "case": layer.name, "shape": layer.shape, "dtype": options.dtype}
-        common |= {"pass_": pass_, "contestant": name, "rounds": options.rounds, "bytes": moved, "timestamp": now}
-        made.append(rows.Row(**about, **common, **rows.times(values), **ratios))
-    if not options.no_save:
-        rows.append(options.results / f"conv_{options.device}.csv", made)
-
-
-if __name__ == "__main__":
-    main()
+            for rival in ("eager", "compile"):
+                theirs = [time for other, time in fastest.items() if other.startswith(rival)]
+                ratios |= {f"over_{rival}": min(theirs) / fastest[name]} if theirs else {}
+        found.append(common | {"contestant": name, **rows.times(values)} | ratios)
+    return found

@@ -1,15 +1,13 @@
-"""Times each drop-in against the lines it replaces, forward and backward on a CPU: python benchmarks/dropins.py --help
+"""Each drop-in and the lines it replaces, which test_dropins.py times forward and backward on a CPU.
 
 The originals are those of installed packages (pip install fastelbo[dropins]), or else their lines, written out. Both
-sides must compute the same, values and gradients of the same noise, or are not timed. In turns, within one run; rows go
-to benchmarks/results/dropins_cpu.csv.
+sides must compute the same, values and gradients of the same noise, or are not timed.
 """
 
 import functools
 import importlib
 import itertools
 import math
-import sys
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,8 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import cases
-import host_clock
-import machine
 import rows
 import torch
 from torch import nn
@@ -29,7 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastelbo
 from fastelbo.compat import bayesian, dreamer, pythae
 
-SAMPLE_SECONDS = 2e-3
 TOLERANCE = 1e-4  # of the largest value
 SEED = 5
 BOTH = "forward_backward"
@@ -63,6 +58,9 @@ class DropIn:
     tests: str = "compat"
     shape: str = ""
     num_samples: int | None = None
+
+    def __str__(self):
+        return "-".join(filter(None, (self.op, self.case, self.used_by)))
 
     def contestants(self) -> dict[str, Callable]:
         """Functions of the inputs, ours first."""
@@ -626,8 +624,12 @@ def check(drop_in: DropIn, inputs) -> list[torch.Tensor]:
     return found
 
 
-def timed(drop_in: DropIn, rounds: int) -> list[dict]:
-    """The fields of a row of ours and of one of theirs that differ from those of other drop-ins."""
+def prepare(drop_in: DropIn) -> tuple[dict[str, Callable], dict]:
+    """Calls of ours and theirs, and what their rows have in common.
+
+    Raises:
+        AssertionError: where they do not agree.
+    """
     torch.manual_seed(0)
     inputs = drop_in.inputs()
     leaves = [tensor for tensor in inputs if tensor.requires_grad]
@@ -635,42 +637,15 @@ def timed(drop_in: DropIn, rounds: int) -> list[dict]:
     # inputs and outputs once; in the backward the inputs again, and the gradients of both
     moved = sum(tensor.nbytes for tensor in (*inputs, *inputs, *found, *found[: len(found) - len(leaves)]))
     calls = {name: cases.bind(function, inputs, BOTH) for name, function in drop_in.contestants().items()}
-    samples = host_clock.measure(calls, rounds, SAMPLE_SECONDS)
-    ratio = {f"over_{drop_in.rival}": min(samples[drop_in.rival]) / min(samples["cpu"])}
     shape = drop_in.shape or "x".join(map(str, inputs[0].shape))
-    common = {"op": drop_in.op, "case": drop_in.case, "pass_": BOTH, "shape": shape, "dtype": "float32"}
-    common |= {"rounds": rounds, "bytes": moved}
+    common = {"op": drop_in.op, "case": drop_in.case, "pass_": BOTH, "shape": shape, "dtype": "float32", "bytes": moved}
+    return calls, common
+
+
+def rows_of(drop_in: DropIn, samples: dict[str, list[float]], common: dict) -> list[dict]:
+    """The fields of a row of ours and of one of theirs that differ from those of other drop-ins."""
+    ratio = {f"over_{drop_in.rival}": min(samples[drop_in.rival]) / min(samples["cpu"])}
     return [
         common | {"contestant": name, **rows.times(values)} | (ratio if name == "cpu" else {})
         for name, values in samples.items()
     ]
-
-
-def main(drop_ins=DROP_INS):
-    parser = machine.parser(__doc__, rounds=30)
-    parser.add_argument(
-        "--op", action="append", choices=sorted({drop_in.op for drop_in in drop_ins}), help="repeatable"
-    )
-    options = parser.parse_args()
-    host_clock.keep_freed_memory()
-    chosen = [drop_in for drop_in in drop_ins if drop_in.op in (options.op or drop_in.op)]
-    about = machine.start(torch.device("cpu"), options, sorted({drop_in.tests for drop_in in chosen}))
-    made, refused = [], []
-    for drop_in in chosen:
-        try:
-            found = timed(drop_in, options.rounds)
-        except AssertionError as error:
-            refused.append(f"not timed: {error}")
-            continue
-        found = [rows.Row(**about, timestamp=machine.now(), **row) for row in found]
-        made += found
-        if not options.no_save:
-            rows.append(options.results / "dropins_cpu.csv", found)
-    if made:
-        print(rows.table(made))
-    if refused:
-        sys.exit("\n".join(refused))
-
-
-if __name__ == "__main__":
-    main()

@@ -244,8 +244,8 @@ fi
 
 if [ -n "$benchmarks" ] && [ -n "$convolutions" ]; then
     options=(--device cuda --dtype bfloat16 --results "$out" --rounds 7)
-    [ -z "$quick" ] || options+=(--layer 0 2 8 --no-compile)
-    stage "timings" 250 10 "$python" benchmarks/convolutions.py "${options[@]}" "${verdict[@]}"
+    [ -z "$quick" ] || options+=(--quick)
+    stage "timings" 250 10 "${pytest[@]}" benchmarks/test_convolutions.py "${options[@]}" "${verdict[@]}"
 elif [ -n "$benchmarks" ]; then
     options=(--device cuda --results "$out")
     [ -z "$quick" ] || options+=(--quick)
@@ -282,7 +282,7 @@ fi
 {
     echo
     if [ -n "$benchmarks" ]; then
-        for rows in "$out"/cuda.csv "$out"/memory_cuda.csv; do # the convolutions' timings print their table themselves
+        for rows in "$out"/cuda.csv "$out"/memory_cuda.csv "$out"/conv_cuda.csv; do
             [ ! -f "$rows" ] || "$python" benchmarks/report.py --goals "$rows"
         done
     fi

@@ -5,6 +5,7 @@ import gc
 import math
 import platform
 import time
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -44,20 +45,35 @@ def loops_for(call: Callable, seconds: float) -> int:
     return max(1, math.ceil(seconds / min(sample(call, 3) for _ in range(3))))
 
 
-def measure(calls: dict[str, Callable], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds per call: one sample of every contestant a round, each round started by another.
+def measure(benchmark, calls: dict[str, Callable], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Samples of every call, one of each per round; a sample is as many calls as last `seconds`, or one.
 
-    A sample is as many calls as last `seconds`, or one.
+    The first call is pytest-benchmark's own, which times it as sample() does; all others have their turn between two of
+    its rounds. Nothing with --benchmark-disable, but for one call.
     """
+    first, *others = calls
+    if not benchmark.enabled:
+        benchmark.pedantic(calls[first])
+        return {}
+    order = deque(others)
     loops = {name: loops_for(call, seconds) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+
+    def call_first():
+        calls[first]()  # not returned: pytest-benchmark would free it outside of its timing
+
+    def rest_of_round():
+        order.rotate(1)  # nobody always follows the same one
+        for name in order:
+            samples[name].append(sample(calls[name], loops[name]))
+        call_first()
+
     gc.collect()
     gc.disable()
     try:
-        for turn in range(rounds):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                samples[name].append(sample(calls[name], loops[name]))
+        call_first()
+        benchmark.pedantic(call_first, rounds=rounds, iterations=loops[first], teardown=rest_of_round)
     finally:
         gc.enable()
+    samples[first] = benchmark.stats.stats.data
     return samples

@@ -1,6 +1,5 @@
 """What a row says beside its times: the machine, versions and commit, and whether the op's tests pass there."""
 
-import argparse
 import importlib.metadata
 import os
 import platform
@@ -11,39 +10,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from xml.etree import ElementTree
 
-import rows
 import torch
 
 import fastelbo
 
 ROOT = Path(__file__).parent.parent
-
-
-def parser(description: str, rounds: int) -> argparse.ArgumentParser:
-    """The options that all programs which time have, with a number of rounds to start from."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = made.add_argument
-    add("--rounds", type=int, default=rounds, help="samples of each contestant; default: %(default)s")
-    add("--threads", type=int, help="of torch; default: torch's own choice")
-    add("--no-save", action="store_true", help="append no rows to the results")
-    add("--results", type=Path, metavar="DIR", default=rows.RESULTS, help="of the CSV file of rows")
-    add("--unverified", action="store_true", help="without running the tests of what is timed; the rows say so")
-    add("--verdict", type=Path, metavar="XML", help="pytest's --junitxml of those tests, run just before")
-    return made
-
-
-def start(device: torch.device, options: argparse.Namespace, tests: "list[str]", only: str = "") -> dict:
-    """What all rows of a program hold; ends it where some of tests/test_<name>.py fail."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    for name in () if options.unverified else tests:
-        if options.verdict:
-            failure = recorded_failure(name, options.verdict)
-        else:
-            failure = test_failure(name, ROOT, only)
-        if failure:
-            sys.exit(f"tests must pass before what they test is timed (or --unverified): {failure}")
-    return session(device) | threads() | {"verified": "no" if options.unverified else "yes"}
 
 
 def session(device: torch.device) -> dict:

@@ -8,8 +8,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-
-
+# Of the names of files: the ops, what they keep for the backward, and what has a table of its own.
+PREFIXES = ("", "memory_", "conv_", "sampling_", "dropins_")
 OURS = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # our backends, and the device each is for
 
 
@@ -110,13 +110,19 @@ class MemoryRow:
         return self.op, self.case, self.shape, self.dtype
 
     @property
+    def on_gpu(self) -> bool:
+        return bool(self.cuda)
+
+    @property
     def elements(self) -> int:
         return math.prod(map(int, self.shape.split("x")))
 
 
 def times(samples: Sequence[float]) -> dict[str, float]:
     """Quantiles of seconds, as a Row holds them."""
-    p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
+    p20 = p80 = samples[0]
+    if len(samples) > 1:
+        p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
     seconds = {"min_us": min(samples), "p20_us": p20, "median_us": statistics.median(samples), "p80_us": p80}
     return {name: 1e6 * value for name, value in seconds.items()}
 
@@ -152,25 +158,47 @@ def append(path: Path, rows: Iterable[Row | MemoryRow]) -> None:
 
 
 def read(path: Path, kind: type = Row) -> list:
-    """The newest row of every run, case and contestant; a column that an older file lacks has its default."""
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    rows = [kind(**{field.name: _parse(field, line.get(_column(field))) for field in fields(kind)}) for line in lines]
-    return list({(row.run, row.timed, row.contestant): row for row in rows}.values())
+    """The newest row of every run, case and contestant; a column that an older file lacks has its default.
+
+    Raises:
+        OSError, ValueError: with a sentence that names the file and the line.
+    """
+    found = []
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            lacking = {_column(field) for field in fields(kind) if field.default is MISSING} - {
+                *(reader.fieldnames or ())
+            }
+            if reader.fieldnames and lacking:
+                what = "memory" if kind is MemoryRow else "times"
+                raise ValueError(f"{path} holds no rows of {what}: it has no column {min(lacking)}")
+            for line in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in line or None in line.values():
+                    raise ValueError(f"{where}: {'more' if None in line else 'fewer'} cells than columns")
+                found.append(
+                    kind(**{field.name: _parse(field, line.get(_column(field)), where) for field in fields(kind)})
+                )
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from error
+    return list({(row.run, row.timed, row.contestant): row for row in found}.values())
 
 
 def _column(field) -> str:
     return field.name.rstrip("_")
 
 
-def _parse(field, text: str | None):
+def _parse(field, text: str | None, where: str):
     if text is None:
-        if field.default is MISSING:
-            raise ValueError(f"no column {_column(field)}")
         return field.default
-    if field.type in (int, float, str):
-        return field.type(text)
-    return (int if field.type == int | None else float)(text) if text else None
+    if not text and field.type not in (int, float, str):
+        return None
+    number = int if field.type in (int, int | None) else float
+    try:
+        return text if field.type is str else number(text)
+    except ValueError:
+        raise ValueError(f"{where}: {_column(field)} is {text!r}, which is no number") from None
 
 
 def stored(paths: Iterable[Path], kind: type = Row) -> list:
@@ -180,10 +208,32 @@ def stored(paths: Iterable[Path], kind: type = Row) -> list:
     return [row for row in found if row.commit == last[row.run[:-1]]]
 
 
-def result_files(kind: type = Row) -> list[Path]:
-    """The files of committed rows of a kind; those of the convolutions (conv_*.csv) have tables of their own."""
-    paths = (RESULTS / f"{'memory_' if kind is MemoryRow else ''}{device}.csv" for device in ("cpu", "cuda"))
+def prefix(path: Path) -> str:
+    """Of PREFIXES, that of a file."""
+    return next((known for known in PREFIXES if known and path.name.startswith(known)), "")
+
+
+def kind(prefix: str) -> type:
+    """Of the rows in files of a prefix."""
+    return MemoryRow if prefix == "memory_" else Row
+
+
+def result_files(*prefixes: str) -> list[Path]:
+    """The files of committed rows with these prefixes."""
+    paths = (RESULTS / f"{prefix}{device}.csv" for prefix in prefixes for device in ("cpu", "cuda"))
     return [path for path in paths if path.exists()]
+
+
+def by_prefix(paths: Iterable[Path]) -> dict[str, list]:
+    """What stored() finds, of each kind of file."""
+    return {known: stored([path for path in paths if prefix(path) == known], kind(known)) for known in PREFIXES}
+
+
+def sentence(error: Exception) -> str:
+    """One line of what is wrong."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}"
+    return str(error)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,15 @@
-"""Times drawing images from a Gated PixelCNN: python benchmarks/sampling.py --help
+"""Drawing images from a Gated PixelCNN, which test_sampling.py times.
 
 The network is as large as a common tutorial's: 64 channels, 7 layers of dilations 1, 2, 1, 4, 1, 2, 1, 256 grey levels,
 28 x 28 pixels. The naive loop runs all of it for every pixel: a few pixels are timed, and the rows' times are those of
 a whole image extrapolated from them (pass "sample_extrapolated"). The eager cache is what a user would write for this
-network, checked against its full forward; "reference" is our sampler in plain torch. In turns, within one run; rows go
-to benchmarks/results/sampling_cpu.csv.
+network, checked against its full forward; "reference" is our sampler in plain torch.
 """
 
-import time
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import host_clock
-import machine
 import rows
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -21,6 +20,8 @@ from fastelbo.sampling import IncrementalSampler
 
 LEVELS, SIZE, CHANNELS = 256, 28, 64
 DILATIONS = (1, 2, 1, 4, 1, 2, 1)
+PIXELS = 2  # that the naive loop draws
+RIVALS = ("reference", "eager_cache", "naive")
 
 
 class GatedPixelCNN(nn.Module):
@@ -90,74 +91,67 @@ class EagerCache:
             torch.testing.assert_close(logits, self.model(image), rtol=0, atol=1e-5)
 
 
-def contestants(model, n, pixels):
-    """Functions that draw n images, each with the factor from the time it takes to that of whole images."""
-    options = {"levels": LEVELS}
-    ours = IncrementalSampler(model, (1, SIZE, SIZE), backend="cpu", **options)
-    reference = IncrementalSampler(model, (1, SIZE, SIZE), backend="reference", **options)
-    eager = EagerCache(model)
+@dataclass(frozen=True)
+class Images:
+    """How many images are drawn at once."""
+
+    n: int
+    op = tests = "sampling"
+
+    def __str__(self):
+        return f"{self.op}-{self.n}x1x{SIZE}x{SIZE}"
+
+
+def timed(quick=False) -> list[Images]:
+    return [Images(n) for n in ((1,) if quick else (1, 16, 64))]
+
+
+@functools.cache
+def model() -> GatedPixelCNN:
+    torch.manual_seed(0)
+    return GatedPixelCNN().eval()
+
+
+def contestants(n: int, wanted) -> dict[str, Callable]:
+    """Functions that draw n images, the naive loop PIXELS of each.
+
+    Raises:
+        AssertionError: where the logits of the eager cache are not those of the full forward.
+    """
+    network = model()
+    samplers = {
+        name: IncrementalSampler(network, (1, SIZE, SIZE), backend=name, levels=LEVELS) for name in ("cpu", "reference")
+    }
+    eager = EagerCache(network)
     eager.check()
     x = torch.randint(LEVELS, (n, 1, SIZE, SIZE)).float()
 
     @torch.no_grad()
     def naive():
-        for pixel in range(pixels):
-            logits = model(x)[:, :, pixel // SIZE, pixel % SIZE]
+        for pixel in range(PIXELS):
+            logits = network(x)[:, :, pixel // SIZE, pixel % SIZE]
             x[:, 0, pixel // SIZE, pixel % SIZE] = logits.softmax(1).multinomial(1)[:, 0].float()
 
-    return {
-        "cpu": (lambda: ours.sample(n, seed=0), 1),
-        "reference": (lambda: reference.sample(n, seed=0), 1),
-        "eager_cache": (lambda: eager.sample(n), 1),
-        "naive": (naive, SIZE * SIZE / pixels),
+    found = {
+        "cpu": lambda: samplers["cpu"].sample(n, seed=0),
+        "reference": lambda: samplers["reference"].sample(n, seed=0),
+        "eager_cache": lambda: eager.sample(n),
+        "naive": naive,
     }
+    return {name: call for name, call in found.items() if name == "cpu" or name in wanted}
 
 
-def seconds(call, factor):
-    start = time.perf_counter()
-    call()
-    return factor * (time.perf_counter() - start)
-
-
-def main():
-    parser = machine.parser(__doc__, rounds=5)
-    parser.add_argument("--batch", type=int, nargs="*", default=(1, 16, 64))
-    parser.add_argument("--pixels", type=int, default=2, help="that the naive loop draws; default: %(default)s")
-    options = parser.parse_args()
-    host_clock.keep_freed_memory()
-    about = machine.start(torch.device("cpu"), options, ["sampling"])
-    torch.manual_seed(0)
-    model = GatedPixelCNN().eval()
-    for n in options.batch:
-        found = contestants(model, n, options.pixels)
-        for call, _ in found.values():
-            call()
-        samples = {name: [] for name in found}
-        for _ in range(options.rounds):
-            for name, contestant in found.items():
-                samples[name].append(seconds(*contestant))
-        report(n, options, samples, about)
-
-
-def report(n, options, samples, about):
-    """Prints how many times as long the rivals take, and keeps the rows."""
-    best = {name: min(values) for name, values in samples.items()}
-    over_naive, over_eager = (best[rival] / best["cpu"] for rival in ("naive", "eager_cache"))
-    print(
-        f"batch {n:3}: {best['cpu']:7.3f} s, {1e3 * best['cpu'] / SIZE**2:.3f} ms a pixel; naive loop "
-        f"{best['naive']:.1f} s, {over_naive:.0f}x; eager cache {best['eager_cache']:.2f} s, {over_eager:.1f}x",
-        flush=True,
-    )
-    made = []
+def rows_of(images: Images, samples: dict[str, list[float]], rounds: int) -> list[dict]:
+    """The fields of the contestants' rows that differ from those of other numbers of images."""
+    n, found = images.n, []
+    if "naive" in samples:
+        samples = samples | {"naive": [SIZE * SIZE / PIXELS * seconds for seconds in samples["naive"]]}
     for name, values in samples.items():
-        common = {"op": "sampling", "case": f"GatedPixelCNN {CHANNELS}x{len(DILATIONS)}", "timestamp": machine.now()}
-        common |= {"pass_": "sample_extrapolated" if name == "naive" else "sample", "contestant": name}
-        common |= {"shape": f"{n}x1x{SIZE}x{SIZE}", "dtype": "float32", "rounds": options.rounds}
-        ratios = {"over_eager": over_naive} if name == "cpu" else {}
-        made.append(rows.Row(**about, **common, bytes=8 * n * SIZE**2, **rows.times(values), **ratios))
-    if not options.no_save:
-        rows.append(options.results / "sampling_cpu.csv", made)
-
-
-if __name__ == "__main__":
-    main()
+        common = {"op": images.op, "case": f"GatedPixelCNN {CHANNELS}x{len(DILATIONS)}", "contestant": name}
+        common |= {"pass_": "sample_extrapolated" if name == "naive" else "sample", "rounds": rounds}
+        common |= {"shape": f"{n}x1x{SIZE}x{SIZE}", "dtype": "float32", "bytes": 8 * n * SIZE**2}
+        ratios = {}
+        if name == "cpu" and "naive" in samples:
+            ratios = {"over_eager": min(samples["naive"]) / min(values)}
+        found.append(common | rows.times(values) | ratios)
+    return found

@@ -1,10 +1,15 @@
-"""The benchmarks' own tools, as far as a machine without a GPU can tell: gpu.sh, collection, rows, report and plot."""
+"""The benchmarks' own tools, as far as a machine without a GPU can tell: gpu.sh, options, rows, report and plot."""
 
+import csv
 import dataclasses
+import functools
+import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -28,6 +33,10 @@ def run(*command, cwd=ROOT, **environment):
 
 def tool(name, *arguments):
     return run(sys.executable, BENCHMARKS / name, *arguments)
+
+
+def benchmarks(*arguments, **environment):
+    return run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, **environment)
 
 
 def contents(folder):
@@ -277,10 +286,114 @@ def test_report_and_plot_of_gpu_rows(modules, tmp_path):
     assert (tmp_path / "speed_cuda.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_plot_of_stored_rows(tmp_path):
-    done = tool("plot.py", STORED, "--output", tmp_path / "figures")
+FIGURES = [f"{name}_cpu.png" for name in ("convolutions", "dropins", "memory", "sampling", "speed")]
+
+
+def test_one_command_draws_all_stored_rows(tmp_path):
+    done = tool("plot.py", "--output", tmp_path / "figures")
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["speed_cpu.png"]
+    made = sorted((tmp_path / "figures").iterdir())
+    assert [path.name for path in made] == FIGURES
+    for path in (*made, *(ROOT / "docs" / "figures" / name for name in FIGURES)):
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 150_000, path
+
+
+def lines_of(name):
+    with (BENCHMARKS / "results" / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def drawn(axis):
+    """The points of a figure, by the label of their lane, or its number right of another figure with the same lanes."""
+    labels = [text.get_text() for text in axis.get_yticklabels()]
+    found = {}
+    for line in axis.get_lines():
+        if line.get_marker() not in ("", "None") and len(line.get_xdata()) == 1:
+            lane = round(line.get_ydata()[0])
+            found.setdefault(labels[lane] if labels else lane, []).append(line.get_xdata()[0])
+    return {label: sorted(values) for label, values in found.items()}
+
+
+def text_of(figure):
+    return " ".join(text.get_text() for text in (figure._suptitle, *figure.texts))
+
+
+def test_figure_of_drop_ins_shows_the_rows(modules):
+    import plot_rivals
+    import rows
+
+    stored = lines_of("dropins_cpu.csv")
+    figure = plot_rivals.dropins(rows.stored([BENCHMARKS / "results" / "dropins_cpu.csv"]))
+    expected = [float(b["min_us"]) / float(a["min_us"]) for a, b in zip(stored[::2], stored[1::2], strict=True)]
+    assert {line["contestant"] for line in stored[::2]} == {"cpu"}
+    (axis,) = figure.axes
+    points = drawn(axis)
+    assert [values[0] for values in points.values()] == pytest.approx(expected)
+    assert points["pythae: sample_gauss, kl  [100, 16]"] == pytest.approx([234.79 / 401.97])
+    for part in (stored[0]["machine"], stored[0]["torch"], stored[0]["commit"], "2 threads"):
+        assert part in text_of(figure)
+    assert any(list(line.get_xdata()) == [1, 1] for line in axis.get_lines()), "no line at 1x"
+
+
+def test_figure_of_images_shows_the_rows(modules):
+    import plot_rivals
+    import rows
+
+    figure = plot_rivals.sampling(rows.stored([BENCHMARKS / "results" / "sampling_cpu.csv"]))
+    times = {
+        (line["shape"].split("x")[0], line["contestant"]): float(line["min_us"])
+        for line in lines_of("sampling_cpu.csv")
+    }
+    expected = [
+        sorted(times[n, rival] / times[n, "cpu"] for rival in ("naive", "reference", "eager_cache"))
+        for n in ("1", "16", "64")
+    ]
+    assert list(drawn(figure.axes[0]).values()) == [pytest.approx(values) for values in expected]
+
+
+def test_figure_of_convolutions_shows_the_rows(modules):
+    import plot_rivals
+    import rows
+
+    figure = plot_rivals.convolutions(rows.stored([BENCHMARKS / "results" / "conv_cpu.csv"]))
+    stored = lines_of("conv_cpu.csv")
+    for axis, pass_ in zip(figure.axes, ("forward", "forward_backward"), strict=True):
+        layers = {}
+        for line in stored:
+            if line["pass"] == pass_:
+                layers.setdefault((line["case"], line["shape"]), {})[line["contestant"]] = float(line["min_us"])
+        expected = []
+        for times in layers.values():
+            theirs = [min(t for name, t in times.items() if name.startswith(r)) for r in ("eager", "crop", "compile")]
+            expected.append(sorted(t / times[ours] for t in theirs for ours in ("cpu", "cpu_channels_last")))
+        assert list(drawn(axis).values()) == [pytest.approx(values) for values in expected]
+
+
+def test_figure_of_memory_shows_the_rows(modules):
+    import plot_rivals
+    import rows
+
+    path = BENCHMARKS / "results" / "memory_cpu.csv"
+    figure = plot_rivals.memory(rows.stored([path], rows.MemoryRow))
+    for axis, dtype in zip(figure.axes, ("float32", "bfloat16"), strict=True):
+        counts = [int(line["saved_bytes"]) / (512 * 256) for line in lines_of(path.name) if line["dtype"] == dtype]
+        assert sorted(itertools.chain(*drawn(axis).values())) == pytest.approx(sorted(counts))
+    assert drawn(figure.axes[0])["KL, learned prior"] == [0, 4, 16, 24]
+
+
+def test_figure_of_ops_shows_the_rows(modules):
+    import plot_speed
+    import rows
+
+    figure = plot_speed.draw(rows.stored([STORED]))
+    commit = max(lines_of("cpu.csv"), key=lambda line: line["timestamp"])["commit"]
+    newest = {}
+    for line in lines_of("cpu.csv"):
+        which = line["commit"], line["contestant"], line["pass"], line["case"] == "normals"
+        if which == (commit, "cpu", "forward", False):
+            newest[line["op"], line["case"], line["shape"], line["dtype"]] = float(line["over_compile"])
+    axis = next(axis for axis in figure.get_axes() if axis.get_title() == "torch.compile")
+    assert sorted(itertools.chain(*drawn(axis).values())) == pytest.approx(sorted(newest.values()))
 
 
 @pytest.mark.parametrize("name", ["report.py", "plot.py"])
@@ -299,15 +412,22 @@ def test_nothing_to_show(name, tmp_path):
 # Drop-ins
 
 
-def test_drop_ins_are_timed(modules, tmp_path):
+def test_an_interrupted_run_keeps_the_cases_before(modules, tmp_path):
     import rows
 
-    done = tool("dropins.py", "--op", "compat.pythae", "--rounds", "2", "--unverified", "--results", tmp_path)
-    assert done.returncode == 0, done.stderr
+    plugin = """
+def pytest_runtest_setup(item):
+    if "line by line" in item.name:
+        raise KeyboardInterrupt
+"""
+    (tmp_path / "interrupt.py").write_text(plugin)
+    options = ("--op", "compat.pythae", "--rounds", "2", "--unverified", "--results", tmp_path, "-p", "interrupt")
+    done = benchmarks("benchmarks/test_dropins.py", *options, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    assert done.returncode == 2, done.stdout + done.stderr
     assert "compat.pythae sample_and_kl" in done.stdout and "UNVERIFIED" in done.stdout
     found = rows.read(tmp_path / "dropins_cpu.csv")
-    assert [row.contestant for row in found] == ["cpu", "eager"] * 2
-    ours, theirs, *_ = found
+    assert [row.contestant for row in found] == ["cpu", "eager"]
+    ours, theirs = found
     assert ours.over_eager == pytest.approx(theirs.min_us / ours.min_us, rel=1e-3) and theirs.over_eager is None
     assert (ours.op, ours.shape, ours.pass_, ours.verified) == ("compat.pythae", "100x16", "forward_backward", "no")
     # two inputs, z and kl; in the backward the same, and two gradients
@@ -345,26 +465,216 @@ def mistaken(part):
 
 
 @pytest.mark.parametrize("part", ["value", "nan", "gradient", "noise", "shape", "missing"])
-def test_a_drop_in_that_computes_something_else_is_not_timed(part, modules, monkeypatch, capsys, tmp_path):
+def test_a_drop_in_that_computes_something_else_is_not_timed(part, modules):
     import dropins
-    import rows
 
     right = next(drop_in for drop_in in dropins.DROP_INS if drop_in.case == "sample_and_kl")
-    wrong = dataclasses.replace(right, op="compat.wrong", theirs=mistaken(part))
-    options = ("--rounds", "2", "--unverified", "--results", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["dropins.py", *options])
-    monkeypatch.setattr(dropins.host_clock, "keep_freed_memory", lambda: None)  # for good, in this process
-    with pytest.raises(SystemExit, match=r"^not timed: compat\.wrong sample_and_kl: ") as stopped:
-        dropins.main([wrong, right])
-    assert "output" in stopped.value.code
-    assert {row.op for row in rows.read(tmp_path / "dropins_cpu.csv")} == {"compat.pythae"}
-    assert "compat.wrong" not in capsys.readouterr().out
+    dropins.prepare(right)
+    with pytest.raises(AssertionError, match=r"^compat\.pythae sample_and_kl: .*output"):
+        dropins.prepare(dataclasses.replace(right, theirs=mistaken(part)))
 
 
-def test_drop_ins_whose_tests_fail_are_not_timed(tmp_path):
+def test_a_convolution_that_computes_something_else_is_not_timed(modules, monkeypatch):
+    import convolutions
+    import torch
+
+    right, layer = convolutions.contestants, convolutions.Layer(2, 3, 4, 5, 3, "B", "a test")
+    timed = convolutions.Timed(layer, "float32", "forward_backward")
+    arguments = timed, torch.device("cpu"), ["cpu"], ("eager", "crop")
+    calls = convolutions.wanted_contestants(*arguments)
+    assert list(calls)[:2] == ["cpu", "cpu_channels_last"] and {"eager", "crop", "crop_sliced"} < set(calls)
+    assert set(convolutions.wanted_contestants(*arguments[:3], ["crop"])) == {n for n in calls if "eager" not in n}
+
+    def wrong(*arguments):
+        found = right(*arguments)
+        function, memory_format = found["crop"]
+        return found | {"crop": (lambda *inputs: 1.01 * function(*inputs), memory_format)}
+
+    monkeypatch.setattr(convolutions, "contestants", wrong)
+    with pytest.raises(AssertionError, match="crop computes something else"):
+        convolutions.wanted_contestants(*arguments)
+
+
+def test_an_eager_cache_that_computes_something_else_is_not_timed(modules, monkeypatch):
+    import sampling
+
+    class Wrong(sampling.EagerCache):
+        def __init__(self, model):
+            super().__init__(model)
+            self.taps = [1.01 * taps for taps in self.taps]
+
+    assert list(sampling.contestants(1, ["naive"])) == ["cpu", "naive"]
+    monkeypatch.setattr(sampling, "EagerCache", Wrong)
+    with pytest.raises(AssertionError, match="not close"):
+        sampling.contestants(1, ["naive"])
+
+
+@pytest.mark.parametrize(
+    ("file", "op"), [("dropins", "compat.pythae"), ("sampling", "sampling"), ("convolutions", "masked_conv2d")]
+)
+def test_what_fails_its_tests_is_not_timed(file, op, tmp_path):
     verdict = tmp_path / "verdict.xml"
     verdict.write_text("<testsuites/>")
-    options = ("--op", "compat.pythae", "--rounds", "2", "--verdict", verdict, "--results", tmp_path / "none")
-    done = tool("dropins.py", *options)
-    assert done.returncode == 1 and "none of its tests ran" in done.stderr
+    options = ("--op", op, "--quick", "--verdict", verdict, "--results", tmp_path / "none")
+    done = benchmarks(f"benchmarks/test_{file}.py", *options)
+    assert done.returncode == 1 and "none of its tests ran" in done.stdout and "passed" not in done.stdout
     assert not (tmp_path / "none").exists()
+
+
+# Options, and a run against stored rows
+
+
+def test_bad_options_say_so(modules):
+    spec = importlib.util.spec_from_file_location("benchmarks_conftest", BENCHMARKS / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    good = {"device": "cpu", "op": [], "rival": [], "dtype": [], "shape": [], "rounds": None, "threads": None}
+    good |= {"fail_slower": None, "compare": [], "verdict": None, "no_save": False, "results": BENCHMARKS / "results"}
+    assert conftest.mistaken(types.SimpleNamespace(**good)) == ""
+    compared = {"compare": [STORED], "fail_slower": 1.1}
+    for bad, sentence in (
+        ({"op": ["gaussian_lk"]}, "--op gaussian_lk is none of compat.bayesian, "),
+        ({"rival": ["jax"]}, "--rival jax is none of eager, "),
+        ({"dtype": ["int8"]}, "--dtype int8 is none of float32, "),
+        ({"device": "tpu"}, "--device tpu is none of cpu, cuda"),
+        ({"shape": ["8x"]}, "--shape 8x is neither one of tiny, medium, large nor a shape"),
+        ({"rounds": -1}, "--rounds must be at least 1, not -1"),
+        ({"threads": 0}, "--threads must be at least 1, not 0"),
+        ({"fail_slower": 1.1}, "--fail-slower needs --compare"),
+        (compared | {"fail_slower": -1.0}, "--fail-slower must be a positive ratio, not -1"),
+        (compared | {"rounds": 2}, "--fail-slower needs 3 --rounds or more"),
+        ({"verdict": Path("none.xml")}, "--verdict: none.xml: no such file"),
+        ({"verdict": STORED}, f"--verdict: {STORED} is no XML file"),
+        ({"results": STORED}, f"--results {STORED}: {STORED} is no folder that can be written to"),
+    ):
+        assert conftest.mistaken(types.SimpleNamespace(**good | bad)).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--op", "gaussian_lk"), "--op gaussian_lk is none of"),
+        (("--compare", "none.csv"), "--compare: none.csv: no such file or directory"),
+        (
+            ("--compare", STORED.with_name("memory_cpu.csv")),
+            "memory_cpu.csv holds no rows of times: it has no column bytes",
+        ),
+    ],
+    ids=["op", "missing", "kind"],
+)
+def test_bad_options_end_pytest(arguments, sentence, tmp_path):
+    done = benchmarks("benchmarks", *arguments, "--results", tmp_path / "none")
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert sentence in done.stderr and done.stderr.strip().count("\n") == 0
+    assert not (tmp_path / "none").exists()
+
+
+def test_corrupt_files_are_refused(modules, tmp_path):
+    import rows
+
+    header, first, second, *_ = STORED.read_text().splitlines()
+    path = tmp_path / "cpu.csv"
+    for text, sentence in (
+        (f"{header}\n{first}\n{second[:40]}\n", f"{path}, line 3: fewer cells than columns"),
+        (f"{header}\n{first},1\n", f"{path}, line 2: more cells than columns"),
+        (f"{header}\n{first.replace('326.62', 'fast')}\n", f"{path}, line 2: min_us is 'fast', which is no number"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError) as refused:
+            rows.read(path)
+        assert str(refused.value) == sentence
+    done = tool("report.py", path)
+    assert done.returncode == 1 and done.stderr == f"{sentence}\n"
+
+
+def test_one_sample_has_quantiles(modules):
+    import rows
+
+    assert set(rows.times([2.0]).values()) == {2e6}
+    assert rows.times([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {
+        "min_us": 1e6,
+        "p20_us": 2e6,
+        "median_us": 3.5e6,
+        "p80_us": 5e6,
+    }
+
+
+def test_changes_against_stored_rows(modules):
+    import cases
+    import compare
+    import rows
+
+    first = next(row for row in make_rows(rows, cases) if row.contestant == "cuda")
+    change = functools.partial(dataclasses.replace, first, rounds=5)
+
+    def row(p20, p80, **fields):
+        return change(p20_us=p20, median_us=(p20 + p80) / 2, p80_us=p80, **fields)
+
+    def rival(median):
+        return change(contestant="eager", median_us=median)
+
+    now = row(10, 14)
+    for then, verdict in (
+        (row(7, 9), "slower"),
+        (row(7, 10), ""),
+        (row(15, 17), "faster"),
+        (row(14, 17), ""),
+        (row(7, 9, rounds=2), "too few samples"),
+    ):
+        (found,) = compare.changes([then], [now])
+        assert found.verdict == verdict and found.ratio == pytest.approx(12 / then.median_us) and found.rivals is None
+        assert len(compare.slower([found], 1.4)) == (verdict == "slower")
+        assert not compare.slower([found], 1.6)
+    (found,) = compare.changes([row(7, 9), rival(2.0)], [now, rival(3.0)])
+    assert found.rivals == 1.5
+    # the newest of the same machine, however new those of others are
+    stored = [
+        row(1, 2, timestamp="2026-01-03T00:00:00Z", machine="another"),
+        row(3, 4, timestamp="2026-01-02T00:00:00Z", torch="1.9"),
+        row(5, 6, timestamp="2026-01-01T00:00:00Z"),
+    ]
+    (found,) = compare.changes(stored, [now])
+    assert found.then is stored[1] and "torch was 1.9" in compare.table([found])
+    (found,) = compare.changes(stored[:1], [now])
+    assert "NOT LIKE BEFORE in 1 of 1 cases: machine was another" in compare.table([found])
+    assert compare.changes([change(shape="1x1")], [now]) == []
+
+
+@pytest.mark.parametrize(("factor", "verdict", "code"), [(1e-3, "slower", 1), (1e3, "faster", 0)])
+def test_a_run_is_held_against_a_file(factor, verdict, code, modules, tmp_path):
+    import rows
+
+    path = tmp_path / "cpu.csv"
+    stored = [row for row in rows.read(STORED) if row.op == "gaussian_kl" and row.shape == "8x16"]
+    times = ("min_us", "p20_us", "median_us", "p80_us")
+    rows.append(path, [dataclasses.replace(row, **{t: factor * getattr(row, t) for t in times}) for row in stored])
+    before = path.read_bytes()
+    case = (
+        "--op",
+        "gaussian_kl",
+        "--shape",
+        "8x16",
+        "--dtype",
+        "float32",
+        "--rival",
+        "eager",
+        "-k",
+        "prior-8x16-float32-forward-",
+    )
+    options = ("--quick", "--unverified", "--results", tmp_path, "--compare", path, "--fail-slower", "1.5")
+    done = benchmarks("benchmarks/test_speed.py", *case, *options)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert f"{code} of 1 cases are slower and take at least 1.5 times as long" in done.stdout
+    line = next(line for line in done.stdout.splitlines() if line.endswith(verdict))
+    assert line.startswith("gaussian_kl learned prior forward 8x16 float32")
+    # this run's rows came after
+    assert path.read_bytes().startswith(before) and len(path.read_bytes()) > len(before)
+
+
+def test_all_cases_are_collected_on_a_cpu():
+    done = benchmarks("benchmarks", "--collect-only")
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = [line.split("::")[0] for line in done.stdout.splitlines() if "::" in line]
+    names = ("convolutions", "memory", "sampling", "speed", "dropins")
+    assert list(dict.fromkeys(files)) == [f"benchmarks/test_{name}.py" for name in names]
+    assert "compat.pyro" in done.stdout.split("\n\n")[0].splitlines()[-1]
