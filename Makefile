@@ -18,8 +18,9 @@ help:
 	@echo "make demo       train a VAE and a PixelCNN on handwritten digits, under two minutes; pictures go to demo/"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the statistical tests over 10^8 draws, and properties on ten thousand calls, sanitized too"
-	@echo "make bench      benchmarks against eager torch, torch.distributions and torch.compile; appends result rows"
-	@echo "make figures    draws every result file of benchmarks/results into docs/figures"
+	@echo "make bench      benchmarks against eager torch, torch.distributions and torch.compile; appends result rows;"
+	@echo "                ARGS=\"--quick --no-save\" or others, see $(BIN)/python -m pytest benchmarks --help"
+	@echo "make figures    the figures in docs/figures from the rows in benchmarks/results"
 	@echo "make lint       ruff and clang-format"
 	@echo "make typecheck  mypy"
 	@echo "make coverage   the test suite, and which lines of Python it ran"
@@ -51,7 +52,7 @@ test-slow: $(STAMP)
 	@$(BIN)/python -m pytest -m slow
 
 bench: $(STAMP)
-	@$(BIN)/python -m pytest benchmarks
+	@$(BIN)/python -m pytest benchmarks $(ARGS)
 
 figures: $(STAMP)
 	@$(BIN)/python benchmarks/plot.py

@@ -1,10 +1,10 @@
-"""What kernels can reach on an H200, predicted from machine code: needs no GPU, measures nothing.
+"""What our GPU kernels can reach on an H200, predicted: needs no GPU, measures nothing.
 
-    python benchmarks/bounds.py [--convolutions]
+    python benchmarks/bounds.py                 of the Gaussian ops' machine code, which takes minutes to compile
+    python benchmarks/bounds.py --convolutions  of the convolutions' bytes and products
 
-A kernel takes as long as the longer of two things: moving the op's bytes, and issuing its instructions; masked
-convolutions as the longer of moving bytes and of tensor cores' products. Writes benchmarks/results/bounds.csv or
-conv_bounds.csv.
+A kernel takes as long as the longer of two things: moving the op's bytes, and issuing its instructions. Writes
+benchmarks/results/bounds.csv or conv_bounds.csv.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from pathlib import Path
 import convolutions
 import rows
 import torch
-import triton
 
 ROOT = Path(__file__).parent.parent
+
 CAPABILITY = 90
-TENSOR_CORES = 7.9e14  # multiplications and additions a second in bfloat16 that matrix products reach
 COPY = 4.3e12  # bytes a second, read and written: a device-to-device copy through torch on an H200
+TENSOR_CORES = 7.9e14  # multiplications and additions a second in bfloat16 that matrix products reach
 ISSUE = 132 * 4 * 32 * 1.98e9  # instructions of threads a second: multiprocessors, schedulers, lanes, clock
 
 # Elements read and written, forward and backward.
@@ -62,11 +62,18 @@ def predictions(kernels: dict) -> "list[dict]":
     return found
 
 
-def of_convolutions() -> list[dict]:
-    """What an H200 allows a bfloat16 forward, and how many times as long rivals take that are as efficient.
+def compiled_kernels() -> dict:
+    script = ROOT / "tests" / "compile_triton.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    print(f"compiling for sm_{CAPABILITY}, some minutes", file=sys.stderr)
+    done = subprocess.run(
+        [sys.executable, script, str(CAPABILITY)], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout)
 
-    Predicted, not measured.
-    """
+
+def of_convolutions() -> "list[dict]":
+    """What a bfloat16 forward can reach, and how many times as long rivals take that are as efficient."""
     found = []
     for layer in convolutions.LAYERS:
         pixels = layer.n * layer.size**2
@@ -89,35 +96,22 @@ def of_convolutions() -> list[dict]:
     return found
 
 
-def write(path: Path, lines: list[dict]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, lines[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--convolutions", action="store_true", help="of masked convolutions, which needs no compiler")
-    parser.add_argument("--results", type=Path, metavar="DIR", default=rows.RESULTS, help="where the CSV file goes")
-    options = parser.parse_args()
-    if options.convolutions:
-        lines = of_convolutions()
-        write(options.results / "conv_bounds.csv", lines)
-        print(rows.aligned([tuple(lines[0]), *(tuple(line.values()) for line in lines)]))
-        return
-    script = ROOT / "tests" / "compile_triton.py"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    print(f"compiling for sm_{CAPABILITY}, some minutes", file=sys.stderr)
-    done = subprocess.run(
-        [sys.executable, script, str(CAPABILITY)], env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    common = {"target": f"sm_{CAPABILITY}", "triton": triton.__version__, "commit": commit.stdout.strip()}
-    lines = [common | row for row in predictions(json.loads(done.stdout))]
-    write(options.results / "bounds.csv", lines)
-    for line in lines:
-        print(*(f"{value}" for value in list(line.values())[3:]), sep="\t")
+    parser.add_argument("--convolutions", action="store_true", help="those of the convolutions, in place of the others")
+    if parser.parse_args().convolutions:
+        found, name = of_convolutions(), "conv_bounds.csv"
+    else:
+        import triton
+
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        common = {"target": f"sm_{CAPABILITY}", "triton": triton.__version__, "commit": commit.stdout.strip()}
+        found, name = [common | row for row in predictions(compiled_kernels())], "bounds.csv"
+    with (rows.RESULTS / name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, found[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
+    print(rows.aligned([tuple(found[0]), *(tuple(map(str, row.values())) for row in found)]))
 
 
 if __name__ == "__main__":

@@ -180,15 +180,6 @@ class Timed:
     timing: str
     rivals: tuple[str, ...]
 
-    @property
-    def op(self) -> str:
-        return self.case.op
-
-    @property
-    def tests(self) -> str:
-        """What must pass before it is timed: tests/test_<tests>.py."""
-        return self.case.op
-
     def __str__(self):
         rows, columns = self.shape
         return "-".join((self.case.op, self.case.name, f"{rows}x{columns}", self.dtype, self.pass_, self.timing))
@@ -199,12 +190,14 @@ def timed(device: str, sizes=(), ops=(), dtypes=(), rivals=(), quick=False) -> l
 
     Args:
         device: "cpu" or "cuda".
-        sizes: names of SIZES, or shapes as "4096x256", which come with every dtype, pass and rival; default: all.
+        sizes: names of SIZES, or shapes as "4096x256", which come with every dtype, pass and rival; others are of other
+            ops' cases; default: all.
         ops, dtypes, rivals: default: all.
         quick: leave out what takes long, unless `sizes` names it.
     """
     known = SIZES[device]
-    chosen = {name: size_of(device, name) for name in sizes or known if sizes or known[name].quick or not quick}
+    named = [name for name in sizes or known if name in known or name.count("x") == 1]
+    chosen = {name: size_of(device, name) for name in named if sizes or known[name].quick or not quick}
     return [
         Timed(case, shape, dtype, pass_, timing, rivals_of(case, dtype, size, rivals or RIVALS))
         for name, size in chosen.items()

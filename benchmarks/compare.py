@@ -1,119 +1,144 @@
-"""Times of this run against those of stored rows.
+"""Holds the rows of a run against older ones: what got slower or faster by more than the noise.
 
-pytest-benchmark's own --benchmark-compare does not serve: its storage knows only the contestant that its fixture times,
-the first of each case, and neither rivals nor what a row says of the machine.
+pytest-benchmark's --benchmark-compare would not do: it keeps files of its own with one function a test, has no times by
+a GPU's events, and judges by a ratio alone. Rows have all contestants of a case, and are what is committed.
+
+The rule is not free of false alarms: the two runs in results/cpu.csv share 290 rows of copy, eager lines, distributions
+and torch.compile, whose code is the same. It marks 7 of them as slower; a ratio above 1.1 alone would mark 17, and the
+80th percentile alone 42.
 """
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import rows
 
-FEWEST = 3  # samples; one alone lies above the p80 of others every fifth time
-RULE = (
-    "slower: four fifths of the samples lie above what four fifths lay below before (p20 now > p80 then); faster: the "
-    "reverse; neither of fewer than 3 samples; where the rivals' ratio moved as much, the machine did"
-)
+NOISE = 1.1  # nine of ten ratios of those rows are smaller
 
 
-@dataclass(frozen=True)
-class Change:
-    """A row of ours and the stored one of the same case."""
+class Change(NamedTuple):
+    """A row of ours, the newest older one of the same case, and how many times as long the rivals take since then: the
+    median of theirs, which tells how the machine has changed, or 1."""
 
-    then: rows.Row
     now: rows.Row
-    rivals: float | None  # times of the rivals, now by then: what changed with the machine
+    then: rows.Row | None
+    rivals: float
 
     @property
     def ratio(self) -> float:
         return self.now.typical_us / self.then.typical_us
 
     @property
-    def verdict(self) -> str:
-        """Whether the change is beyond the noise of both runs."""
-        if min(self.now.rounds, self.then.rounds) < FEWEST:
-            return "too few samples"
-        if self.now.p20_us > self.then.p80_us:
-            return "slower"
-        return "faster" if self.now.p80_us < self.then.p20_us else ""
+    def judged(self) -> bool:
+        return self.then is not None and place(self.now) == place(self.then)
 
     @property
-    def differs(self) -> str:
-        """What else changed, of what decides a time."""
-        names = ["machine", "threads", "isa", "torch", *(["cuda", "triton"] if self.now.on_gpu else [])]
-        pairs = {name: (getattr(self.then, name), getattr(self.now, name)) for name in names}
-        return ", ".join(f"{name} was {then}" for name, (then, now) in pairs.items() if then != now)
+    def slower(self) -> bool:
+        """Also than the rivals, and in the fastest sample than in four fifths of the older ones."""
+        beyond = self.judged and min(self.ratio, self.ratio / self.rivals) > NOISE
+        return beyond and self.now.min_us > self.then.p80_us
+
+    @property
+    def faster(self) -> bool:
+        beyond = self.judged and max(self.ratio, self.ratio / self.rivals) < 1 / NOISE
+        return beyond and self.now.p80_us < self.then.min_us
 
 
-def read(paths: Iterable[Path]) -> list[rows.Row]:
-    """The rows of files of times.
+def place(row: rows.Row) -> tuple:
+    return row.machine, row.threads, row.isa
+
+
+def baseline(where: str, results: Path) -> list[rows.Row]:
+    """The rows of a CSV file, of a folder of them, or of a commit in a folder of results.
 
     Raises:
-        ValueError, OSError: for another kind of file, or none.
+        ValueError: if there are none, or the file holds something else.
+        OSError: for a file that cannot be read.
     """
-    found = [row for path in paths for row in rows.read(path)]
+    path = Path(where)
+    if path.is_dir():
+        found = of_files(rows.result_files(path))
+    elif path.exists():
+        found = rows.read(path)
+    else:
+        found = [row for row in of_files(rows.result_files(results)) if row.commit.startswith(where)]
+        if not found:
+            raise ValueError(f"--compare {where}: there is no such file, and no row of such a commit in {results}")
     if not found:
-        raise ValueError(f"no rows in {', '.join(map(str, paths))}")
+        raise ValueError(f"--compare {where}: there are no rows of times in it")
     return found
 
 
-def changes(stored: Sequence[rows.Row], measured: Iterable[rows.Row]) -> list[Change]:
-    """Of every row of ours that has a stored counterpart: the newest one, of the same machine and threads if any is."""
-    pairs = [(row, then) for row in measured if (then := counterpart(stored, row)) is not None]
-    others: dict[tuple, list[float]] = {}
-    for now, then in pairs:
-        if not is_ours(now):
-            others.setdefault(now.timed, []).append(now.typical_us / then.typical_us)
+def of_files(paths: Iterable[Path]) -> list[rows.Row]:
+    return [row for path in paths if rows.kind_of(path) is rows.Row for row in rows.read(path)]
+
+
+def changes(now: Sequence[rows.Row], then: Sequence[rows.Row]) -> list[Change]:
+    """Ours of a run, beside the newest older rows from the same machine, or from another where that has none."""
+    ratios: dict[tuple, list[float]] = {}
+    found = [(row, newest(row, then)) for row in now]
+    for row, older in found:
+        if older and rows.form_of(row.contestant) not in rows.OURS:
+            ratios.setdefault(rows.compared(row), []).append(row.typical_us / older.typical_us)
     return [
-        Change(then, now, statistics.median(others[now.timed]) if now.timed in others else None)
-        for now, then in pairs
-        if is_ours(now)
+        Change(row, older, statistics.median(ratios.get(rows.compared(row), [1])))
+        for row, older in found
+        if rows.form_of(row.contestant) in rows.OURS
     ]
 
 
-def is_ours(row: rows.Row) -> bool:
-    return row.contestant.removesuffix("_channels_last") in rows.OURS
+def newest(row: rows.Row, then: Sequence[rows.Row]) -> rows.Row | None:
+    same = [one for one in then if (one.timed, one.contestant) == (row.timed, row.contestant)]
+    here = [one for one in same if place(one) == place(row)]
+    return max(here or same, key=lambda one: one.timestamp, default=None)
 
 
-def counterpart(stored: Sequence[rows.Row], row: rows.Row) -> rows.Row | None:
-    same = [then for then in stored if (then.timed, then.contestant) == (row.timed, row.contestant)]
-    return max(
-        same, key=lambda then: (then.machine == row.machine, then.threads == row.threads, then.timestamp), default=None
+def failure(found: Sequence[Change], limit: float) -> str:
+    """Why a run fails that may be slower by a factor of so much; empty if it does not."""
+    slower = [change for change in found if change.slower and change.ratio > limit]
+    if slower:
+        return f"{len(slower)} of {len(found)} are slower by more than {limit:g}x"
+    return "" if any(change.judged for change in found) else "no row from this machine to compare with"
+
+
+def table(found: Sequence[Change], limit: float | None = None) -> str:
+    """A line for each of ours, the summary last."""
+    known = [change for change in found if change.then]
+    places = {place(change.then): change.then for change in known}
+    lines = [f"now:  {describe(found[0].now)}"] if found else []
+    for where, row in places.items():
+        other = "" if where == place(found[0].now) else "; ANOTHER MACHINE: its ratios say nothing of the code"
+        lines.append(f"then: {describe(row)}{other}")
+    cells = [("op", "pass", "shape", "dtype", "ours", "then us", "now us", "ratio", "rivals", "")]
+    cells += [line(change) for change in sorted(found, key=lambda change: not change.slower)]
+    if found:
+        lines += ["", rows.aligned(cells), ""]
+    slower, faster = sum(c.slower for c in found), sum(c.faster for c in found)
+    judged = sum(c.judged for c in found)
+    counts = f"{slower} slower, {faster} faster, {judged - slower - faster} neither"
+    lines.append(f"{counts}, {len(known) - judged} of another machine, {len(found) - len(known)} without an older row")
+    lines.append(
+        f"slower: the fastest sample above 80 % of the older ones, and a ratio above {NOISE:g}, also times that of the "
+        "rivals, which tells how the machine has changed"
     )
+    if limit and (why := failure(found, limit)):
+        lines.append(f"FAILED: {why}")
+    return "\n".join(lines)
 
 
-def table(found: Sequence[Change]) -> str:
-    """A line for each case, then the rule and what else changed."""
-    lines = [("case", "ours", "then, us", "now, us", "ratio", "rivals'", "")]
-    for change in found:
-        row = change.now
-        lines.append(
-            (
-                " ".join(
-                    filter(None, (row.op, row.case, rows.PASS_NAMES.get(row.pass_, row.pass_), row.shape, row.dtype))
-                )
-                + (" in a graph" if row.timing == "graph" else ""),
-                row.contestant,
-                f"{change.then.typical_us:.4g}",
-                f"{row.typical_us:.4g}",
-                f"{change.ratio:.2f}",
-                "" if change.rivals is None else f"{change.rivals:.2f}",
-                change.verdict,
-            )
-        )
-    what = "medians" if found[0].now.on_gpu else "minima"
-    notes = [f"ratio: of {what}, now by then; rivals': the median of theirs in the same case; {RULE}"]
-    for differs in dict.fromkeys(change.differs for change in found):
-        count = sum(change.differs == differs for change in found)
-        if differs:
-            notes.append(f"NOT LIKE BEFORE in {count} of {len(found)} cases: {differs}")
-    commits = sorted({change.then.commit for change in found})
-    notes.append(f"then: commit {', '.join(commits)}; now: commit {found[0].now.commit}")
-    return "\n".join([rows.aligned(lines), *notes])
+def line(change: Change) -> tuple[str, ...]:
+    now, then = change.now, change.then
+    pass_ = rows.PASS_NAMES.get(now.pass_, now.pass_) + (" in a graph" if now.timing == "graph" else "")
+    case = (f"{now.op} {now.case}".strip(), pass_, now.shape, now.dtype, now.contestant)
+    if then is None:
+        return (*case, "", f"{now.typical_us:.4g}", "", "", "no older row")
+    mark = "SLOWER" if change.slower else "faster" if change.faster else "" if change.judged else "another machine"
+    times = (f"{then.typical_us:.4g}", f"{now.typical_us:.4g}")
+    return (*case, *times, f"{change.ratio:.2f}x", f"{change.rivals:.2f}x", mark)
 
 
-def slower(found: Iterable[Change], ratio: float) -> list[Change]:
-    """Those marked slower that take at least so many times as long."""
-    return [change for change in found if change.verdict == "slower" and change.ratio >= ratio]
+def describe(row: rows.Row) -> str:
+    where = row.machine if row.on_gpu else f"{row.machine}, {row.threads} threads, {row.isa}"
+    return f"{where}; torch {row.torch}, commit {row.commit}, {row.timestamp}"

@@ -1,7 +1,13 @@
-"""Options of `pytest benchmarks`, and what its cases share: the tests' verdict, where rows go."""
+"""Options of `pytest benchmarks`, and what its cases share: the tests' verdict, the clock, where rows go."""
 
+import argparse
+import gc
 import os
+import re
 import sys
+import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,106 +24,122 @@ import host_clock
 import machine
 import rows
 import sampling
-import tables
 
-ROWS, STORED, CHANGES = pytest.StashKey[dict](), pytest.StashKey[list](), pytest.StashKey[list]()
-OPS = sorted({case.op for case in cases.CASES} | {"masked_conv2d", "sampling"} | {d.op for d in dropins.DROP_INS})
-RIVALS = list(dict.fromkeys((*cases.RIVALS, *convolutions.RIVALS, *sampling.RIVALS)))
-DTYPES = (*cases.DTYPES, "float16")
-DEVICES = ("cpu", "cuda")
+SAMPLE_SECONDS = 2e-3  # a sample is as many calls as last this long, or one
+# The most telling first; Pyro, at the drop-ins' end, puts a KL of its own in the place of torch's.
+ORDER = ("test_speed", "test_convolutions", "test_sampling", "test_memory", "test_dropins")
+OPS = {case.op for case in cases.CASES} | {"masked_conv2d", "sampling"} | {one.op for one in dropins.DROP_INS}
+RIVALS = tuple(dict.fromkeys((*cases.RIVALS, *convolutions.RIVALS, *sampling.RIVALS)))
+ROWS, MEMORY_ROWS, BASELINE = pytest.StashKey[list](), pytest.StashKey[list](), pytest.StashKey[list]()
+COMPARED = pytest.StashKey[list]()
+STARTED, DONE = pytest.StashKey[float](), pytest.StashKey[set]()
+
+
+def at_least(least: int, kind: type) -> Callable:
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be a number of at least {least}, got {text}")
+        return value
+
+    return parse
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("fastelbo", "fastelbo: what is timed, against what, and where its rows go")
-
-    def add(name, text, **keywords):
-        group.addoption(name, help=text, **keywords)
-
-    many = {"action": "append", "default": [], "metavar": "NAME"}
+    group = parser.getgroup(
+        "fastelbo",
+        "fastelbo: times ours against the rivals, appends rows to CSV files, prints tables; all of it takes tens of "
+        "minutes, and an interrupt loses nothing but the case that it stops",
+    )
+    add = group.addoption
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="samplers and drop-ins are timed on the cpu alone")
+    add("--op", action="append", choices=sorted(OPS), metavar="OP", help=f"{', '.join(sorted(OPS))}; repeatable")
     sizes = ", ".join(dict.fromkeys(name for sizes in cases.SIZES.values() for name in sizes))
-    add("--device", "cpu (default) or cuda", default="cpu", metavar="NAME")
-    add("--op", f"only this one; repeatable: {', '.join(OPS)}", **many)
-    add("--rival", f"only against this one; repeatable: {', '.join(RIVALS)}; ops always run beside a copy", **many)
-    add("--dtype", f"only this one; repeatable: {', '.join(DTYPES)} (masked_conv2d only)", **many)
-    add("--shape", f"of Gaussian ops only this one; repeatable: {sizes}, or as 4096x256", **many | {"metavar": "SIZE"})
-    add("--rounds", "samples of each contestant; default: 3 to 100, by what a call takes", type=int, metavar="N")
-    add("--quick", "3 rounds, nothing that takes long: to see that everything works", action="store_true")
-    add("--threads", "of torch; default: torch's own choice", type=int, metavar="N")
+    add(
+        "--shape",
+        action="append",
+        metavar="SIZE",
+        help=f"of the Gaussian ops: {sizes}, or a shape as 4096x256; of others a shape that they have, as 16x64x28x28 "
+        "of a convolution; repeatable; leaves out the drop-ins (-k chooses among them)",
+    )
+    add(
+        "--dtype",
+        action="append",
+        choices=(*cases.DTYPES, "float16"),
+        help="repeatable; default: float32 and bfloat16 of the Gaussian ops, float32 of others, bfloat16 of "
+        "convolutions on a GPU, the only ones in float16",
+    )
+    add("--rival", action="append", choices=RIVALS, help="repeatable; default: all; copy always runs")
+    add("--threads", type=at_least(1, int), metavar="N", help="of torch; default: torch's own choice")
+    add(
+        "--rounds",
+        type=at_least(1, int),
+        metavar="N",
+        help="samples of each contestant; default: 30, large ones and convolutions 10, samplers 5, and more on a GPU",
+    )
+    add("--quick", action="store_true", help="3 rounds, nothing large: to see that everything works")
+    add("--no-save", action="store_true", help="append no rows to the results")
     add(
         "--results",
-        "CSV files of rows, added to after every case; default: benchmarks/results",
-        **path("DIR", rows.RESULTS),
+        type=Path,
+        metavar="DIR",
+        default=rows.RESULTS,
+        help="of <device>.csv, conv_, sampling_, dropins_ and memory_<device>.csv; default: benchmarks/results",
     )
-    add("--no-save", "add no rows to them", action="store_true")
-    add("--unverified", "time without running the tests of what is timed first; the rows say so", action="store_true")
-    add("--verdict", "what pytest --junitxml wrote of those tests, run just before", **path("XML"))
-    text = "times then and now of every case that is also in this file of rows; repeatable. A case is marked "
-    add("--compare", text + compare.RULE.replace("%", "%%"), **path("CSV", []), action="append")
-    text = "exit with 1 if a case that --compare marks slower takes at least so many times as long, e.g. 1.1"
-    add("--fail-slower", text, type=float, metavar="RATIO")
-
-
-def path(metavar: str, default=None) -> dict:
-    return {"type": Path, "metavar": metavar, "default": default}
+    add(
+        "--compare",
+        metavar="ROWS",
+        help="what got slower or faster than these rows: a CSV file, a folder of them, or a commit in the results",
+    )
+    add(
+        "--fail-slower",
+        type=at_least(1, float),
+        metavar="RATIO",
+        help="with --compare: exit status 1 where one of ours takes more than so many times as long as on the same "
+        "machine, beyond the noise, or where there is nothing to compare with",
+    )
+    add("--unverified", action="store_true", help="time ops without running their tests; the rows say so")
+    add("--verdict", type=Path, metavar="XML", help="pytest's --junitxml of the ops' tests, run just before")
 
 
 def pytest_configure(config):
     option = config.option
-    config.stash[ROWS] = {prefix: [] for prefix in rows.PREFIXES}
-    config.stash[STORED], config.stash[CHANGES] = [], []
+    config.stash[ROWS], config.stash[MEMORY_ROWS], config.stash[COMPARED] = [], [], []
+    config.stash[STARTED], config.stash[DONE] = time.monotonic(), set()
     option.benchmark_quiet = True  # our table replaces pytest-benchmark's; --benchmark-verbose brings it back
-    # where a case is refused, and for GPU events
-    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
-    if mistake := mistaken(option):
-        raise pytest.UsageError(mistake)
+    option.verbose = option.verbose or 1  # a line for each case
+    known = cases.SIZES[option.device]
+    for shape in option.shape or ():
+        if shape not in known and not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
+            raise pytest.UsageError(f"--shape must be one of {', '.join(known)} or as 4096x256, got {shape}")
+    if option.fail_slower and not option.compare:
+        raise pytest.UsageError("--fail-slower needs --compare: rows to be slower than")
     try:
-        # now, lest this run's own rows be among them
-        config.stash[STORED] = compare.read(option.compare) if option.compare else []
+        if option.verdict:
+            ElementTree.parse(option.verdict)
+        if not option.no_save:
+            refuse_unwritable(option.results)
+            for name in ("", "conv_", "sampling_", "dropins_", "memory_"):
+                kind = rows.MemoryRow if name == "memory_" else rows.Row
+                rows.columns_to_extend(option.results / f"{name}{option.device}.csv", kind)
+        config.stash[BASELINE] = compare.baseline(option.compare, option.results) if option.compare else []
+    except ElementTree.ParseError as error:
+        raise pytest.UsageError(f"--verdict must be what pytest --junitxml writes: {option.verdict}: {error}") from None
     except (OSError, ValueError) as error:
-        raise pytest.UsageError(f"--compare: {rows.sentence(error)}") from None
+        raise pytest.UsageError(str(error)) from None
     if option.threads:
         torch.set_num_threads(option.threads)
     host_clock.keep_freed_memory()
 
 
-def mistaken(option) -> str:
-    """What is wrong with the options, or an empty string."""
-    for name, known in (("device", DEVICES), ("op", OPS), ("rival", RIVALS), ("dtype", DTYPES)):
-        value = getattr(option, name)
-        for given in value if isinstance(value, list) else [value]:
-            if given not in known:
-                return f"--{name} {given} is none of {', '.join(known)}"
-    for size in option.shape:
-        if size not in cases.SIZES[option.device] and not is_shape(size):
-            return f"--shape {size} is neither one of {', '.join(cases.SIZES[option.device])} nor a shape as 4096x256"
-    for name in ("rounds", "threads"):
-        value = getattr(option, name)
-        if value is not None and value < 1:
-            return f"--{name} must be at least 1, not {value}"
-    if option.fail_slower is not None:
-        if not option.compare:
-            return "--fail-slower needs --compare, the file of rows to hold this run against"
-        if not option.fail_slower > 0:
-            return f"--fail-slower must be a positive ratio, not {option.fail_slower:g}"
-        if option.rounds is not None and option.rounds < compare.FEWEST:
-            return f"--fail-slower needs {compare.FEWEST} --rounds or more: nothing is marked slower of fewer samples"
-    if option.verdict:
-        try:
-            ElementTree.parse(option.verdict)
-        except OSError as error:
-            return f"--verdict: {rows.sentence(error)}: the tests were not run to their end"
-        except ElementTree.ParseError as error:
-            return f"--verdict: {option.verdict} is no XML file: {error}"
-    if not option.no_save:
-        there = next(folder for folder in (option.results, *option.results.absolute().parents) if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            return f"--results {option.results}: {there} is no folder that can be written to (or --no-save)"
-    return ""
-
-
-def is_shape(size: str) -> bool:
-    parts = size.split("x")
-    return len(parts) == 2 and all(part.isascii() and part.isdigit() and int(part) for part in parts)
+def refuse_unwritable(folder: Path) -> None:
+    """Raises ValueError where rows could not be put into a folder, which need not exist yet."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"no rows can be written to {folder} (--results DIR, or --no-save)")
 
 
 @pytest.fixture(scope="session")
@@ -134,109 +156,180 @@ def backends(device) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def save(request, device, backends):
-    """Keeps the rows of a case: on disk at once, and for the tables."""
-    option = request.config.option
-    session = machine.session(device)
-    speed = session | machine.threads() | {"verified": "no" if option.unverified else "yes"}
+def session(device) -> dict:
+    return machine.session(device)
 
-    def append(found: list[dict], prefix: str = "") -> None:
-        kind, common = rows.kind(prefix), session if prefix == "memory_" else speed
-        made = [kind(**common, timestamp=machine.now(), **row) for row in found]
-        request.config.stash[ROWS][prefix].extend(made)
+
+@pytest.fixture(scope="session")
+def save(request, device, session, backends) -> Callable[[str, list[dict]], None]:
+    """Keeps the rows of a case: on disk at once, in the file of that name and device, and for the table."""
+    option = request.config.option
+    speed = machine.threads() | {"verified": "no" if option.unverified else "yes"}
+
+    def append(name: str, found: list[dict]) -> None:
+        made = [rows.Row(**session, **speed, timestamp=machine.now(), **row) for row in found]
+        request.config.stash[ROWS].extend(made)
         if not option.no_save:
-            rows.append(option.results / f"{prefix}{device.type}.csv", made)
+            rows.append(option.results / f"{name}{device.type}.csv", made)
 
     return append
 
 
 @pytest.fixture(scope="session")
-def broken(request, backends) -> dict[str, str]:
-    """Why the tests of what is timed fail, by their name, for those of this session that do."""
+def save_memory(request, device, session):
     option = request.config.option
-    if option.unverified:
-        return {}
-    names = sorted({name for item in request.session.items for name in tests_of(item)})
-    if option.verdict:
-        verdicts = {name: machine.recorded_failure(name, option.verdict) for name in names}
-    else:
+
+    def append(found: list[dict]) -> None:
+        made = [rows.MemoryRow(**session, timestamp=machine.now(), **row) for row in found]
+        request.config.stash[MEMORY_ROWS].extend(made)
+        if not option.no_save:
+            rows.append(option.results / f"memory_{device.type}.csv", made)
+
+    return append
+
+
+@pytest.fixture(scope="session")
+def passing(request, backends) -> Callable[[str], None]:
+    """Fails a case that tests/test_<name>.py tests, unless those pass; they run once, before the first such case."""
+    option, reporter = request.config.option, request.config.pluginmanager.get_plugin("terminalreporter")
+    capture = request.config.pluginmanager.get_plugin("capturemanager")
+    failures: dict[str, str] = {}
+
+    def failure_of(name: str) -> str:
+        if option.verdict:
+            return machine.recorded_failure(name, option.verdict)
+        with capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(f"running tests/test_{name}.py first (--unverified does without)")
         # tests of other backends (Triton's interpreter) say nothing about these
-        only = {"masked_conv2d": " or ".join(f"[{backend}" for backend in backends)}
-        verdicts = {name: machine.test_failure(name, request.config.rootpath, only.get(name, "")) for name in names}
-    return {name: why for name, why in verdicts.items() if why}
+        only = " or ".join(f"[{backend}" for backend in backends) if name == "masked_conv2d" else ""
+        return machine.test_failure(name, request.config.rootpath, only)
 
+    def check(name: str) -> None:
+        if option.unverified:
+            return
+        if name not in failures:
+            failures[name] = failure_of(name)
+        if failures[name]:
+            pytest.fail(f"not timed, its tests must pass first (or --unverified): {failures[name]}", pytrace=False)
 
-def tests_of(item) -> list[str]:
-    """What must pass before this case is timed: tests/test_<name>.py."""
-    params = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    return [param.tests for param in params if hasattr(param, "tests")]
+    return check
 
 
 @pytest.fixture
-def tested(request, broken) -> None:
-    """Fails a case whose op's tests fail."""
-    for name in tests_of(request.node):
-        if name in broken:
-            why = f"not timed, its tests must pass first (or --unverified): {broken[name]}"
-            pytest.fail(why, pytrace=False)
+def measure(benchmark) -> Callable[[dict[str, Callable], int], dict[str, list[float]]]:
+    """Samples of every call in seconds, one of each per round; none where --benchmark-disable only checks.
+
+    The first call is pytest-benchmark's own, which times it as host_clock.sample does; all others have their turn
+    between two of its rounds.
+    """
+
+    def samples_of(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+        first, *others = calls
+        order = deque(others)
+        loops = {name: host_clock.loops_for(call, SAMPLE_SECONDS) for name, call in calls.items()}
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+
+        def call_first():
+            calls[first]()  # not returned: pytest-benchmark would free it outside of its timing
+
+        def rest_of_round():
+            if order and len(samples[order[0]]) == rounds:
+                return  # after the last round pytest-benchmark calls once more
+            order.rotate(1)  # nobody always follows the same one
+            for name in order:
+                samples[name].append(host_clock.sample(calls[name], loops[name]))
+            call_first()
+
+        call_first()
+        benchmark.pedantic(call_first, rounds=rounds, iterations=loops[first], teardown=rest_of_round)
+        if not benchmark.stats:
+            return {}
+        samples[first] = benchmark.stats.stats.data
+        benchmark.extra_info.update({f"{name}_us": 1e6 * min(found) for name, found in samples.items()})
+        return samples
+
+    gc.collect()
+    gc.disable()
+    yield samples_of
+    gc.enable()
 
 
 def pytest_generate_tests(metafunc):
     option = metafunc.config.option
+    chosen = (option.device, option.shape, option.op, option.dtype)
 
-    def parametrize(name, found, rivals=()):
-        if name in metafunc.fixturenames:
-            chosen = [one for one in found if one.op in (option.op or [one.op])]
-            chosen = chosen if not option.rival or not rivals or set(rivals) & set(option.rival) else []
-            metafunc.parametrize(name, chosen, ids=map(str, chosen))
+    def parametrize(fixture, found, ids=str):
+        metafunc.parametrize(fixture, found or [None], ids=ids)  # None is deselected
 
-    dtypes = [dtype for dtype in option.dtype if dtype in cases.DTYPES]
-    on_cpu = option.device == "cpu" and "float32" in (option.dtype or ["float32"])
-    ops = cases.timed(option.device, option.shape, (), dtypes, option.rival, option.quick)
-    parametrize("timed", ops if dtypes or not option.dtype else [])
-    layers = convolutions.timed(option.device, option.dtype, option.quick)
-    parametrize("layer", layers, convolutions.RIVALS)
-    parametrize("images", sampling.timed(option.quick) if on_cpu else [], sampling.RIVALS)
-    parametrize("drop_in", [one for one in dropins.DROP_INS if on_cpu and one.rival in (option.rival or [one.rival])])
+    if "timed" in metafunc.fixturenames:
+        parametrize("timed", cases.timed(*chosen, option.rival, option.quick))
+    if "convolution" in metafunc.fixturenames:
+        parametrize("convolution", convolutions.timed(*chosen, option.quick))
+    if "batch" in metafunc.fixturenames:
+        parametrize("batch", sampling.batches(*chosen, option.quick), lambda batch: f"{batch} images")
+    if "drop_in" in metafunc.fixturenames:
+        parametrize("drop_in", dropins.timed(*chosen, option.rival))
     if "differentiable" in metafunc.fixturenames:
-        found = [case for case in cases.CASES if case.lines and case.op in (option.op or [case.op])]
-        metafunc.parametrize("differentiable", found, ids=[f"{case.op}-{case.name}" for case in found])
+        found = [case for case in cases.CASES if case.lines and case.op in (option.op or case.op) and not option.shape]
+        parametrize("differentiable", found, lambda case: case and f"{case.op}-{case.name}")
         default = ["float32"] if option.device == "cuda" else cases.DTYPES
-        metafunc.parametrize("dtype", dtypes if option.dtype else default)
+        parametrize("dtype", [dtype for dtype in option.dtype or default if dtype in cases.DTYPES])
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out tests that have no case; drop-ins come last, for Pyro puts a KL of its own in the place of torch's."""
-    empty = [item for item in items if hasattr(item, "callspec") and "NOTSET" in item.callspec.id]
-    if empty:
-        config.hook.pytest_deselected(items=empty)
-        items[:] = [item for item in items if item not in empty]
-    items.sort(key=lambda item: item.path.name == "test_dropins.py")
+    none = [item for item in items if hasattr(item, "callspec") and None in item.callspec.params.values()]
+    config.hook.pytest_deselected(items=none)
+    kept = [item for item in items if item not in none]
+    items[:] = sorted(kept, key=lambda item: ORDER.index(item.path.stem) if item.path.stem in ORDER else len(ORDER))
+    for item in items:
+        if "measure" in item.fixturenames:
+            item.add_marker(pytest.mark.benchmark(timer=host_clock.clock))
+            # where an op's tests fail, and for a GPU's own events
+            item.add_marker(pytest.mark.filterwarnings("ignore:Benchmark fixture was not used"))
+            item.add_marker(pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"))  # torch's own
 
 
-def pytest_sessionfinish(session):
-    config, option = session.config, session.config.option
-    if not option.compare or option.collectonly:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol():
+    try:
+        return (yield)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt from None  # a frame that was interrupted may have no line, and pytest would fail on it
+
+
+def pytest_report_teststatus(report, config):
+    if report.when != "call" or not report.passed or config.option.verbose < 1:
+        return None
+    done, session = config.stash[DONE], config.pluginmanager.get_plugin("session")
+    done.add(report.nodeid)
+    elapsed = time.monotonic() - config.stash[STARTED]
+    left = elapsed / len(done) * (session.testscollected - len(done))
+    return report.outcome, ".", f"PASSED after {duration(elapsed)}, about {duration(left)} left"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def pytest_sessionfinish(session, exitstatus):
+    config = session.config
+    if not config.option.compare or exitstatus == pytest.ExitCode.USAGE_ERROR:
         return
-    measured = [row for prefix, made in config.stash[ROWS].items() if prefix != "memory_" for row in made]
-    config.stash[CHANGES] = changes = compare.changes(config.stash[STORED], measured)
-    failing = option.fail_slower is not None and compare.slower(changes, option.fail_slower)
-    if session.exitstatus == pytest.ExitCode.OK and (failing or not changes):
+    found = config.stash[COMPARED] = compare.changes(config.stash[ROWS], config.stash[BASELINE])
+    limit = config.option.fail_slower
+    if limit and exitstatus == pytest.ExitCode.OK and compare.failure(found, limit):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    option = config.option
-    for prefix, made in config.stash[ROWS].items():
-        if made:
-            title, table = tables.TABLES[prefix]
-            terminalreporter.section(title)
-            terminalreporter.write_line(table(made))
-    if option.compare and not option.collectonly:
-        terminalreporter.section(f"then, in {', '.join(map(str, option.compare))}, and now")
-        changes = config.stash[CHANGES]
-        terminalreporter.write_line(compare.table(changes) if changes else "no case of this run is there")
-        if option.fail_slower is not None:
-            count = len(compare.slower(changes, option.fail_slower))
-            text = f"{count} of {len(changes)} cases are slower and take at least {option.fail_slower:g} times as long"
-            terminalreporter.write_line(text)
+    write = terminalreporter.write_line
+    if found := config.stash[ROWS]:
+        terminalreporter.section("ours, and how many times as long each rival takes")
+        write(rows.table(found))
+    if found := config.stash[MEMORY_ROWS]:
+        terminalreporter.section("bytes per element: kept for the backward, and allocated at most in both passes")
+        write(rows.memory_table(found))
+    if config.option.compare:
+        terminalreporter.section(f"ours against {config.option.compare}")
+        write(compare.table(config.stash[COMPARED], config.option.fail_slower))

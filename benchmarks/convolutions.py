@@ -1,8 +1,8 @@
-"""Masked convolutions on layers that people train, which test_convolutions.py times.
+"""Layers of masked convolutions that people train, and the lines that users could write for them.
 
-Ours against the three lines users could write: a product with the mask and a full convolution ("eager"), the
-convolution cropped to the rows at or above the centre in both memory formats ("crop", "crop_channels_last"; in each the
-faster of padding above and of computing rows too many), and torch.compile of the crop ("compile").
+"eager" is a product with the mask and a full convolution; "crop" and "crop_sliced" are the convolution cropped to the
+rows at or above the centre, by padding above or by computing rows too many; "compile" is torch.compile of the crop.
+All of them are timed in both memory formats.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,6 @@ import torch.nn.functional as F  # noqa: N812
 
 import fastelbo
 
-SAMPLE_SECONDS = 5e-3
 PASSES = ("forward", "forward_backward")
 RIVALS = ("eager", "crop", "compile")
 
@@ -57,10 +56,38 @@ LAYERS = [
     Layer(8, 192, 384, 16, 5, "A", "CompressAI"),
     Layer(32, 320, 320, 32, 3, "B", "lmconv"),
 ]
-QUICK = (0, 4, 8)  # of LAYERS
+QUICK = (LAYERS[0], LAYERS[3], LAYERS[8])
 
 
-def contestants(layer: Layer, dtype: torch.dtype, device: torch.device, backends: list[str], compiled: bool):
+@dataclass(frozen=True)
+class Timed:
+    """One pass of a layer."""
+
+    layer: Layer
+    dtype: str
+    pass_: str
+
+    def __str__(self):
+        return f"{self.layer.name}-{self.layer.shape}-{self.dtype}-{self.pass_}"
+
+    @property
+    def with_backward(self) -> bool:
+        return self.pass_ == "forward_backward"
+
+
+def timed(device: str, shapes=(), ops=(), dtypes=(), quick=False) -> list[Timed]:
+    """What is to be timed, as cases.timed."""
+    return [
+        Timed(layer, dtype, pass_)
+        for layer in LAYERS
+        if "masked_conv2d" in (ops or ["masked_conv2d"])
+        if (layer.shape in shapes if shapes else layer in QUICK or not quick)
+        for dtype in (dtypes or [{"cpu": "float32", "cuda": "bfloat16"}[device]])
+        for pass_ in PASSES
+    ]
+
+
+def contestants(layer: Layer, dtype: torch.dtype, device: torch.device, backends: list[str]):
     """Functions of (input, weight, bias), and the memory format of each."""
     pad = layer.k // 2
     mask = fastelbo.conv_mask2d(layer.c_out, layer.c_in, layer.k, layer.mask_type).to(device, dtype)
@@ -83,8 +110,7 @@ def contestants(layer: Layer, dtype: torch.dtype, device: torch.device, backends
         found["eager" + suffix] = eager, memory_format
         found["crop" + suffix] = padded, memory_format
         found["crop_sliced" + suffix] = sliced, memory_format
-        if compiled:
-            found["compile" + suffix] = torch.compile(padded, fullgraph=True), memory_format
+        found["compile" + suffix] = torch.compile(padded, fullgraph=True), memory_format
     return found
 
 
@@ -99,7 +125,7 @@ def make_call(function, memory_format, layer: Layer, dtype, device, with_backwar
     weight = normal(layer.c_out, layer.c_in, layer.k, layer.k) / (layer.c_in * layer.live) ** 0.5
     bias, d_y = normal(layer.c_out), normal(layer.n, layer.c_out, layer.size, layer.size)
     if not with_backward:
-        return lambda: function(x, weight, bias)
+        return lambda: (function(x, weight, bias),)
     first = layer.c_in <= 4  # data wants no gradient
     leaves = [t.requires_grad_() for t in ((weight, bias) if first else (x, weight, bias))]
 
@@ -110,10 +136,24 @@ def make_call(function, memory_format, layer: Layer, dtype, device, with_backwar
     return step
 
 
-def check(results: dict[str, tuple], dtype) -> None:
-    """All compute the same function."""
-    results = {name: r if isinstance(r, tuple) else (r,) for name, r in results.items()}
-    want = results["eager"]
+def calls(case: Timed, device: torch.device, backends: list[str], rivals) -> dict[str, Callable]:
+    """Calls without arguments of ours and of the rivals that are wanted, all of which compute the same function.
+
+    Raises:
+        AssertionError: if some do not.
+    """
+    dtype = getattr(torch, case.dtype)
+    made = {
+        name: make_call(*entry, case.layer, dtype, device, case.with_backward)
+        for name, entry in contestants(case.layer, dtype, device, backends).items()
+    }
+    wanted = [name for name in made if rows.form_of(name) in (*backends, *rivals)]
+    check({name: made[name]() for name in wanted}, made["eager"](), dtype)
+    return {name: made[name] for name in wanted}
+
+
+def check(results: dict[str, tuple], want: tuple, dtype) -> None:
+    """Raises AssertionError unless all are as wanted."""
     for name, got in results.items():
         for a, b in zip(got, want, strict=True):
             limit = (1e-3 if dtype == torch.float32 else 0.1) * b.abs().max()
@@ -128,52 +168,20 @@ def bytes_moved(layer: Layer, dtype, with_backward: bool) -> int:
     return size * (operands + image * layer.c_out + with_backward * (2 * operands + image * layer.c_out))
 
 
-@dataclass(frozen=True)
-class Timed:
-    """One layer and dtype, and one pass of it."""
-
-    layer: Layer
-    dtype: str
-    pass_: str
-    op = tests = "masked_conv2d"
-
-    def __str__(self):
-        return "-".join((self.op, self.layer.shape, *self.layer.name.split(), self.dtype, self.pass_))
-
-
-def timed(device: str, dtypes=(), quick=False) -> list[Timed]:
-    """What is to be timed: bfloat16 by default on a GPU, whose tensor cores take it, else float32."""
-    layers = [LAYERS[index] for index in QUICK] if quick else LAYERS
-    dtypes = dtypes or ["bfloat16" if device == "cuda" else "float32"]
-    return [Timed(layer, dtype, pass_) for layer in layers for dtype in dtypes for pass_ in PASSES]
-
-
-def wanted_contestants(timed: Timed, device: torch.device, backends: list[str], rivals) -> dict[str, Callable]:
-    """Calls that compute the same, ours first.
-
-    Raises:
-        AssertionError: where one computes something else than the product with the mask.
-    """
-    layer, dtype, with_backward = timed.layer, getattr(torch, timed.dtype), timed.pass_ == "forward_backward"
-    found = contestants(layer, dtype, device, backends, "compile" in rivals)
-    calls = {name: make_call(*entry, layer, dtype, device, with_backward) for name, entry in found.items()}
-    names = [name for name in calls if name.startswith((*backends, *rivals))]
-    check({name: calls[name]() for name in dict.fromkeys(["eager", *names])}, dtype)
-    return {name: calls[name] for name in sorted(names, key=lambda name: not name.startswith(tuple(backends)))}
-
-
-def rows_of(timed: Timed, backends: list[str], samples: dict[str, list[float]], rounds: int) -> list[dict]:
-    """The fields of the contestants' rows that differ from those of other layers."""
-    layer, dtype = timed.layer, getattr(torch, timed.dtype)
-    fastest = {name: min(values) for name, values in samples.items()}
-    common = {"op": timed.op, "case": layer.name, "shape": layer.shape, "dtype": timed.dtype, "pass_": timed.pass_}
-    common |= {"rounds": rounds, "bytes": bytes_moved(layer, dtype, timed.pass_ == "forward_backward")}
+def fields(case: Timed, samples: dict[str, list[float]], on_gpu: bool) -> list[dict]:
+    """The fields of every contestant's row that do not say where it was timed."""
+    typical = {name: rows.typical(values, on_gpu) for name, values in samples.items()}
+    best = {
+        rival: min(time for name, time in typical.items() if rows.form_of(name) == rival)
+        for rival in ("eager", "compile")
+        if rival in typical
+    }
+    moved = bytes_moved(case.layer, getattr(torch, case.dtype), case.with_backward)
+    common = {"op": "masked_conv2d", "case": case.layer.name, "shape": case.layer.shape, "dtype": case.dtype}
+    common |= {"pass_": case.pass_, "bytes": moved}
     found = []
     for name, values in samples.items():
-        ratios = {}
-        if name.removesuffix("_channels_last") in backends:
-            for rival in ("eager", "compile"):
-                theirs = [time for other, time in fastest.items() if other.startswith(rival)]
-                ratios |= {f"over_{rival}": min(theirs) / fastest[name]} if theirs else {}
-        found.append(common | {"contestant": name, **rows.times(values)} | ratios)
+        ours = rows.form_of(name) in rows.OURS
+        ratios = {f"over_{rival}": time / typical[name] for rival, time in best.items()} if ours else {}
+        found.append(common | {"contestant": name, "rounds": len(values), **rows.times(values), **ratios})
     return found

@@ -1,4 +1,4 @@
-"""Each drop-in and the lines it replaces, which test_dropins.py times forward and backward on a CPU.
+"""Drop-ins, each with the lines it replaces and inputs of the size that its users have.
 
 The originals are those of installed packages (pip install fastelbo[dropins]), or else their lines, written out. Both
 sides must compute the same, values and gradients of the same noise, or are not timed.
@@ -624,11 +624,18 @@ def check(drop_in: DropIn, inputs) -> list[torch.Tensor]:
     return found
 
 
-def prepare(drop_in: DropIn) -> tuple[dict[str, Callable], dict]:
-    """Calls of ours and theirs, and what their rows have in common.
+def timed(device: str, shapes=(), ops=(), dtypes=(), rivals=()) -> list[DropIn]:
+    """What is to be timed, as cases.timed; nothing on a GPU, and nothing by its shape."""
+    if device != "cpu" or shapes or "float32" not in (dtypes or ["float32"]):
+        return []
+    return [one for one in DROP_INS if one.op in (ops or [one.op]) and one.rival in (rivals or [one.rival])]
+
+
+def calls(drop_in: DropIn) -> tuple[dict[str, Callable], dict]:
+    """Calls without arguments of both sides, which agree, and the fields that their rows have in common.
 
     Raises:
-        AssertionError: where they do not agree.
+        AssertionError: if they do not agree.
     """
     torch.manual_seed(0)
     inputs = drop_in.inputs()
@@ -636,16 +643,16 @@ def prepare(drop_in: DropIn) -> tuple[dict[str, Callable], dict]:
     found = check(drop_in, inputs)
     # inputs and outputs once; in the backward the inputs again, and the gradients of both
     moved = sum(tensor.nbytes for tensor in (*inputs, *inputs, *found, *found[: len(found) - len(leaves)]))
-    calls = {name: cases.bind(function, inputs, BOTH) for name, function in drop_in.contestants().items()}
     shape = drop_in.shape or "x".join(map(str, inputs[0].shape))
-    common = {"op": drop_in.op, "case": drop_in.case, "pass_": BOTH, "shape": shape, "dtype": "float32", "bytes": moved}
-    return calls, common
+    common = {"op": drop_in.op, "case": drop_in.case, "pass_": BOTH, "shape": shape, "dtype": "float32"}
+    made = {name: cases.bind(function, inputs, BOTH) for name, function in drop_in.contestants().items()}
+    return made, common | {"bytes": moved}
 
 
-def rows_of(drop_in: DropIn, samples: dict[str, list[float]], common: dict) -> list[dict]:
-    """The fields of a row of ours and of one of theirs that differ from those of other drop-ins."""
+def fields(drop_in: DropIn, common: dict, samples: dict[str, list[float]]) -> list[dict]:
+    """The fields of both rows that do not say where they were timed."""
     ratio = {f"over_{drop_in.rival}": min(samples[drop_in.rival]) / min(samples["cpu"])}
     return [
-        common | {"contestant": name, **rows.times(values)} | (ratio if name == "cpu" else {})
+        common | {"contestant": name, "rounds": len(values), **rows.times(values)} | (ratio if name == "cpu" else {})
         for name, values in samples.items()
     ]

@@ -244,7 +244,7 @@ fi
 
 if [ -n "$benchmarks" ] && [ -n "$convolutions" ]; then
     options=(--device cuda --dtype bfloat16 --results "$out" --rounds 7)
-    [ -z "$quick" ] || options+=(--quick)
+    [ -z "$quick" ] || options+=(--quick --rival eager --rival crop)
     stage "timings" 250 10 "${pytest[@]}" benchmarks/test_convolutions.py "${options[@]}" "${verdict[@]}"
 elif [ -n "$benchmarks" ]; then
     options=(--device cuda --results "$out")
@@ -282,7 +282,9 @@ fi
 {
     echo
     if [ -n "$benchmarks" ]; then
-        for rows in "$out"/cuda.csv "$out"/memory_cuda.csv "$out"/conv_cuda.csv; do
+        shown=("$out"/cuda.csv "$out"/memory_cuda.csv)
+        [ -z "$convolutions" ] || shown=("$out"/conv_cuda.csv)
+        for rows in "${shown[@]}"; do
             [ ! -f "$rows" ] || "$python" benchmarks/report.py --goals "$rows"
         done
     fi

@@ -1,11 +1,9 @@
 """Times calls by the host's clock, all contestants in turns."""
 
 import ctypes
-import gc
 import math
 import platform
 import time
-from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -43,37 +41,3 @@ def loops_for(call: Callable, seconds: float) -> int:
     if sample(call, 1) >= seconds:
         return 1
     return max(1, math.ceil(seconds / min(sample(call, 3) for _ in range(3))))
-
-
-def measure(benchmark, calls: dict[str, Callable], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Samples of every call, one of each per round; a sample is as many calls as last `seconds`, or one.
-
-    The first call is pytest-benchmark's own, which times it as sample() does; all others have their turn between two of
-    its rounds. Nothing with --benchmark-disable, but for one call.
-    """
-    first, *others = calls
-    if not benchmark.enabled:
-        benchmark.pedantic(calls[first])
-        return {}
-    order = deque(others)
-    loops = {name: loops_for(call, seconds) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-
-    def call_first():
-        calls[first]()  # not returned: pytest-benchmark would free it outside of its timing
-
-    def rest_of_round():
-        order.rotate(1)  # nobody always follows the same one
-        for name in order:
-            samples[name].append(sample(calls[name], loops[name]))
-        call_first()
-
-    gc.collect()
-    gc.disable()
-    try:
-        call_first()
-        benchmark.pedantic(call_first, rounds=rounds, iterations=loops[first], teardown=rest_of_round)
-    finally:
-        gc.enable()
-    samples[first] = benchmark.stats.stats.data
-    return samples

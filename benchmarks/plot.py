@@ -1,24 +1,22 @@
-"""Draws benchmarks/results into docs/figures: the ops, memory, masked convolutions, drawing images, drop-ins.
-
-One figure for each kind of rows and device, of the newest rows of each machine's last commit.
+"""Draws the rows of benchmarks/results: a figure for each kind of case and device, of the newest rows of each machine's
+last commit, to docs/figures: speed, memory, convolutions, sampling and dropins.
 """
 
 import argparse
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
-import plot_rivals
-import plot_speed
-import plot_style
 import rows
+from figures import convolutions, dropins, memory, sampling, speed, style
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
-DRAWN = {  # by the prefix of a file of rows
-    "": ("speed", plot_speed.draw),
-    "memory_": ("memory", plot_rivals.memory),
-    "conv_": ("convolutions", plot_rivals.convolutions),
-    "sampling_": ("sampling", plot_rivals.sampling),
-    "dropins_": ("dropins", plot_rivals.dropins),
+DRAW = {
+    "speed": speed.draw,
+    "memory": memory.draw,
+    "convolutions": convolutions.draw,
+    "sampling": sampling.draw,
+    "dropins": dropins.draw,
 }
 
 
@@ -27,37 +25,36 @@ def main() -> None:
     parser.add_argument("path", nargs="*", type=Path, help="CSV files of rows; default: all of benchmarks/results")
     parser.add_argument("--output", type=Path, default=FIGURES, metavar="DIR", help="default: docs/figures")
     options = parser.parse_args()
-    paths = options.path or rows.result_files(*rows.PREFIXES)
     try:
-        found = rows.by_prefix(paths)
+        figures = rows_of(options.path or rows.result_files())
+        options.output.mkdir(parents=True, exist_ok=True)
+        style.use()
+        for name, of_machine in figures.items():
+            path = options.output / f"{name}.png"
+            style.save(DRAW[name.split("_")[0]](of_machine), path)
+            print(path)
     except (OSError, ValueError) as error:
-        parser.exit(1, f"{rows.sentence(error)}\n")
-    if not any(found.values()):
-        parser.exit(1, f"no rows in {', '.join(map(str, paths)) or rows.RESULTS}: run pytest benchmarks\n")
-    plot_style.use()
-    options.output.mkdir(parents=True, exist_ok=True)
-    for prefix, of_kind in found.items():
-        name, draw = DRAWN[prefix]
-        for path, group in figures(of_kind, name):
-            plot_style.save(draw(group), options.output / path)
-            print(options.output / path)
+        parser.exit(1, f"{error}\n")
 
 
-def figures(found: list, name: str):
-    """Names of files and the rows of each; the machine measured last has the plain name of its device."""
-    for on_gpu in sorted({row.on_gpu for row in found}):
-        of_device = sorted((row for row in found if row.on_gpu == on_gpu), key=by_run)
-        machines = [list(group) for _, group in groupby(of_device, key=by_run)]
-        newest = max(machines, key=lambda group: max(row.timestamp for row in group))
-        for group in machines:
-            suffix = ""
-            if group is not newest:
-                suffix = "_" + "".join(c if c.isalnum() else "-" for c in group[0].machine.lower())
-            yield f"{name}_{'cuda' if on_gpu else 'cpu'}{suffix}.png", group
+def rows_of(paths: Iterable[Path]) -> dict[str, list]:
+    return figures_of(rows.stored_in(paths))
 
 
-def by_run(row) -> tuple:
-    return row.run
+def figures_of(found: list) -> dict[str, list]:
+    """Rows by the name of the figure that they make."""
+    figures = {}
+    for name, group in grouped(found, lambda row: f"{rows.topic(row)}_{'cuda' if row.on_gpu else 'cpu'}"):
+        machines = [of_machine for _, of_machine in grouped(group, lambda row: row.run)]
+        newest = max(machines, key=lambda of_machine: max(row.timestamp for row in of_machine))
+        for of_machine in machines:
+            machine = "".join(c if c.isalnum() else "-" for c in of_machine[0].machine.lower())
+            figures[name if of_machine is newest else f"{name}_{machine}"] = of_machine
+    return figures
+
+
+def grouped(found: list, key) -> list[tuple]:
+    return [(name, list(group)) for name, group in groupby(sorted(found, key=key), key=key)]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Result rows: what they hold, where they are kept, the goals they are held against, and the tables made of them."""
 
 import csv
+import io
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -8,8 +9,6 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-# Of the names of files: the ops, what they keep for the backward, and what has a table of its own.
-PREFIXES = ("", "memory_", "conv_", "sampling_", "dropins_")
 OURS = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}  # our backends, and the device each is for
 
 
@@ -70,6 +69,10 @@ class Row:
         return self.median_us if self.on_gpu else self.min_us
 
     @property
+    def noisy(self) -> bool:
+        return self.median_us > NOISY * self.min_us
+
+    @property
     def elements(self) -> int:
         return math.prod(map(int, self.shape.split("x")))
 
@@ -118,122 +121,140 @@ class MemoryRow:
         return math.prod(map(int, self.shape.split("x")))
 
 
+def typical(samples: Sequence[float], on_gpu: bool) -> float:
+    """What ratios are of."""
+    return statistics.median(samples) if on_gpu else min(samples)
+
+
 def times(samples: Sequence[float]) -> dict[str, float]:
     """Quantiles of seconds, as a Row holds them."""
-    p20 = p80 = samples[0]
-    if len(samples) > 1:
-        p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
+    samples = [*samples, *samples] if len(samples) == 1 else samples  # one has no quantiles
+    p20, _, _, p80 = statistics.quantiles(samples, n=5, method="inclusive")
     seconds = {"min_us": min(samples), "p20_us": p20, "median_us": statistics.median(samples), "p80_us": p80}
     return {name: 1e6 * value for name, value in seconds.items()}
 
 
-def append(path: Path, rows: Iterable[Row | MemoryRow]) -> None:
-    """Adds rows to a CSV file, which keeps all that it has, its columns too.
+def columns_to_extend(path: Path, kind: type) -> list[str]:
+    """The columns of a file that takes rows of a kind; none where there is no file, or an empty one.
 
     Raises:
-        ValueError: for a file that has no column for something that a row holds.
+        ValueError: for a file of other columns, and for one that ends within a line.
+    """
+    text = path.read_text() if path.exists() else ""
+    columns = next(csv.reader(io.StringIO(text)), [])
+    known = {_column(field): field for field in fields(kind)}
+    required = {name for name, field in known.items() if field.default is MISSING}
+    if columns and not known.keys() >= set(columns) >= required:
+        raise ValueError(f"{path} has other columns than this version writes: move it away first")
+    if text and not text.endswith("\n"):
+        raise ValueError(f"{path} ends within a line: mend or remove its last line first")
+    return columns
+
+
+def append(path: Path, rows: Iterable[Row | MemoryRow]) -> None:
+    """Adds rows to a CSV file, all at once; it keeps all that it has, its columns too.
+
+    Raises:
+        ValueError: as columns_to_extend, and for a file that has no column for something that a row holds.
     """
     rows = list(rows)
     if not rows:
         return
     known = {_column(field): field for field in fields(rows[0])}
+    header = columns_to_extend(path, type(rows[0]))
+    columns = header or list(known)
+    lacking = (field for name, field in known.items() if name not in columns)
+    if any(getattr(row, field.name) != field.default for field in lacking for row in rows):
+        raise ValueError(f"{path} has other columns than this version writes: move it away first")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if not header:
+        writer.writerow(columns)
+    for row in rows:
+        values = (getattr(row, known[name].name) for name in columns)
+        writer.writerow(f"{value:.5g}" if isinstance(value, float) else value for value in values)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", newline="") as file:
-        file.seek(0)
-        header = next(csv.reader(file), None)
-        columns = header or list(known)
-        lacking = [
-            name
-            for name, field in known.items()
-            if name not in columns and any(getattr(row, field.name) != field.default for row in rows)
-        ]
-        if lacking or not known.keys() >= set(columns):
-            raise ValueError(f"{path} has other columns than this version writes: move it away first")
-        writer = csv.writer(file, lineterminator="\n")
-        if header is None:
-            writer.writerow(columns)
-        for row in rows:
-            values = (getattr(row, known[name].name) for name in columns)
-            writer.writerow(f"{value:.5g}" if isinstance(value, float) else value for value in values)
+    with path.open("a", newline="") as file:
+        file.write(text.getvalue())  # one write, so that an interrupt leaves whole lines
 
 
 def read(path: Path, kind: type = Row) -> list:
     """The newest row of every run, case and contestant; a column that an older file lacks has its default.
 
     Raises:
-        OSError, ValueError: with a sentence that names the file and the line.
+        ValueError: for a file that holds something else, with the line.
     """
-    found = []
-    try:
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            lacking = {_column(field) for field in fields(kind) if field.default is MISSING} - {
-                *(reader.fieldnames or ())
-            }
-            if reader.fieldnames and lacking:
-                what = "memory" if kind is MemoryRow else "times"
-                raise ValueError(f"{path} holds no rows of {what}: it has no column {min(lacking)}")
+    rows = []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            present = reader.fieldnames or []
+            required = [_column(field) for field in fields(kind) if field.default is MISSING]
+            lacking = [name for name in required if name not in present]
+            if present and lacking:
+                some = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+                raise ValueError(f"{path} holds no rows of this benchmark: it has no column {some}")
             for line in reader:
-                where = f"{path}, line {reader.line_num}"
                 if None in line or None in line.values():
-                    raise ValueError(f"{where}: {'more' if None in line else 'fewer'} cells than columns")
-                found.append(
-                    kind(**{field.name: _parse(field, line.get(_column(field)), where) for field in fields(kind)})
-                )
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no CSV file: {error}") from error
-    return list({(row.run, row.timed, row.contestant): row for row in found}.values())
+                    raise ValueError(f"{path}, line {reader.line_num}: not as many values as columns")
+                rows.append(_row(kind, line, f"{path}, line {reader.line_num}"))
+        except (csv.Error, UnicodeDecodeError):
+            raise ValueError(f"{path} is no CSV file") from None
+    return list({(row.run, row.timed, row.contestant): row for row in rows}.values())
+
+
+def _row(kind: type, line: dict[str, str], place: str) -> Row | MemoryRow:
+    values = {}
+    for field in fields(kind):
+        text = line.get(_column(field))
+        try:
+            values[field.name] = field.default if text is None else _parse(field, text)
+        except ValueError:
+            raise ValueError(f"{place}: {_column(field)} is {text!r}, no number") from None
+    return kind(**values)
 
 
 def _column(field) -> str:
     return field.name.rstrip("_")
 
 
-def _parse(field, text: str | None, where: str):
-    if text is None:
-        return field.default
-    if not text and field.type not in (int, float, str):
-        return None
-    number = int if field.type in (int, int | None) else float
-    try:
-        return text if field.type is str else number(text)
-    except ValueError:
-        raise ValueError(f"{where}: {_column(field)} is {text!r}, which is no number") from None
+def _parse(field, text: str):
+    if field.type in (int, float, str):
+        return field.type(text)
+    return (int if field.type == int | None else float)(text) if text else None
 
 
-def stored(paths: Iterable[Path], kind: type = Row) -> list:
-    """Of each machine's last commit, the newest row of each case and contestant."""
-    found = sorted((row for path in paths for row in read(path, kind)), key=lambda row: row.timestamp)
+def kind_of(path: Path) -> type | None:
+    """The kind of the rows in a file; None for other tables, as those of predictions."""
+    with path.open(newline="", errors="replace") as file:
+        columns = file.readline().strip().split(",")
+    return MemoryRow if "saved_bytes" in columns else Row if "min_us" in columns else None
+
+
+def stored(path: Path, kind: type = Row) -> list:
+    """Of each machine's last commit in a file, the newest row of each case and contestant."""
+    found = sorted(read(path, kind), key=lambda row: row.timestamp)
     last = {row.run[:-1]: row.commit for row in found}
     return [row for row in found if row.commit == last[row.run[:-1]]]
 
 
-def prefix(path: Path) -> str:
-    """Of PREFIXES, that of a file."""
-    return next((known for known in PREFIXES if known and path.name.startswith(known)), "")
+def stored_in(paths: Iterable[Path]) -> list[Row | MemoryRow]:
+    """Those of several files.
+
+    Raises:
+        ValueError: if there are none, or some file holds something else.
+        OSError: for a file that cannot be read.
+    """
+    paths = list(paths)
+    found = [row for path in paths for row in stored(path, kind_of(path) or Row)]
+    if not found:
+        raise ValueError(f"no rows in {', '.join(map(str, paths)) or RESULTS}: run pytest benchmarks")
+    return found
 
 
-def kind(prefix: str) -> type:
-    """Of the rows in files of a prefix."""
-    return MemoryRow if prefix == "memory_" else Row
-
-
-def result_files(*prefixes: str) -> list[Path]:
-    """The files of committed rows with these prefixes."""
-    paths = (RESULTS / f"{prefix}{device}.csv" for prefix in prefixes for device in ("cpu", "cuda"))
-    return [path for path in paths if path.exists()]
-
-
-def by_prefix(paths: Iterable[Path]) -> dict[str, list]:
-    """What stored() finds, of each kind of file."""
-    return {known: stored([path for path in paths if prefix(path) == known], kind(known)) for known in PREFIXES}
-
-
-def sentence(error: Exception) -> str:
-    """One line of what is wrong."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror.lower()}"
-    return str(error)
+def result_files(folder: Path = RESULTS) -> list[Path]:
+    """The files of rows in a folder."""
+    return [path for path in sorted(folder.glob("*.csv")) if kind_of(path)]
 
 
 @dataclass(frozen=True)
@@ -341,10 +362,67 @@ def best(rows: Iterable[Row]) -> list[Row]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Our best time of every case, how many times as long each rival takes, and whether the goals are met."""
+    """Our best time of every case of the Gaussian ops, how many times as long each rival takes, and whether the goals
+    are met; then all others."""
     rows = list(rows)
-    noisy = {row.timed for row in rows if row.median_us > NOISY * row.min_us}
-    return aligned([COLUMNS, *(_line(row, row.timed in noisy) for row in best(rows))])
+    gaussian = [row for row in rows if topic(row) == "speed"]
+    noisy = {row.timed for row in gaussian if row.noisy}
+    tables = [aligned([COLUMNS, *(_line(row, row.timed in noisy) for row in best(gaussian))])] if gaussian else []
+    for name in ("convolutions", "sampling", "dropins"):
+        others = [row for row in rows if topic(row) == name]
+        tables += [rivals_table(others)] if others else []
+    return "\n\n".join(tables)
+
+
+def topic(row: Row | MemoryRow) -> str:
+    """What a row is about; each topic has a table and a figure."""
+    if isinstance(row, MemoryRow):
+        return "memory"
+    return {"masked_conv2d": "convolutions", "sampling": "sampling"}.get(
+        row.op, "speed" if row.op in ALL.split() else "dropins"
+    )
+
+
+def compared(row: Row) -> tuple:
+    """What rows have in common that are held against each other; a time that is extrapolated is one of the same."""
+    return row.run, row.op, row.case, row.pass_.removesuffix("_extrapolated"), row.shape, row.dtype, row.timing
+
+
+def form_of(contestant: str) -> str:
+    """A contestant, in whatever memory format and way of cropping."""
+    return contestant.removesuffix("_channels_last").removesuffix("_sliced")
+
+
+def over(rows: Iterable[Row]) -> list[tuple[Row, dict[str, float]]]:
+    """Ours of every case, each with how many times as long its rivals take in their fastest form."""
+    cases: dict[tuple, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(compared(row), []).append(row)
+    found = []
+    for of_case in cases.values():
+        fastest: dict[str, float] = {}
+        for row in of_case:
+            name = form_of(row.contestant)
+            fastest[name] = min(row.typical_us, fastest.get(name, math.inf))
+        rivals = {name: time for name, time in fastest.items() if name not in OURS}
+        ours = [row for row in of_case if form_of(row.contestant) in OURS]
+        found += [(row, {name: time / row.typical_us for name, time in rivals.items()}) for row in ours]
+    return found
+
+
+def rivals_table(rows: Iterable[Row]) -> str:
+    """Our times of every case, and how many times as long each rival takes."""
+    rows = list(rows)
+    noisy = {compared(row) for row in rows if row.noisy}
+    found = over(rows)
+    names = list(dict.fromkeys(name for _, ratios in found for name in ratios))
+    lines = [("op", "pass", "shape", "dtype", "ours", "us", *names, "")]
+    for row, ratios in found:
+        marks = ["NOISY"] * (compared(row) in noisy) + ["UNVERIFIED"] * (row.verified != "yes")
+        cells = (f"{ratios[name]:.2f}x" if name in ratios else "" for name in names)
+        common = (f"{row.op} {row.case}".strip(), PASS_NAMES.get(row.pass_, row.pass_), row.shape, row.dtype)
+        lines.append((*common, row.contestant, f"{row.typical_us:.4g}", *cells, "; ".join(marks)))
+    return aligned(lines)
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

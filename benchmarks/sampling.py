@@ -1,14 +1,12 @@
-"""Drawing images from a Gated PixelCNN, which test_sampling.py times.
+"""A Gated PixelCNN to draw images from, and the ways in which users could draw them.
 
 The network is as large as a common tutorial's: 64 channels, 7 layers of dilations 1, 2, 1, 4, 1, 2, 1, 256 grey levels,
-28 x 28 pixels. The naive loop runs all of it for every pixel: a few pixels are timed, and the rows' times are those of
-a whole image extrapolated from them (pass "sample_extrapolated"). The eager cache is what a user would write for this
+28 x 28 pixels. The "naive" loop runs all of it for every pixel: a few pixels are timed, and the rows' times are those
+of a whole image extrapolated from them (pass "sample_extrapolated"). "eager_cache" is what a user would write for this
 network, checked against its full forward; "reference" is our sampler in plain torch.
 """
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import rows
 import torch
@@ -20,6 +18,7 @@ from fastelbo.sampling import IncrementalSampler
 
 LEVELS, SIZE, CHANNELS = 256, 28, 64
 DILATIONS = (1, 2, 1, 4, 1, 2, 1)
+BATCHES = (1, 16, 64)
 PIXELS = 2  # that the naive loop draws
 RIVALS = ("reference", "eager_cache", "naive")
 
@@ -91,67 +90,58 @@ class EagerCache:
             torch.testing.assert_close(logits, self.model(image), rtol=0, atol=1e-5)
 
 
-@dataclass(frozen=True)
-class Images:
-    """How many images are drawn at once."""
-
-    n: int
-    op = tests = "sampling"
-
-    def __str__(self):
-        return f"{self.op}-{self.n}x1x{SIZE}x{SIZE}"
+def shape_of(batch: int) -> str:
+    return f"{batch}x1x{SIZE}x{SIZE}"
 
 
-def timed(quick=False) -> list[Images]:
-    return [Images(n) for n in ((1,) if quick else (1, 16, 64))]
+def batches(device: str, shapes=(), ops=(), dtypes=(), quick=False) -> list[int]:
+    """How many images are to be drawn at a time, as cases.timed; on a GPU nothing is timed."""
+    wanted = device == "cpu" and "sampling" in (ops or ["sampling"]) and "float32" in (dtypes or ["float32"])
+    return [n for n in BATCHES if wanted and (shape_of(n) in shapes if shapes else n == 1 or not quick)]
 
 
-@functools.cache
-def model() -> GatedPixelCNN:
-    torch.manual_seed(0)
-    return GatedPixelCNN().eval()
-
-
-def contestants(n: int, wanted) -> dict[str, Callable]:
-    """Functions that draw n images, the naive loop PIXELS of each.
+def contestants(batch: int, rivals) -> dict[str, Callable]:
+    """Functions that draw so many images, or the naive loop's few pixels of them.
 
     Raises:
-        AssertionError: where the logits of the eager cache are not those of the full forward.
+        AssertionError: if the cache's logits are not those of the full forward.
     """
-    network = model()
-    samplers = {
-        name: IncrementalSampler(network, (1, SIZE, SIZE), backend=name, levels=LEVELS) for name in ("cpu", "reference")
-    }
-    eager = EagerCache(network)
-    eager.check()
-    x = torch.randint(LEVELS, (n, 1, SIZE, SIZE)).float()
+    torch.manual_seed(0)
+    model = GatedPixelCNN().eval()
+    options = {"levels": LEVELS}
+    ours = IncrementalSampler(model, (1, SIZE, SIZE), backend="cpu", **options)
+    found = {"cpu": lambda: ours.sample(batch, seed=0)}
+    if "reference" in rivals:
+        reference = IncrementalSampler(model, (1, SIZE, SIZE), backend="reference", **options)
+        found["reference"] = lambda: reference.sample(batch, seed=0)
+    if "eager_cache" in rivals:
+        eager = EagerCache(model)
+        eager.check()
+        found["eager_cache"] = lambda: eager.sample(batch)
+    if "naive" in rivals:
+        x = torch.randint(LEVELS, (batch, 1, SIZE, SIZE)).float()
 
-    @torch.no_grad()
-    def naive():
-        for pixel in range(PIXELS):
-            logits = network(x)[:, :, pixel // SIZE, pixel % SIZE]
-            x[:, 0, pixel // SIZE, pixel % SIZE] = logits.softmax(1).multinomial(1)[:, 0].float()
+        @torch.no_grad()
+        def naive():
+            for pixel in range(PIXELS):
+                logits = model(x)[:, :, pixel // SIZE, pixel % SIZE]
+                x[:, 0, pixel // SIZE, pixel % SIZE] = logits.softmax(1).multinomial(1)[:, 0].float()
 
-    found = {
-        "cpu": lambda: samplers["cpu"].sample(n, seed=0),
-        "reference": lambda: samplers["reference"].sample(n, seed=0),
-        "eager_cache": lambda: eager.sample(n),
-        "naive": naive,
-    }
-    return {name: call for name, call in found.items() if name == "cpu" or name in wanted}
+        found["naive"] = naive
+    return found
 
 
-def rows_of(images: Images, samples: dict[str, list[float]], rounds: int) -> list[dict]:
-    """The fields of the contestants' rows that differ from those of other numbers of images."""
-    n, found = images.n, []
+def fields(batch: int, samples: dict[str, list[float]]) -> list[dict]:
+    """The fields of every contestant's row that do not say where it was timed."""
     if "naive" in samples:
         samples = samples | {"naive": [SIZE * SIZE / PIXELS * seconds for seconds in samples["naive"]]}
+    common = {"op": "sampling", "case": f"GatedPixelCNN {CHANNELS}x{len(DILATIONS)}", "shape": shape_of(batch)}
+    common |= {"dtype": "float32", "bytes": 8 * batch * SIZE**2}
+    found = []
     for name, values in samples.items():
-        common = {"op": images.op, "case": f"GatedPixelCNN {CHANNELS}x{len(DILATIONS)}", "contestant": name}
-        common |= {"pass_": "sample_extrapolated" if name == "naive" else "sample", "rounds": rounds}
-        common |= {"shape": f"{n}x1x{SIZE}x{SIZE}", "dtype": "float32", "bytes": 8 * n * SIZE**2}
-        ratios = {}
+        pass_ = "sample_extrapolated" if name == "naive" else "sample"
+        row = common | {"pass_": pass_, "contestant": name, "rounds": len(values), **rows.times(values)}
         if name == "cpu" and "naive" in samples:
-            ratios = {"over_eager": min(samples["naive"]) / min(values)}
-        found.append(common | rows.times(values) | ratios)
+            row["over_eager"] = min(samples["naive"]) / min(values)
+        found.append(row)
     return found

@@ -1,7 +1,6 @@
 """Counts what every op and rival keeps for the backward, and on a GPU what both passes need at most."""
 
 import cases
-import pytest
 import torch
 
 # on a GPU what test_speed.py compiles too, so that it is compiled but once
@@ -45,7 +44,7 @@ def peak_bytes(call, inputs, upstream, device) -> int | None:
     return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
 
 
-def test_memory(differentiable, dtype, device, backends, save, request):
+def test_memory(differentiable, dtype, device, backends, save_memory, request):
     case, found = differentiable, []
     torch._dynamo.reset()
     shape = SHAPES[device.type]
@@ -68,24 +67,7 @@ def test_memory(differentiable, dtype, device, backends, save, request):
         )
         del outputs, grads
         found[-1]["peak_bytes"] = peak_bytes(call, inputs, upstream, device)
-    save(found, "memory_")
+    save_memory(found)
     ours = [row for row in found if row["contestant"] in backends]
     seed = 8 if case.draws else 0
     assert all(row["saved_bytes"] == seed for row in ours), "ours keep nothing but a seed"
-
-
-def test_saved_bytes_counts_storages_once():
-    """Of three kept tensors, one is an input, and two lie in one storage."""
-    x = torch.ones(4, requires_grad=True)
-
-    def call(x):
-        y = torch.exp(x)
-        return y[:2] * y[2:] * x[:2]
-
-    # exp keeps its result y, of 16 bytes; the products keep halves of y, x, and y[:2] * y[2:], of 8 bytes
-    assert saved_bytes(call, (x,)) == 16 + 8
-
-
-@pytest.mark.parametrize("op", sorted({case.op for case in cases.CASES}))
-def test_every_op_has_a_case_with_rivals(op):
-    assert any(case.lines and case.op == op for case in cases.CASES)

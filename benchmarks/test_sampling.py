@@ -1,15 +1,12 @@
-"""Times drawing images from a Gated PixelCNN against what users would write, in turns, within one run."""
+"""Times drawing images from a Gated PixelCNN: ours against all of its rivals, in turns, within one run."""
 
-import pytest
 import sampling
-from host_clock import clock, measure
 
 
-@pytest.mark.benchmark(timer=clock)
-@pytest.mark.usefixtures("tested")
-def test_sampling(benchmark, images, save, request):
+def test_sampling(batch, device, passing, measure, save, request):
+    passing("sampling")
     option = request.config.option
-    calls = sampling.contestants(images.n, option.rival or sampling.RIVALS)
-    rounds = option.rounds or (3 if option.quick else 5)
-    if samples := measure(benchmark, calls, rounds, seconds=0):
-        save(sampling.rows_of(images, samples, rounds), "sampling_")
+    calls = sampling.contestants(batch, option.rival or sampling.RIVALS)
+    samples = measure(calls, option.rounds or (3 if option.quick else 5))
+    if samples:
+        save("sampling_", sampling.fields(batch, samples))

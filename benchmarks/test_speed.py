@@ -1,21 +1,14 @@
-"""Times every case: ours against all of its rivals, in turns, within one run."""
-
-import statistics
+"""Times the Gaussian ops: ours against all of its rivals, in turns, within one run."""
 
 import cases
 import gpu_clock
-import pytest
 import rows
 import torch
-from host_clock import clock, measure
-
-SAMPLE_SECONDS = 2e-3  # a sample is as many calls as last this long, or one
 
 
-@pytest.mark.benchmark(timer=clock)
-@pytest.mark.usefixtures("tested")
-def test_speed(benchmark, timed, device, backends, save, request):
+def test_speed(timed, device, backends, passing, measure, benchmark, save, request):
     case, shape, pass_, timing = timed.case, timed.shape, timed.pass_, timed.timing
+    passing(case.op)
     option = request.config.option
     torch.manual_seed(0)
     torch._dynamo.reset()  # else a second shape makes torch.compile generate slower code for any shape
@@ -29,26 +22,23 @@ def test_speed(benchmark, timed, device, backends, save, request):
     calls["copy"] = cases.copy(floor, device)
 
     if timing == "host":
-        rounds = option.rounds or (3 if option.quick else 10 if elements >= 2**24 else 30)
-        samples = measure(benchmark, calls, rounds, SAMPLE_SECONDS)
-    elif not benchmark.enabled:
-        samples = {}
-    else:
-        rounds = option.rounds or gpu_clock.rounds_for(elements, option.quick)
+        samples = measure(calls, option.rounds or (3 if option.quick else 10 if elements >= 2**24 else 30))
+    elif benchmark.enabled:
         measure_on_gpu = gpu_clock.measure_in_graphs if timing == "graph" else gpu_clock.measure
-        samples = measure_on_gpu(calls, rounds, device)
-    if not samples:
-        return  # --benchmark-disable: contestants were checked and not timed
-    typical = {name: (min if device.type == "cpu" else statistics.median)(found) for name, found in samples.items()}
-    benchmark.extra_info.update({f"{name}_us": 1e6 * value for name, value in typical.items()})
-    common = {"op": case.op, "case": case.name, "shape": f"{shape[0]}x{shape[1]}", "dtype": timed.dtype, "pass_": pass_}
-    common |= {"bytes": floor, "rounds": rounds, "timing": timing}
-    save([common | row(name, samples, typical, case, backends, elements) for name in calls])
+        samples = measure_on_gpu(calls, option.rounds or gpu_clock.rounds_for(elements, option.quick), device)
+    else:
+        samples = {}
+    if samples:
+        common = {"op": case.op, "case": case.name, "shape": f"{shape[0]}x{shape[1]}", "dtype": timed.dtype}
+        common |= {"pass_": pass_, "bytes": floor, "timing": timing}
+        typical = {name: rows.typical(found, device.type == "cuda") for name, found in samples.items()}
+        save("", [common | row(name, samples, typical, case, backends, elements) for name in calls])
 
 
 def row(name: str, samples, typical, case, backends, elements: int) -> dict:
     """The fields of one contestant's Row that differ from those of the others."""
-    found = {"contestant": name, "fraction_of_copy": typical["copy"] / typical[name], **rows.times(samples[name])}
+    found = {"contestant": name, "rounds": len(samples[name]), **rows.times(samples[name])}
+    found["fraction_of_copy"] = typical["copy"] / typical[name]
     if name in backends:
         rivals = [rival for rival in cases.RIVALS if rival in typical and rival != "copy"]
         found |= {f"over_{rival}": typical[rival] / typical[name] for rival in rivals}

@@ -1,15 +1,16 @@
-"""The benchmarks' own tools, as far as a machine without a GPU can tell: gpu.sh, options, rows, report and plot."""
+"""The benchmarks' own tools, as far as a machine without a GPU can tell: gpu.sh, options, rows, comparison, figures."""
 
 import csv
 import dataclasses
-import functools
-import importlib.util
 import itertools
+import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import types
+import time
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,22 @@ def tool(name, *arguments):
     return run(sys.executable, BENCHMARKS / name, *arguments)
 
 
-def benchmarks(*arguments, **environment):
-    return run(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, **environment)
+def sessions(*many, **environment):
+    """Exit status and output of several runs of pytest benchmarks, all in one process: importing takes the longest."""
+    script = """
+import contextlib, io, json, sys
+import pytest
+found = []
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+        code = int(pytest.main(["benchmarks", "-p", "no:cacheprovider", *arguments]))
+    found.append((code, out.getvalue()))
+print(json.dumps(found))
+"""
+    arguments = json.dumps([[str(part) for part in arguments] for arguments in many])
+    done = run(sys.executable, "-c", script, arguments, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def contents(folder):
@@ -50,7 +65,7 @@ def modules(monkeypatch):
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) and Path(sys.modules[name].__file__).parent == BENCHMARKS:
+        if BENCHMARKS in Path(getattr(sys.modules[name], "__file__", None) or ROOT).parents or name == "figures":
             del sys.modules[name]
 
 
@@ -127,27 +142,117 @@ def test_gpu_script_without_nvcc(pretended_gpu, results, tmp_path):
     assert_refused(done, "no nvcc", results, contents(results))
 
 
-# Collection
+# Options
+
+TINY = ("--op", "gaussian_kl", "--shape", "8x16", "--dtype", "float32", "--rival", "eager", "--unverified", "-q")
 
 
-def test_gpu_cases_are_collected_without_a_gpu():
-    done = run(sys.executable, "-m", "pytest", "benchmarks", "--device", "cuda", "--collect-only", "-q")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_gpu_cases_are_collected_without_a_gpu_and_not_timed(tmp_path):
+    quick = ("--dtype", "bfloat16", "--rounds", "7", "--quick", "--rival", "eager", "--rival", "crop")
+    options = ("--device", "cuda", "--collect-only", "-q")
+    none = tmp_path / "none"
+    found = sessions(options, (*options, *quick), ("--device", "cuda", "--results", none), CUDA_VISIBLE_DEVICES="")
+    (code, found), (quick_code, quick_found), (refused, sentence) = found
+    assert code == quick_code == 0, found + quick_found
+    assert refused == 2 and "--device cuda needs a GPU" in sentence and not none.exists()
     for expected in (
         "-8x16-float32-forward-graph",
         "-65536x1024-bfloat16-backward-events",
         "-671x100000-",
         "test_memory",
+        "128-128 k3 B-16x128x32x32-bfloat16-forward]",
     ):
-        assert expected in done.stdout
+        assert expected in found
+    assert "test_sampling" not in found and "test_dropins" not in found
+    assert quick_found.count("test_convolutions[") == 6
 
 
-def test_timing_on_a_gpu_needs_one(tmp_path):
-    arguments = ("benchmarks", "--device", "cuda", "--results", tmp_path / "none", "-q")
-    done = run(sys.executable, "-m", "pytest", *arguments, CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 2
-    assert "--device cuda needs a GPU" in done.stdout
-    assert not (tmp_path / "none").exists()
+def test_options_choose_among_all_cases():
+    """Pyro, which changes what torch.distributions does, comes last."""
+    options = ("--collect-only", "-q")
+    chosen = (
+        ("--op", "sampling"),
+        ("--op", "masked_conv2d", "--quick"),
+        ("--op", "compat.pyro", "--op", "gaussian_kl", "--shape", "3x4"),
+        ("--op", "compat.pythae", "--op", "distributions", "--rival", "distributions"),
+        ("--shape", "16x1x28x28", "--shape", "8x192x16x16"),
+        ("--dtype", "float16", "--shape", "8x192x16x16"),
+    )
+    (code, everything), *found = sessions(options, *((*options, *some) for some in chosen))
+    assert code == 0
+    cases = everything.split("\n\n")[0].splitlines()
+    files = [name for name, _ in itertools.groupby(line.split("::")[0].removeprefix("benchmarks/") for line in cases)]
+    assert files == [f"test_{name}.py" for name in ("speed", "convolutions", "sampling", "memory", "dropins")]
+    assert "pyro" in cases[-1]
+    sampling, convolutions, gaussian, distributions, shapes, half = (
+        [line for line in text.splitlines() if "::" in line] for code, text in found
+    )
+    assert len(sampling) == 3 and all("test_sampling" in line for line in sampling)
+    assert len(convolutions) == 6 and all("test_convolutions" in line for line in convolutions)
+    assert len(gaussian) == 8 and all("gaussian_kl" in line and "-3x4-" in line for line in gaussian)
+    assert len(distributions) == 2 and all("[distributions-" in line for line in distributions)
+    assert sorted(line.split("::")[1].split("[")[0] for line in shapes) == 2 * ["test_convolutions"] + ["test_sampling"]
+    assert len(half) == 2 and all("float16" in line for line in half)
+
+
+def test_bad_input_gives_one_sentence_and_loses_nothing(tmp_path):
+    """Before anything is timed or written."""
+    header, first, *_ = STORED.read_text().splitlines()
+    (tmp_path / "file").write_text("")
+    texts = {
+        "empty": header + "\n",
+        "other": "a,b\n1,2\n",
+        "word": f"{header}\n{first.replace(',30,', ',thirty,')}\n",
+        "short": f"{header}\n{first[: len(first) // 2]}\n",
+        "binary": "\0\1\udcff",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.csv").write_text(text, errors="surrogateescape")
+    for name, text in {"columns": texts["other"], "cut": f"{header}\n{first[:40]}"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "conv_cpu.csv").write_text(text)
+    (tmp_path / "cut.xml").write_text("<testsuites>")
+    refused = [
+        (["--op", "gaussian"], "argument --op: invalid choice: 'gaussian'"),
+        (["--device", "tpu"], "argument --device: invalid choice"),
+        (["--shape", "huge"], "--shape must be one of tiny, medium, large or as 4096x256, got huge"),
+        (["--shape", "0x16"], "or as 4096x256, got 0x16"),
+        (["--rounds", "-3"], "argument --rounds: must be a number of at least 1, got -3"),
+        (["--rounds", "0"], "got 0"),
+        (["--rounds", "1.5"], "got 1.5"),
+        (["--threads", "two"], "argument --threads: must be a number of at least 1, got two"),
+        (
+            ["--results", tmp_path / "file"],
+            f"no rows can be written to {tmp_path / 'file'} (--results DIR, or --no-save)",
+        ),
+        (["--results", tmp_path / "file" / "below"], "no rows can be written to"),
+        (["--results", tmp_path / "columns"], "conv_cpu.csv has other columns than this version writes"),
+        (["--results", tmp_path / "cut"], "conv_cpu.csv ends within a line"),
+        (["--compare", tmp_path / "none.csv"], "there is no such file, and no row of such a commit"),
+        (["--compare", tmp_path / "empty.csv"], "there are no rows of times in it"),
+        (
+            ["--compare", tmp_path / "other.csv"],
+            "other.csv holds no rows of this benchmark: it has no column machine, ",
+        ),
+        (["--compare", tmp_path / "word.csv"], "word.csv, line 2: rounds is 'thirty', no number"),
+        (["--compare", tmp_path / "short.csv"], "short.csv, line 2: not as many values as columns"),
+        (["--compare", tmp_path / "binary.csv"], "binary.csv "),
+        (["--compare", BENCHMARKS / "results" / "memory_cpu.csv"], "it has no column"),
+        (["--fail-slower", "2"], "--fail-slower needs --compare"),
+        (
+            ["--compare", STORED, "--fail-slower", "0.5"],
+            "argument --fail-slower: must be a number of at least 1, got 0.5",
+        ),
+        (["--compare", STORED, "--fail-slower", "nan"], "got nan"),
+        (["--verdict", tmp_path / "none.xml"], "none.xml"),
+        (["--verdict", tmp_path / "cut.xml"], "--verdict must be what pytest --junitxml writes"),
+    ]
+    before = contents(tmp_path)
+    found = sessions(*((*TINY, "--results", tmp_path / "results", *options) for options, _ in refused))
+    for (options, sentence), (code, text) in zip(refused, found, strict=True):
+        assert code == 4 and text.count("ERROR: ") == 1 and "Traceback" not in text, (options, text)
+        assert any(sentence in line for line in text.splitlines() if "ERROR: " in line or " error: " in line), text
+    assert contents(tmp_path) == before
 
 
 def test_every_size_says_what_it_times(modules):
@@ -187,6 +292,252 @@ def test_verdict_of_tests_that_ran_before(modules, tmp_path):
     assert {op: machine.recorded_failure(op, verdict) for op in expected} == expected
 
 
+# Runs
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    """Exit status, output and results of one round of a case of each kind."""
+    folder = tmp_path_factory.mktemp("quick")
+    gaussian = "(gaussian_kl and 8x16 and float32 and forward-host)"
+    chosen = f"{gaussian} or (16x64x28x28 and float32-forward]) or test_sampling or pythae-sample_and_kl"
+    rivals = ("--rival", "eager", "--rival", "eager_cache")
+    ((code, text),) = sessions(
+        ("--quick", "--rounds", "1", "--unverified", *rivals, "--results", folder, "-k", chosen),
+    )
+    return code, text, folder
+
+
+def test_every_kind_of_case_is_timed(quick_run, modules):
+    """One round has quantiles too: all of them are that sample."""
+    import rows
+
+    code, text, folder = quick_run
+    assert code == 0, text
+    found = {path.name: rows.read(path) for path in folder.iterdir()}
+    kernels = {"cpu", "eager"}
+    formats = {name + suffix for name in kernels for suffix in ("", "_channels_last")}
+    contestants = {name: {row.contestant for row in of_file} for name, of_file in found.items()}
+    assert contestants == {
+        "cpu.csv": {*kernels, "copy"},
+        "conv_cpu.csv": formats,
+        "sampling_cpu.csv": {"cpu", "eager_cache"},
+        "dropins_cpu.csv": kernels,
+    }
+    for row in itertools.chain(*found.values()):
+        assert row.rounds == 1 and row.verified == "no" and row.threads >= 1 and row.isa
+        assert row.min_us == row.p20_us == row.median_us == row.p80_us > 0
+    for name, row in (("masked_conv2d 64-64 k7 B", "16x64x28x28"), ("sampling GatedPixelCNN", "1x1x28x28")):
+        assert any(line.startswith(name) and row in line and "UNVERIFIED" in line for line in text.splitlines())
+    assert " PASSED after " in text and " left" in text
+
+
+def test_ratios_are_of_the_fastest_form(quick_run, modules):
+    import rows
+
+    _, _, folder = quick_run
+    found = {row.contestant: row for row in rows.read(folder / "conv_cpu.csv")}
+    eager = min(found["eager"].min_us, found["eager_channels_last"].min_us)
+    assert found["cpu"].over_eager == pytest.approx(eager / found["cpu"].min_us, rel=1e-3)
+    assert found["eager"].over_eager is None
+    assert found["cpu"].bytes == 4 * (2 * 16 * 64 * 28 * 28 + 64 * 64 * 25)  # input and output, and a 7 x 7 B's taps
+
+
+def test_drop_ins_are_timed(quick_run, modules):
+    import rows
+
+    _, _, folder = quick_run
+    ours, theirs = rows.read(folder / "dropins_cpu.csv")
+    assert ours.over_eager == pytest.approx(theirs.min_us / ours.min_us, rel=1e-3) and theirs.over_eager is None
+    assert (ours.op, ours.shape, ours.pass_, ours.verified) == ("compat.pythae", "100x16", "forward_backward", "no")
+    # two inputs, z and kl; in the backward the same, and two gradients
+    assert ours.bytes == 4 * (2 * (2 * 1600 + 1600 + 100) + 2 * 1600)
+
+
+def test_an_interrupt_keeps_what_was_timed(modules, tmp_path):
+    import rows
+
+    command = (sys.executable, "-m", "pytest", "benchmarks", *TINY, "--rounds", "40", "--results", tmp_path)
+    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    path, deadline = tmp_path / "cpu.csv", time.monotonic() + 200
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, text
+    found = rows.read(path)
+    assert 0 < len(found) < 4 * 3 and len(found) % 3 == 0  # four cases of three contestants each
+    assert "KeyboardInterrupt" in text and "gaussian_kl standard normal" in text
+
+
+def test_cases_whose_tests_fail_are_not_timed(tmp_path):
+    verdict = tmp_path / "verdict.xml"
+    verdict.write_text("<testsuites/>")
+    options = ("--rounds", "2", "--verdict", verdict, "--results", tmp_path / "none", "-q")
+    chosen = (("--op", "compat.pythae"), ("--op", "sampling"), ("--op", "masked_conv2d", "--quick"), TINY[:8])
+    for code, text in sessions(*((*options, *some) for some in chosen)):
+        assert code == 1 and "none of its tests ran" in text and "passed" not in text
+    assert not (tmp_path / "none").exists()
+
+
+def test_saved_bytes_counts_storages_once(modules):
+    """Of three kept tensors, one is an input, and two lie in one storage."""
+    import test_memory
+
+    torch = test_memory.torch
+    x = torch.ones(4, requires_grad=True)
+
+    def call(x):
+        y = torch.exp(x)
+        return y[:2] * y[2:] * x[:2]
+
+    # exp keeps its result y, of 16 bytes; the products keep halves of y, x, and y[:2] * y[2:], of 8 bytes
+    assert test_memory.saved_bytes(call, (x,)) == 16 + 8
+
+
+def test_every_op_has_a_case_with_rivals(modules):
+    import cases
+
+    for op in {case.op for case in cases.CASES}:
+        assert any(case.lines and case.op == op for case in cases.CASES)
+
+
+# Comparison
+
+
+def made_row(rows, **changed):
+    """A row of ours that took 100 to 130 us."""
+    common = {"machine": "M", "threads": 2, "isa": "AVX2", "torch": "2", "fastelbo": "0", "python": "3", "commit": "a"}
+    common |= {"verified": "yes", "timestamp": "2026-01-01T00:00:00Z", "op": "gaussian_kl", "case": "", "bytes": 1}
+    common |= {"pass_": "forward", "contestant": "cpu", "shape": "8x16", "dtype": "float32", "rounds": 30}
+    common |= {"min_us": 100.0, "p20_us": 105.0, "median_us": 110.0, "p80_us": 130.0}
+    return rows.Row(**common | changed)
+
+
+def scaled(row, factor):
+    return dataclasses.replace(row, **{name: factor * getattr(row, name) for name in TIMES})
+
+
+TIMES = ("min_us", "p20_us", "median_us", "p80_us")
+
+
+@pytest.mark.parametrize(
+    ("factor", "changed", "mark"),
+    [
+        (1.05, {}, ""),
+        (1.25, {}, ""),  # the fastest, 125 us, is no slower than one in five of the older ones
+        (1.35, {}, "SLOWER"),
+        (1.35, {"p80_us": 500.0}, "SLOWER"),  # noise of the new run alone is no excuse
+        (0.95, {}, ""),
+        (0.8, {}, ""),  # 104 us at the 80th percentile
+        (0.7, {}, "faster"),
+        (0.7, {"p80_us": 500.0}, ""),
+        (9.0, {"machine": "N"}, "another machine"),
+        (9.0, {"threads": 1}, "another machine"),
+        (9.0, {"shape": "9x9"}, "no older row"),
+        (9.0, {"timing": "graph"}, "no older row"),
+    ],
+)
+def test_what_counts_as_slower(factor, changed, mark, modules):
+    import compare
+    import rows
+
+    then = made_row(rows)
+    now = dataclasses.replace(scaled(then, factor), timestamp="2026-02-01T00:00:00Z", **changed)
+    found = compare.changes([now], [then])
+    assert compare.line(found[0])[-1] == mark
+    assert ("ANOTHER MACHINE" in compare.table(found)) == (mark == "another machine")
+    assert bool(compare.failure(found, 1.1)) == (mark in ("SLOWER", "another machine", "no older row"))
+    assert bool(compare.failure(found, 1.5)) == (mark in ("another machine", "no older row"))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "mark"), [(1.5, 1.3, "SLOWER"), (1.5, 1.4, ""), (0.6, 0.7, "faster"), (0.6, 0.6, "")]
+)
+def test_a_machine_that_has_changed_is_no_mark(ours, theirs, mark, modules):
+    """Slower or faster is what differs from before by more than the rivals do."""
+    import compare
+    import rows
+
+    then = [made_row(rows), made_row(rows, contestant="eager")]
+    now = [scaled(then[0], ours), scaled(then[1], theirs)]
+    (change,) = compare.changes(now, then)
+    assert compare.line(change)[-1] == mark
+
+
+def test_narrow_times_need_a_tenth(modules):
+    import compare
+    import rows
+
+    then = made_row(rows, p20_us=100.1, median_us=100.2, p80_us=100.3)
+    marks = [compare.line(compare.changes([scaled(then, factor)], [then])[0])[-1] for factor in (1.09, 1.11)]
+    assert marks == ["", "SLOWER"]
+
+
+def test_the_newest_older_row_of_this_machine_counts(modules):
+    import compare
+    import rows
+
+    old = made_row(rows)
+    newer = dataclasses.replace(scaled(old, 2), commit="b", timestamp="2026-02-01T00:00:00Z")
+    elsewhere = dataclasses.replace(scaled(old, 3), machine="N", timestamp="2026-03-01T00:00:00Z")
+    rivals = [dataclasses.replace(old, contestant=name, op="gaussian_kl") for name in ("eager", "copy", "compile")]
+    now = [scaled(old, 2.1), *(scaled(row, factor) for row, factor in zip(rivals, (1.5, 2.0, 9.0), strict=True))]
+    (change,) = compare.changes(now, [newer, elsewhere, old, *rivals])
+    assert not change.slower
+    assert change.then == newer and change.ratio == pytest.approx(1.05) and change.rivals == pytest.approx(2)
+    assert compare.newest(old, [elsewhere]) == elsewhere
+
+
+def test_rows_to_compare_with(modules, tmp_path):
+    """Of a file, a folder in which there is something else too, or a commit."""
+    import compare
+    import rows
+
+    first, second = made_row(rows, commit="abc1"), made_row(rows, commit="def2", op="sampling")
+    rows.append(tmp_path / "cpu.csv", [first])
+    rows.append(tmp_path / "sampling_cpu.csv", [second])
+    shutil.copy(BENCHMARKS / "results" / "memory_cpu.csv", tmp_path)
+    shutil.copy(BENCHMARKS / "results" / "bounds.csv", tmp_path)
+    assert compare.baseline(str(tmp_path), Path()) == [first, second]
+    assert compare.baseline(str(tmp_path / "cpu.csv"), Path()) == [first]
+    assert compare.baseline("def", tmp_path) == [second]
+    with pytest.raises(ValueError, match="no row of such a commit"):
+        compare.baseline("123", tmp_path)
+
+
+def test_comparison_of_a_run(quick_run, modules, tmp_path):
+    """With rows of the same case and machine that are made a hundred times as fast or slow, or are elsewhere's."""
+    import rows
+
+    _, _, folder = quick_run
+    (stored,) = {
+        row for row in rows.read(folder / "cpu.csv") if row.contestant == "cpu" and row.case == "standard normal"
+    }
+    cases = {
+        "fast": scaled(stored, 0.01),
+        "slow": scaled(stored, 100),
+        "elsewhere": dataclasses.replace(stored, machine="Elsewhere"),
+    }
+    for name, row in cases.items():
+        rows.append(tmp_path / f"{name}.csv", [row])
+    options = (*TINY, "-k", "standard and forward-host", "--rounds", "2", "--no-save", "--results", folder)
+    found = sessions(
+        *((*options, "--compare", tmp_path / f"{name}.csv", "--fail-slower", "2") for name in cases),
+        (*options, "--compare", tmp_path / "fast.csv"),
+        (*options, "--compare", stored.commit[:6]),
+        (*options, "--compare", STORED),
+    )
+    fast, slow, elsewhere, shown, commit, older = found
+    assert fast[0] == 1 and "SLOWER" in fast[1] and "FAILED: 1 of 1 are slower by more than 2x" in fast[1]
+    assert slow[0] == 0 and " faster\n" in slow[1] and "0 slower, 1 faster" in slow[1]
+    assert elsewhere[0] == 1 and "ANOTHER MACHINE" in elsewhere[1] and "no row from this machine" in elsewhere[1]
+    assert "0 neither, 1 of another machine, 0 without" in elsewhere[1]
+    assert shown[0] == 0 and "SLOWER" in shown[1] and "FAILED" not in shown[1]
+    assert commit[0] == 0 and "0 without an older row" in commit[1]
+    assert older[0] == 0 and "commit 79c34fc" in older[1]  # a file of fewer columns
+
+
 # Rows
 
 
@@ -196,7 +547,7 @@ def make_rows(rows, cases):
     for one in cases.timed("cuda"):
         shape = f"{one.shape[0]}x{one.shape[1]}"
         ratios = {f"over_{name}": 3.0 for name in one.rivals if name != "copy"}
-        for contestant, time in (("triton", 2.0), ("cuda", 1.0), ("copy", 0.5)):
+        for contestant, taken in (("triton", 2.0), ("cuda", 1.0), ("copy", 0.5)):
             made.append(
                 rows.Row(
                     machine="A GPU that is not there",
@@ -215,9 +566,9 @@ def make_rows(rows, cases):
                     shape=shape,
                     dtype=one.dtype,
                     rounds=1,
-                    **{f"{name}_us": time for name in ("min", "p20", "median", "p80")},
+                    **{f"{name}_us": taken for name in ("min", "p20", "median", "p80")},
                     bytes=1,
-                    fraction_of_copy=0.5 / time,
+                    fraction_of_copy=0.5 / taken,
                     **(ratios if contestant != "copy" else {}),
                     timing=one.timing,
                     cuda="13.0",
@@ -286,114 +637,139 @@ def test_report_and_plot_of_gpu_rows(modules, tmp_path):
     assert (tmp_path / "speed_cuda.png").read_bytes().startswith(b"\x89PNG")
 
 
-FIGURES = [f"{name}_cpu.png" for name in ("convolutions", "dropins", "memory", "sampling", "speed")]
+def points(figure):
+    """Values of all markers, from left to right; each lies on its axis."""
+    found = []
+    for axis in figure.axes:
+        values = [float(line.get_xdata()[0]) for line in axis.get_lines() if len(line.get_xdata()) == 1]
+        left, right = axis.get_xlim()
+        assert all(left < value < right for value in values)
+        found += values
+    return sorted(found)
 
 
-def test_one_command_draws_all_stored_rows(tmp_path):
+def texts(figure):
+    return [text.get_text() for axis in figure.axes for text in axis.texts]
+
+
+@pytest.fixture
+def drawn(modules, monkeypatch):
+    """The figure of a stored file, and its lines as text."""
+    import plot
+
+    figures = []
+
+    def make(name):
+        path = BENCHMARKS / "results" / name
+        ((title, found),) = plot.rows_of([path]).items()
+        figures.append(plot.DRAW[title.split("_")[0]](found))
+        with path.open(newline="") as file:
+            return figures[-1], list(csv.DictReader(file))
+
+    yield make
+    for figure in figures:
+        plot.style.pyplot.close(figure)
+
+
+def assert_headed(figure, line):
+    heading = " ".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
+    for part in (line["machine"], f"torch {line['torch']}", f"commit {line['commit']}", line["timestamp"][:10]):
+        assert part in heading
+
+
+def test_figure_of_speed(drawn):
+    figure, lines = drawn("cpu.csv")
+    newest = max(lines, key=lambda line: line["timestamp"])
+    assert_headed(figure, newest)
+    ours = {}
+    for line in lines:
+        if (line["commit"], line["contestant"]) == (newest["commit"], "cpu") and line["case"] != "normals":
+            ours[tuple(line[name] for name in ("op", "case", "pass", "shape", "dtype"))] = line
+    expected = []
+    for line in ours.values():
+        if math.prod(map(int, line["shape"].split("x"))) >= 2**20:
+            expected.append(float(line["fraction_of_copy"]))
+        rivals = ("over_eager", "over_distributions", "over_compile", "over_compile_checkpoint")
+        expected += [float(line[name]) for name in rivals if line[name]]
+    assert points(figure) == pytest.approx(sorted(expected))
+
+
+def test_figure_of_memory(drawn):
+    figure, lines = drawn("memory_cpu.csv")
+    assert_headed(figure, lines[0])
+    expected = [int(line["saved_bytes"]) / (512 * 256) for line in lines]
+    bars = [bar.get_width() for axis in figure.axes for container in axis.containers for bar in container]
+    assert sorted(bars) == pytest.approx(sorted(expected))
+    shown = [f"{line['saved_bytes']} bytes in all" if line["saved_bytes"] == "8" else f"{value:.3g}"
+             for line, value in zip(lines, expected, strict=True)]  # fmt: skip
+    assert sorted(texts(figure)) == sorted(shown)
+
+
+def test_figure_of_convolutions(drawn):
+    figure, lines = drawn("conv_cpu.csv")
+    assert_headed(figure, lines[0])
+    times, expected, shown = {}, [], []
+    for line in lines:
+        times.setdefault((line["case"], line["shape"], line["pass"]), {})[line["contestant"]] = float(line["min_us"])
+    for of_case in times.values():
+        for rival in ("eager", "crop", "compile"):
+            best = min(time for name, time in of_case.items() if name.startswith(rival))
+            expected += [best / of_case["cpu"], best / of_case["cpu_channels_last"]]
+            shown.append(f"{best / of_case['cpu']:.2f}\N{MULTIPLICATION SIGN}")
+    assert points(figure) == pytest.approx(sorted(expected))
+    assert sorted(texts(figure)) == sorted(shown)
+
+
+def test_figure_of_sampling(drawn):
+    figure, lines = drawn("sampling_cpu.csv")
+    assert_headed(figure, lines[0])
+    seconds = {(line["shape"], line["contestant"]): 1e-6 * float(line["min_us"]) for line in lines}
+    assert points(figure) == pytest.approx(sorted(seconds.values()))
+    assert "0.0283 s" in texts(figure) and "569 s, 652\N{MULTIPLICATION SIGN}" in texts(figure)
+    for axis, shape in zip(figure.axes, dict.fromkeys(shape for shape, _ in seconds), strict=True):
+        (ours,) = (line for line in axis.get_lines() if len(line.get_xdata()) == 2)
+        assert ours.get_xdata()[0] == pytest.approx(seconds[shape, "cpu"])
+
+
+def test_figure_of_drop_ins(drawn):
+    """Those that are slower lie where the axis says so, in another colour."""
+    figure, lines = drawn("dropins_cpu.csv")
+    assert_headed(figure, lines[0])
+    pairs = list(zip(lines[::2], lines[1::2], strict=True))
+    expected = [float(theirs["min_us"]) / float(ours["min_us"]) for ours, theirs in pairs]
+    (axis,) = figure.axes
+    markers = [line for line in axis.get_lines() if len(line.get_xdata()) == 1]
+    assert [line.get_xdata()[0] for line in markers] == pytest.approx(expected)
+    noisy = [any(float(line["median_us"]) > 1.5 * float(line["min_us"]) for line in pair) for pair in pairs]
+    assert [line.get_markerfacecolor() == "white" for line in markers] == noisy
+    colours = {ratio < 1: line.get_color() for ratio, line in zip(expected, markers, strict=True)}
+    assert len(set(colours.values())) == 2
+    assert all(line.get_color() == colours[ratio < 1] for ratio, line in zip(expected, markers, strict=True))
+    assert {f"{ratio:.2f}\N{MULTIPLICATION SIGN}" for ratio in expected} < set(texts(figure))
+
+
+def test_all_figures_are_drawn_and_small(tmp_path):
     done = tool("plot.py", "--output", tmp_path / "figures")
     assert done.returncode == 0, done.stderr
-    made = sorted((tmp_path / "figures").iterdir())
-    assert [path.name for path in made] == FIGURES
-    for path in (*made, *(ROOT / "docs" / "figures" / name for name in FIGURES)):
-        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 150_000, path
+    drawn = {path.name: path.stat().st_size for path in (tmp_path / "figures").iterdir()}
+    kinds = ("speed", "memory", "convolutions", "sampling", "dropins")
+    assert drawn.keys() == {f"{kind}_cpu.png" for kind in kinds}
+    assert max(drawn.values()) < 150_000
+    assert drawn.keys() <= {path.name for path in (ROOT / "docs" / "figures").iterdir()}
 
 
-def lines_of(name):
-    with (BENCHMARKS / "results" / name).open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def drawn(axis):
-    """The points of a figure, by the label of their lane, or its number right of another figure with the same lanes."""
-    labels = [text.get_text() for text in axis.get_yticklabels()]
-    found = {}
-    for line in axis.get_lines():
-        if line.get_marker() not in ("", "None") and len(line.get_xdata()) == 1:
-            lane = round(line.get_ydata()[0])
-            found.setdefault(labels[lane] if labels else lane, []).append(line.get_xdata()[0])
-    return {label: sorted(values) for label, values in found.items()}
-
-
-def text_of(figure):
-    return " ".join(text.get_text() for text in (figure._suptitle, *figure.texts))
-
-
-def test_figure_of_drop_ins_shows_the_rows(modules):
-    import plot_rivals
+def test_figures_of_several_machines(modules):
+    """The newest has the plain name."""
+    import plot
     import rows
 
-    stored = lines_of("dropins_cpu.csv")
-    figure = plot_rivals.dropins(rows.stored([BENCHMARKS / "results" / "dropins_cpu.csv"]))
-    expected = [float(b["min_us"]) / float(a["min_us"]) for a, b in zip(stored[::2], stored[1::2], strict=True)]
-    assert {line["contestant"] for line in stored[::2]} == {"cpu"}
-    (axis,) = figure.axes
-    points = drawn(axis)
-    assert [values[0] for values in points.values()] == pytest.approx(expected)
-    assert points["pythae: sample_gauss, kl  [100, 16]"] == pytest.approx([234.79 / 401.97])
-    for part in (stored[0]["machine"], stored[0]["torch"], stored[0]["commit"], "2 threads"):
-        assert part in text_of(figure)
-    assert any(list(line.get_xdata()) == [1, 1] for line in axis.get_lines()), "no line at 1x"
-
-
-def test_figure_of_images_shows_the_rows(modules):
-    import plot_rivals
-    import rows
-
-    figure = plot_rivals.sampling(rows.stored([BENCHMARKS / "results" / "sampling_cpu.csv"]))
-    times = {
-        (line["shape"].split("x")[0], line["contestant"]): float(line["min_us"])
-        for line in lines_of("sampling_cpu.csv")
+    old, new = made_row(rows, machine="An old one"), made_row(rows, timestamp="2026-02-01T00:00:00Z")
+    gpu = made_row(rows, machine="A GPU", cuda="13.0", contestant="triton")
+    assert {name: [row.machine for row in found] for name, found in plot.figures_of([old, new, gpu]).items()} == {
+        "speed_cpu": ["M"],
+        "speed_cpu_an-old-one": ["An old one"],
+        "speed_cuda": ["A GPU"],
     }
-    expected = [
-        sorted(times[n, rival] / times[n, "cpu"] for rival in ("naive", "reference", "eager_cache"))
-        for n in ("1", "16", "64")
-    ]
-    assert list(drawn(figure.axes[0]).values()) == [pytest.approx(values) for values in expected]
-
-
-def test_figure_of_convolutions_shows_the_rows(modules):
-    import plot_rivals
-    import rows
-
-    figure = plot_rivals.convolutions(rows.stored([BENCHMARKS / "results" / "conv_cpu.csv"]))
-    stored = lines_of("conv_cpu.csv")
-    for axis, pass_ in zip(figure.axes, ("forward", "forward_backward"), strict=True):
-        layers = {}
-        for line in stored:
-            if line["pass"] == pass_:
-                layers.setdefault((line["case"], line["shape"]), {})[line["contestant"]] = float(line["min_us"])
-        expected = []
-        for times in layers.values():
-            theirs = [min(t for name, t in times.items() if name.startswith(r)) for r in ("eager", "crop", "compile")]
-            expected.append(sorted(t / times[ours] for t in theirs for ours in ("cpu", "cpu_channels_last")))
-        assert list(drawn(axis).values()) == [pytest.approx(values) for values in expected]
-
-
-def test_figure_of_memory_shows_the_rows(modules):
-    import plot_rivals
-    import rows
-
-    path = BENCHMARKS / "results" / "memory_cpu.csv"
-    figure = plot_rivals.memory(rows.stored([path], rows.MemoryRow))
-    for axis, dtype in zip(figure.axes, ("float32", "bfloat16"), strict=True):
-        counts = [int(line["saved_bytes"]) / (512 * 256) for line in lines_of(path.name) if line["dtype"] == dtype]
-        assert sorted(itertools.chain(*drawn(axis).values())) == pytest.approx(sorted(counts))
-    assert drawn(figure.axes[0])["KL, learned prior"] == [0, 4, 16, 24]
-
-
-def test_figure_of_ops_shows_the_rows(modules):
-    import plot_speed
-    import rows
-
-    figure = plot_speed.draw(rows.stored([STORED]))
-    commit = max(lines_of("cpu.csv"), key=lambda line: line["timestamp"])["commit"]
-    newest = {}
-    for line in lines_of("cpu.csv"):
-        which = line["commit"], line["contestant"], line["pass"], line["case"] == "normals"
-        if which == (commit, "cpu", "forward", False):
-            newest[line["op"], line["case"], line["shape"], line["dtype"]] = float(line["over_compile"])
-    axis = next(axis for axis in figure.get_axes() if axis.get_title() == "torch.compile")
-    assert sorted(itertools.chain(*drawn(axis).values())) == pytest.approx(sorted(newest.values()))
 
 
 @pytest.mark.parametrize("name", ["report.py", "plot.py"])
@@ -410,28 +786,6 @@ def test_nothing_to_show(name, tmp_path):
 
 
 # Drop-ins
-
-
-def test_an_interrupted_run_keeps_the_cases_before(modules, tmp_path):
-    import rows
-
-    plugin = """
-def pytest_runtest_setup(item):
-    if "line by line" in item.name:
-        raise KeyboardInterrupt
-"""
-    (tmp_path / "interrupt.py").write_text(plugin)
-    options = ("--op", "compat.pythae", "--rounds", "2", "--unverified", "--results", tmp_path, "-p", "interrupt")
-    done = benchmarks("benchmarks/test_dropins.py", *options, PYTHONPATH=f"{ROOT}:{tmp_path}")
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "compat.pythae sample_and_kl" in done.stdout and "UNVERIFIED" in done.stdout
-    found = rows.read(tmp_path / "dropins_cpu.csv")
-    assert [row.contestant for row in found] == ["cpu", "eager"]
-    ours, theirs = found
-    assert ours.over_eager == pytest.approx(theirs.min_us / ours.min_us, rel=1e-3) and theirs.over_eager is None
-    assert (ours.op, ours.shape, ours.pass_, ours.verified) == ("compat.pythae", "100x16", "forward_backward", "no")
-    # two inputs, z and kl; in the backward the same, and two gradients
-    assert ours.bytes == 4 * (2 * (2 * 1600 + 1600 + 100) + 2 * 1600)
 
 
 def test_every_drop_in_agrees_with_the_original(modules):
@@ -469,212 +823,30 @@ def test_a_drop_in_that_computes_something_else_is_not_timed(part, modules):
     import dropins
 
     right = next(drop_in for drop_in in dropins.DROP_INS if drop_in.case == "sample_and_kl")
-    dropins.prepare(right)
-    with pytest.raises(AssertionError, match=r"^compat\.pythae sample_and_kl: .*output"):
-        dropins.prepare(dataclasses.replace(right, theirs=mistaken(part)))
+    calls, _ = dropins.calls(right)
+    assert list(calls) == ["cpu", "eager"]
+    wrong = dataclasses.replace(right, op="compat.wrong", theirs=mistaken(part))
+    with pytest.raises(AssertionError, match=r"^compat\.wrong sample_and_kl: .*output"):
+        dropins.calls(wrong)
 
 
-def test_a_convolution_that_computes_something_else_is_not_timed(modules, monkeypatch):
+@pytest.mark.parametrize("name", ["eager_channels_last", "crop", "compile"])
+def test_a_convolution_that_computes_something_else_is_not_timed(name, modules, monkeypatch):
     import convolutions
-    import torch
 
-    right, layer = convolutions.contestants, convolutions.Layer(2, 3, 4, 5, 3, "B", "a test")
-    timed = convolutions.Timed(layer, "float32", "forward_backward")
-    arguments = timed, torch.device("cpu"), ["cpu"], ("eager", "crop")
-    calls = convolutions.wanted_contestants(*arguments)
-    assert list(calls)[:2] == ["cpu", "cpu_channels_last"] and {"eager", "crop", "crop_sliced"} < set(calls)
-    assert set(convolutions.wanted_contestants(*arguments[:3], ["crop"])) == {n for n in calls if "eager" not in n}
+    torch = convolutions.torch
+    layer = convolutions.Layer(2, 3, 4, 5, 3, "B", "nobody")
+    case = convolutions.Timed(layer, "float32", "forward_backward")
+    right = convolutions.contestants
 
-    def wrong(*arguments):
+    def contestants(*arguments):
         found = right(*arguments)
-        function, memory_format = found["crop"]
-        return found | {"crop": (lambda *inputs: 1.01 * function(*inputs), memory_format)}
+        found = {key: found[key.replace("compile", "crop")] for key in found}  # compiling takes long
+        function, memory_format = found[name]
+        return found | {name: (lambda *inputs: 1.01 * function(*inputs), memory_format)}
 
-    monkeypatch.setattr(convolutions, "contestants", wrong)
-    with pytest.raises(AssertionError, match="crop computes something else"):
-        convolutions.wanted_contestants(*arguments)
-
-
-def test_an_eager_cache_that_computes_something_else_is_not_timed(modules, monkeypatch):
-    import sampling
-
-    class Wrong(sampling.EagerCache):
-        def __init__(self, model):
-            super().__init__(model)
-            self.taps = [1.01 * taps for taps in self.taps]
-
-    assert list(sampling.contestants(1, ["naive"])) == ["cpu", "naive"]
-    monkeypatch.setattr(sampling, "EagerCache", Wrong)
-    with pytest.raises(AssertionError, match="not close"):
-        sampling.contestants(1, ["naive"])
-
-
-@pytest.mark.parametrize(
-    ("file", "op"), [("dropins", "compat.pythae"), ("sampling", "sampling"), ("convolutions", "masked_conv2d")]
-)
-def test_what_fails_its_tests_is_not_timed(file, op, tmp_path):
-    verdict = tmp_path / "verdict.xml"
-    verdict.write_text("<testsuites/>")
-    options = ("--op", op, "--quick", "--verdict", verdict, "--results", tmp_path / "none")
-    done = benchmarks(f"benchmarks/test_{file}.py", *options)
-    assert done.returncode == 1 and "none of its tests ran" in done.stdout and "passed" not in done.stdout
-    assert not (tmp_path / "none").exists()
-
-
-# Options, and a run against stored rows
-
-
-def test_bad_options_say_so(modules):
-    spec = importlib.util.spec_from_file_location("benchmarks_conftest", BENCHMARKS / "conftest.py")
-    conftest = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(conftest)
-    good = {"device": "cpu", "op": [], "rival": [], "dtype": [], "shape": [], "rounds": None, "threads": None}
-    good |= {"fail_slower": None, "compare": [], "verdict": None, "no_save": False, "results": BENCHMARKS / "results"}
-    assert conftest.mistaken(types.SimpleNamespace(**good)) == ""
-    compared = {"compare": [STORED], "fail_slower": 1.1}
-    for bad, sentence in (
-        ({"op": ["gaussian_lk"]}, "--op gaussian_lk is none of compat.bayesian, "),
-        ({"rival": ["jax"]}, "--rival jax is none of eager, "),
-        ({"dtype": ["int8"]}, "--dtype int8 is none of float32, "),
-        ({"device": "tpu"}, "--device tpu is none of cpu, cuda"),
-        ({"shape": ["8x"]}, "--shape 8x is neither one of tiny, medium, large nor a shape"),
-        ({"rounds": -1}, "--rounds must be at least 1, not -1"),
-        ({"threads": 0}, "--threads must be at least 1, not 0"),
-        ({"fail_slower": 1.1}, "--fail-slower needs --compare"),
-        (compared | {"fail_slower": -1.0}, "--fail-slower must be a positive ratio, not -1"),
-        (compared | {"rounds": 2}, "--fail-slower needs 3 --rounds or more"),
-        ({"verdict": Path("none.xml")}, "--verdict: none.xml: no such file"),
-        ({"verdict": STORED}, f"--verdict: {STORED} is no XML file"),
-        ({"results": STORED}, f"--results {STORED}: {STORED} is no folder that can be written to"),
-    ):
-        assert conftest.mistaken(types.SimpleNamespace(**good | bad)).startswith(sentence)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("--op", "gaussian_lk"), "--op gaussian_lk is none of"),
-        (("--compare", "none.csv"), "--compare: none.csv: no such file or directory"),
-        (
-            ("--compare", STORED.with_name("memory_cpu.csv")),
-            "memory_cpu.csv holds no rows of times: it has no column bytes",
-        ),
-    ],
-    ids=["op", "missing", "kind"],
-)
-def test_bad_options_end_pytest(arguments, sentence, tmp_path):
-    done = benchmarks("benchmarks", *arguments, "--results", tmp_path / "none")
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert sentence in done.stderr and done.stderr.strip().count("\n") == 0
-    assert not (tmp_path / "none").exists()
-
-
-def test_corrupt_files_are_refused(modules, tmp_path):
-    import rows
-
-    header, first, second, *_ = STORED.read_text().splitlines()
-    path = tmp_path / "cpu.csv"
-    for text, sentence in (
-        (f"{header}\n{first}\n{second[:40]}\n", f"{path}, line 3: fewer cells than columns"),
-        (f"{header}\n{first},1\n", f"{path}, line 2: more cells than columns"),
-        (f"{header}\n{first.replace('326.62', 'fast')}\n", f"{path}, line 2: min_us is 'fast', which is no number"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError) as refused:
-            rows.read(path)
-        assert str(refused.value) == sentence
-    done = tool("report.py", path)
-    assert done.returncode == 1 and done.stderr == f"{sentence}\n"
-
-
-def test_one_sample_has_quantiles(modules):
-    import rows
-
-    assert set(rows.times([2.0]).values()) == {2e6}
-    assert rows.times([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {
-        "min_us": 1e6,
-        "p20_us": 2e6,
-        "median_us": 3.5e6,
-        "p80_us": 5e6,
-    }
-
-
-def test_changes_against_stored_rows(modules):
-    import cases
-    import compare
-    import rows
-
-    first = next(row for row in make_rows(rows, cases) if row.contestant == "cuda")
-    change = functools.partial(dataclasses.replace, first, rounds=5)
-
-    def row(p20, p80, **fields):
-        return change(p20_us=p20, median_us=(p20 + p80) / 2, p80_us=p80, **fields)
-
-    def rival(median):
-        return change(contestant="eager", median_us=median)
-
-    now = row(10, 14)
-    for then, verdict in (
-        (row(7, 9), "slower"),
-        (row(7, 10), ""),
-        (row(15, 17), "faster"),
-        (row(14, 17), ""),
-        (row(7, 9, rounds=2), "too few samples"),
-    ):
-        (found,) = compare.changes([then], [now])
-        assert found.verdict == verdict and found.ratio == pytest.approx(12 / then.median_us) and found.rivals is None
-        assert len(compare.slower([found], 1.4)) == (verdict == "slower")
-        assert not compare.slower([found], 1.6)
-    (found,) = compare.changes([row(7, 9), rival(2.0)], [now, rival(3.0)])
-    assert found.rivals == 1.5
-    # the newest of the same machine, however new those of others are
-    stored = [
-        row(1, 2, timestamp="2026-01-03T00:00:00Z", machine="another"),
-        row(3, 4, timestamp="2026-01-02T00:00:00Z", torch="1.9"),
-        row(5, 6, timestamp="2026-01-01T00:00:00Z"),
-    ]
-    (found,) = compare.changes(stored, [now])
-    assert found.then is stored[1] and "torch was 1.9" in compare.table([found])
-    (found,) = compare.changes(stored[:1], [now])
-    assert "NOT LIKE BEFORE in 1 of 1 cases: machine was another" in compare.table([found])
-    assert compare.changes([change(shape="1x1")], [now]) == []
-
-
-@pytest.mark.parametrize(("factor", "verdict", "code"), [(1e-3, "slower", 1), (1e3, "faster", 0)])
-def test_a_run_is_held_against_a_file(factor, verdict, code, modules, tmp_path):
-    import rows
-
-    path = tmp_path / "cpu.csv"
-    stored = [row for row in rows.read(STORED) if row.op == "gaussian_kl" and row.shape == "8x16"]
-    times = ("min_us", "p20_us", "median_us", "p80_us")
-    rows.append(path, [dataclasses.replace(row, **{t: factor * getattr(row, t) for t in times}) for row in stored])
-    before = path.read_bytes()
-    case = (
-        "--op",
-        "gaussian_kl",
-        "--shape",
-        "8x16",
-        "--dtype",
-        "float32",
-        "--rival",
-        "eager",
-        "-k",
-        "prior-8x16-float32-forward-",
-    )
-    options = ("--quick", "--unverified", "--results", tmp_path, "--compare", path, "--fail-slower", "1.5")
-    done = benchmarks("benchmarks/test_speed.py", *case, *options)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert f"{code} of 1 cases are slower and take at least 1.5 times as long" in done.stdout
-    line = next(line for line in done.stdout.splitlines() if line.endswith(verdict))
-    assert line.startswith("gaussian_kl learned prior forward 8x16 float32")
-    # this run's rows came after
-    assert path.read_bytes().startswith(before) and len(path.read_bytes()) > len(before)
-
-
-def test_all_cases_are_collected_on_a_cpu():
-    done = benchmarks("benchmarks", "--collect-only")
-    assert done.returncode == 0, done.stdout + done.stderr
-    files = [line.split("::")[0] for line in done.stdout.splitlines() if "::" in line]
-    names = ("convolutions", "memory", "sampling", "speed", "dropins")
-    assert list(dict.fromkeys(files)) == [f"benchmarks/test_{name}.py" for name in names]
-    assert "compat.pyro" in done.stdout.split("\n\n")[0].splitlines()[-1]
+    device = torch.device("cpu")
+    monkeypatch.setattr(convolutions, "contestants", contestants)
+    assert set(convolutions.calls(case, device, ["cpu"], [])) == {"cpu", "cpu_channels_last"}
+    with pytest.raises(AssertionError, match=f"^{name} computes something else"):
+        convolutions.calls(case, device, ["cpu"], convolutions.RIVALS)

@@ -1,30 +1,27 @@
-"""The figure of the ops: how near ours come to a copy, and how many times as long the rivals take.
-
-A point is our fastest backend.
-"""
+"""How near the Gaussian ops come to a copy, and how many times as long the rivals take. Ours is our fastest backend."""
 
 import rows
-from matplotlib import pyplot
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
-from plot_style import (
+from figures.style import (
     BLACK,
     BLUE,
     GREEN,
     GREY,
-    HALF,
     HEADING,
     ORANGE,
     PURPLE,
     SKY,
     VERMILION,
     foot,
+    handle,
     head,
     lanes,
-    point,
+    limits,
     ratio_axis,
-    slower,
+    slower_patch,
 )
+from matplotlib import pyplot
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
 
 SIZES = (  # name, elements, colour, marker
     ("tiny", range(1, 2**15), SKY, "o"),
@@ -48,6 +45,7 @@ RIVALS = (
     ("over_compile_checkpoint", "torch.compile of checkpoint"),
 )
 PASSES = ((rows.FORWARD, "forward"), (rows.BACKWARD, "backward"), (rows.BOTH, "forward + backward"))
+HALF = "bfloat16"
 
 
 def draw(found: list[rows.Row]) -> pyplot.Figure:
@@ -68,13 +66,14 @@ def draw(found: list[rows.Row]) -> pyplot.Figure:
     bands = figure.subfigures(len(heights), 1, height_ratios=heights)
     bands = list(bands) if len(heights) > 1 else [bands]
     fractions(bands[0], sized, passes)
-    largest = max((getattr(row, column) or 1 for row in [*sized, *graphs] for column, _ in rivals), default=1)
+    every = [getattr(row, column) or 1 for row in [*sized, *graphs] for column, _ in rivals]
+    bounds = min(0.5, *limits(every)), max(20, *limits(every))
     for band, (name, title) in zip(bands[1:], compared, strict=False):
         of_pass = [row for row in [*sized, *graphs] if row.pass_ == name]
-        ratios(band, of_pass, title, rivals, max(20, 1.3 * largest))
+        ratios(band, of_pass, title, rivals, bounds)
     if lengths:
         sweep(bands[-1], swept)
-    head(figure, found[0])
+    head(figure, f"fastelbo on a {'GPU' if found[0].on_gpu else 'CPU'}: the Gaussian ops", found[0])
     foot(figure, legend(sized, graphs))
     return figure
 
@@ -84,9 +83,6 @@ def is_sized(row: rows.Row) -> bool:
 
 
 def legend(sized, graphs) -> list[Line2D]:
-    def handle(label, **keywords):
-        return Line2D([], [], linestyle="", label=label, **keywords)
-
     elements = {row.elements for row in sized}
     found = [
         handle(
@@ -101,7 +97,8 @@ def legend(sized, graphs) -> list[Line2D]:
     ]
     if graphs:
         found.append(handle("tiny, in a CUDA graph", color=PURPLE, marker="o"))
-    return [*found, Line2D([], [], color=BLACK, linewidth=1.6, label="goal"), slower()]
+    found += [Line2D([], [], color=BLACK, linewidth=1.6, label="goal"), slower_patch()]
+    return found
 
 
 def exponent(name: str) -> str:
@@ -122,7 +119,7 @@ def fractions(band, sized, passes) -> None:
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
-def ratios(band, found, title, rivals, right) -> None:
+def ratios(band, found, title, rivals, bounds) -> None:
     axes = band.subplots(1, len(rivals), sharey=True, squeeze=False)[0]
     band.suptitle(f"How many times as long the rivals take, {title}", **HEADING)
     for axis, (column, rival) in zip(axes, rivals, strict=True):
@@ -132,7 +129,7 @@ def ratios(band, found, title, rivals, right) -> None:
             continue
         axis.set_title(rival)
         lanes(axis, LABELS)
-        ratio_axis(axis, 0.5, right)
+        ratio_axis(axis, *bounds)
         points(axis, [row for row in found if getattr(row, column) is not None], column)
 
 
@@ -149,7 +146,16 @@ def points(axis, found, column) -> None:
                 axis.plot(2 * [goal.bound], [y - 0.14, y + 0.14], color=BLACK, linewidth=2, solid_capstyle="butt")
         _, _, colour, marker = SIZES[size]
         colour = PURPLE if row.timing == "graph" else colour
-        point(axis, getattr(row, column), y, colour, marker, filled=row.dtype != HALF)
+        axis.plot(
+            getattr(row, column),
+            y,
+            marker=marker,
+            markersize=6,
+            color=colour,
+            markerfacecolor="white" if row.dtype == HALF else colour,
+            markeredgewidth=1.4,
+            zorder=3,
+        )
 
 
 def offset(size: int, sizes: list[int]) -> float:
@@ -192,7 +198,7 @@ def sweep(band, found) -> None:
         bound = {rows.FORWARD: 0.9, rows.BACKWARD: 0.92}[name]
         for y, left, right in ((0.75, 1, 64), (bound, 64, 4096), (0.75, 32769, 2e5)):
             axis.plot([left, right], [y, y], color=BLACK, linewidth=1.6)
-        axis.set_ylim(0, 1.1)
+        axis.set_ylim(0, max(1.1, *(1.05 * row.fraction_of_copy for row in found)))
         axis.set_xlabel("elements of an event")
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}".replace(",", " ")))
     axes[-1].legend(frameon=False, fontsize=9, loc="lower right", title="dotted: bfloat16", title_fontsize=9)

@@ -1,0 +1,126 @@
+"""What all figures share: colours, the heading with machine and versions, where ours is slower, small files."""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from PIL import Image
+
+# Okabe and Ito's palette, which stays apart for every kind of colour vision
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
+    "#1b1b1b",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+GREY = "#8a8a8a"
+SLOWER = "#fbe8dc"  # behind what is slower than a rival
+BAND = "#f7f7f9"
+HEADING = {"fontsize": 11.5, "fontweight": "bold", "x": 0.012, "ha": "left"}
+COLOURS = 128  # of a file: each has a few, and their shades at edges
+TICKS = (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+
+
+def use() -> None:
+    pyplot.rcParams.update(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": 9.5,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": GREY,
+            "axes.titlesize": 10.5,
+            "axes.titlelocation": "left",
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#e4e4e4",
+            "grid.linewidth": 0.8,
+            "xtick.color": "#444444",
+            "ytick.color": "#222222",
+            "ytick.left": False,
+            "savefig.dpi": 150,
+        }
+    )
+
+
+def save(figure: pyplot.Figure, path: Path) -> None:
+    """As a PNG of few colours, a third as large."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn)
+    pyplot.close(figure)
+    Image.open(drawn).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def head(figure: pyplot.Figure, title: str, row) -> None:
+    """Title, then machine and versions of a row."""
+    versions = f"torch {row.torch}, fastelbo {row.fastelbo} at commit {row.commit}, Python {row.python}"
+    machine = row.machine
+    if row.on_gpu:
+        versions += f", CUDA {row.cuda}, Triton {row.triton}"
+    elif hasattr(row, "threads"):  # what counts bytes has none
+        machine += f", {row.threads} threads, {row.isa}"
+    figure.get_layout_engine().set(w_pad=0.09)
+    figure.suptitle(f"{title}\n\n", fontsize=14, fontweight="bold", x=0.012, ha="left")
+    y = 1 - 0.42 / figure.get_figheight()
+    figure.text(0.0125, y, f"{machine}; {versions}; {row.timestamp[:10]}", fontsize=9.5, color="#555555", va="center")
+
+
+def foot(figure: pyplot.Figure, handles: Sequence, columns: int = 8) -> None:
+    options = {"loc": "outside lower center", "frameon": False, "fontsize": 9.5, "handletextpad": 0.4}
+    figure.legend(handles=handles, ncols=columns, **options)
+
+
+def handle(label: str, **keywords) -> Line2D:
+    return Line2D([], [], linestyle="", label=label, **keywords)
+
+
+def slower_patch(label: str = "ours is slower") -> Patch:
+    return Patch(color=SLOWER, label=label)
+
+
+def lanes(axis, labels: Sequence[str]) -> None:
+    """One for each label, from top to bottom."""
+    axis.set_ylim(len(labels) - 0.5, -0.5)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.yaxis.grid(False)
+    for lane in range(0, len(labels), 2):
+        axis.axhspan(lane - 0.5, lane + 0.5, color=BAND, zorder=0)
+
+
+def ratio_axis(axis, left: float, right: float) -> None:
+    """How many times as long a rival takes, on a logarithmic scale that shows what is slower."""
+    axis.set_xscale("log")
+    axis.axvspan(left / 10, 1, color=SLOWER, zorder=0.5)
+    axis.axvline(1, color=GREY, linewidth=1.4, zorder=1)
+    axis.set_xlim(left, right)
+    axis.set_xticks([tick for tick in TICKS if left <= tick <= right])
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}\N{MULTIPLICATION SIGN}"))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def limits(ratios: Sequence[float], room: float = 1.25) -> tuple[float, float]:
+    """Of a ratio axis that shows all of these and what lies on either side of 1."""
+    return min(0.8, min(ratios, default=1) / room), max(2, max(ratios, default=1) * room)
+
+
+def significant(value: float) -> str:
+    """As 0.0283, 0.980, 12.3 or 652."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
+
+
+def times(ratio: float) -> str:
+    """As 0.98x, 12.3x or 652x."""
+    return f"{ratio:.2f}\N{MULTIPLICATION SIGN}" if ratio < 1 else f"{significant(ratio)}\N{MULTIPLICATION SIGN}"
