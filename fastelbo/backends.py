@@ -61,7 +61,14 @@ def _triton_missing() -> "str | None":
 
 
 def triton_import_error() -> "str | None":
-    """None if triton can be imported, else why not, in one sentence; `usable` does not try, for it takes long."""
+    """Whether triton can be imported, which `usable` does not try: it takes long.
+
+    Returns:
+        None if it can, else why not, in one sentence.
+
+    Example:
+        >>> fastelbo.backends.triton_import_error()
+    """
     try:
         importlib.import_module("triton")
     except Exception as error:
