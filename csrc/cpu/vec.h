@@ -37,10 +37,11 @@ FASTELBO_INLINE F32 operator*(F32 a, F32 b) { return F32(a.v * b.v); }
 FASTELBO_INLINE F32 operator/(F32 a, F32 b) { return F32(a.v / b.v); }
 FASTELBO_INLINE F32 operator-(F32 a) { return F32(-a.v); }
 
-FASTELBO_INLINE I32 operator-(I32 a, I32 b) { return {a.v - b.v}; }
-FASTELBO_INLINE I32 operator+(I32 a, int32_t b) { return {a.v + b}; }
+// Unsigned, because what is made of a NaN's bits may overflow, before it is dropped.
+FASTELBO_INLINE I32 operator-(I32 a, I32 b) { return {(NativeI)((NativeU)a.v - (NativeU)b.v)}; }
+FASTELBO_INLINE I32 operator+(I32 a, int32_t b) { return {(NativeI)((NativeU)a.v + uint32_t(b))}; }
 FASTELBO_INLINE I32 operator&(I32 a, int32_t b) { return {a.v & b}; }
-FASTELBO_INLINE I32 operator<<(I32 a, int n) { return {a.v << n}; }
+FASTELBO_INLINE I32 operator<<(I32 a, int n) { return {(NativeI)((NativeU)a.v << n)}; }
 FASTELBO_INLINE I32 operator>>(I32 a, int n) { return {a.v >> n}; }
 
 FASTELBO_INLINE F32 as_float(I32 a) { return F32((NativeF)a.v); }
