@@ -65,7 +65,7 @@ typecheck: $(STAMP)
 	@$(BIN)/mypy
 
 coverage: $(STAMP)
-	@$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term-missing:skip-covered
+	@$(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 docs: $(STAMP)
 	@$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
