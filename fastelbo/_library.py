@@ -120,6 +120,8 @@ def counted_events(mask, shape, event_ndim):
     """The events of which the mask lets an element count: bool, of the shape less the event's dimensions."""
     mask = mask.reshape((1,) * (len(shape) - mask.dim()) + mask.shape)
     if event_ndim > 0:
+        if 0 in shape[len(shape) - event_ndim :]:
+            mask = mask.expand(shape)  # a mask that broadcasts has elements where the event has none
         mask = mask.sum(dim=tuple(range(-event_ndim, 0))) > 0  # any() of a DTensor is wrong over a sharded dimension
     return mask.expand(shape[: len(shape) - event_ndim])
 

@@ -455,3 +455,10 @@ def test_masked_examples_have_no_floor(backend):
     ):
         kl = fastelbo.gaussian_kl(ones, zeros, free_bits=floor, free_bits_per=per, mask=mask, backend=backend)
         assert kl.tolist() == expected, per
+
+
+@pytest.mark.parametrize("mask_shape", [(1,), (3, 1), (3, 0)])
+def test_mean_over_empty_events_does_not_depend_on_the_masks_shape(backend, mask_shape):
+    """No element of theirs counts, so that the mean is over no event."""
+    mean, mask = torch.zeros(3, 0), torch.ones(mask_shape, dtype=torch.bool)
+    assert fastelbo.gaussian_kl(mean, mean, mask=mask, reduction="mean", backend=backend).isnan()
