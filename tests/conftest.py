@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,14 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # threads of
 
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda" if GPU else "cpu", "cuda": "cuda"}
 RUNNABLE = [name for name, device in DEVICES.items() if GPU or device == "cpu"]
+
+
+def pytest_collection_modifyitems(items):
+    """Without Python's headers (Debian's python3-dev) torch.compile's default backend compiles nothing."""
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        for item in items:
+            if item.get_closest_marker("inductor"):
+                item.add_marker(pytest.mark.skip(reason="torch.compile needs Python.h, from python3-dev or the like"))
 
 
 @contextlib.contextmanager

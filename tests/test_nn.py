@@ -240,6 +240,7 @@ def test_wrappers_of_torch(network):
     torch.testing.assert_close(half.float(), want, rtol=0.1, atol=0.05)
 
 
+@pytest.mark.inductor
 def test_inductor_compiles_a_training_step():
     network = PixelCNN()
     x = torch.randn(2, 3, 5, 6)

@@ -219,6 +219,7 @@ def test_compile_layout(op, layout):
     assert_equal(results(compiled(op), inputs), results(op, inputs))
 
 
+@pytest.mark.inductor
 @pytest.mark.parametrize("name", ["rsample_kl-prior", "nll"])
 def test_inductor_equals_eager(name):
     op = OPS[name]
@@ -239,7 +240,7 @@ def test_compile_dynamic_shapes(op, dynamic):
     assert counts[0 if dynamic else 1] == counts[-1]  # a first batch size may be compiled for alone, a second not
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
 def test_compile_dynamic_shapes_of_several_ops(backend):
     """The numbers of a Scale stay constants, and another Scale is compiled for anew."""
 
@@ -278,7 +279,7 @@ def test_compile_with_changing_numbers(op, name):
         assert_equal(got, results(function(value), inputs))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
 @pytest.mark.parametrize("name", ["rsample", "rsample_kl"])
 def test_compile_draws_anew(name, backend):
     """The noise of the backward is that of the forward: with sigma 1 the gradient of sigma is the noise."""
@@ -297,7 +298,7 @@ def test_compile_draws_anew(name, backend):
     assert abs(torch.cat(draws[:2]).std() - 1) < 5 / (2 * 420) ** 0.5  # five standard errors
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)])
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
 def test_compile_merges_no_two_draws(backend, requires_grad):
     """As in two layers, or two samples, of one model."""

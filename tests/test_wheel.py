@@ -55,7 +55,7 @@ def packed(tmp_path_factory):
     setup(checkout, "sdist")
     (sdist,) = folder.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(unpacked, filter="data")
+        archive.extractall(unpacked, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     setup(*unpacked.iterdir(), "build_py", "bdist_wheel", "--skip-build")
     (wheel,) = folder.glob("*.whl")
     return sdist, wheel
