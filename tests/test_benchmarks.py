@@ -308,7 +308,6 @@ def quick_run(tmp_path_factory):
     return code, text, folder
 
 
-@pytest.mark.inductor
 def test_every_kind_of_case_is_timed(quick_run, modules):
     """One round has quantiles too: all of them are that sample."""
     import rows
@@ -333,7 +332,6 @@ def test_every_kind_of_case_is_timed(quick_run, modules):
     assert " PASSED after " in text and " left" in text
 
 
-@pytest.mark.inductor
 def test_ratios_are_of_the_fastest_form(quick_run, modules):
     import rows
 
@@ -345,7 +343,6 @@ def test_ratios_are_of_the_fastest_form(quick_run, modules):
     assert found["cpu"].bytes == 4 * (2 * 16 * 64 * 28 * 28 + 64 * 64 * 25)  # input and output, and a 7 x 7 B's taps
 
 
-@pytest.mark.inductor
 def test_drop_ins_are_timed(quick_run, modules):
     import rows
 
@@ -357,7 +354,6 @@ def test_drop_ins_are_timed(quick_run, modules):
     assert ours.bytes == 4 * (2 * (2 * 1600 + 1600 + 100) + 2 * 1600)
 
 
-@pytest.mark.inductor
 def test_an_interrupt_keeps_what_was_timed(modules, tmp_path):
     import rows
 
@@ -510,7 +506,6 @@ def test_rows_to_compare_with(modules, tmp_path):
         compare.baseline("123", tmp_path)
 
 
-@pytest.mark.inductor
 def test_comparison_of_a_run(quick_run, modules, tmp_path):
     """With rows of the same case and machine that are made a hundred times as fast or slow, or are elsewhere's."""
     import rows
