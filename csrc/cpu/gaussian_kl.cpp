@@ -29,6 +29,7 @@ void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
   const Scale scale = args.scale, scale_p = args.scale_p;  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], kl_tile[kTile];
+  // Of q alone, against N(0, 1), the logarithm is always wanted; beside p only where their ratio is out of bounds.
   SpreadTile<T, exponential, kLogStd> q_alone;
   SpreadTile<T, exponential, kLogStdOfWild> q_at, p_at;
   MaskTile<T> kept;
