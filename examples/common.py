@@ -139,7 +139,7 @@ def load_digit_classes() -> np.ndarray:
 
 def split(images: np.ndarray, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Training and test images, or their classes; a sixth, drawn by the seed, is the test set."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(images), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     shuffled = torch.from_numpy(images[order.numpy()]).to(device)
     held_out = max(1, len(images) // 6)
     return shuffled[held_out:], shuffled[:held_out]
@@ -180,7 +180,7 @@ class Training:
     def batches(self, images: Tensor) -> Iterator[Tensor]:
         """The batches of an epoch, in a new order: whole ones, the same on all ranks."""
         batch_size = min(self.settings["batch_size"], len(images))
-        order = torch.randperm(len(images), generator=self.order).to(images.device)
+        order = torch.randperm(len(images), generator=self.order, device="cpu").to(images.device)
         for batch in order[: len(order) - len(order) % batch_size].split(batch_size):
             yield images[batch]
 

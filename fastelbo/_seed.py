@@ -10,9 +10,9 @@ _LOW, _HIGH = -(2**63), 2**63 - 1
 
 
 def _draw(device: torch.device, generator=None) -> torch.Tensor:
-    if generator is None and device.type == "cpu":
-        return torch.randint(_LOW, _HIGH, (1,))  # the keywords would cost a quarter of the draw
-    return torch.randint(_LOW, _HIGH, (1,), device=device, generator=generator)
+    if generator is None:
+        return torch.randint(_LOW, _HIGH, (1,), dtype=torch.int64, device=device)
+    return torch.randint(_LOW, _HIGH, (1,), dtype=torch.int64, device=device, generator=generator)
 
 
 # What a traced function calls. Tagged, so that torch.compile does not repeat a draw in the backward. The argument is an

@@ -311,7 +311,9 @@ class Gaussian(_Layout):
         inner = range(outer + 1, rank)
         if all(self.sizes[d] == self.shape[d] for d in inner):
             return seed, None, noise_offset
-        zeros = torch.zeros((), device=seed.device).expand((*self.sizes[: outer + 1], *self.shape[outer + 1 :]))
+        zeros = torch.zeros((), dtype=torch.float32, device=seed.device).expand(
+            (*self.sizes[: outer + 1], *self.shape[outer + 1 :])
+        )
         options = {"seed": seed, "num_samples": num_samples, "noise_offset": noise_offset, "backend": backend}
         noise = gaussian_rsample(zeros, 1.0, scale="std", **options)
         for d in inner:

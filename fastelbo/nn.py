@@ -45,15 +45,21 @@ class _CausalConv2d(nn.Conv2d):
         self.activation, self.backend = activation, backend
         self._mask_options = {"channel_groups": channel_groups, "group_order": group_order}
         self._mask_options["gated"] = activation in op.GATES
-        self.live_taps()  # checks the options
+        live = self.live_taps()  # checks the options
         with torch.no_grad():
-            self.weight.masked_fill_(~self.live_taps().to(self.weight.device), 0)
+            self.weight.masked_fill_(~live, 0)
 
     def live_taps(self):
-        """The mask of the weight: bool, of its shape, True where a tap is live."""
-        return self._crop(
-            op.conv_mask2d(self.out_channels, self.in_channels, self.k, self.mask_type, **self._mask_options)
-        )
+        """The mask of the weight: bool, of its shape and on its device, True where a tap is live."""
+        return self._live_taps(self.weight.device)
+
+    def _live_taps(self, device):
+        return self._crop(self._full_mask(self.mask_type, self._mask_options, device))
+
+    def _full_mask(self, mask_type, options, device):
+        """A mask of the k x k kernel, whatever torch's default device is."""
+        with torch.device(device):
+            return op.conv_mask2d(self.out_channels, self.in_channels, self.k, mask_type, **options)
 
     def _crop(self, full):
         """Of a k x k kernel what this module stores."""
@@ -72,7 +78,7 @@ class _CausalConv2d(nn.Conv2d):
         mask, name = state_dict.pop(prefix + "mask", None), prefix + "weight"
         weight = state_dict.get(name)
         if weight is not None and distributed.sharded(weight):  # of a module like this one, as FSDP loads it
-            live = self.live_taps().to(weight.device)
+            live = self._live_taps(weight.device)
             if weight.shape == live.shape:
                 state_dict[name] = torch.where(distributed.placed_as(weight, live), weight, 0)
             weight = None
@@ -84,7 +90,7 @@ class _CausalConv2d(nn.Conv2d):
                 weight, dropped = self._crop(weight), self._dropped(weight)
             else:
                 dropped = False
-            live = self.live_taps().to(weight.device)
+            live = self._live_taps(weight.device)
             if weight.shape == live.shape and not weight.is_meta:
                 if dropped or bool((weight[~live] != 0).any()):
                     warnings.warn(
@@ -126,7 +132,7 @@ class _CausalConv2d(nn.Conv2d):
 
     def _matches(self, mask, mask_type, options):
         try:
-            expected = op.conv_mask2d(self.out_channels, self.in_channels, self.k, mask_type, **options)
+            expected = self._full_mask(mask_type, options, "cpu")
         except ValueError:
             return False
         if mask.dim() != 4:
@@ -299,9 +305,8 @@ class VerticalStackConv2d(_CausalConv2d):
             dtype=dtype,
         )
 
-    def live_taps(self) -> torch.Tensor:
-        """The mask of the weight: bool, of its shape, True where a tap is live."""
-        live = super().live_taps()
+    def _live_taps(self, device):
+        live = super()._live_taps(device)
         live[:, :, -1] = self.mask_type == "B"
         return live
 
@@ -311,7 +316,7 @@ class VerticalStackConv2d(_CausalConv2d):
     def _matches(self, mask, mask_type, options):
         if mask.dim() != 4 or mask.shape[2] not in (self.k, self.k // 2 + 1) or mask.shape[3] != self.k:
             return False
-        rows = torch.arange(mask.shape[2]) < self.k // 2 + (mask_type == "B")
+        rows = torch.arange(mask.shape[2], device="cpu") < self.k // 2 + (mask_type == "B")
         return torch.equal(mask.cpu().bool(), rows[:, None].expand(mask.shape))
 
     def forward(self, input: torch.Tensor, cond: "torch.Tensor | None" = None) -> torch.Tensor:

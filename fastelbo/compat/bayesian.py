@@ -174,7 +174,12 @@ def _prior(name, value, means):
     values = list(value)
     if len(values) != len(means):
         raise ValueError(f"{name} must be a number, or one for each of the {len(means)} means; got {len(values)}")
-    return _concatenated([torch.as_tensor(v).to(mean).expand_as(mean) for v, mean in zip(values, means, strict=True)])
+    return _concatenated(
+        [
+            torch.as_tensor(v, dtype=mean.dtype, device=mean.device).expand_as(mean)
+            for v, mean in zip(values, means, strict=True)
+        ]
+    )
 
 
 def _concatenated(tensors):
