@@ -123,12 +123,12 @@ def gaussian_kl_fwd(kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, ma
     if found is None:
         return kl.zero_()
     *gaussians, kept, elements = found.operands
-    out = elements or found.sums(kl)
+    out = found.sums(kl) if event_ndim > 0 else elements
     found.launch(
         _fwd, tuple(gaussians), kept, out,
-        SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), SUM=elements is None, T=plan.TYPES[kl.dtype],
+        SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), SUM=event_ndim > 0, T=plan.TYPES[kl.dtype],
     )  # fmt: skip
-    if elements is None:
+    if event_ndim > 0:
         plan.add_sums(kl, out)
 
 
@@ -143,7 +143,7 @@ def gaussian_kl_bwd(gradients, d_kl, mean_q, s_q, mean_p, s_p, scale, scale_p, e
     if found is None:
         return
     found.launch(
-        _bwd, found.operands[0], found.operands[1:5], found.operands[5], tuple(filter(None, found.operands[6:])),
+        _bwd, found.operands[0], found.operands[1:5], found.operands[5], found.operands[6:],
         balance or 0.0,
         SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), PRIOR_GRAD=prior_grad,
         BALANCED=balance is not None, T=plan.TYPES[dtype],

@@ -72,12 +72,12 @@ def gaussian_log_prob_fwd(out, x, mean, s, scale, event_ndim, negative, mask):
     if found is None:
         return out.zero_()
     *inputs, elements = found.operands
-    terms = elements or found.sums(out)
+    terms = found.sums(out) if event_ndim > 0 else elements
     found.launch(
         _fwd, *inputs, terms,
-        SCALE=plan.numbers(scale), NEGATIVE=negative, SUM=elements is None, T=plan.TYPES[out.dtype],
+        SCALE=plan.numbers(scale), NEGATIVE=negative, SUM=event_ndim > 0, T=plan.TYPES[out.dtype],
     )  # fmt: skip
-    if elements is None:
+    if event_ndim > 0:
         plan.add_sums(out, terms)
 
 

@@ -77,7 +77,7 @@ def _fwd(
     window = tile.window(row, rows, split.to(tl.int64) * C, columns, shift, row_sizes, column_sizes, C, EVEN, ALIGNED)
     std = heat(scales.spread(tile.load(s, window, T, VECTOR), SCALE)[0], temperature, HEATED)
     store_samples(
-        z, z_stride, tile.kept(None, window, VECTOR), tile.load(mean, window, T, VECTOR), std,
+        z, z_stride, tl.full([1, 1], True, tl.int1), tile.load(mean, window, T, VECTOR), std,
         (seed, noise, noise_stride, noise_offset), samples, window, shift, columns, T, VECTOR, ALIGNED, APPROXIMATE,
     )  # fmt: skip
 

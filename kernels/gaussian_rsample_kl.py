@@ -89,14 +89,14 @@ def gaussian_rsample_kl_fwd(
     if found is None:
         return kl.zero_()
     *gaussians, kept, elements, z_operand, noise_operand = found.operands
-    out = elements or found.sums(kl)
+    out = found.sums(kl) if event_ndim > 0 else elements
     found.launch(
         _fwd, tuple(gaussians), kept, out, z_operand, plan.sample_stride(z, num_samples),
         seed, noise_operand, plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
-        SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), SUM=elements is None, T=plan.TYPES[kl.dtype],
+        SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), SUM=event_ndim > 0, T=plan.TYPES[kl.dtype],
         ALIGNED=found.aligned, APPROXIMATE=approximate(z.dtype), HEATED=temperature != 1,
     )  # fmt: skip
-    if elements is None:
+    if event_ndim > 0:
         plan.add_sums(kl, out)
 
 
@@ -115,7 +115,7 @@ def gaussian_rsample_kl_bwd(
     if found is None:
         return
     found.launch(
-        _bwd, found.operands[0], found.operands[1:5], found.operands[5], tuple(filter(None, found.operands[6:10])),
+        _bwd, found.operands[0], found.operands[1:5], found.operands[5], found.operands[6:10],
         found.operands[10], plan.sample_stride(d_z, num_samples),
         seed, found.operands[11], plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
         balance or 0.0,

@@ -18,6 +18,8 @@ _SUMMED_TILES = 4
 
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
+ABSENT = (None, (), ())  # an operand that a kernel does without
+
 # Arguments that Triton would otherwise compile anew for, when they are 1 or divisible by 16.
 PLAIN = ["rows", "columns", "splits", "samples", "noise_offset"]
 
@@ -170,7 +172,7 @@ def plan(event_ndim, *tensors, tile, noise_offset=None) -> "Plan | None":
         return None
     aligned = noise_offset is None or (noise_offset % 4 == 0 and (found.columns % 4 == 0 or found.rows == 1))
     operands = tuple(
-        None if tensor is None else (tensor, *strides)
+        ABSENT if tensor is None else (tensor, *strides)
         for (tensor, _, _), strides in zip(views, found.strides, strict=True)
     )
     if not aligned or found.vector == 1:

@@ -2,8 +2,10 @@
 
 An operand comes as (pointer, row strides, column strides), one stride for each dimension (plan.py). The strides are ()
 where it is constant over them, so that what depends on a row alone is loaded and computed once a row; column strides
-are None where columns lie side by side. Rows and columns follow the logical order, whatever the memory's: an element's
-index in its draw is row * columns + column.
+are None where columns lie side by side. The pointer is None where an operand is absent. Rows and columns follow the
+logical order, whatever the memory's: an element's index in its draw is row * columns + column.
+
+Triton 3.6 compares no tuple that holds a None, nor does it tell its length: what is asked is always a part of it.
 """
 
 import triton
@@ -84,10 +86,10 @@ def load(operand, window, T: tl.constexpr, VECTOR: tl.constexpr, start=0):
 @triton.jit
 def kept(mask, window, VECTOR: tl.constexpr):
     """Which of a window's elements a mask keeps; all where there is none."""
-    if mask is None:
-        return tl.full([1, 1], True, tl.int1)
-    else:
+    if mask[0] is not None:
         return load(mask, window, tl.int1, VECTOR)
+    else:
+        return tl.full([1, 1], True, tl.int1)
 
 
 @triton.jit
@@ -135,7 +137,7 @@ def draw(
 ):  # fmt: skip
     """The noise of a window in one sample, drawn or given. draws: (seed pointer, noise, its sample stride, offset)."""
     seed, noise, stride, noise_offset = draws
-    if noise is not None:
+    if noise[0] is not None:
         return load(noise, window, T, VECTOR, sample_start(sample, stride))
     else:
         row, _, first, lane, _, _, _ = window
