@@ -82,28 +82,38 @@ class NamedTarget:
 
 def resources(compiled) -> dict:
     """Registers, stack and the instructions of a compiled kernel."""
+    text = cuobjdump(compiled, "-sass")
+    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE)
+    # the code ends with a jump to itself and padding
+    end = len(code) - next(i for i, name in enumerate(reversed(code)) if name == "EXIT")
+    return {**usage(compiled), "code": code[:end]}
+
+
+def usage(compiled) -> dict:
+    """Registers, stack and shared memory of a compiled kernel."""
+    found = re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", cuobjdump(compiled, "-res-usage"))
+    return {name.lower(): int(value) for name, value in found}
+
+
+def cuobjdump(compiled, option) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-
-        def cuobjdump(option):
-            return subprocess.run(
-                [BIN / "cuobjdump", option, file.name], capture_output=True, text=True, check=True
-            ).stdout
-
-        usage = dict(re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", cuobjdump("-res-usage")))
-        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", cuobjdump("-sass"), re.MULTILINE)
-    # the code ends with a jump to itself and padding
-    end = len(code) - next(i for i, name in enumerate(reversed(code)) if name == "EXIT")
-    return {**{name.lower(): int(value) for name, value in usage.items()}, "code": code[:end]}
+        return subprocess.run([BIN / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def main(capability: int) -> None:
+def compile_for(capability: int) -> list:
+    """Has every launch of this process compile for a GPU instead: (name, compiled kernel, options), in the list."""
     triton.runtime.driver.set_active(NamedTarget(capability))
     compiled = []
     triton.JITFunction.__getitem__ = lambda kernel, grid: (
         lambda *args, **options: compiled.append((kernel.__name__, kernel.warmup(*args, grid=grid, **options), options))
     )
+    return compiled
+
+
+def main(capability: int) -> None:
+    compiled = compile_for(capability)
     found = {}
     for case, (keywords, shape, dtype, ops) in CASES.items():
         for op in ops:

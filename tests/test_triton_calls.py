@@ -1,0 +1,91 @@
+"""Every kind of call of the Gaussian ops compiles: on the oldest Triton that is supported, and on the one installed."""
+
+import importlib.metadata
+import itertools
+import json
+import os
+import runpy
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import fastelbo
+
+SCRIPT = Path(__file__).with_name("compile_triton_calls.py")
+OLDEST = ".".join(map(str, fastelbo.backends._OLDEST_TRITON)) + ".0"
+CAPABILITIES = (80, 90, 100)
+MOST_REGISTERS = 200  # at four warps a program two programs fit a multiprocessor, whatever is asked
+
+
+@pytest.fixture(scope="module")
+def tritons():
+    """Version to the folder that has it, None for the one installed. The oldest is downloaded once, into build/."""
+    installed = importlib.metadata.version("triton")
+    if installed == OLDEST:
+        return {OLDEST: None}
+    folder = Path(__file__).parents[1] / "build" / f"triton-{OLDEST}"
+    if not folder.exists():
+        fresh = folder.with_name(f"{folder.name}.{os.getpid()}")
+        options = ["--quiet", "--no-deps", "--target", fresh]
+        command = [sys.executable, "-m", "pip", "install", *options, f"triton=={OLDEST}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"pip cannot install triton {OLDEST}: {done.stderr.strip().splitlines()[-1]}")
+        fresh.rename(folder)
+    return {OLDEST: folder, installed: None}
+
+
+def compiled(tritons, capabilities, strength, *ops):
+    """What the script says, for each version and capability."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+    def compile_with(version, capability):
+        folder = tritons[version]
+        done = subprocess.run(
+            [sys.executable, SCRIPT, str(capability), str(strength), *ops],
+            env=environment if folder is None else {**environment, "PYTHONPATH": str(folder)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["triton"] == version
+        return found["calls"]
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return dict(zip(
+            itertools.product(tritons, capabilities),
+            pool.map(compile_with, *zip(*itertools.product(tritons, capabilities), strict=True)),
+            strict=True,
+        ))  # fmt: skip
+
+
+def check(found):
+    for machine, calls in found.items():
+        failed = [f"{call}: {what['error']}" for call, what in calls.items() if "error" in what]
+        assert not failed, (machine, failed)
+        spilt = [(call, what) for call, what in calls.items() if what["stack"] or what["local"]]
+        assert not spilt, (machine, spilt)
+        greedy = [(call, what["reg"]) for call, what in calls.items() if what["reg"] > MOST_REGISTERS]
+        assert not greedy, (machine, greedy)
+
+
+@pytest.mark.parametrize("strength", [1, 2])
+def test_coverings_cover(strength):
+    script = runpy.run_path(str(SCRIPT))
+    for options in script["OPTIONS"].values():
+        calls = list(script["covering"](options, strength))
+        for some in itertools.combinations(options, strength):
+            found = {tuple(call[name] for name in some) for call in calls}
+            assert found == set(itertools.product(*(options[name] for name in some)))
+
+
+def test_every_value_of_every_option_compiles(tritons):
+    check(compiled(tritons, (90,), 1, "gaussian_rsample_kl", "gaussian_log_prob"))  # which have all options
+
+
+@pytest.mark.slow
+def test_every_pair_of_values_compiles(tritons):
+    check(compiled(tritons, CAPABILITIES, 2))
