@@ -149,6 +149,11 @@ def transformed() -> bool:
 transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def traced() -> bool:
+    """Whether what runs is being recorded, or runs on tensors that stand for others."""
+    return torch.compiler.is_compiling() or transformed() or torch.utils._python_dispatch.is_in_torch_dispatch_mode()
+
+
 def distinct(*tensors):
     """The tensors; a view in place of one that comes again, because torch.compile traces no Function that gets a tensor
     twice (a sigma that two Gaussians share)."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastelbo import _checks, distributed
+from fastelbo import _checks, _library, backends, distributed
 from fastelbo.ops import masked_conv2d as op
 from fastelbo.ops.gaussian_log_prob import gaussian_nll
 from fastelbo.reference.masked_conv2d import activate
@@ -17,7 +17,11 @@ __all__ = ["GatedMaskedConv2d", "GaussianNLLLoss", "HorizontalStackConv2d", "Mas
 
 
 class _CausalConv2d(nn.Conv2d):
-    """What the three convolutions share: an nn.Conv2d by its parameters, whose dead taps are and stay 0."""
+    """What the three convolutions share: an nn.Conv2d by its parameters, whose dead taps are 0 wherever they go.
+
+    Training keeps them at 0, since their gradient is. Whatever else is written to them, the convolution never reads it,
+    and it is gone wherever parameters are asked for, copied or saved.
+    """
 
     def __init__(
         self,
@@ -36,7 +40,10 @@ class _CausalConv2d(nn.Conv2d):
         device,
         dtype,
     ):
-        self._mask_options = {}  # nn.Conv2d's constructor resets the parameters
+        op.check_options(dilation, activation)
+        if backend is not None:
+            op.one_of("backend", backend, backends.BACKENDS)
+        self._mask_options = None  # nn.Conv2d's constructor resets the parameters before there is a mask
         super().__init__(
             in_channels, out_channels, stored_size, dilation=dilation, bias=bias, device=device, dtype=dtype
         )
@@ -48,6 +55,42 @@ class _CausalConv2d(nn.Conv2d):
         live = self.live_taps()  # checks the options
         with torch.no_grad():
             self.weight.masked_fill_(~live, 0)
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias anew, as nn.Conv2d does, with zeros at dead taps."""
+        super().reset_parameters()
+        self._clear_dead_taps()
+
+    @property
+    def _parameters(self):
+        """Where whoever hands parameters on finds them: state_dict, torch.export, averages of weights."""
+        self._clear_dead_taps()
+        return self.__dict__["_parameters"]
+
+    @_parameters.setter
+    def _parameters(self, value):
+        self.__dict__["_parameters"] = value
+
+    def __getstate__(self):
+        """What copies and pickles take."""
+        self._clear_dead_taps()
+        return {name: value for name, value in self.__dict__.items() if name != "_dead_taps"}
+
+    def _clear_dead_taps(self):
+        if self.__dict__.get("_mask_options") is None or _library.traced():
+            return
+        for name in ("weight", "weight_orig"):  # the latter under torch.nn.utils.prune
+            weight = self.__dict__["_parameters"].get(name)
+            if weight is not None:
+                # kept, since parameters are asked for in every step of some loops
+                place, dead = self.__dict__.get("_dead_taps", (None, None))
+                if place != weight.device:
+                    dead = ~self._live_taps(weight.device)
+                    self.__dict__["_dead_taps"] = weight.device, dead
+                if distributed.sharded(weight):
+                    dead = distributed.placed_as(weight, dead)
+                with torch.inference_mode():  # parameters may be of inference mode
+                    weight.data.masked_fill_(dead, 0)  # .data: no backward that waits reads a dead tap
 
     def live_taps(self):
         """The mask of the weight: bool, of its shape and on its device, True where a tap is live."""
@@ -158,7 +201,11 @@ class MaskedConv2d(_CausalConv2d):
     """masked_conv2d with parameters; takes the place of nn.Conv2d and of CompressAI's MaskedConv2d.
 
     The parameters have nn.Conv2d's names and shapes, with 0 at dead taps. A state_dict may hold a `mask`, which must be
-    this module's; weights that are not 0 at dead taps are loaded with zeros there, and a warning.
+    this module's; weights that are not 0 at dead taps are loaded with zeros there, and a warning. Initialisers, noise
+    (of private or Bayesian training) and pruning may write to dead taps: nothing reads them, and they are 0 again in a
+    state_dict, a copy, a pickle, an exported program and whatever else asks the module for its parameters, an average
+    of weights among them. Reading `weight` alone does not clear them, nor does it under torch's weight norms, whose
+    norms are those of all taps.
 
     Args:
         in_channels, out_channels: C_in and C_out, the latter before a gate halves them.
@@ -475,9 +522,9 @@ class GatedMaskedConv2d(nn.Module):
         dtype: "torch.dtype | None" = None,
     ) -> None:
         super().__init__()
-        op._one_of("mask_type", mask_type, op.MASK_TYPES)
-        op._one_of("link", link, ("shift", "mask-first-layer"))
-        op._one_of("activation", activation, op.GATES)
+        op.one_of("mask_type", mask_type, op.MASK_TYPES)
+        op.one_of("link", link, ("shift", "mask-first-layer"))
+        op.one_of("activation", activation, op.GATES)
         can_add = mask_type == "B" and in_channels == out_channels
         if residual and not can_add:
             raise ValueError(

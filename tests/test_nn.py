@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import fastelbo
 from fastelbo.nn import GatedMaskedConv2d, HorizontalStackConv2d, MaskedConv2d, VerticalStackConv2d
@@ -271,6 +271,100 @@ def test_distributed_data_parallel(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+# dead taps
+
+
+def refill(network):
+    """Writes to every tap, as initialisers do that know nothing of masks."""
+    for name, parameter in network.named_parameters():
+        if name.endswith(("weight", "weight_orig")):
+            with torch.no_grad():
+                nn.init.kaiming_normal_(parameter)
+
+
+def averaged(network, _):
+    average = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    for _ in range(2):
+        refill(network)
+        average.update_parameters(network)
+    return {name.removeprefix("module."): value for name, value in average.state_dict().items()}
+
+
+def saved(network, _):
+    buffer = io.BytesIO()
+    torch.save(network, buffer)
+    buffer.seek(0)
+    return dict(torch.load(buffer, weights_only=False).named_parameters())
+
+
+def exported(network, x, strict):
+    return torch.export.export(network, (x,), strict=strict).state_dict
+
+
+LEAVING = {
+    "state_dict": lambda network, _: network.state_dict(),
+    "deepcopy": lambda network, _: dict(copy.deepcopy(network).named_parameters()),
+    "pickle": lambda network, _: dict(pickle.loads(pickle.dumps(network)).named_parameters()),
+    "save": saved,
+    "export": functools.partial(exported, strict=False),
+    "strict export": functools.partial(exported, strict=True),
+    "average": averaged,
+}
+
+
+@pytest.mark.parametrize("leave", LEAVING)
+@pytest.mark.parametrize("mask_type", ["A", "B"])
+def test_what_leaves_has_zeros_at_dead_taps(mask_type, leave):
+    network = nn.Sequential(
+        MaskedConv2d(3, 6, 5, mask_type=mask_type, channel_groups=3),
+        VerticalStackConv2d(6, 6, 3, mask_type=mask_type),
+        HorizontalStackConv2d(6, 6, 5, mask_type=mask_type, channel_groups=3),
+    )
+    x = torch.randn(2, 3, 5, 6)
+    refill(network)
+    want = network(x)
+    left = LEAVING[leave](network, x)
+    dead = {f"{i}.weight": ~layer.live_taps() for i, layer in enumerate(network)}
+    assert any(mask.any() for mask in dead.values())
+    for name, mask in dead.items():
+        assert (left[name][mask] == 0).all(), name
+        assert (left[name][~mask] != 0).all(), name
+    if leave != "average":  # whose training went on
+        assert torch.equal(network(x), want)
+
+
+def test_weights_drawn_anew_have_zeros_at_dead_taps():
+    layer = MaskedConv2d(3, 6, 5, mask_type="A")
+    before = layer.weight.detach().clone()
+    layer.reset_parameters()
+    assert (layer.weight[~layer.live_taps()] == 0).all() and (layer.weight[layer.live_taps()] != 0).all()
+    assert not torch.equal(layer.weight, before)
+
+
+def test_a_pruned_layer_leaves_with_zeros_at_dead_taps():
+    layer = MaskedConv2d(3, 6, 3, mask_type="B")
+    prune.random_unstructured(layer, "weight", amount=0.5)
+    refill(layer)
+    x = torch.randn(2, 3, 5, 6)
+    want = layer(x)
+    dead = ~layer.live_taps()
+    assert (layer.weight_orig[dead] != 0).any()
+    assert (layer.state_dict()["weight_orig"][dead] == 0).all()
+    assert torch.equal(layer(x), want)
+    prune.remove(layer, "weight")
+    assert (layer.state_dict()["weight"][dead] == 0).all()
+
+
+def test_a_checkpoint_between_forward_and_backward_disturbs_nothing():
+    layer, x = MaskedConv2d(3, 6, 3, mask_type="B"), torch.randn(2, 3, 5, 6)
+    refill(layer)
+    y = layer(x).sum()
+    layer.state_dict()
+    copy.deepcopy(layer)
+    y.backward()
+    assert (layer.weight.grad[~layer.live_taps()] == 0).all()
+
+
 # bad input
 
 BAD = [
@@ -284,6 +378,11 @@ BAD = [
     ({"mask_type": "C"}, ValueError, "mask_type must be one of A, B; got 'C'"),
     ({"out_channels": 5, "activation": "glu"}, ValueError, "out_channels must be even under a gate; got 5"),
     ({"channel_groups": 2, "group_order": "contiguous"}, ValueError, "must divide the channels"),
+    ({"activation": "gelu"}, ValueError, "activation must be one of None, relu, elu, tanh_sigmoid, glu; got 'gelu'"),
+    ({"dilation": 0}, ValueError, "dilation must be at least 1; got 0"),
+    ({"dilation": (1, 2)}, ValueError, "dilation must be the same in both directions; got (1, 2)"),
+    ({"dilation": 2.0}, TypeError, "dilation must be an int; got float"),
+    ({"backend": "gpu"}, ValueError, "backend must be one of reference, cpu, triton, cuda; got 'gpu'"),
 ]
 
 
@@ -294,6 +393,14 @@ def test_bad_input(keywords, error, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("keywords, error, message", BAD[-5:], ids=range(5))
+@pytest.mark.parametrize("stack", [VerticalStackConv2d, HorizontalStackConv2d])
+def test_bad_stacks(stack, keywords, error, message):
+    with pytest.raises(error) as caught:
+        stack(3, 6, 3, **keywords)
+    assert message in str(caught.value)
+
+
 def test_bad_blocks():
     with pytest.raises(ValueError, match="residual needs mask_type 'B'"):
         GatedMaskedConv2d(4, 4, 3, mask_type="A", residual=True)
@@ -301,6 +408,8 @@ def test_bad_blocks():
         GatedMaskedConv2d(4, 4, 3, link="none")
     with pytest.raises(ValueError, match="activation must be one of tanh_sigmoid, glu; got 'relu'"):
         GatedMaskedConv2d(4, 4, 3, activation="relu")
+    with pytest.raises(ValueError, match="dilation must be at least 1; got 0"):
+        GatedMaskedConv2d(4, 4, 3, dilation=0)
 
 
 # assert_causal itself

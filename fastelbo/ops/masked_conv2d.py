@@ -78,7 +78,7 @@ def masked_conv2d(
         tensor([[[[0., 1., 1.],
                   [2., 4., 3.]]]])
     """
-    _one_of("mask_type", mask_type, MASK_TYPES)
+    one_of("mask_type", mask_type, MASK_TYPES)
     _check_tensors(input, weight, bias, cond, residual)
     if weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
         raise ValueError(f"weight must have a square kernel of odd size; got shape {tuple(weight.shape)}")
@@ -145,8 +145,8 @@ def causal_conv2d(
         tensor([[[[1., 2., 2.],
                   [1., 2., 2.]]]])
     """
-    _one_of("stack", stack, STACKS)
-    _one_of("mask_type", mask_type, MASK_TYPES)
+    one_of("stack", stack, STACKS)
+    one_of("mask_type", mask_type, MASK_TYPES)
     _check_tensors(input, weight, bias, cond)
     rows, columns = weight.shape[2:]
     if stack == "horizontal" and rows != 1:
@@ -205,7 +205,7 @@ def conv_mask2d(
                 [1, 1, 0],
                 [0, 0, 0]], dtype=torch.int32)
     """
-    _one_of("mask_type", mask_type, MASK_TYPES)
+    one_of("mask_type", mask_type, MASK_TYPES)
     for name, value in (("out_channels", out_channels), ("in_channels", in_channels), ("kernel_size", kernel_size)):
         _positive_int(name, value)
     if kernel_size % 2 == 0:
@@ -226,7 +226,14 @@ def conv_mask2d(
     )
 
 
-def _one_of(name, value, allowed):
+def check_options(dilation, activation):
+    """What a layer, too, can be asked before it sees an image."""
+    one_of("activation", activation, (None, *ACTIVATIONS))
+    _positive_int("dilation", dilation)
+
+
+def one_of(name, value, allowed):
+    """A choice among names, or None."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
 
@@ -242,7 +249,7 @@ def _positive_int(name, value):
 
 def _check_groups(groups, order, in_channels, out_channels):
     _positive_int("channel_groups", groups)
-    _one_of("group_order", order, GROUP_ORDERS)
+    one_of("group_order", order, GROUP_ORDERS)
     if order == "contiguous" and (in_channels % groups or out_channels % groups):
         # projects round such groups differently, so one's network leaks in another's layers
         raise ValueError(
@@ -278,8 +285,7 @@ def _check_tensors(input, weight, bias, cond, residual=None):
 def _run(input, weight, bias, cond, residual, options, backend):
     _, _, dilation, groups, order, activation = options
     gated = activation in GATES
-    _one_of("activation", activation, (None, *ACTIVATIONS))
-    _positive_int("dilation", dilation)
+    check_options(dilation, activation)
     z_channels, in_channels = weight.shape[:2]
     if gated and z_channels % 2:
         raise ValueError(f"weight must have an even number of output channels for {activation}; got {z_channels}")
