@@ -535,3 +535,65 @@ def test_bad_input_of_stacks_and_masks():
         fastelbo.conv_mask2d(3, 3, 3, "A", gated=True)
     with pytest.raises(ValueError, match="2 groups of 3 and 4"):
         fastelbo.conv_mask2d(4, 3, 3, "B", channel_groups=2, group_order="contiguous")
+
+
+# the op itself, which exported programs call
+
+
+def raw(direction, **overrides):
+    """A call of the op with small images, but for some arguments."""
+    arguments = {"input": X, "weight": W}
+    if direction == "fwd":
+        arguments |= {"bias": None, "cond": None, "residual": None}
+    else:
+        arguments = {"d_y": torch.zeros(2, 12, 5, 7), **arguments, "kept": None}
+    arguments |= {"mask_type": "B", "stack": "square", "dilation": 1, "channel_groups": 1, "group_order": "interleaved"}
+    arguments |= {"activation": "", "keep": False} if direction == "fwd" else {"activation": ""}
+    if direction == "bwd":
+        arguments |= {"want_input": True, "want_weight": True, "want_bias": True, "cond_ndim": 0}
+    assert overrides.keys() <= arguments.keys()
+    return getattr(torch.ops.fastelbo, f"masked_conv2d_{direction}")(*(arguments | overrides).values())
+
+
+Y = torch.zeros(2, 12, 5, 7)
+RAW = [
+    ("fwd", {"input": X[0]}, "input must be of shape [N, C, H, W] with at least one row and one column; got (6, 5, 7)"),
+    ("fwd", {"input": X[:, :, :0]}, "at least one row and one column; got (2, 6, 0, 7)"),
+    ("fwd", {"input": X.bool(), "weight": W.bool()}, "input must be float32, float64, bfloat16 or float16"),
+    ("fwd", {"weight": W[0]}, "weight must be of shape [C_out, C_in, rows, columns]; got (6, 3, 3)"),
+    ("fwd", {"weight": W[:0]}, "weight must be of shape [C_out, C_in, rows, columns]; got (0, 6, 3, 3)"),
+    ("fwd", {"weight": W[:, :4]}, "weight must be of shape (12, 6, 3, 3); got (12, 4, 3, 3)"),
+    ("fwd", {"weight": W[:, :, :2]}, "weight must have a kernel of the square stack; got shape (12, 6, 2, 3)"),
+    ("fwd", {"stack": "horizontal"}, "weight must have a kernel of the horizontal stack; got shape (12, 6, 3, 3)"),
+    ("fwd", {"stack": "vertical"}, "weight must have a kernel of the vertical stack; got shape (12, 6, 3, 3)"),
+    ("fwd", {"weight": W.double()}, "weight must have the dtype of input"),
+    ("fwd", {"bias": torch.zeros(11)}, "bias must be of shape (12,); got (11,)"),
+    ("fwd", {"bias": torch.zeros(12, dtype=torch.int32)}, "bias must have the dtype of input"),
+    ("fwd", {"cond": torch.zeros(1, 12)}, "cond must be of shape (2, 12); got (1, 12)"),
+    ("fwd", {"cond": Y[:, :, :4]}, "cond must be of shape (2, 12, 5, 7); got (2, 12, 4, 7)"),
+    ("fwd", {"residual": X}, "residual must be of shape (2, 12, 5, 7); got (2, 6, 5, 7)"),
+    ("fwd", {"residual": Y, "activation": "glu"}, "residual must be of shape (2, 6, 5, 7); got (2, 12, 5, 7)"),
+    ("fwd", {"activation": "gelu"}, "activation: got gelu"),
+    ("fwd", {"activation": "glu", "weight": W[:11]}, "weight must have an even number of output channels for glu; got 11"),
+    ("fwd", {"mask_type": "C"}, "mask_type must be A or B; got C"),
+    ("fwd", {"stack": "diagonal"}, "stack must be square, vertical or horizontal; got diagonal"),
+    ("fwd", {"group_order": "blocked"}, "group_order must be interleaved or contiguous; got blocked"),
+    ("fwd", {"dilation": -1}, "dilation must be from 1 on and below 2**31; got -1"),
+    ("fwd", {"channel_groups": 0}, "channel_groups must be from 1 on and below 2**31; got 0"),
+    ("fwd", {"channel_groups": 4, "group_order": "contiguous"}, "must divide the channels in contiguous order; got 4"),
+    ("bwd", {"d_y": Y[:1]}, "d_y must be of shape (2, 12, 5, 7); got (1, 12, 5, 7)"),
+    ("bwd", {"d_y": Y.double()}, "d_y must have the dtype of input"),
+    ("bwd", {"activation": "relu"}, "kept must be given with an activation; got none"),
+    ("bwd", {"activation": "relu", "kept": Y[0]}, "kept must be of shape (2, 12, 5, 7); got (12, 5, 7)"),
+    ("bwd", {"cond_ndim": 3}, "cond_ndim must be 0, 2 or 4; got 3"),
+    ("bwd", {"weight": W[:, :4]}, "weight must be of shape (12, 6, 3, 3); got (12, 4, 3, 3)"),
+    ("bwd", {"input": X[:, :4]}, "weight must be of shape (12, 4, 3, 3); got (12, 6, 3, 3)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("direction, overrides, message", RAW, ids=range(len(RAW)))
+def test_bad_input_of_the_op(direction, overrides, message):
+    assert all(torch.isfinite(out).all() for out in raw(direction))
+    with pytest.raises(RuntimeError) as caught:
+        raw(direction, **overrides)
+    assert message in str(caught.value)

@@ -2,6 +2,19 @@
 
 namespace fastelbo {
 
+namespace {
+
+// As Python writes a shape.
+template <class Sizes>
+std::string written(const Sizes& sizes) {
+  std::string text = "(";
+  size_t i = 0;
+  for (int64_t size : sizes) text += (i++ ? ", " : "") + std::to_string(size);
+  return text + (i == 1 ? ",)" : ")");
+}
+
+}  // namespace
+
 Activation parse_activation(const std::string& name) {
   if (name.empty()) return Activation::none;
   if (name == "relu") return Activation::relu;
@@ -32,6 +45,64 @@ Tensor allocate_image(int64_t n, int64_t channels, const Tensor& like) {
   if (!is_channels_last(like)) return allocate(shape, like.scalar_type(), Device(like));
   const int64_t strides[] = {image, 1, channels * columns, channels};
   return allocate_strided(shape, strides, like.scalar_type(), Device(like));
+}
+
+void ConvolutionCheck::operand(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) const {
+  auto sizes = tensor.sizes();
+  STD_TORCH_CHECK(sizes.size() == shape.size() && std::equal(sizes.begin(), sizes.end(), shape.begin()), name,
+                  " must be of shape ", written(shape), "; got ", written(sizes));
+  STD_TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), name, " must have the dtype of input");
+  Device own(tensor), others(input);
+  STD_TORCH_CHECK(own.type == others.type && own.index == others.index, name, " must be on the device of input");
+}
+
+void ConvolutionCheck::layer() const {
+  auto image = input.sizes(), kernel = weight.sizes();
+  STD_TORCH_CHECK(image.size() == 4 && image[2] > 0 && image[3] > 0,
+                  "input must be of shape [N, C, H, W] with at least one row and one column; got ", written(image));
+  STD_TORCH_CHECK(format_of(input.scalar_type()) != Format::u8, "input must be float32, float64, bfloat16 or float16");
+  STD_TORCH_CHECK(kernel.size() == 4 && weight.numel() > 0,
+                  "weight must be of shape [C_out, C_in, rows, columns]; got ", written(kernel));
+  operand("weight", weight, {kernel[0], image[1], kernel[2], kernel[3]});
+  bool square = stack == "square", vertical = stack == "vertical", horizontal = stack == "horizontal";
+  STD_TORCH_CHECK(square || vertical || horizontal, "stack must be square, vertical or horizontal; got ", stack);
+  STD_TORCH_CHECK((square && kernel[2] == kernel[3] && kernel[3] % 2) || (horizontal && kernel[2] == 1) ||
+                      (vertical && kernel[3] % 2 && kernel[2] <= kernel[3] / 2 + 1),
+                  "weight must have a kernel of the ", stack, " stack; got shape ", written(kernel));
+  STD_TORCH_CHECK(mask_type == "A" || mask_type == "B", "mask_type must be A or B; got ", mask_type);
+  STD_TORCH_CHECK(order == "interleaved" || order == "contiguous",
+                  "group_order must be interleaved or contiguous; got ", order);
+  constexpr int64_t kMost = int64_t(1) << 31;
+  STD_TORCH_CHECK(dilation >= 1 && dilation < kMost, "dilation must be from 1 on and below 2**31; got ", dilation);
+  STD_TORCH_CHECK(groups >= 1 && groups < kMost, "channel_groups must be from 1 on and below 2**31; got ", groups);
+  int64_t half = gated() ? kernel[0] / 2 : kernel[0];
+  STD_TORCH_CHECK(order == "interleaved" || (image[1] % groups == 0 && half % groups == 0),
+                  "channel_groups must divide the channels in contiguous order; got ", groups);
+  STD_TORCH_CHECK(!gated() || kernel[0] % 2 == 0, "weight must have an even number of output channels for ", activation,
+                  "; got ", kernel[0]);
+}
+
+void ConvolutionCheck::forward(const std::optional<Tensor>& bias, const std::optional<Tensor>& cond,
+                               const std::optional<Tensor>& residual) const {
+  layer();
+  auto image = input.sizes();
+  int64_t z_channels = weight.sizes()[0];
+  if (bias) operand("bias", *bias, {z_channels});
+  if (cond && cond->sizes().size() == 2)
+    operand("cond", *cond, {image[0], z_channels});
+  else if (cond)
+    operand("cond", *cond, {image[0], z_channels, image[2], image[3]});
+  if (residual) operand("residual", *residual, {image[0], gated() ? z_channels / 2 : z_channels, image[2], image[3]});
+}
+
+void ConvolutionCheck::backward(const Tensor& d_y, const std::optional<Tensor>& kept, int64_t cond_ndim) const {
+  layer();
+  auto image = input.sizes();
+  int64_t z_channels = weight.sizes()[0];
+  operand("d_y", d_y, {image[0], gated() ? z_channels / 2 : z_channels, image[2], image[3]});
+  STD_TORCH_CHECK(kept || activation.empty(), "kept must be given with an activation; got none");
+  if (kept) operand("kept", *kept, {image[0], z_channels, image[2], image[3]});
+  STD_TORCH_CHECK(cond_ndim == 0 || cond_ndim == 2 || cond_ndim == 4, "cond_ndim must be 0, 2 or 4; got ", cond_ndim);
 }
 
 Channels::Channels(int64_t channels, int64_t groups, const std::string& order, bool gated)

@@ -33,6 +33,24 @@ bool is_channels_last(const Tensor& tensor);
 // A new image in the memory format of another.
 Tensor allocate_image(int64_t n, int64_t channels, const Tensor& like);
 
+// Refuses what the loops would misread: operands of other ranks, sizes, dtypes or devices than the op's Python function
+// hands on. Programs that were exported call the op itself.
+struct ConvolutionCheck {
+  const Tensor &input, &weight;
+  const std::string &mask_type, &stack;
+  int64_t dilation, groups;
+  const std::string &order, &activation;
+
+  void forward(const std::optional<Tensor>& bias, const std::optional<Tensor>& cond,
+               const std::optional<Tensor>& residual) const;
+  void backward(const Tensor& d_y, const std::optional<Tensor>& kept, int64_t cond_ndim) const;
+
+ private:
+  void layer() const;
+  bool gated() const { return is_gate(parse_activation(activation)); }
+  void operand(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) const;
+};
+
 // How channels are numbered in groups; under a gate each half for itself.
 struct Channels {
   int half = 0, halves = 1;  // the channels of a half, which are all where there is one

@@ -748,6 +748,8 @@ std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::o
                                              std::optional<Tensor> cond, std::optional<Tensor> residual, Text mask_type,
                                              Text stack, int64_t dilation, int64_t channel_groups, Text group_order,
                                              Text activation, bool keep) {
+  ConvolutionCheck{input, weight, mask_type, stack, dilation, channel_groups, group_order, activation}.forward(
+      bias, cond, residual);
   ScalarType dtype = arithmetic_type({&input});
   Constants constants(dtype);
   ConvArgs args =
@@ -775,6 +777,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
                                                              int64_t dilation, int64_t channel_groups, Text group_order,
                                                              Text activation, bool want_input, bool want_weight,
                                                              bool want_bias, int64_t cond_ndim) {
+  ConvolutionCheck{input, weight, mask_type, stack, dilation, channel_groups, group_order, activation}.backward(
+      d_y, kept, cond_ndim);
   ScalarType dtype = arithmetic_type({&input}), stored = input.scalar_type();
   Constants constants(dtype);
   ConvArgs args =

@@ -832,6 +832,8 @@ std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::o
                                              std::optional<Tensor> cond, std::optional<Tensor> residual, Text mask_type,
                                              Text stack, int64_t dilation, int64_t channel_groups, Text group_order,
                                              Text activation, bool keep) {
+  ConvolutionCheck{input, weight, mask_type, stack, dilation, channel_groups, group_order, activation}.forward(
+      bias, cond, residual);
   Launcher launch("masked_conv2d_fwd", input);
   Problem problem(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation);
   Tensor y = allocate_image(problem.n, problem.mask.out.half, input);
@@ -852,6 +854,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
                                                              int64_t dilation, int64_t channel_groups, Text group_order,
                                                              Text activation, bool want_input, bool want_weight,
                                                              bool want_bias, int64_t cond_ndim) {
+  ConvolutionCheck{input, weight, mask_type, stack, dilation, channel_groups, group_order, activation}.backward(
+      d_y, kept, cond_ndim);
   Launcher launch("masked_conv2d_bwd", input);
   Problem problem(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation);
   ScalarType stored = input.scalar_type();
