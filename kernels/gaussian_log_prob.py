@@ -1,5 +1,6 @@
 """Log-density of a diagonal Gaussian in Triton, or its negative."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -39,7 +40,7 @@ def _fwd(
 @triton.jit(do_not_specialize=plan.PLAIN)
 def _bwd(
     d_out, x, mean, s, mask, d_x, d_mean, d_s,  # [rows, columns]
-    d_s_sums,  # [programs]: the sums that make up the gradient of a single s, in place of d_s
+    d_s_sums,  # [programs]: float64 sums that make up the gradient of a single s, in place of d_s
     rows, columns, row_sizes, column_sizes, splits,
     SCALE: tl.constexpr, NEGATIVE: tl.constexpr, X_GRAD: tl.constexpr, ONE_S: tl.constexpr, T: tl.constexpr,
     VECTOR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
@@ -61,7 +62,7 @@ def _bwd(
     d_raw = scales.clamp_gradient(raw, upstream * (0.5 * tl.fma(-r, r, 1.0) * p[3]), SCALE)
     d_raw = tl.where(kept, d_raw, 0.0)
     if ONE_S:
-        tl.store(d_s_sums + tl.program_id(0), tl.sum(tile.inside(d_raw, window)))
+        tl.store(d_s_sums + tl.program_id(0), tl.sum(tile.inside(d_raw, window).to(tl.float64)))
     else:
         tile.store(d_s, window, d_raw, VECTOR)
 
@@ -94,7 +95,7 @@ def gaussian_log_prob_bwd(gradients, d_out, x, mean, s, scale, event_ndim, negat
         if one_s:
             d_s.zero_()
         return
-    sums = d_s.new_empty(found.grid.programs) if one_s else None
+    sums = d_s.new_empty(found.grid.programs, dtype=torch.float64) if one_s else None
     found.launch(
         _bwd, *found.operands, sums,
         SCALE=plan.numbers(scale), NEGATIVE=negative, X_GRAD=x_grad, ONE_S=one_s, T=plan.TYPES[dtype],

@@ -84,12 +84,19 @@ def case_id(case):
     return f"{op}-{error.__name__}-{message.split(' must')[0].split(' is')[0].replace(' ', '_')[:24]}"
 
 
+def at_home(value):
+    """A tensor of the CPU on torch's default device, which is the backend's."""
+    on_cpu = isinstance(value, torch.Tensor) and value.device.type == "cpu"
+    return value.to(torch.get_default_device()) if on_cpu else value
+
+
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_raises(backend, case):
     op, arguments, keywords, error, message = case
+    keywords = {name: at_home(value) for name, value in keywords.items()}
     with pytest.raises(error) as caught:
-        getattr(fastelbo, f"gaussian_{op}")(*arguments, **keywords, backend=backend)
-    assert message in str(caught.value)
+        getattr(fastelbo, f"gaussian_{op}")(*map(at_home, arguments), **keywords, backend=backend)
+    assert message.replace(", cpu;", f", {at_home(M).device};") in str(caught.value)
 
 
 B, D, K = torch.zeros(8), torch.zeros(8, 32), torch.zeros(5, 8)

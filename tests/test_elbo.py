@@ -16,18 +16,21 @@ class PPCA:
     """Probabilistic PCA, x = W z + mu + sigma noise, with orthogonal columns in W: its posterior is diagonal."""
 
     def __init__(self, latent=2, size=5, count=4, dtype=torch.float64):
-        generator = torch.Generator().manual_seed(1)
-        make = {"generator": generator, "dtype": torch.float64}
-        lengths = torch.linspace(0.7, 1.6, latent, dtype=torch.float64)
-        self.weight = torch.linalg.qr(torch.randn(size, latent, **make))[0] * lengths
-        self.mu, self.sigma = torch.randn(size, **make), 0.6
-        covariance = self.weight @ self.weight.T + self.sigma**2 * torch.eye(size, dtype=torch.float64)
-        model = torch.distributions.MultivariateNormal(self.mu, covariance)
-        self.x = self.mu + torch.randn(count, size, **make) @ torch.linalg.cholesky(covariance).T
-        self.log_likelihood = model.log_prob(self.x)
-        inverse = torch.linalg.inv(self.weight.T @ self.weight + self.sigma**2 * torch.eye(latent, dtype=torch.float64))
-        self.mean = (self.x - self.mu) @ self.weight @ inverse
-        self.var = (self.sigma**2 * inverse.diagonal()).expand(count, latent)
+        with torch.device("cpu"):
+            generator = torch.Generator().manual_seed(1)
+            make = {"generator": generator, "dtype": torch.float64}
+            lengths = torch.linspace(0.7, 1.6, latent, dtype=torch.float64)
+            self.weight = torch.linalg.qr(torch.randn(size, latent, **make))[0] * lengths
+            self.mu, self.sigma = torch.randn(size, **make), 0.6
+            covariance = self.weight @ self.weight.T + self.sigma**2 * torch.eye(size, dtype=torch.float64)
+            model = torch.distributions.MultivariateNormal(self.mu, covariance)
+            self.x = self.mu + torch.randn(count, size, **make) @ torch.linalg.cholesky(covariance).T
+            self.log_likelihood = model.log_prob(self.x)
+            inverse = torch.linalg.inv(
+                self.weight.T @ self.weight + self.sigma**2 * torch.eye(latent, dtype=torch.float64)
+            )
+            self.mean = (self.x - self.mu) @ self.weight @ inverse
+            self.var = (self.sigma**2 * inverse.diagonal()).expand(count, latent)
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 setattr(self, name, value.to(torch.get_default_device(), dtype))

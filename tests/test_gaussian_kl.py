@@ -115,7 +115,8 @@ def test_each_side_has_its_own_scale(backend):
 
 
 def test_near_equal_standard_deviations_keep_their_digits(backend):
-    std = torch.rand(1000, generator=torch.Generator().manual_seed(0)) + 0.5
+    drawn = torch.rand(1000, generator=torch.Generator().manual_seed(0), device="cpu")
+    std = drawn.to(torch.get_default_device()) + 0.5
     other = std * (1 + 1e-4)
     actual = fastelbo.gaussian_kl(0.0, other, 0.0, std, scale="std", event_ndim=0, backend=backend)
     h = torch.log1p((other.double() - std.double()) / std.double())

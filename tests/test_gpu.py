@@ -1,6 +1,7 @@
 """What only a GPU can show: both backends on it, streams, graphs, synchronisation, memory, and tensors beyond 2^31."""
 
 import contextlib
+import gc
 import math
 from typing import NamedTuple
 
@@ -499,6 +500,7 @@ def test_keeps_nothing_but_inputs_and_seed(op, dtype, backend):
 
 def peak_of(function):
     """What a call returns, and how many bytes it asked of the allocator at most, beyond what was there."""
+    gc.collect()  # what earlier tests left in cycles would be freed in between
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]

@@ -156,8 +156,10 @@ OBJECTIVES = {
 )
 def test_an_objective_keeps_its_mask(name, objective):
     """No copy of an input, and of free bits a number for each example."""
-    op, keywords = OPS[name], OBJECTIVES[objective]
+    op, keywords = OPS[name], dict(OBJECTIVES[objective])
     inputs = op.inputs()
+    if "mask" in keywords:
+        keywords["mask"] = keywords["mask"].to(inputs[0].device)
     kept, outputs = saved(op, inputs, **keywords)
     known = [x.data_ptr() for x in (*inputs, *outputs, Op.seed, *keywords.values()) if isinstance(x, torch.Tensor)]
     others = [x for x in kept if x.data_ptr() not in known]
@@ -232,15 +234,29 @@ def test_samples_do_not_repeat_mean_and_scale(op):
 
 @every_op
 @every_layout
-def test_layout_changes_no_number(op, layout):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [40, 33])
+def test_layout_changes_no_number(op, layout, dtype, columns):
     """Bit by bit, forward and backward: the same elements in the same order, read from other places."""
     want = None
     for name in ("contiguous", layout):
-        inputs = op.inputs(LAYOUTS[name])
+        inputs = op.inputs(LAYOUTS[name], shape=(2, 3, 16, columns), dtype=dtype)
         outputs = op(*inputs)
         got = *outputs, *torch.autograd.grad(outputs, inputs, upstream(outputs))
         want = want or got
         assert all(map(torch.equal, got, want))
+
+
+@every_layout
+@pytest.mark.parametrize("columns", [40, 33])
+def test_layout_changes_no_number_of_the_gradient_of_one_sigma(layout, columns):
+    want = None
+    for name in ("contiguous", layout):
+        x, mean = OPS["rsample"].inputs(LAYOUTS[name], shape=(2, 3, 16, columns))
+        s = torch.full((), 0.5, requires_grad=True)
+        (got,) = torch.autograd.grad(fastelbo.gaussian_log_prob(x, mean, s, backend=Op.backend).sum(), [s])
+        want = got if want is None else want
+        assert torch.equal(got, want)
 
 
 @every_op

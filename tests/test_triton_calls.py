@@ -17,6 +17,9 @@ import fastelbo
 SCRIPT = Path(__file__).with_name("compile_triton_calls.py")
 OLDEST = ".".join(map(str, fastelbo.backends._OLDEST_TRITON)) + ".0"
 CAPABILITIES = (80, 90, 100)
+MOST_STACK = (
+    8  # ptxas sets itself a limit of registers, and rarely leaves one value of a float64 kernel on the stack for it
+)
 MOST_REGISTERS = 200  # at four warps a program two programs fit a multiprocessor, whatever is asked
 
 
@@ -66,7 +69,7 @@ def check(found):
     for machine, calls in found.items():
         failed = [f"{call}: {what['error']}" for call, what in calls.items() if "error" in what]
         assert not failed, (machine, failed)
-        spilt = [(call, what) for call, what in calls.items() if what["stack"] or what["local"]]
+        spilt = [(call, what) for call, what in calls.items() if what["stack"] > MOST_STACK or what["local"]]
         assert not spilt, (machine, spilt)
         greedy = [(call, what["reg"]) for call, what in calls.items() if what["reg"] > MOST_REGISTERS]
         assert not greedy, (machine, greedy)

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
   using V = typename Access::Value;
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
-  V total = 0;
+  double total = 0;
   for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
     V mean_q[n], s_q[n], kl[n];

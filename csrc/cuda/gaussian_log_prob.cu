@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
   using V = typename Access::Value;
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
-  V total = 0;
+  double total = 0;
   for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
     V x[n], mean[n], s[n];
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
   using V = typename Access::Value;
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
-  V total = 0;
+  double total = 0;
   for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
     V x[n], mean[n], s[n], upstream[n];
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
   if (x_grad) d_x_view = View(d_x, shape);
   if (!one_s) d_s_view = View(d_s, shape);
   Plan plan(shape, 0, dtype, {scale}, std::nullopt, std::nullopt,
-            {&x_view, &mean_view, &s_view, &d_out_view, &d_x_view, &d_mean_view, &d_s_view, &mask_view});
+            {&x_view, &mean_view, &s_view, &d_out_view, &d_x_view, &d_mean_view, &d_s_view, &mask_view}, one_s);
   std::optional<Tensor> partial;
   if (one_s) partial = allocate(Shape{plan.work.blocks}, ScalarType::Double, device);
   dispatch(plan, [&](auto access, auto exponential) {

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
   const PhiloxKeys<uint32_t> keys = args.draw.keys();
-  V total = 0;
+  double total = 0;
   for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
     V mean_q[n], std[n], kl[n];

@@ -103,7 +103,8 @@ device::Work spread(int64_t rows, int64_t groups, bool summed) {
 }  // namespace
 
 Plan::Plan(const Shape& shape, int64_t event_ndim, ScalarType dtype, std::initializer_list<Scale> scales,
-           std::optional<int64_t> noise_offset, std::optional<int64_t> num_samples, std::initializer_list<View*> views)
+           std::optional<int64_t> noise_offset, std::optional<int64_t> num_samples, std::initializer_list<View*> views,
+           bool summed)
     : dtype(dtype), exponential(true), clamped(false) {
   packed = true;
   for (const Scale& scale : scales) {
@@ -112,11 +113,12 @@ Plan::Plan(const Shape& shape, int64_t event_ndim, ScalarType dtype, std::initia
     packed &= scale.exponential() && scale.soft_clamp == 0;
   }
   std::copy(shape.size, shape.size + shape.ndim, layout.size);
-  layout.drawn = noise_offset.has_value();
+  layout.aligned = noise_offset || event_ndim || summed;
   layout.noise_offset = noise_offset.value_or(0);
-  // Sums are written in the order of the rows, drawn noise follows that of the elements; the rest goes as memory lies.
+  // Drawn noise follows the order of the elements, and so do sums, lest their last bits follow the layout; the rest
+  // goes as memory lies.
   int events = shape.ndim - int(event_ndim);
-  if (!layout.drawn) sort_by_memory(views, layout.size, event_ndim ? events : 0, shape.ndim);
+  if (!layout.aligned) sort_by_memory(views, layout.size, 0, shape.ndim);
   int end;
   if (event_ndim) {
     layout.outer = merge(views, layout.size, 0, events, 0);
@@ -141,8 +143,8 @@ Plan::Plan(const Shape& shape, int64_t event_ndim, ScalarType dtype, std::initia
   int64_t width = packed && format != Format::f32 ? 8 : 4;
   layout.vectors = uint32_t(layout.columns / width);
   layout.first_block = uint64_t(layout.noise_offset) / 4;
-  int64_t shift = 0;  // shift: elements before a row in its first Philox block
-  if (layout.drawn) shift = layout.rows == 1 || layout.columns % 4 == 0 ? layout.noise_offset % 4 : 3;
+  int64_t shift = 0;  // shift: elements before a row in its first group
+  if (layout.aligned) shift = layout.rows == 1 || layout.columns % 4 == 0 ? layout.noise_offset % 4 : 3;
   work = spread(layout.rows, layout.columns ? (layout.columns + shift + width - 1) / width : 0, event_ndim > 0);
   if (!event_ndim && layout.columns == 0) work.blocks = 0;  // no elements, and no sums of none
 }
@@ -153,7 +155,7 @@ bool Plan::can_pack(std::initializer_list<View*> views, int64_t samples) {
   for (const View* view : views)
     if (view->given && !view->term && !found) format = view->format, found = true;
   int64_t bytes = format == Format::f32 ? 4 : 2;
-  if (layout.columns % (16 / bytes) || (layout.drawn && layout.noise_offset % 4)) return false;
+  if (layout.columns % (16 / bytes) || layout.noise_offset % 4) return false;
   auto fits = [&](int64_t elements) { return elements * bytes / 16 <= INT32_MAX; };
   if (!fits(layout.rows * layout.columns)) return false;
   for (const View* view : views) {

@@ -38,9 +38,11 @@ struct Plan {
   bool packed = false;
   Format format = Format::f32;  // of the operands that are no terms, where packed
 
-  // The last event_ndim dimensions are summed. noise_offset: where noise is drawn, which ties elements to their order.
+  // The last event_ndim dimensions are summed; `summed`: something is over all of them. noise_offset: where noise is
+  // drawn.
   Plan(const Shape& shape, int64_t event_ndim, ScalarType dtype, std::initializer_list<Scale> scales,
-       std::optional<int64_t> noise_offset, std::optional<int64_t> num_samples, std::initializer_list<View*> views);
+       std::optional<int64_t> noise_offset, std::optional<int64_t> num_samples, std::initializer_list<View*> views,
+       bool summed = false);
 
  private:
   bool can_pack(std::initializer_list<View*> views, int64_t samples);

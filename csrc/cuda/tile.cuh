@@ -10,7 +10,7 @@
 namespace fastelbo::device {
 
 constexpr int kThreads = 256;   // of a block
-constexpr int kMostSteps = 8;   // groups that a thread adds up in float32; beyond, float64
+constexpr int kMostSteps = 8;   // groups of a summed row that a thread takes
 
 // n / divisor for n < 2^31 by a multiplication: a division takes twenty instructions.
 struct Divisor {
@@ -28,7 +28,7 @@ struct Divisor {
 struct Layout {
   int64_t rows = 1, columns = 0;
   int64_t noise_offset = 0;
-  bool drawn = false;  // noise is: groups lie on Philox blocks
+  bool aligned = false;  // groups start at multiples of four of all elements, where Philox blocks do
   // For Packed: columns in vectors, and the Philox block of the first element.
   uint32_t vectors = 0;
   uint64_t first_block = 0;
@@ -85,18 +85,6 @@ FASTELBO_INLINE double sum_lanes(double x, int lanes) {
   return x;
 }
 
-// As a tree.
-template <int n, class V>
-FASTELBO_INLINE V sum_group(const V (&x)[n]) {
-  V y[n / 2];
-  FASTELBO_UNROLL
-  for (int i = 0; i < n / 2; ++i) y[i] = x[i] + x[i + n / 2];
-  if constexpr (n == 2)
-    return y[0];
-  else
-    return sum_group(y);
-}
-
 // Where an elementwise term goes that is summed over its row.
 template <class V>
 struct Sums {
@@ -104,7 +92,7 @@ struct Sums {
   double* partial;  // [rows, splits], where there are several
 
   template <class Index>
-  FASTELBO_INLINE void store(const Work& work, const Thread<Index>& thread, V x) const {
+  FASTELBO_INLINE void store(const Work& work, const Thread<Index>& thread, double x) const {
     double total = sum_lanes(x, int(thread.lanes));
     if (thread.row >= Index(work.rows) || (threadIdx.x & (thread.lanes - 1))) return;
     if (work.splits.divisor > 1)
@@ -339,7 +327,7 @@ struct Strided {
 
   static FASTELBO_INLINE Place place(const Layout& layout, int64_t row, int64_t group) {
     uint64_t index = uint64_t(layout.noise_offset) + uint64_t(row) * uint64_t(layout.columns);
-    int shift = layout.drawn ? int(index % 4) : 0;
+    int shift = layout.aligned ? int(index % 4) : 0;
     Place place{row, 4 * group - shift, 0, 4, index / 4 + uint64_t(group)};
     if (place.column < 0) place.first = shift;
     if (layout.columns - place.column < 4) place.last = int(layout.columns - place.column);
@@ -400,13 +388,17 @@ FASTELBO_INLINE void select(uint32_t kept, V (&x)[n]) {
   for (int i = 0; i < n; ++i) x[i] = kept >> i & 1 ? x[i] : V(0);
 }
 
-// The sum of what of a group is inside.
+// The sum of what of a group is inside. All sums are float64 sums of these sums of four, so that who adds up which of
+// them, as the layout decides, practically never changes a bit.
 template <class Access, class V>
-FASTELBO_INLINE V sum_inside(const typename Access::Place& place, V (&x)[Access::width]) {
+FASTELBO_INLINE double sum_inside(const typename Access::Place& place, V (&x)[Access::width]) {
   FASTELBO_UNROLL
   for (int i = 0; i < Access::width; ++i)
     if (!place.inside(i)) x[i] = 0;
-  return sum_group(x);
+  double total = 0;
+  FASTELBO_UNROLL
+  for (int i = 0; i < Access::width; i += 4) total += double((x[i] + x[i + 2]) + (x[i + 1] + x[i + 3]));
+  return total;
 }
 
 }  // namespace fastelbo::device
