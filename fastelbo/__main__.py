@@ -36,6 +36,8 @@ def report() -> str:
         if name == "triton":
             reason = reason or backends.triton_import_error()
         reason = reason or backends.no_device(name)
+        if name == "cuda":
+            reason = reason or backends.why_not(name, torch.device("cuda"))
         if name == "cpu" and reason is None:
             description = f"C++, {backends.cpu_isa()}"
         lines.append(f"  {name:<9} {description if reason is None else 'not usable: ' + reason}")

@@ -1,5 +1,6 @@
 """Which implementation runs: chosen once, in the public function."""
 
+import functools
 import importlib
 import importlib.metadata
 import os
@@ -10,17 +11,20 @@ from fastelbo import _extension, _library
 
 _CPU_ISA = _library.define_helper("cpu_isa", "() -> int", lambda: 0)
 _CPU_ISA_NAMES = ("portable", "AVX2", "AVX-512")
+_CUDA_ERROR = _library.define_helper("cuda_error", "(int device) -> int", lambda device: 0)
 
 #: Every backend, with what it is.
 BACKENDS = {
     "reference": "plain torch",
     "cpu": "C++ with AVX2, AVX-512 or portable vectors",
-    "triton": "Triton kernels, checked in Triton's interpreter; no GPU has run them yet",
-    "cuda": "CUDA C++ kernels, compiled; no GPU has run them yet",
+    "triton": "Triton kernels; by default most convolutions on GPUs",
+    "cuda": "CUDA C++ kernels; by default the Gaussian ops on GPUs, the sampler and first convolutions",
 }
 
-# The fastest first; "reference" runs wherever torch does. On GPUs that is still a guess: no row has been measured.
-_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
+# The fastest first; "reference" runs wherever torch does. On an H200 large tensors take both backends for GPUs the same
+# time, and a call costs CUDA C++ a third of the host's (docs/performance.md).
+_ORDER = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+_CONVOLUTIONS_ORDER = {**_ORDER, "cuda": ("triton", "cuda")}  # Triton's run on tensor cores
 
 _DEVICE = {"cpu": "cpu", "triton": "cpu" if _library.INTERPRETED else "cuda", "cuda": "cuda"}
 
@@ -125,37 +129,67 @@ def why_not(name: str, device: torch.device) -> "str | None":
     reason = _MISSING[name]
     if reason is None and name != "reference" and device.type != _DEVICE[name]:
         reason = f"it runs tensors on {_DEVICE[name]}, these are on {device}"
+    if reason is None and name == "cuda" and torch.cuda.is_available():
+        reason = _cannot_run(torch.cuda.current_device() if device.index is None else device.index)
     return reason
 
 
-def fastest() -> "dict[str, str]":
-    """The backend that runs by default, by kind of device.
+@functools.cache
+def _cannot_run(index: int) -> "str | None":
+    """None if the CUDA library has code for a GPU and its driver can run that, else why not."""
+    error = _CUDA_ERROR(index)
+    if error == 0:
+        return None
+    gpu = f"{torch.cuda.get_device_name(index)} (cuda:{index})"
+    if error == 35:  # cudaErrorInsufficientDriver
+        return f"the driver of {gpu} is older than _cuda.so needs"
+    if error == 209:  # cudaErrorNoKernelImageForDevice
+        return f"_cuda.so has no code for {gpu}: install fastelbo with it in TORCH_CUDA_ARCH_LIST"
+    return f"_cuda.so does not run on {gpu}: CUDA error {error}"
+
+
+def fastest(device: torch.device, convolution: bool = False) -> str:
+    """The backend that runs by default.
+
+    Args:
+        device: of the tensors.
+        convolution: whether the op is one, which is not the first of a network.
 
     Returns:
-        A dictionary of the kinds "cpu" and "cuda"; the reference where nothing else can run.
+        Its name; "reference" where nothing else can run.
 
     Example:
-        >>> fastelbo.backends.fastest()["cpu"]
+        >>> fastelbo.backends.fastest(torch.device("cpu"))
         'cpu'
     """
-    return {
-        kind: next((name for name in order if why_not(name, torch.device(kind)) is None), "reference")
-        for kind, order in _ORDER.items()
-    }
+    found = _FASTEST.get((device, convolution))
+    if found is None:
+        order = (_CONVOLUTIONS_ORDER if convolution else _ORDER).get(device.type, ())
+        found = next((name for name in order if why_not(name, device) is None), "reference")
+        _FASTEST[device, convolution] = found
+    return found
 
+
+fastest._dynamo_marked_constant = True  # type: ignore[attr-defined]  # of what torch.compile's guards cover
 
 # Found once, at import: a function that is being traced cannot load a library.
 _MISSING = {name: usable(name) for name in BACKENDS}
-_FASTEST = fastest()
+_FASTEST: "dict[tuple[torch.device, bool], str]" = {}
 
 
-def choose(device: torch.device, backend: "str | None" = None, only_reference: "str | None" = None) -> str:
+def choose(
+    device: torch.device,
+    backend: "str | None" = None,
+    only_reference: "str | None" = None,
+    convolution: bool = False,
+) -> str:
     """The backend that a call runs on.
 
     Args:
         device: of the tensors.
         backend: the caller's explicit choice, or None.
         only_reference: why none but the reference can run this call, or None.
+        convolution: as in fastest.
 
     Returns:
         The backend's name; FASTELBO_BACKEND's where that is set and backend is None.
@@ -170,7 +204,7 @@ def choose(device: torch.device, backend: "str | None" = None, only_reference: "
     """
     wanted = OVERRIDE if backend is None else backend
     if wanted is None:
-        return _FASTEST.get(device.type, "reference") if only_reference is None else "reference"
+        return fastest(device, convolution) if only_reference is None else "reference"
     if not isinstance(wanted, str) or wanted not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {wanted!r}")
     if wanted == "reference" or (only_reference is None and why_not(wanted, device) is None):

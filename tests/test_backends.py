@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -138,7 +139,48 @@ def test_triton_whose_import_fails(copied):
     assert "gaussian_kl_fwd failed in Triton on cpu: libLLVM.so is missing" in printed
 
 
-def test_gpus_take_triton_until_rows_say_otherwise():
+@pytest.fixture
+def gpu_without_code(monkeypatch):
+    """What a GPU's machine shows where the CUDA library loads; returns a dictionary of the GPUs' errors."""
+    errors = {}
+    monkeypatch.setitem(backends._MISSING, "cuda", None)
+    monkeypatch.setitem(backends._DEVICE, "triton", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
+    monkeypatch.setattr(backends, "_CUDA_ERROR", lambda index: errors.get(index, 0))
+    monkeypatch.setattr(backends, "_FASTEST", {})
+    backends._cannot_run.cache_clear()
+    yield errors
+    backends._cannot_run.cache_clear()
+
+
+def test_gpus_take_the_fastest_that_runs(gpu_without_code):
+    gpu_without_code[1] = 209
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    assert backends.choose(first) == "cuda"
+    assert backends.choose(first, convolution=True) == "triton"
+    assert backends.choose(torch.device("cuda")) == "cuda"
+    assert backends.choose(second) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (35, "the driver of Some GPU (cuda:0) is older than _cuda.so needs"),
+        (209, "_cuda.so has no code for Some GPU (cuda:0): install fastelbo with it in TORCH_CUDA_ARCH_LIST"),
+        (222, "_cuda.so does not run on Some GPU (cuda:0): CUDA error 222"),
+    ],
+)
+def test_gpu_that_the_cuda_library_cannot_run(gpu_without_code, error, reason):
+    gpu_without_code[0] = error
+    assert backends.why_not("cuda", torch.device("cuda:0")) == reason
+    with pytest.raises(NotImplementedError, match=re.escape(f"(cuda: {reason}; ")):
+        backends.choose(torch.device("cuda:0"), "cuda")
+
+
+@pytest.mark.skipif(backends.usable("cuda") is None, reason="the CUDA library loads")
+def test_without_the_cuda_library_gpus_take_triton():
     code = "import torch, fastelbo; print(fastelbo.backends.choose(torch.device('cuda')))"
     assert run(code, TRITON_INTERPRET="0") == "triton"
 

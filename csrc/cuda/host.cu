@@ -247,4 +247,20 @@ Tensor Terms::finish(const Launcher& launch, const Plan& plan) {
   return tensor;
 }
 
+// Whether this library has code for a GPU, and its driver can run that: a cudaError_t, 0 if so.
+int64_t cuda_error(int64_t device) {
+  int before = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error == cudaSuccess) error = cudaSetDevice(int(device));
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, device::sum_partials<float>);
+  cudaSetDevice(before);
+  cudaGetLastError();  // clears what this call has found
+  return int64_t(error);
+}
+
 }  // namespace fastelbo
+
+STABLE_TORCH_LIBRARY_IMPL(fastelbo, CompositeExplicitAutograd, m) {
+  m.impl("cuda_error", TORCH_BOX(&fastelbo::cuda_error));
+}

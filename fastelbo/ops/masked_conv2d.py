@@ -310,7 +310,8 @@ def _run(input, weight, bias, cond, residual, options, backend):
     if unbatched:
         input, weight, bias, cond, residual = tensors
         tensors = (input[None], weight, bias, *(t if t is None else t[None] for t in (cond, residual)))
-    backend = backends.choose(input.device, backend, backends.only_reference())
+    first_layer = input.shape[1] <= 4  # too few channels for tensor cores
+    backend = backends.choose(input.device, backend, backends.only_reference(), convolution=not first_layer)
     if not distributed.sharded(*tensors):
         y = _convolve(tensors, options, autocast, backend)
     else:
