@@ -134,6 +134,9 @@ def why_not(name: str, device: torch.device) -> "str | None":
     return reason
 
 
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]  # of what torch.compile's guards cover
+
+
 @functools.cache
 def _cannot_run(index: int) -> "str | None":
     """None if the CUDA library has code for a GPU and its driver can run that, else why not."""

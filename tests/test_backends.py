@@ -179,6 +179,23 @@ def test_gpu_that_the_cuda_library_cannot_run(gpu_without_code, error, reason):
         backends.choose(torch.device("cuda:0"), "cuda")
 
 
+@pytest.mark.parametrize("backend", [None, "cpu"])
+def test_a_compiled_function_asks_libraries_before_it_runs(monkeypatch, backend):
+    """torch.compile traces no op that returns a number, as the CUDA library's answer is one."""
+
+    class Asked(dict):
+        def __getitem__(self, name):
+            assert backends._CPU_ISA() >= 0
+            return super().__getitem__(name)
+
+    monkeypatch.setattr(backends, "_MISSING", Asked(backends._MISSING))
+    monkeypatch.setattr(backends, "_FASTEST", {})
+    chosen = torch.compile(
+        lambda x: x + (backends.choose(torch.device("cpu"), backend) == "cpu"), fullgraph=True, backend="eager"
+    )
+    assert chosen(torch.zeros(())) == 1
+
+
 @pytest.mark.skipif(backends.usable("cuda") is None, reason="the CUDA library loads")
 def test_without_the_cuda_library_gpus_take_triton():
     code = "import torch, fastelbo; print(fastelbo.backends.choose(torch.device('cuda')))"
