@@ -234,35 +234,45 @@ inline void pack_input(const ConvArgs& args, int64_t n, int64_t first, int64_t r
   });
 }
 
+// Products that registers add up, one after the other, before their total joins the others in memory: rounding errors
+// grow with the root of this number and of that of totals, not with that of all products. tests/rounding.py has a bound.
+constexpr int64_t kSum = 128;
+
 // kBlock output channels of vectors * lanes neighbouring pixels, on top of a constant for each channel.
 template <class T, int vectors>
-inline void conv_tile(const T* in, const int32_t* offsets, int64_t pairs, const T* weights, const T* constants, T* out,
-                      int64_t pitch) {
+inline void conv_tile(const T* in, const int32_t* offsets, int64_t pairs, int64_t in_sum, const T* weights,
+                      const T* constants, T* out, int64_t pitch) {
   using Wide = WideOf<T>;
   using V = typename Wide::type;
-  V total[kBlock][vectors];
-  FASTELBO_UNROLL
-  for (int m = 0; m < kBlock; ++m) {
-    FASTELBO_UNROLL
-    for (int v = 0; v < vectors; ++v) total[m][v] = Wide::all(constants[m]);
-  }
-  for (int64_t k = 0; k < pairs; ++k, weights += kBlock) {
-    const T* from = in + offsets[k];
-    V x[vectors];
-    FASTELBO_UNROLL
-    for (int v = 0; v < vectors; ++v) x[v] = Wide::get(from + v * Wide::lanes);
+  int64_t k = 0;
+  do {
+    bool first = k == 0;
+    V total[kBlock][vectors];
     FASTELBO_UNROLL
     for (int m = 0; m < kBlock; ++m) {
-      V w = Wide::all(weights[m]);
       FASTELBO_UNROLL
-      for (int v = 0; v < vectors; ++v) total[m][v] = fma(w, x[v], total[m][v]);
+      for (int v = 0; v < vectors; ++v) total[m][v] = V(T(0));
     }
-  }
-  FASTELBO_UNROLL
-  for (int m = 0; m < kBlock; ++m) {
+    for (int64_t end = std::min(k + in_sum, pairs); k < end; ++k, weights += kBlock) {
+      const T* from = in + offsets[k];
+      V x[vectors];
+      FASTELBO_UNROLL
+      for (int v = 0; v < vectors; ++v) x[v] = Wide::get(from + v * Wide::lanes);
+      FASTELBO_UNROLL
+      for (int m = 0; m < kBlock; ++m) {
+        V w = Wide::all(weights[m]);
+        FASTELBO_UNROLL
+        for (int v = 0; v < vectors; ++v) total[m][v] = fma(w, x[v], total[m][v]);
+      }
+    }
     FASTELBO_UNROLL
-    for (int v = 0; v < vectors; ++v) Wide::put(out + m * pitch + v * Wide::lanes, total[m][v]);
-  }
+    for (int m = 0; m < kBlock; ++m) {
+      T* to = out + m * pitch;
+      FASTELBO_UNROLL
+      for (int v = 0; v < vectors; ++v, to += Wide::lanes)
+        Wide::put(to, total[m][v] + (first ? Wide::all(constants[m]) : Wide::get(to)));
+    }
+  } while (k < pairs);
 }
 
 // A block of output channels over all pixels of a band: out[kBlock][pitch].
@@ -270,16 +280,17 @@ template <class T>
 inline void conv_band(const T* in, const int32_t* offsets, int64_t pairs, const T* weights, const T* constants,
                       int64_t positions, T* out, int64_t pitch) {
   constexpr int lanes = WideOf<T>::lanes;
+  int64_t sums = std::max<int64_t>((pairs + kSum - 1) / kSum, 1), in_sum = (pairs + sums - 1) / sums;
   for (int64_t p = 0; p < positions;) {
     int64_t left = (positions - p + lanes - 1) / lanes;  // vectors; four are two and two, not three and one
     if (left >= 3 && left != 4) {
-      conv_tile<T, 3>(in + p, offsets, pairs, weights, constants, out + p, pitch);
+      conv_tile<T, 3>(in + p, offsets, pairs, in_sum, weights, constants, out + p, pitch);
       p += 3 * lanes;
     } else if (left >= 2) {
-      conv_tile<T, 2>(in + p, offsets, pairs, weights, constants, out + p, pitch);
+      conv_tile<T, 2>(in + p, offsets, pairs, in_sum, weights, constants, out + p, pitch);
       p += 2 * lanes;
     } else {
-      conv_tile<T, 1>(in + p, offsets, pairs, weights, constants, out + p, pitch);
+      conv_tile<T, 1>(in + p, offsets, pairs, in_sum, weights, constants, out + p, pitch);
       p += lanes;
     }
   }
@@ -521,36 +532,43 @@ inline void transpose(const T* from, int64_t stride, int64_t channels, int64_t c
 // only.
 template <class T>
 inline void weight_tile(const T* in, const int32_t* offsets, const T* dz, int64_t rows, int64_t columns, int64_t pitch,
-                        T* total_out) {
+                        T* totals) {
   using Wide = WideOf<T>;
   using V = typename Wide::type;
-  V total[kPairs][kChannelVectors];
-  FASTELBO_UNROLL
-  for (int m = 0; m < kPairs; ++m) {
-    FASTELBO_UNROLL
-    for (int v = 0; v < kChannelVectors; ++v) total[m][v] = V(T(0));
-  }
   const T* from[kPairs];
   FASTELBO_UNROLL
   for (int m = 0; m < kPairs; ++m) from[m] = in + offsets[m];
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t i = row * pitch; i < row * pitch + columns; ++i, dz += kChannelVectors * Wide::lanes) {
-      V d[kChannelVectors];
-      FASTELBO_UNROLL
-      for (int v = 0; v < kChannelVectors; ++v) d[v] = Wide::get(dz + v * Wide::lanes);
+  int64_t width = std::min(columns, kSum), height = std::max<int64_t>(kSum / columns, 1);  // of what registers add up
+  for (int64_t top = 0; top < rows; top += height) {
+    int64_t bottom = std::min(top + height, rows);
+    for (int64_t left = 0; left < columns; left += width) {
+      int64_t right = std::min(left + width, columns);
+      V total[kPairs][kChannelVectors];
       FASTELBO_UNROLL
       for (int m = 0; m < kPairs; ++m) {
-        V x = Wide::all(from[m][i]);
         FASTELBO_UNROLL
-        for (int v = 0; v < kChannelVectors; ++v) total[m][v] = fma(x, d[v], total[m][v]);
+        for (int v = 0; v < kChannelVectors; ++v) total[m][v] = V(T(0));
+      }
+      for (int64_t row = top; row < bottom; ++row) {
+        for (int64_t i = row * pitch + left; i < row * pitch + right; ++i, dz += kChannelVectors * Wide::lanes) {
+          V d[kChannelVectors];
+          FASTELBO_UNROLL
+          for (int v = 0; v < kChannelVectors; ++v) d[v] = Wide::get(dz + v * Wide::lanes);
+          FASTELBO_UNROLL
+          for (int m = 0; m < kPairs; ++m) {
+            V x = Wide::all(from[m][i]);
+            FASTELBO_UNROLL
+            for (int v = 0; v < kChannelVectors; ++v) total[m][v] = fma(x, d[v], total[m][v]);
+          }
+        }
+      }
+      T* to = totals;
+      FASTELBO_UNROLL
+      for (int m = 0; m < kPairs; ++m) {
+        FASTELBO_UNROLL
+        for (int v = 0; v < kChannelVectors; ++v, to += Wide::lanes) Wide::put(to, Wide::get(to) + total[m][v]);
       }
     }
-  }
-  FASTELBO_UNROLL
-  for (int m = 0; m < kPairs; ++m) {
-    FASTELBO_UNROLL
-    for (int v = 0; v < kChannelVectors; ++v, total_out += Wide::lanes)
-      Wide::put(total_out, Wide::get(total_out) + total[m][v]);
   }
 }
 
@@ -640,7 +658,7 @@ void conv_reduce_weight(const ConvArgs& args, int64_t begin, int64_t end) {
   for (int64_t out = begin; out < end; ++out) {
     for (int64_t in = 0; in < args.in_channels; ++in) {
       for (int64_t t = 0; t < taps; ++t) {
-        T total = 0;
+        double total = 0;
         if (args.live(t, out, in))
           for (int64_t chunk = 0; chunk < args.chunks; ++chunk)
             total += partial[((chunk * blocks + out / lanes) * args.pairs + in * taps + t) * lanes + out % lanes];
