@@ -453,7 +453,8 @@ def two_kls(mean_q, std_q, mean_p, std_p):
 
 
 LATENTS = [randn(5, 6, 4), randn(5, 6, 4, seed=1).exp(), randn(5, 6, 4, seed=2), randn(5, 6, 4, seed=3).exp()]
-FLOOR = two_kls(*LATENTS)[0].median().item()
+# between two of them: at one of them, which gradient there is hangs on the last bit of a KL
+FLOOR = two_kls(*LATENTS)[0].flatten().sort().values[14:16].mean().item()
 
 
 @pytest.mark.parametrize("free_nats", [0.0, FLOOR, 1e3], ids=["no-floor", "some-below", "all-below"])
