@@ -28,6 +28,7 @@ _GATES = ("tanh_sigmoid", "glu")
 _WEIGHT_PROGRAMS = 512
 _LEAST_PIXELS = 512
 _FEW = 16  # input channels below which a step takes taps and channels together
+_SUM = tl.constexpr(128)  # products that float32 sums take one after the other before their total joins the others
 _REDUCE = 512  # elements of a program that adds up shares of a weight gradient
 _CHUNK = 2048  # pixels of a program that sums a gradient over an image
 
@@ -82,6 +83,25 @@ def _group(c, CHANNELS: tl.constexpr, GROUPS: tl.constexpr, INTERLEAVED: tl.cons
 
 
 @triton.jit
+def _add_block(part, total, step, STEPS: tl.constexpr):
+    """After a step of a sum: the part, and the total, which it joins every so many steps (0: never, but at the end)."""
+    if STEPS > 0:  # noqa: SIM102 (a constant, and step % 0 would not compile)
+        if step % STEPS == STEPS - 1:
+            total += part
+            part = tl.zeros_like(part)
+    return part, total
+
+
+@triton.jit
+def _steps_of_a_part(T: tl.constexpr, PRECISION: tl.constexpr, K: tl.constexpr):
+    """Of K products each; 0 where rounding errors are those of the operands (TF32, halves), or none to speak of."""
+    if T == tl.float32 and PRECISION == "ieee":  # noqa: SIM300
+        return _SUM // K if K < _SUM else 1
+    else:
+        return 0
+
+
+@triton.jit
 def _dot(a, b, total, PRECISION: tl.constexpr):
     if _INTERPRETED:  # which multiplies bfloat16 as if it were integers
         return tl.dot(a.to(total.dtype), b.to(total.dtype), total, input_precision="ieee", out_dtype=total.dtype)
@@ -127,9 +147,11 @@ def _convolve(
     STRICT: tl.constexpr = KERNEL[6]
     BLOCKS: tl.constexpr = (INPUTS + K - 1) // K  # of a tap's channels
     STEPS: tl.constexpr = (TAPS * INPUTS + K - 1) // K if FLAT else TAPS * BLOCKS
+    IN_PART: tl.constexpr = _steps_of_a_part(x.dtype.element_ty, PRECISION, K)
     pixel = x + _at(x_strides, n, row, column)[:, None]
     to = weight + (out.to(tl.int64) * (KERNEL_ROWS * COLUMNS * INPUTS))[None, :]
     total = tl.zeros([M, N], T)
+    part = total
     for step in range(STEPS):
         if FLAT:
             k = step * K + tl.arange(0, K)
@@ -149,7 +171,8 @@ def _convolve(
         away = tl.cast(down, tl.int64) * x_strides[2] + tl.cast(right, tl.int64) * x_strides[3]
         a = tl.load(pixel + (away + (c.to(tl.int64) * x_strides[1])[None, :]), mask=inside, other=0)
         b = tl.load(to + k[:, None], mask=live[:, None] & wanted[None, :], other=0)
-        total = _dot(a, b, total, PRECISION)
+        part, total = _add_block(_dot(a, b, part, PRECISION), total, step, IN_PART)
+    total = total + part if IN_PART > 0 else part
     if GROUPS > 1:
         own = _group(out, OUTPUT_HALF, GROUPS, INTERLEAVED)
         for step in range(GROUPS * BLOCKS):
@@ -325,7 +348,9 @@ def _weight_gradient(
     away = tl.cast(down, tl.int64) * x_strides[2] + tl.cast(right, tl.int64) * x_strides[3]
     from_x = x + away + (c.to(tl.int64) * x_strides[1])[None, :]
     from_d = d_z + (out.to(tl.int64) * d_z_strides[1])[:, None]
+    IN_PART: tl.constexpr = _steps_of_a_part(x.dtype.element_ty, PRECISION, K)
     total = tl.zeros([M, N], T)
+    part = total
     for step in range(steps):
         n, row, column, valid = _pixels((split * steps + step) * K, images, rows, columns, K)
         r = row[:, None] + down
@@ -335,7 +360,8 @@ def _weight_gradient(
         a = tl.load(
             from_d + _at(d_z_strides, n, row, column)[None, :], mask=valid[None, :] & (out < OUTPUTS)[:, None], other=0
         )
-        total = _dot(a, b, total, PRECISION)
+        part, total = _add_block(_dot(a, b, part, PRECISION), total, step, IN_PART)
+    total = total + part if IN_PART > 0 else part
     to = shares + ((split * OUTPUTS + out) * (TAPS * INPUTS))[:, None] + k[None, :]
     tl.store(to, total, mask=(out < OUTPUTS)[:, None] & live[None, :])
 
@@ -361,8 +387,11 @@ def _add_shares(
         live = live & ((tap < KERNEL[3]) | ((read < own) if KERNEL[6] else (read <= own)))
     place = (out * TAPS + tap) * INPUTS + c
     total = tl.zeros([SIZE], shares.dtype.element_ty)
+    part = total
     for split in range(splits):
-        total += tl.load(shares + tl.cast(split, tl.int64) * (OUTPUTS * TAPS * INPUTS) + place, mask=live, other=0)
+        share = tl.load(shares + tl.cast(split, tl.int64) * (OUTPUTS * TAPS * INPUTS) + place, mask=live, other=0)
+        part, total = _add_block(part + share, total, split, 16)
+    total += part
     to = d_weight + out * d_weight_strides[0] + c * d_weight_strides[1]
     tile.put(to + row * d_weight_strides[2] + column * d_weight_strides[3], total, index < count)
 
