@@ -150,6 +150,33 @@ FASTELBO_INLINE void multiply_add(const T* a, int a_gap, const T* b, int b_gap, 
 
 constexpr int kChunk = 8;  // pairs in shared memory at a time, two times over
 
+// Products of float32 images that registers add up, one after the other, before their total joins the others in shared
+// memory: rounding errors grow with the root of this number and of that of totals, not with that of all products.
+// Halves round by more than all of that, and float64 by next to nothing.
+constexpr int kSum = 128;
+template <Format format>
+constexpr bool in_parts = format == Format::f32;
+
+// What a block has in shared memory: at once, or one after the other.
+template <class First, class Then>
+struct alignas(16) AtOnce {
+  First staged;
+  Then sums;
+};
+template <class First, class Then>
+union alignas(16) InTurns {
+  First staged;
+  Then sums;
+};
+template <class First, class Then, bool at_once>
+using Both = std::conditional_t<at_once, AtOnce<First, Then>, InTurns<First, Then>>;
+
+template <class T>
+FASTELBO_INLINE void add(Vec4<T>& to, const Vec4<T>& values) {
+  FASTELBO_UNROLL
+  for (int i = 0; i < 4; ++i) to.v[i] += values.v[i];
+}
+
 template <class T>
 struct Pack {
   Direction direction;
@@ -217,8 +244,7 @@ struct ConvTile {
     T x[2][kChunk][pitch];
     T w[2][kChunk][channels];
   };
-  union alignas(16) Memory {
-    Chunks staged;
+  struct Sums {
     T z[channels][pitch];
   };
 };
@@ -232,7 +258,8 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   using Tile = ConvTile<T, channels>;
   constexpr int pixels = Tile::pixels, own = Tile::own, lanes = pixels < kConvThreads ? pixels : kConvThreads,
                 runs = pixels / lanes;
-  __shared__ typename Tile::Memory memory;
+  constexpr bool parts = in_parts<format>;
+  __shared__ Both<typename Tile::Chunks, typename Tile::Sums, parts> memory;
   __shared__ Place places[pixels];
   const Channels& outputs = args.direction.outputs;
   unsigned thread = threadIdx.x;
@@ -284,17 +311,28 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
 
   int own_pixel = thread % (pixels / 8) * 4, own_channel = thread / (pixels / 8) * 4;
   T total[own][8];
-  FASTELBO_UNROLL
-  for (int m = 0; m < own; ++m) {
-    int position = own_channel + m / 4 * Tile::channel_gap + m % 4, half = position >= units,
-        unit = position - half * units;
-    T bias = 0;
-    if (args.bias.data && unit < members)
-      bias = Element::read(args.bias.data,
-                           (outputs.member(group, first_unit + unit) + half * outputs.half) * args.bias.stride[0]);
+  auto clear = [&] {
     FASTELBO_UNROLL
-    for (int i = 0; i < 8; ++i) total[m][i] = bias;
-  }
+    for (int m = 0; m < own; ++m) {
+      FASTELBO_UNROLL
+      for (int i = 0; i < 8; ++i) total[m][i] = 0;
+    }
+  };
+  // Calls f(the m-th channel, where a run of its own pixels lies in shared memory, their sums in registers).
+  auto each_run = [&](auto&& f) {
+    FASTELBO_UNROLL
+    for (int m = 0; m < own; ++m) {
+      int channel = own_channel + m / 4 * Tile::channel_gap + m % 4;
+      FASTELBO_UNROLL
+      for (int run = 0; run < 2; ++run) {
+        Vec4<T> some;
+        FASTELBO_UNROLL
+        for (int i = 0; i < 4; ++i) some.v[i] = total[m][run * 4 + i];
+        f(channel, reinterpret_cast<Vec4<T>&>(memory.sums.z[channel][own_pixel + run * Tile::pixel_gap]), some);
+      }
+    }
+  };
+  clear();
   int chunks = (args.direction.pairs(group) + kChunk - 1) / kChunk;
   for (int chunk = -1; chunk < chunks; ++chunk) {
     bool more = chunk + 1 < chunks;
@@ -309,6 +347,14 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
       for (int k = 0; k < kChunk; ++k)
         multiply_add<own>(&memory.staged.x[chunk % 2][k][own_pixel], Tile::pixel_gap,
                           &memory.staged.w[chunk % 2][k][own_channel], Tile::channel_gap, total);
+      if (parts && more && (chunk + 1) % (kSum / kChunk) == 0) {
+        bool first = chunk + 1 == kSum / kChunk;
+        each_run([&](int, Vec4<T>& z, Vec4<T> part) {
+          if (!first) add(part, z);
+          z = part;
+        });
+        clear();
+      }
     }
     if (more) {
       if (args.input_inner)
@@ -320,17 +366,16 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   }
 
   // Through shared memory, so that neighbouring threads write neighbours in memory, and a gate finds both its halves.
-  FASTELBO_UNROLL
-  for (int m = 0; m < own; ++m) {
-    FASTELBO_UNROLL
-    for (int run = 0; run < 2; ++run) {
-      Vec4<T> some;
-      FASTELBO_UNROLL
-      for (int i = 0; i < 4; ++i) some.v[i] = total[m][run * 4 + i];
-      int channel = own_channel + m / 4 * Tile::channel_gap + m % 4;
-      *reinterpret_cast<Vec4<T>*>(&memory.z[channel][own_pixel + run * Tile::pixel_gap]) = some;
+  each_run([&](int position, Vec4<T>& z, Vec4<T> some) {
+    if (parts && chunks > kSum / kChunk) add(some, z);
+    int half = position >= units, unit = position - half * units;
+    if (args.bias.data && unit < members) {
+      T bias = Element::read(args.bias.data,
+                             (outputs.member(group, first_unit + unit) + half * outputs.half) * args.bias.stride[0]);
+      add(some, Vec4<T>{bias, bias, bias, bias});
     }
-  }
+    z = some;
+  });
   __syncthreads();
   // Four channels at a time: what there is to be done is asked less often.
   int unit_lanes = args.output_inner ? 8 : kConvThreads / lanes,
@@ -358,11 +403,11 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
         FASTELBO_UNROLL
         for (int i = 0; i < 4; ++i) y[i] = f(y[i], gate[i]);
       };
-      each([&](int i) { y[i] = memory.z[unit + i * unit_lanes][pixel]; });
+      each([&](int i) { y[i] = memory.sums.z[unit + i * unit_lanes][pixel]; });
       add(args.cond, cond + channel * args.cond.stride[1], y);
       if (outputs.halves == 2) {
         int other = channel + outputs.half;
-        each([&](int i) { gate[i] = memory.z[unit + i * unit_lanes + units][pixel]; });
+        each([&](int i) { gate[i] = memory.sums.z[unit + i * unit_lanes + units][pixel]; });
         add(args.cond, cond + other * args.cond.stride[1], gate);
         store(args.kept, kept + channel * args.kept.stride[1], y);
         store(args.kept, kept + other * args.kept.stride[1], gate);
@@ -492,9 +537,8 @@ struct WeightTile {
     T x[2][kPixels][pairs + 4];  // the rest spreads pixels over the banks
     T d[2][kPixels][kTileChannels + 4];
   };
-  union alignas(16) Memory {
-    Chunks staged;
-    Vec4<T> sums[own * 2][kConvThreads / 2];
+  struct Sums {
+    Vec4<T> of[own * 2][kConvThreads / 2];
   };
 };
 
@@ -506,7 +550,8 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   using Bits = typename Element::Type;
   using Tile = WeightTile<T>;
   constexpr int own = Tile::own;
-  __shared__ typename Tile::Memory memory;
+  constexpr bool parts = in_parts<format>;
+  __shared__ Both<typename Tile::Chunks, typename Tile::Sums, parts> memory;
   __shared__ Pair pairs[Tile::pairs];
   __shared__ Place places[2][kPixels];
   __shared__ int64_t d_places[2][kPixels];  // -1 for none
@@ -574,11 +619,25 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
 
   int group = thread / 64, own_pair = thread % 8 * 4, own_channel = thread % 64 / 8 * 4;
   T total[own][8];
-  FASTELBO_UNROLL
-  for (int m = 0; m < own; ++m) {
+  auto clear = [&] {
     FASTELBO_UNROLL
-    for (int i = 0; i < 8; ++i) total[m][i] = 0;
-  }
+    for (int m = 0; m < own; ++m) {
+      FASTELBO_UNROLL
+      for (int i = 0; i < 8; ++i) total[m][i] = 0;
+    }
+  };
+  // Calls f(a run of sums in shared memory, those in registers, which run).
+  auto each_run = [&](auto&& f) {
+    FASTELBO_UNROLL
+    for (int m = 0; m < own * 2; ++m) {
+      Vec4<T> some;
+      FASTELBO_UNROLL
+      for (int i = 0; i < 4; ++i) some.v[i] = total[m / 2][m % 2 * 4 + i];
+      f(memory.sums.of[m][thread % 64], some, m);
+    }
+  };
+  constexpr int in_part = kSum / (kPixels / 2);  // chunks
+  clear();
   int chunks = int((end - begin + kPixels - 1) / kPixels);
   for (int chunk = -1; chunk < chunks; ++chunk) {
     bool more = chunk + 1 < chunks;
@@ -600,6 +659,15 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
         multiply_add<own>(&memory.staged.d[chunk % 2][pixel][own_channel], Tile::channel_gap,
                           &memory.staged.x[chunk % 2][pixel][own_pair], Tile::pair_gap, total);
       }
+      // one group after the other: they add to the same sums
+      if (parts && more && (chunk + 1) % in_part == (group == 0 ? in_part / 2 : 0)) {
+        bool first = chunk + 1 == in_part / 2;
+        each_run([&](Vec4<T>& sums, Vec4<T> part, int) {
+          if (!first) add(part, sums);
+          sums = part;
+        });
+        clear();
+      }
     }
     if (more) {
       int buffer = (chunk + 1) % 2;
@@ -616,27 +684,21 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   }
 
   if (group == 1) {
-    FASTELBO_UNROLL
-    for (int m = 0; m < own * 2; ++m) {
-      Vec4<T> some;
-      FASTELBO_UNROLL
-      for (int i = 0; i < 4; ++i) some.v[i] = total[m / 2][m % 2 * 4 + i];
-      memory.sums[m][thread - 64] = some;
-    }
+    each_run([&](Vec4<T>& sums, Vec4<T> some, int) {
+      if (parts && chunks > in_part / 2) add(some, sums);
+      sums = some;
+    });
   }
   __syncthreads();
   if (group == 1) return;
   Vec4<T>* out = static_cast<Vec4<T>*>(args.partial);
   int64_t width = int64_t(args.channel_tiles) * kTileChannels,
           row = split * args.pair_tiles * Tile::pairs + first_pair + own_pair;
-  FASTELBO_UNROLL
-  for (int m = 0; m < own * 2; ++m) {
-    Vec4<T> some = memory.sums[m][thread];
-    FASTELBO_UNROLL
-    for (int i = 0; i < 4; ++i) some.v[i] += total[m / 2][m % 2 * 4 + i];
+  each_run([&](const Vec4<T>& sums, Vec4<T> some, int m) {
+    add(some, sums);
     int pair = m / 8 * Tile::pair_gap + m / 2 % 4, channel = first_channel + own_channel + m % 2 * Tile::channel_gap;
     out[((row + pair) * width + channel) / 4] = some;
-  }
+  });
 }
 
 template <class T>
