@@ -235,7 +235,8 @@ inline void pack_input(const ConvArgs& args, int64_t n, int64_t first, int64_t r
 }
 
 // Products that registers add up, one after the other, before their total joins the others in memory: rounding errors
-// grow with the root of this number and of that of totals, not with that of all products. tests/rounding.py has a bound.
+// grow with the root of this number and of that of totals, not with that of all products. tests/rounding.py has the
+// bound.
 constexpr int64_t kSum = 128;
 
 // kBlock output channels of vectors * lanes neighbouring pixels, on top of a constant for each channel.
