@@ -23,7 +23,11 @@ def sum_error(terms, squares, dtype=torch.float32):
     """The most that sums of so many products are off by; squares: the sum of their squares, of any shape."""
     block = min(terms, BLOCK)
     roundings = block / 2 + terms / max(2 * block, 1) + 2
-    return 6 * torch.finfo(dtype).eps / 2 * math.sqrt(roundings / 3) * squares.max().item() ** 0.5
+    return 6 * torch.finfo(dtype).eps / 2 * math.sqrt(roundings / 3) * _root_of_most(squares)
+
+
+def _root_of_most(squares):
+    return squares.max().item() ** 0.5 if squares.numel() else 0.0
 
 
 def convolution_errors(convolve, tensors, upstream, slope=1.0):
@@ -44,5 +48,5 @@ def convolution_errors(convolve, tensors, upstream, slope=1.0):
     terms = [weight[:, 0].numel(), *[pixels] * (len(given) - 1)]
     error = slope * (sum_error(weight[0].numel(), z) + 8 * torch.finfo(torch.float32).eps)
     # an error of the gradient before the activation goes through the sums as that gradient does
-    after = [slope * sum_error(n, s) + error * s.max().item() ** 0.5 for n, s in zip(terms, squares, strict=True)]
+    after = [slope * sum_error(n, s) + error * _root_of_most(s) for n, s in zip(terms, squares, strict=True)]
     return [error, *after]

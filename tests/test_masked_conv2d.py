@@ -151,6 +151,37 @@ def test_sizes_and_dilations(backend, size, dilation, k):
     assert_close(got, outputs_and_gradients(lines, tensors, mask=mask, dilation=dilation))
 
 
+@pytest.mark.parametrize("dilation", [3, 7, 8, 100_000, 2**31 - 1])
+@pytest.mark.parametrize("stack", ["square", "vertical", "horizontal"])
+def test_taps_outside_of_the_image_cost_nothing(backend, stack, dilation):
+    """Against what is left of the kernel where its outer taps see nothing; padding by the dilation takes terabytes."""
+    x, weight, bias, cond, _ = operands(2, 3, 6, 8, 4, 5, dtype=torch.float64)
+    weight = {"square": weight, "vertical": weight[:, :, :3], "horizontal": weight[:, :, 2:3, :3]}[stack]
+    keywords = {"dilation": dilation, "backend": backend, "activation": "elu"}
+    function = fastelbo.masked_conv2d
+    if stack != "square":
+        function, keywords["stack"] = fastelbo.causal_conv2d, stack
+    got = outputs_and_gradients(function, [x, weight, bias, cond, None], mask_type="B", **keywords)
+    height, width = weight.shape[2:]
+    up = height // 2 if stack == "square" else height - 1
+    left = width - 1 if stack == "horizontal" else width // 2
+
+    def sums(x, w, b, *, cond):
+        z = torch.zeros(2, 6, 8, 4, dtype=torch.float64) + b[:, None, None] + cond[:, :, None, None]
+        for i, j in itertools.product(range(height), range(width)):
+            down, right = (i - up) * dilation, (j - left) * dilation
+            if i > up or (stack != "vertical" and i == up and j > left) or -down >= 8 or abs(right) >= 4:
+                continue
+            moved = F.pad(x, (max(-right, 0), max(right, 0), -down, 0))[:, :, :8, max(right, 0) :][..., :4]
+            z = z + torch.einsum("nchw,oc->nohw", moved, w[:, :, i, j])
+        return F.elu(z)
+
+    want = outputs_and_gradients(sums, [x, weight, bias, cond, None])
+    assert_close(got, want)
+    far = (torch.arange(height) - up).abs() * dilation >= 8
+    assert (got[2][:, :, far] == 0).all()
+
+
 @pytest.mark.parametrize("channels", [(1, 1), (1, 64), (3, 21), (17, 30), (40, 9), (70, 131)], ids=str)
 def test_channels(backend, channels):
     tensors = operands(1, *channels, 19, 17, 5)
