@@ -114,6 +114,7 @@ class Program:
         self.colours, self.rows, self.columns = shape
         self.wavefront = wavefront
         self.size = 0  # numbers in an image's workspace
+        self.lag = 0  # columns by which a row must follow the one above it, so that all that it reads is known
         self.start: list[Instruction] = []  # of a row
         self.levels: list[list[Instruction]] = [[] for _ in range(len(network.stages) + 1)]
         self.end: list[Instruction] = []  # of a row
@@ -135,8 +136,7 @@ class Program:
         if self.size // PANEL % 2 == 0:
             self.size += PANEL  # an odd number of cache lines: images do not share a cache's sets
         pieces = [piece.reshape(-1).to(dtype) for piece in self.pieces]
-        self.weights = torch.cat(pieces) if pieces else torch.zeros(0, dtype=dtype)
-        self.lag = self.find_lag()
+        self.weights = torch.cat(pieces) if pieces else torch.zeros(0, dtype=dtype, device="cpu")
 
     # Places
 
@@ -149,6 +149,8 @@ class Program:
             reads = found[view.value]
             for down, right in taps:
                 up, across = view.down - down, right - view.right
+                if up > 0:
+                    self.lag = max(self.lag, min(across // up + 1, self.columns))  # at most raster order
                 reads.up, reads.left = max(reads.up, up), max(reads.left, -across)
                 reads.right = max(reads.right, across)
                 reads.kept |= bool(up or across) or (rowwise and view.value.phase == PIXEL)
@@ -165,16 +167,6 @@ class Program:
                     read(operand, rowwise)
         read(self.network.logits, False)
         return found
-
-    def find_lag(self) -> int:
-        """Columns by which a row must follow the one above it, so that all it reads is known."""
-        lag = 0
-        for step in self.network.steps:
-            for n, (down, right) in enumerate(step.taps if isinstance(step, Conv) else ()):
-                up, across = step.x.down - down, right - step.x.right
-                if up > 0 and step.live[:, :, n].any():
-                    lag = max(lag, across // up + 1)
-        return min(lag, self.columns)  # which is raster order
 
     def place(self, value: Value) -> None:
         reads = self.reads[value]
@@ -228,7 +220,7 @@ class Program:
         shifts = {a - b for a, b in zip(positions, layout.positions, strict=True)}
         if len(shifts) == 1:
             return self.view_ref(operand).plus(shifts.pop())
-        if operand.phase == ABOVE:
+        if operand.phase == ABOVE and not self.wavefront:  # which has no start of a row
             phase = ABOVE
         levels = [0] * len(channels)
         for level, (_, _, members) in enumerate(layout.ranges):
@@ -268,7 +260,7 @@ class Program:
             for h in range(halves):
                 cond[h] = self.aligned(step.cond, range(h * half, (h + 1) * half), out, phase)
         residual = NOWHERE if step.residual is None else self.aligned(step.residual, range(half), out, phase)
-        positions = torch.tensor([source.positions[channel] for channel in step.x.channels])
+        positions = [source.positions[channel] for channel in step.x.channels]
         for level, (first, panels, members) in enumerate(out.ranges):
             if not members:
                 continue
@@ -277,7 +269,7 @@ class Program:
             reads = []  # row, offset, tap, input
             for tap, (down, right) in enumerate(step.taps):
                 for channel in live[:, tap].nonzero()[:, 0].tolist():
-                    reads.append((-down, right * ref.column_stride + int(positions[channel]), tap, channel))
+                    reads.append((-down, right * ref.column_stride + positions[channel], tap, channel))
             reads.sort(key=lambda read: (-read[0], read[1]))
             runs = []
             for down, group in itertools.groupby(reads, key=lambda read: read[0]):
@@ -354,12 +346,12 @@ class Program:
         places.append(places[0] + len(bounds))
         places.append(places[1] + len(instructions))
         places.append(places[2] + len(runs))
-        return torch.tensor([*header, *places, *bounds, *instructions, *runs, *tables], dtype=torch.int64)
+        return torch.tensor([*header, *places, *bounds, *instructions, *runs, *tables], dtype=torch.int64, device="cpu")
 
 
 def _bits(parameters):
     """Float32 numbers as integers."""
-    return torch.tensor(parameters, dtype=torch.float32).view(torch.int32).tolist()
+    return torch.tensor(parameters, dtype=torch.float32, device="cpu").view(torch.int32).tolist()
 
 
 def _merge(pairs):

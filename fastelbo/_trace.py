@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 
 from fastelbo import nn as ours
 from fastelbo.ops.masked_conv2d import GATES
-from fastelbo.reference.masked_conv2d import activate
 
 ABOVE, PIXEL, ROW = range(3)  # when a feature is known: before its row, with its pixel, after its row
 
@@ -60,6 +59,7 @@ class Const:
     """What depends on the condition and on parameters only: a function of what is known so far."""
 
     function: Callable[[dict], Tensor]
+    of_image: bool = False  # whether it depends on the condition, which each image has its own of
 
     def __call__(self, known: dict) -> Tensor:
         if self not in known:
@@ -74,6 +74,44 @@ class Padded:
     view: View
     down: int
     right: int
+
+
+@dataclass(eq=False)
+class Storage:
+    """What tensors that share memory hold: an operation in place on one of them shows in all."""
+
+    content: View | Padded
+    cropped: "Storage | None" = None  # of padded ones, the slice
+    ambiguous: bool = False  # whether a copy, or more of the same memory, was taken: that depends on the batch
+
+
+@dataclass(eq=False)
+class Shared:
+    """A tensor of features: channels of a storage."""
+
+    storage: Storage
+    channels: tuple[int, ...]
+
+    @property
+    def content(self) -> View | Padded:
+        content = self.storage.content
+        return content.select(self.channels) if isinstance(content, View) else content
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.storage.content, View) and len(self.channels) == len(self.storage.content.channels)
+
+    def select(self, channels) -> "Shared":
+        return Shared(self.storage, tuple(self.channels[channel] for channel in channels))
+
+
+def _storing(result):
+    """New features in a storage of their own."""
+    if isinstance(result, tuple | list):
+        return type(result)(map(_storing, result))
+    if isinstance(result, View):
+        return Shared(Storage(result), tuple(range(len(result.channels))))
+    return Shared(Storage(result), ()) if isinstance(result, Padded) else result
 
 
 Operand = View | Const
@@ -133,14 +171,79 @@ KNOWN = (
 CONVOLUTIONS = "use fastelbo.nn.MaskedConv2d, or VerticalStackConv2d and HorizontalStackConv2d"
 
 
+class _UnknownError(NotImplementedError):
+    """What a network is refused with, told from what its own code raises."""
+
+
 def unknown(what: str, advice: str = f"build the network of {KNOWN}") -> NotImplementedError:
-    return NotImplementedError(f"model must be made of layers that the sampler knows; got {what}: {advice}")
+    return _UnknownError(f"model must be made of layers that the sampler knows; got {what}: {advice}")
+
+
+_METHODS = ("__call__", "_call_impl", "forward", "_conv_forward", "live_taps")
+
+
+_BLOCK = {
+    "vertical": ours.VerticalStackConv2d,
+    "horizontal": ours.HorizontalStackConv2d,
+    "link": nn.Conv2d,
+    "out": ours.MaskedConv2d,
+}
+
+
+def _parts(module):
+    """The modules whose code the sampler stands in for where a module is a known layer, and which layers they are."""
+    kind = next((kind for kind in _MODULES if isinstance(module, kind)), None)
+    inside = _BLOCK if kind is ours.GatedMaskedConv2d else {}
+    return [("", module, kind), *((name, getattr(module, name), kind) for name, kind in inside.items())]
+
+
+def _layer(module):
+    """The known layer that a module is, if it computes what that layer's code says."""
+    for _, part, kind in _parts(module):
+        if kind is None or not isinstance(part, kind) or any(name in vars(part) for name in _METHODS):
+            return None
+        if any(getattr(type(part), name, None) is not getattr(kind, name, None) for name in _METHODS):
+            return None
+    return _parts(module)[0][2]
+
+
+class _Proxy(fx.Proxy):
+    """One that sees what is done to it in place, too: fx has a += b as a = a + b."""
+
+    def __setattr__(self, name, value):
+        if name not in ("tracer", "node"):
+            raise unknown(f"a forward that sets Tensor.{name}", "compute a tensor of its own")
+        super().__setattr__(name, value)
+
+    def __setitem__(self, index, value):
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _in_place(function):
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
+    setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"__i{_name}__")))
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module, name):
-        layer = next((kind for kind in _MODULES if isinstance(module, kind)), None)
-        return (layer and type(module).forward is layer.forward) or super().is_leaf_module(module, name)
+        return bool(_layer(module)) or ("forward" not in vars(module) and super().is_leaf_module(module, name))
+
+    def proxy(self, node):
+        return _Proxy(node, self)
+
+    def call_module(self, module, forward, arguments, keywords):
+        if "forward" not in vars(module):
+            return super().call_module(module, forward, arguments, keywords)
+        try:
+            return super().call_module(module, forward, arguments, keywords)
+        except _UnknownError:
+            raise
+        except Exception as error:  # of any kind: it is the user's code
+            what = f"{self.path_of_module(module).removeprefix('model.')}, {_short(module)} with a forward of its own"
+            raise unknown(f"{what} ({error})", "make it a module's") from error
 
 
 class _Plain(nn.Module):
@@ -177,9 +280,11 @@ def trace(model: nn.Module, colours: int, conditional: bool) -> Network:
         raise ValueError(f"model must take {takes}; got {type(model).__name__}.forward: {error}") from None
     try:
         graph = _Tracer().trace(root)
+    except _UnknownError:
+        raise
     except fx.proxy.TraceError as error:
         raise unknown(f"control flow that depends on its input ({error})", "decide without it") from None
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # of any kind: it is the user's code
         raise unknown(f"a forward that torch.fx cannot follow ({error})") from error
     return _Builder(root, colours).run(graph)
 
@@ -209,13 +314,14 @@ class _Builder:
 
     def run(self, graph) -> Network:
         environment = {}
-        inputs = iter((self.input, Const(lambda known: known["cond"])))
+        inputs = iter((_storing(self.input), Const(lambda known: known["cond"], True)))
         for node in graph.nodes:
             arguments, keywords = (fx.node.map_arg(a, environment.__getitem__) for a in (node.args, node.kwargs))
             if node.op == "placeholder":
                 environment[node] = next(inputs)
             elif node.op == "output":
-                self.finish(arguments[0])
+                (result,) = arguments
+                self.finish(result.content if isinstance(result, Shared) else result)
             elif node.op == "get_attr":
                 environment[node] = self.attribute(node.target)
             else:
@@ -227,40 +333,68 @@ class _Builder:
         return Const(lambda known: tensor.detach()) if isinstance(tensor, Tensor) else tensor
 
     def call(self, node, arguments, keywords):
-        if not any(isinstance(leaf, View | Padded) for leaf in _leaves((arguments, keywords))):
+        if not any(isinstance(leaf, Shared) for leaf in _leaves((arguments, keywords))):
             return self.constant(node, arguments, keywords)
+        if node.target is operator.getitem and isinstance(arguments[0], tuple | list | dict):
+            return arguments[0][arguments[1]]
         what, function = self.lookup(node)
         if function is None:
             raise unknown(what, self.advice(node))
-        if self.in_place(node) and len(node.args[0].users) > 1:
-            raise unknown(f"{what} in place on a tensor that is used again", "do it out of place")
         try:
-            found = function(*arguments, **keywords)
-        except TypeError as error:
+            if node.target is not operator.getitem:
+                _contents((arguments, keywords))  # refuses padded ones
+            if function.func in _SHARING:
+                return function(*arguments, **keywords)
+            target = self.in_place(node, function, arguments, keywords)
+            found = function(*_contents(arguments), **_contents(keywords))
+        except (TypeError, AttributeError, LookupError) as error:
             raise unknown(f"{what} ({error})") from None
         if found is None:
             raise unknown(what, self.advice(node))
-        return found
+        return _storing(found) if target is None else self.write(what, target, found)
+
+    def write(self, what, target, found):
+        """Stores what an operation in place has computed: in all tensors that share memory with its first operand."""
+        if not isinstance(target, Shared):
+            raise unknown(f"{what} in place on {_kind(target)}", "do it out of place")
+        storage, count = target.storage, len(target.channels)
+        if storage.ambiguous:
+            advice = "do it out of place, or on a clone"
+            raise unknown(f"{what} in place on what Tensor.contiguous copied or did not, as the batch has it", advice)
+        if len(found.channels) != count:
+            raise unknown(f"{what} in place of {len(found.channels)} channels in {count}", "do it out of place")
+        whole = range(len(storage.content.channels))
+        kept = [channel for channel in whole if channel not in target.channels]
+        if kept:
+            found = self.cat((storage.content.select(kept), found), 1)
+        place = {channel: position for position, channel in enumerate((*kept, *target.channels))}
+        storage.content = found.select([place[channel] for channel in whole])
+        return target
 
     def lookup(self, node):
         """What to call a node in an error, and what handles it, if anything does."""
         if node.op == "call_module":
             module = self.model.get_submodule(node.target)
             what = f"{node.target.removeprefix('model.')}, {_short(module)}"
-            if module._forward_hooks or module._forward_pre_hooks:
-                advice = "remove them (torch.nn.utils.parametrizations.weight_norm has none)"
-                raise unknown(f"{what} with forward hooks", advice)
-            for kind, handler in _MODULES.items():
-                if isinstance(module, kind) and type(module).forward is kind.forward:
-                    return what, functools.partial(handler, self, module)
-            return what, None
+            self.without_hooks(node.target)
+            kind = _layer(module)
+            if kind in (nn.BatchNorm2d, *_DROPOUTS) and module.training:
+                raise unknown(f"{what} that trains in evaluation mode", "let train() and eval() decide")
+            return what, kind and functools.partial(_MODULES[kind], self, module)
         if node.op == "call_method":
-            what, handler = f"Tensor.{node.target}", _METHODS.get(node.target)
+            what, handler = f"Tensor.{node.target}", _TENSOR_METHODS.get(node.target)
         else:
             what, handler = getattr(node.target, "__name__", str(node.target)), _FUNCTIONS.get(node.target)
             if node.target is getattr:
                 what = f"Tensor.{node.args[1]}"
         return what, handler and functools.partial(handler, self)
+
+    def without_hooks(self, target):
+        """Refuses a layer whose hooks the sampler would leave out, its own or those of a layer inside of it."""
+        for inner, part, _ in _parts(self.model.get_submodule(target)):
+            if part._forward_hooks or part._forward_pre_hooks:
+                name = f"{target}.{inner}".removeprefix("model.").rstrip(".")
+                raise unknown(f"{name}, {_short(part)} with forward hooks", "remove them")
 
     def advice(self, node) -> str:
         if node.op == "call_module":
@@ -273,14 +407,18 @@ class _Builder:
             return CONVOLUTIONS
         return f"build the network of {KNOWN}"
 
-    def in_place(self, node) -> bool:
+    def in_place(self, node, function, arguments, keywords):
+        """The operand that a call changes, None for a call that does not."""
+        if "out" in keywords:
+            raise unknown(f"{getattr(node.target, '__name__', node.target)} with out=", "take what it returns")
         if node.op == "call_module":
-            return getattr(self.model.get_submodule(node.target), "inplace", False)
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        in_place = (
-            name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv") or node.kwargs.get("inplace", False)
-        )
-        return bool(in_place) and isinstance(node.args[0], fx.Node)
+            changes = getattr(self.model.get_submodule(node.target), "inplace", False)
+        else:
+            name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+            changes = (name.endswith("_") and not name.endswith("__")) or node.target in _IN_PLACE
+        bound = inspect.signature(function).bind(*arguments, **keywords).arguments
+        changes = changes or bound.get("inplace", False)
+        return next(iter(bound.values())) if changes else None
 
     def constant(self, node, arguments, keywords):
         if node.op == "call_module":
@@ -289,7 +427,20 @@ class _Builder:
             function = _method(node.target)
         else:
             function = node.target
-        return Const(lambda known: function(*_evaluate(arguments, known), **_evaluate(keywords, known)))
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        if "out" in keywords:
+            raise unknown(f"{name} with out=", "take what it returns")
+        in_place = node.op != "call_module" and (
+            (name.endswith("_") and not name.endswith("__")) or node.target in _IN_PLACE or keywords.get("inplace")
+        )
+        if in_place and isinstance(first := (*node.args, *node.kwargs.values())[0], fx.Node):
+            if first.op in ("placeholder", "get_attr") or len(first.users) > 1:
+                raise unknown(
+                    f"{name} in place on the condition, on a parameter or on what is used again", "do it out of place"
+                )
+            changing, function = function, lambda first, *rest, **more: changing(first.clone(), *rest, **more)
+        of_image = any(isinstance(leaf, Const) and leaf.of_image for leaf in _leaves((arguments, keywords)))
+        return Const(lambda known: function(*_evaluate(arguments, known), **_evaluate(keywords, known)), of_image)
 
     def finish(self, logits):
         network = self.network
@@ -333,6 +484,8 @@ class _Builder:
         read = [tap for n, tap in enumerate(taps) if live[:, :, n].any()]
         if any(down > 0 for down, _ in read):
             raise ValueError("model must be causal; got a convolution that reads rows below its pixel")
+        if x.right and any(right > 0 for _, right in read):
+            x = self.cat((x,), 1)  # whose zeros to the right of the image the shifted view has not
         own_row = [right for down, right in read if down == 0]
         colours = [0] * len(weight)
         if not own_row:
@@ -426,8 +579,12 @@ class _Builder:
                 raise unknown(
                     "GatedMaskedConv2d with a cond that depends on the image", "compute it from the condition"
                 )
-            both = Const(lambda known: module.cond(c if (c := cond(known)).dim() == 4 else c[:, :, None, None]))
-            v_cond, h_cond = (Const(lambda known, half=half: both(known).chunk(2, dim=1)[half]) for half in (0, 1))
+            both = Const(
+                lambda known: module.cond(c if (c := cond(known)).dim() == 4 else c[:, :, None, None]), cond.of_image
+            )
+            v_cond, h_cond = (
+                Const(lambda known, half=half: both(known).chunk(2, dim=1)[half], cond.of_image) for half in (0, 1)
+            )
         z = self.causal_conv(module.vertical, v)
         seen = View(z.value, z.channels, 1) if module.link_convention == "shift" else z
         link = self.conv_1x1(module.link, seen)
@@ -484,8 +641,7 @@ class _Builder:
         return Padded(x, above, left)
 
     def getitem(self, x, index):
-        if isinstance(x, tuple | list | dict):
-            return x[index]
+        """Channels of features, or the slice of padded ones; these share their memory."""
         whole = slice(None)
         index = index if isinstance(index, tuple) else (index,)
         if Ellipsis in index:
@@ -493,16 +649,50 @@ class _Builder:
             index = (*index[:at], *[whole] * (5 - len(index)), *index[at + 1 :])
         index = (*index, *[whole] * (4 - len(index)))
         images, channels, rows, columns = index
-        if isinstance(x, Padded):
+        if isinstance(padded := x.storage.content, Padded):
             ends = [(s.start or 0, s.stop, s.step or 1) if isinstance(s, slice) else None for s in (rows, columns)]
-            wanted = [(0, -amount if amount else None, 1) for amount in (x.down, x.right)]
+            wanted = [(0, -amount if amount else None, 1) for amount in (padded.down, padded.right)]
             if (images, channels) == (whole, whole) and ends == wanted:
-                view = x.view
-                return View(view.value, view.channels, view.down + x.down, view.right + x.right)
+                view = padded.view
+                if x.storage.cropped is None:
+                    moved = View(view.value, view.channels, view.down + padded.down, view.right + padded.right)
+                    x.storage.cropped = Storage(moved)
+                return Shared(x.storage.cropped, tuple(range(len(view.channels))))
             raise unknown("pad without the slice that undoes it", "slice as much off the other side as was padded")
         if images == rows == columns == whole and isinstance(channels, slice):
             return x.select(range(len(x.channels))[channels])
         raise unknown(f"indexing with {index}", "slice channels only")
+
+    def setitem(self, x, index, value):
+        """Features written to channels of others; what a[:, :2] += b ends with, too."""
+        part = self.getitem(x, index)
+        if not isinstance(value, Shared):
+            raise unknown("features that are set to a constant", "multiply by a mask, or join channels")
+        self.write("setitem", part, value.content)
+        return x
+
+    def contiguous(self, x):
+        """The same memory or a copy; a part of the channels is contiguous in a batch of one image only."""
+        if not x.whole or x.storage.content.down or x.storage.content.right:
+            x.storage.ambiguous = True
+        return x
+
+
+def _contents(value):
+    """What the tensors in an argument hold now."""
+
+    def content(leaf):
+        if not isinstance(leaf, Shared):
+            return leaf
+        if isinstance(leaf.content, Padded):
+            raise unknown("pad without the slice that undoes it", "slice as much off the other side as was padded")
+        return leaf.content
+
+    return fx.node.map_aggregate(value, content)
+
+
+def _kind(target):
+    return "what depends on the condition alone" if isinstance(target, Const) else type(target).__name__
 
 
 def _leaves(value):
@@ -513,6 +703,15 @@ def _leaves(value):
 
 def _whole(value):
     return View(value, tuple(range(len(value.colours))))
+
+
+def _sharing(handler):
+    """Marks a handler that takes tensors, not what they hold, and returns ones that share their memory."""
+    _SHARING.add(handler)
+    return handler
+
+
+_SHARING: set[Callable] = set()
 
 
 def _join(views):
@@ -561,7 +760,7 @@ def _binary(function, builder, input, other):
     if function == "sub":
         return builder.point("affine", other, parameters=(-1, a))
     if function == "div":
-        number = torch.tensor(float(a))
+        number = torch.tensor(float(a), dtype=torch.float64, device="cpu")
         return builder.point("div", Const(lambda known: number), other)
     return builder.point("affine", other, parameters=(scale, shift))
 
@@ -595,6 +794,7 @@ def _relu6(builder, input, inplace=False):
     return _clamp(builder, input, 0, 6)
 
 
+@_sharing
 def _dropout(builder, input, p=0.5, training=True, inplace=False):
     if training:
         raise unknown("dropout while training", "training=self.training, which is False in evaluation mode")
@@ -614,7 +814,7 @@ def _neg(builder, input):
 
 
 def _prelu(builder, input, weight):
-    return builder.point("prelu", input, Const(lambda known: weight(known).reshape(-1, 1, 1)))
+    return builder.point("prelu", input, Const(lambda known: weight(known).reshape(-1, 1, 1), weight.of_image))
 
 
 def _module(name, *attributes):
@@ -649,8 +849,48 @@ _BINARY = {
 }
 
 
+@_sharing
 def _identity(builder, module, input):
     return input
+
+
+@_sharing
+def _chunk(builder, input, chunks, dim=0):
+    return builder.chunk(input, chunks, dim)
+
+
+@_sharing
+def _split(builder, tensor, split_size_or_sections, dim=0):
+    return builder.split(tensor, split_size_or_sections, dim)
+
+
+@_sharing
+def _split_method(builder, tensor, split_size, dim=0):
+    return builder.split(tensor, split_size, dim)
+
+
+@_sharing
+def _getitem(builder, x, index):
+    return builder.getitem(x, index)
+
+
+@_sharing
+def _setitem(builder, x, index, value):
+    return builder.setitem(x, index, value)
+
+
+@_sharing
+def _contiguous(builder, x, memory_format=None):
+    return builder.contiguous(x)
+
+
+@_sharing
+def _float(builder, x):
+    return x
+
+
+_DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_IN_PLACE = tuple(getattr(operator, "i" + name) for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"))
 
 
 _MODULES = {
@@ -674,7 +914,7 @@ _MODULES = {
     nn.GELU: _module("gelu", "approximate"),
     nn.Softplus: _module("softplus", "beta", "threshold"),
     nn.GLU: _module("glu", "dim"),
-    **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout), _identity),
+    **dict.fromkeys((nn.Identity, *_DROPOUTS), _identity),
 }
 
 _FUNCTIONS = {
@@ -695,28 +935,19 @@ _FUNCTIONS = {
     F.dropout2d: _dropout,
     torch.cat: lambda builder, tensors, dim=0: builder.cat(tensors, dim),
     torch.concat: lambda builder, tensors, dim=0: builder.cat(tensors, dim),
-    torch.chunk: lambda builder, input, chunks, dim=0: builder.chunk(input, chunks, dim),
-    torch.split: lambda builder, tensor, split_size_or_sections, dim=0: builder.split(
-        tensor, split_size_or_sections, dim
-    ),
+    torch.chunk: _chunk,
+    torch.split: _split,
     F.pad: lambda builder, input, pad, mode="constant", value=None: builder.pad(input, pad, mode, value),
-    operator.getitem: lambda builder, x, index: builder.getitem(x, index),
-    activate: lambda builder, z, activation: _activate(builder, z, activation),
+    operator.getitem: _getitem,
+    operator.setitem: _setitem,
 }
 
 
-def _activate(builder, z, activation):
-    if activation in GATES:
-        a, b = builder.chunk(z, 2, 1)
-        return builder.point(activation, a, b)
-    return z if activation is None else builder.point(activation, z, parameters=(1,) if activation == "elu" else ())
-
-
-_METHODS = {
+_TENSOR_METHODS = {
     **{name: handler for name, handler in (_UNARY | _BINARY).items() if hasattr(Tensor, name)},
     **{name + "_": handler for name, handler in (_UNARY | _BINARY).items() if hasattr(Tensor, name + "_")},
-    "chunk": _FUNCTIONS[torch.chunk],
-    "split": lambda builder, x, split_size, dim=0: builder.split(x, split_size, dim),
-    "contiguous": lambda builder, x, memory_format=None: x,
-    "float": lambda builder, x: x,
+    "chunk": _chunk,
+    "split": _split_method,
+    "contiguous": _contiguous,
+    "float": _float,
 }

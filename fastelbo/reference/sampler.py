@@ -122,7 +122,7 @@ class Section:
             return None, None
         outputs = i.panels * (2 if i.function in ("tanh_sigmoid", "glu") else 1) * _PANEL
         packed = weights[i.weight : i.weight + outputs * i.inputs]
-        matrix = packed.reshape(-1, i.inputs, _PANEL).transpose(1, 2).reshape(outputs, i.inputs)
+        matrix = packed.reshape(outputs // _PANEL, i.inputs, _PANEL).transpose(1, 2).reshape(outputs, i.inputs)
         return matrix.contiguous(), weights[i.bias : i.bias + outputs]
 
     def run(self, pixels):
