@@ -260,13 +260,14 @@ class _Conditional(_Plain):
         return self.model(image, cond)
 
 
-def trace(model: nn.Module, colours: int, conditional: bool) -> Network:
+def trace(model: nn.Module, colours: int, conditional: bool, bernoulli: bool = False) -> Network:
     """The steps of a network in evaluation mode.
 
     Args:
         model: from an image, and a condition if conditional, to logits.
         colours: channels of the image.
         conditional: whether the model takes a condition.
+        bernoulli: whether one output for each colour is the logit of level 1, to which 0 joins for level 0.
 
     Raises:
         NotImplementedError: for a layer that is not known.
@@ -286,7 +287,7 @@ def trace(model: nn.Module, colours: int, conditional: bool) -> Network:
         raise unknown(f"control flow that depends on its input ({error})", "decide without it") from None
     except Exception as error:  # of any kind: it is the user's code
         raise unknown(f"a forward that torch.fx cannot follow ({error})") from error
-    return _Builder(root, colours).run(graph)
+    return _Builder(root, colours, bernoulli).run(graph)
 
 
 def _short(module) -> str:
@@ -305,8 +306,8 @@ def _evaluate(value, known):
 class _Builder:
     """Follows the graph with features and constants in place of tensors."""
 
-    def __init__(self, model, colours):
-        self.model, self.colours = model, colours
+    def __init__(self, model, colours, bernoulli):
+        self.model, self.colours, self.bernoulli = model, colours, bernoulli
         image = Value(PIXEL, [1 << colour for colour in range(colours)])
         self.network = Network(image, View(image, ()))
         self.steps = self.network.steps
@@ -454,6 +455,8 @@ class _Builder:
                 f"model must return levels x {self.colours} channels of logits, one for each level and colour; "
                 f"got {channels}"
             )
+        if self.bernoulli and channels == self.colours:
+            logits = self.cat((self.point("affine", logits, parameters=(0, 0)), logits), 1)
         network.logits = logits
         if logits.phase == ROW:
             raise ValueError(

@@ -1,11 +1,17 @@
 """Drawing images from PixelCNNs, at the cost of each pixel's new work only."""
 
+import contextlib
 import copy
 import math
+import operator
+import threading
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fastelbo import _checks, _library, _seed, backends
 from fastelbo._program import Program
@@ -32,6 +38,10 @@ class IncrementalSampler:
     the condition alone may be anything. The network is copied, in evaluation mode: what is trained afterwards does not
     show.
 
+    What a network does in Python that these steps do not show (its own autocast, a global hook, state that a forward
+    changes) makes other images than its own. So the first draw, and the first reset, take two random images through the
+    steps, and through the network itself in float64: logits that differ by more than rounding are an error.
+
     The caches take n times
 
     .. math:: 4 \sum_v \text{width}_v \, (W + \text{left}_v + \text{right}_v)\, (\text{up}_v + 1) \text{ bytes},
@@ -44,8 +54,8 @@ class IncrementalSampler:
         model: a module, from images [N, C, H, W] to logits [N, K C, H, W] with the colours innermost: channel
             k C + c belongs to colour c, so that logits.unflatten(1, (K, C)) is [N, K, C, H, W].
         image_shape: (C, H, W).
-        levels: K, where the outputs are logits of a softmax over grey levels; None for other outputs, which step and
-            commit work with.
+        levels: K, where the outputs are logits of a softmax over grey levels; 2 also for a network of one output, the
+            logit of level 1, beside which level 0 has 0. None for other outputs, which step and commit work with.
         values: what the network takes for each level, K numbers; 0 to K - 1 where None.
         conditional: whether the model takes a second argument, the condition.
         order: "raster", or "wavefront": pixels of several rows together, each row a few columns behind the one above,
@@ -53,13 +63,16 @@ class IncrementalSampler:
             networks without a vertical stack.
         backend: "reference" (plain torch, any device), or in float32 "cpu" (C++) or "cuda" (CUDA C++, a launch for each
             row of pixels); the fastest that can run the model where None.
+        check: whether the first draw compares the steps with the network's own forward, which takes about as long as
+            two images, and the weights twice more in float64.
 
     Attributes:
         steps: how many draws an image takes: pixels, or fronts of pixels, times the groups of colours.
 
     Raises:
         ValueError: a network that is not causal, or whose outputs do not fit C and levels; shapes and names.
-        NotImplementedError: a layer that the sampler does not know, naming it; a backend that cannot run the model.
+        NotImplementedError: a layer that the sampler does not know, naming it; a backend that cannot run the model. At
+            the first draw or reset, steps whose logits are not the network's own.
 
     Source:
         Ramachandran et al. 2017, "Fast Generation for Convolutional Autoregressive Models"; Song et al. 2021,
@@ -85,27 +98,42 @@ class IncrementalSampler:
         conditional: bool = False,
         order: str = "raster",
         backend: "str | None" = None,
+        check: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a module; got {type(model).__name__}")
+        if not isinstance(check, bool):
+            raise TypeError(f"check must be a bool; got {type(check).__name__}")
+        if not isinstance(image_shape, Sequence):
+            raise TypeError(f"image_shape must be (C, H, W), all at least 1; got {image_shape!r}")
         shape = tuple(image_shape)
         if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
             raise ValueError(f"image_shape must be (C, H, W), all at least 1; got {shape}")
         if order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
-        self.image_shape, self.order, self.conditional = shape, order, conditional
+        if levels is not None:
+            if isinstance(levels, bool) or not hasattr(levels, "__index__"):
+                raise TypeError(f"levels must be an int or None; got {type(levels).__name__}")
+            levels = operator.index(levels)
+            if levels < 2:
+                raise ValueError(
+                    f"levels must be at least 2 (a network with one output for each colour has 2); got {levels}"
+                )
+        self.image_shape, self.order, self.conditional, self.check = shape, order, conditional, check
         tensors = [*model.parameters(), *model.buffers()]
         floats = [tensor for tensor in tensors if tensor.is_floating_point()]
         self.device = floats[0].device if floats else torch.device("cpu")
         self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in floats) else torch.float32
         self.backend = _choose(self.device, self.dtype, backend)
-        self.model = copy.deepcopy(model).to(self.dtype).eval().requires_grad_(False)
-        self._network = trace(self.model, shape[0], conditional)
+        self.model = _copied(model).to(self.dtype).eval().requires_grad_(False)
+        # Of a copy that shares the parameters alone, since a forward may keep what it meets.
+        parameters = {id(parameter): parameter for parameter in self.model.parameters()}
+        self._network = trace(copy.deepcopy(self.model, parameters), shape[0], conditional, bernoulli=levels == 2)
         outputs = len(self._network.logits.channels) // shape[0]
         if levels is not None and levels != outputs:
             raise ValueError(
-                f"levels must be {outputs}: the model has {outputs * shape[0]} outputs for {shape[0]} colour(s); "
-                f"got {levels}"
+                f"levels must be {max(outputs, 2)}: the model has {outputs * shape[0]} outputs for {shape[0]} "
+                f"colour(s); got {levels}"
             )
         self.levels = levels
         if levels is None and values is not None:
@@ -124,16 +152,19 @@ class IncrementalSampler:
             )
         self._programs: dict[tuple, _Compiled] = {}
         self._run: _Run | None = None
+        self._lag: int | None = None
         if not conditional:
             with torch.no_grad():
-                self._compiled(self._constants({}))
+                self._compiled(self._constants(None))
 
     # What the network is
 
     @property
     def lag(self) -> int:
         """Columns by which the wavefront has a row follow the one above it."""
-        return self._any_program().lag
+        if self._lag is None:
+            self._lag = self._any_program().lag
+        return self._lag
 
     @property
     def stages(self) -> list[list[int]]:
@@ -181,9 +212,9 @@ class IncrementalSampler:
 
         The draw of a colour of a pixel depends on the seed, on the index of that element in the sample and on the
         probabilities alone: level k is the first whose cumulative probability exceeds element e's uniform number
-        (docs/noise.md). One image does not depend on the others of its batch, bit for bit, and all methods and backends
-        give the same images, as long as no uniform number falls between two roundings of a probability, which differ in
-        the sixth digit.
+        (docs/noise.md). One image does not depend on the others of its batch, bit for bit on the compiled backends, and
+        all methods and backends give the same images, as long as no uniform number falls between two roundings of a
+        probability, which differ in the sixth digit.
 
         Args:
             n: the number of images.
@@ -226,29 +257,29 @@ class IncrementalSampler:
         return image
 
     def _cached(self, image, known, cond, uniforms, temperature, progress):
-        run = _Run(self, len(image), cond)
+        self._draw(self._started_run(len(image), cond), image, known, uniforms, self.values, temperature, progress)
+
+    def _draw(self, run, image, known, uniforms, values, temperature, progress=False, seen=None):
+        """Draws what is not known; seen [n, C, H, W, K] receives the logits."""
         chunk = self.image_shape[2] * len(self._network.stages)
         for first in _progress(range(0, self.steps, chunk), progress):
             end = min(first + chunk, self.steps)
             if self.backend != "reference":
-                run.draw(image, known, uniforms, self.values, temperature, first, end)
+                run.draw(image, known, uniforms, values, temperature, first, end, seen)
                 continue
             for step in range(first, end):
-                logits = run.advance(step)
-                colours, (rows, columns) = run.colours(step), zip(*run.pixels(step), strict=True)
-                where = (slice(None), torch.tensor(colours)[:, None], torch.tensor(rows), torch.tensor(columns))
+                logits, where = run.advance(step), self._where(step)
+                if seen is not None:
+                    seen[where] = logits.movedim(1, -1)
                 drawn = draw(logits, uniforms[where], temperature)
                 if known is not None:
                     drawn = torch.where(known[where], image[where], drawn)
                 image[where] = drawn
-                run.commit(step, self.values[drawn.clamp(min=0)])
+                run.commit(step, values[drawn.clamp(min=0)])
 
     def _naive(self, image, known, cond, uniforms, temperature, progress):
-        run = _Run(self, 0, cond)
         for step in _progress(range(self.steps), progress):
-            logits = self._logits(image, cond)
-            colours, (rows, columns) = run.colours(step), zip(*run.pixels(step), strict=True)
-            where = (slice(None), torch.tensor(colours)[:, None], torch.tensor(rows), torch.tensor(columns))
+            logits, where = self._logits(image, cond), self._where(step)
             drawn = draw(logits.movedim(1, -1)[where].movedim(-1, 1), uniforms[where], temperature)
             image[where] = drawn if known is None else torch.where(known[where], image[where], drawn)
 
@@ -264,8 +295,102 @@ class IncrementalSampler:
     def _logits(self, image, cond):
         """The model's own, [n, K, C, H, W]."""
         x = self.values[image.clamp(min=0)]
-        logits = self.model(x, cond) if self.conditional else self.model(x)
-        return logits.unflatten(1, (self.levels, self.image_shape[0]))
+        return self._outputs(self.model, x, cond)
+
+    def _outputs(self, model, x, cond):
+        """A model's, [n, K, C, H, W]."""
+        outputs = (model(x, cond) if self.conditional else model(x)).unflatten(1, (-1, self.image_shape[0]))
+        if self.levels == 2 and outputs.shape[1] == 1:
+            return torch.cat([torch.zeros_like(outputs), outputs], 1)
+        return outputs
+
+    # Which colours of which pixels a step is about
+
+    def _colours(self, step):
+        return self._network.stages[step % len(self._network.stages)]
+
+    def _pixels(self, step):
+        front = step // len(self._network.stages)
+        _, rows, columns = self.image_shape
+        if self.order == "raster":
+            return [divmod(front, columns)]
+        return [(row, front - self.lag * row) for row in range(rows) if 0 <= front - self.lag * row < columns]
+
+    def _where(self, step):
+        rows, columns = zip(*self._pixels(step), strict=True)
+        colours, rows, columns = (torch.tensor(i, device="cpu") for i in (self._colours(step), rows, columns))
+        return slice(None), colours[:, None], rows, columns
+
+    # What is checked once
+
+    def _started_run(self, n, cond) -> "_Run":
+        """A run of n images, of a program that is checked."""
+        run = _Run(self, n, cond)
+        if self.check and not run.compiled.checked:
+            self._compare(cond)
+            run.compiled.checked = True
+        return run
+
+    def _compare(self, cond):
+        """Raises unless the steps give the network's own logits on random images.
+
+        Both sum in an order of their own. To see how far rounding goes, every parameter moves by about one unit in its
+        last place at random: that moves the logits as far as rounding each product once does, and a chain of K sums
+        rounds K times, which grows as the root of K.
+        """
+        n = 2 if cond is None else min(2, len(cond))
+        cond = None if cond is None else cond[:n]
+        shape = (n, *self.image_shape)
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        if self.levels is None:
+            values = torch.randn(math.prod(shape), generator=generator, dtype=self.dtype, device="cpu").to(self.device)
+            image = torch.arange(len(values), device=self.device).reshape(shape)
+        else:
+            values = self.values
+            image = torch.randint(self.levels, shape, generator=generator, dtype=torch.int64, device="cpu")
+            image = image.to(self.device)
+        run = _Run(self, n, cond)
+        outputs = len(self._network.logits.channels) // self.image_shape[0]
+        got = torch.empty(*shape, outputs, dtype=self.dtype, device=self.device)
+        known = torch.ones(shape, dtype=torch.bool, device=self.device)
+        self._draw(run, image, known, torch.zeros(shape, device=self.device), values, 1.0, seen=got)
+        exact, moved = self._own_logits(values[image], cond, generator)
+        got, exact, moved = got.movedim(-1, 1).double(), exact.double(), moved.double()
+        unit = torch.finfo(self.dtype).eps
+        rounding = (moved - exact).nan_to_num(0, 0, 0).abs().max() + unit * exact.nan_to_num(0, 0, 0).abs().max()
+        longest = max((i.inputs for section in run.program.sections for i in section), default=1)
+        bound = math.sqrt(max(longest, 1)) * rounding
+        equal = (got == exact) | (got.isnan() & exact.isnan()) | ((got - exact).abs() <= bound)
+        if bool(equal.all()):
+            return
+        off = (got - exact).abs().masked_fill(equal, -1).nan_to_num(math.inf)
+        _, level, colour, row, column = (int(i) for i in torch.unravel_index(off.argmax(), off.shape))
+        raise NotImplementedError(
+            "model must compute what its layers' steps show; got a forward whose logits differ from theirs on random "
+            f"images, in {int((~equal).sum())} of {equal.numel()}, by up to {float(off.max()):.3g} (row {row}, column "
+            f"{column}, colour {colour}, output {level}), where rounding explains {float(bound):.3g}: "
+            "it does something that a trace does not see, as a hook of all modules, autocast, or state that a forward "
+            'changes; method="naive" draws by the network itself'
+        )
+
+    def _own_logits(self, x, cond, generator):
+        """The network's in float64 (in its own dtype, if it does not run in that), and with weights a unit off."""
+        unit = torch.finfo(self.dtype).eps
+        for dtype in (torch.float64, self.dtype):
+            model = copy.deepcopy(self.model).to(dtype)
+            own = None if cond is None else cond.to(dtype) if cond.is_floating_point() else cond
+            try:
+                exact = self._outputs(model, x.to(dtype, copy=True), None if own is None else own.clone())
+            except (RuntimeError, TypeError, ValueError):
+                if dtype == self.dtype:
+                    raise
+                continue  # tensors that are no buffers keep their dtype
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.is_floating_point():
+                    signs = torch.randint(2, tensor.shape, generator=generator, dtype=torch.int8, device="cpu")
+                    tensor.mul_(1 + unit * (2 * signs.to(tensor.device, dtype) - 1))
+            return exact, self._outputs(model, x.to(dtype), own)
+        raise AssertionError
 
     def _completion(self, n, init, mask):
         """The image to draw into, and which of it is known."""
@@ -303,24 +428,24 @@ class IncrementalSampler:
         """
         _count("n", n)
         with _without_autocast(self.device):
-            self._run = _Run(self, n, self._condition(n, cond))
+            self._run = self._started_run(n, self._condition(n, cond))
         return self
 
     @property
     def pixels(self) -> list[tuple[int, int]]:
         """Rows and columns that the next step is about: one pixel in raster order."""
-        run = self._started()
-        return run.pixels(run.step)
+        return self._pixels(self._started().step)
 
     @property
     def colours(self) -> list[int]:
         """The colours of these pixels that the next step is about."""
-        run = self._started()
-        return run.colours(run.step)
+        return self._colours(self._started().step)
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
         """The outputs for `colours` at `pixels`, given all that was committed.
+
+        An image's are the same bits whatever the batch that it is in and the number of threads, as a decoder needs.
 
         Returns:
             [n, K, colours, pixels]: logits, where the model's outputs are such.
@@ -330,7 +455,7 @@ class IncrementalSampler:
         """
         run = self._started()
         with _without_autocast(self.device):
-            return run.advance(run.step).clone()
+            return run.advance(run.step, alone=True).clone()
 
     @torch.no_grad()
     def commit(self, values: torch.Tensor) -> None:
@@ -382,9 +507,18 @@ class IncrementalSampler:
             raise ValueError(f"cond must be of {n} images; got shape {tuple(cond.shape)}")
         return cond.to(self.device, self.dtype) if cond.is_floating_point() else cond.to(self.device)
 
-    def _constants(self, known):
+    def _constants(self, cond):
         """The values of all constants, each [n or 1, C or 1, H, W] or with 1 for both H and W."""
-        return {const: self._constant(const, known, layer) for const, layer in self._operands().items()}
+        operands = self._operands()
+        known: dict = {}
+        fixed = {c: self._constant(c, known, layer) for c, layer in operands.items() if not c.of_image}
+        if cond is None or len(fixed) == len(operands):
+            return fixed
+        own = [const for const in operands if const not in fixed]
+        with _one_thread(self.device):  # image by image: libraries' sums depend on the batch
+            images = [{**known, "cond": image.clone(), "all": cond} for image in cond.split(1)]
+            found = {const: [self._constant(const, image, operands[const]) for image in images] for const in own}
+        return {const: fixed[const] if const in fixed else torch.cat(found[const]) for const in operands}
 
     def _operands(self):
         """All constants, with whether they are a layer's cond, which may be [n, C]."""
@@ -402,10 +536,12 @@ class IncrementalSampler:
         except (RuntimeError, IndexError, ValueError, AttributeError) as error:
             if "cond" not in known:
                 raise
-            shape = tuple(known["cond"].shape)
+            shape = tuple(known["all"].shape)
             raise ValueError(f"cond must be what the model takes; got shape {shape}: {error}") from error
         if layer and value.dim() == 2:
             value = value[:, :, None, None]
+        if const.of_image and value.dim() == 4 and len(value) != 1:
+            raise ValueError(f"cond must lead to features of one image from that of one; got {len(value)}")
         value = value.reshape((1,) * (4 - value.dim()) + value.shape)
         size, image = value.shape[2:], self.image_shape[1:]
         if any(own not in (1, whole) for own, whole in zip(size, image, strict=True)):
@@ -433,7 +569,7 @@ class _Compiled:
 
     def __init__(self, sampler, spatial):
         program = Program(sampler._network, sampler.image_shape, sampler.order == "wavefront", spatial, sampler.dtype)
-        self.program, self.weights = program, program.weights.to(sampler.device)
+        self.program, self.weights, self.checked = program, program.weights.to(sampler.device), False
         if sampler.backend != "reference":
             self.encoded = program.encode().to(sampler.device)
         else:
@@ -445,19 +581,16 @@ class _Run:
 
     def __init__(self, sampler, n, cond):
         self.sampler, self.n, self.step, self.advanced = sampler, n, 0, -1
-        constants = sampler._constants({} if cond is None else {"cond": cond})
+        constants = sampler._constants(cond)
         self.compiled = sampler._compiled(constants)
         self.program = program = self.compiled.program
         self.workspace = torch.zeros(n, program.size, dtype=sampler.dtype, device=sampler.device)
-        if n:
-            for const, channels, buffer in program.constants.values():
-                self._store(constants[const], channels, buffer)
+        for const, channels, buffer in program.constants.values():
+            self._store(constants[const], channels, buffer)
 
     def _store(self, value, channels, buffer):
         """A constant's channels, as the buffer has them."""
         channels = torch.tensor(channels, device=value.device)
-        if value.shape[0] not in (1, self.n):
-            raise ValueError(f"cond must lead to features of {self.n} images; got {value.shape[0]}")
         if value.shape[1] == 1:
             channels = torch.zeros_like(channels)
         elif int(channels.max()) >= value.shape[1]:
@@ -469,66 +602,59 @@ class _Run:
             (self.program.size, ref.row_stride, ref.column_stride, 1),
             ref.offset,
         )
-        view[..., torch.tensor(buffer.positions)] = value[:, channels].permute(0, 2, 3, 1).to(view.dtype)
+        view[..., torch.tensor(buffer.positions, device="cpu")] = value[:, channels].permute(0, 2, 3, 1).to(view)
 
-    def colours(self, step):
-        stages = self.sampler._network.stages
-        return stages[step % len(stages)]
+    def _place(self, step, workspace):
+        pixels = self.sampler._pixels(step)
+        return Line(workspace, *pixels[0], 1) if len(pixels) == 1 else Scattered(workspace, pixels)
 
-    def pixels(self, step):
-        front = step // len(self.sampler._network.stages)
-        _, rows, columns = self.sampler.image_shape
-        if self.sampler.order == "raster":
-            return [divmod(front, columns)]
-        lag = self.program.lag
-        return [(row, front - lag * row) for row in range(rows) if 0 <= front - lag * row < columns]
+    def advance(self, step, alone=False):
+        """Computes the outputs of a step, if that has not been done: [n, K, colours, pixels].
 
-    def _place(self, step):
-        pixels = self.pixels(step)
-        return Line(self.workspace, *pixels[0], 1) if len(pixels) == 1 else Scattered(self.workspace, pixels)
-
-    def advance(self, step):
-        """Computes the outputs of a step, if that has not been done: [n, K, colours, pixels]."""
+        On the reference each image alone, or all together, which is faster, and whose sums depend on the batch.
+        """
         if self.advanced != step:
             if self.sampler.backend != "reference":
                 _ADVANCE(self.compiled.encoded, self.compiled.weights, self.workspace, step, step + 1)
+            elif alone:
+                with _one_thread(self.sampler.device):
+                    for image in self.workspace.split(1):
+                        self._advance(step, image)
             else:
-                self._advance(step)
+                self._advance(step, self.workspace)
             self.advanced = step
         program = self.program
         positions = torch.tensor(program.logit_positions, device=self.workspace.device)
-        positions = positions.reshape(-1, program.colours)[:, self.colours(step)]
+        positions = positions.reshape(-1, program.colours)[:, self.sampler._colours(step)]
         first, last = int(positions.min()), int(positions.max())
-        read = self._place(step).read(program.logits, last - first + 1, offset=first)
+        read = self._place(step, self.workspace).read(program.logits, last - first + 1, offset=first)
         return read[:, :, positions - first].movedim(1, 3)
 
-    def _advance(self, step):
+    def _advance(self, step, workspace):
         stages = len(self.sampler._network.stages)
         front, stage = divmod(step, stages)
         start, *levels, end = self.compiled.sections
         columns = self.sampler.image_shape[2]
         if stage == 0:
             if front:
-                levels[-1].run(self._place(step - 1))
+                levels[-1].run(self._place(step - 1, workspace))
             if self.sampler.order == "raster" and front % columns == 0:
                 row = front // columns
                 if row:
-                    end.run(Line(self.workspace, row - 1, 0, columns))
-                start.run(Line(self.workspace, row, 0, columns))
-        levels[stage].run(self._place(step))
+                    end.run(Line(workspace, row - 1, 0, columns))
+                start.run(Line(workspace, row, 0, columns))
+        levels[stage].run(self._place(step, workspace))
 
     def commit(self, step, values):
         """What the network takes for the colours of a step: [n, colours, pixels]."""
-        place, ref = self._place(step), self.program.image.ref
-        for index, colour in enumerate(self.colours(step)):
+        place, ref = self._place(step, self.workspace), self.program.image.ref
+        for index, colour in enumerate(self.sampler._colours(step)):
             place.write(ref, values[:, index, :, None], self.program.image.positions[colour])
 
-    def draw(self, image, known, uniforms, values, temperature, first, end):
-        """Draws steps first to end - 1 in compiled code."""
-        compiled = self.compiled
-        _DRAW(
-            compiled.encoded, compiled.weights, self.workspace, image, known, uniforms, values, temperature, first, end
-        )
+    def draw(self, image, known, uniforms, values, temperature, first, end, seen=None):
+        """Draws steps first to end - 1 in compiled code; seen [n, C, H, W, K] receives the logits."""
+        compiled, draw = self.compiled, (image, known, uniforms, values, temperature, first, end, seen)
+        _DRAW(compiled.encoded, compiled.weights, self.workspace, *draw)
 
 
 def _choose(device, dtype, backend):
@@ -555,6 +681,42 @@ def _count(name, value):
         raise ValueError(f"{name} must be at least 1; got {value}")
 
 
+def _copied(model):
+    """A copy of a module, without the hooks that only set a weight."""
+    # of tensors in a graph, as those hooks leave them, there is no deepcopy
+    held = [t for part in model.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
+    try:
+        copied = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held})
+    except Exception as error:  # of any kind: it is the user's code
+        raise TypeError(f"model must be one that copy.deepcopy copies; got {type(model).__name__}: {error}") from error
+    for part in copied.modules():
+        for key, hook in list(part._forward_pre_hooks.items()):
+            if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
+                hook.remove(part)
+                del part._forward_pre_hooks[key]
+    return copied
+
+
+_ONE = threading.Lock()
+
+
+@contextlib.contextmanager
+def _one_thread(device):
+    """Runs on one thread of a CPU: libraries divide sums among threads."""
+    if device.type != "cpu":
+        yield
+        return
+    with _ONE:
+        threads = torch.get_num_threads()
+        if threads > 1:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            if threads > 1:
+                torch.set_num_threads(threads)
+
+
 def _without_autocast(device):
     return torch.autocast(device.type, enabled=False)
 
@@ -577,6 +739,6 @@ _ADVANCE = _library.define_helper(
 _DRAW = _library.define_helper(
     "sampler_draw",
     "(Tensor program, Tensor weights, Tensor(a!) workspace, Tensor(b!) image, Tensor? known, Tensor uniforms,"
-    " Tensor values, float temperature, int first, int end) -> ()",
-    lambda program, weights, workspace, image, known, uniforms, values, temperature, first, end: None,
+    " Tensor values, float temperature, int first, int end, Tensor(c!)? seen=None) -> ()",
+    lambda program, weights, workspace, image, known, uniforms, values, temperature, first, end, seen=None: None,
 )

@@ -27,6 +27,7 @@ struct SamplerArgs {
   const float* uniforms = nullptr;
   const float* values = nullptr;  // [levels], what the network takes for each
   float inverse_temperature = 1;  // infinite for the likeliest level
+  float* seen = nullptr;          // [n, colours, rows, columns, levels], the logits of each draw, or none
 };
 
 }  // namespace fastelbo
@@ -305,6 +306,10 @@ void sampler_run(const SamplerArgs& args, int64_t begin, int64_t end) {
         for (int64_t colour = 0; colour < header.colours; ++colour) {
           if (program.stage(colour) != stage) continue;
           int64_t at = ((begin + i) * header.colours + colour) * pixels + row * header.columns + column;
+          if (args.seen) {
+            const int64_t* outputs = program.outputs(colour);
+            for (int64_t k = 0; k < header.outputs; ++k) args.seen[at * header.outputs + k] = logits[outputs[k]];
+          }
           if (!args.known || !args.known[at])
             args.image[at] = draw(logits, program.outputs(colour), header.outputs, args.inverse_temperature,
                                   args.uniforms[at], scratch);
@@ -348,13 +353,15 @@ void sampler_advance(Tensor program, Tensor weights, Tensor workspace, int64_t f
 }
 
 void sampler_draw(Tensor program, Tensor weights, Tensor workspace, Tensor image, std::optional<Tensor> known,
-                  Tensor uniforms, Tensor values, double temperature, int64_t first, int64_t end) {
+                  Tensor uniforms, Tensor values, double temperature, int64_t first, int64_t end,
+                  std::optional<Tensor> seen) {
   SamplerArgs args = sampler_arguments(program, weights, workspace, first, end);
   args.image = static_cast<int64_t*>(image.data_ptr());
   args.known = known ? static_cast<const bool*>(known->data_ptr()) : nullptr;
   args.uniforms = static_cast<const float*>(uniforms.data_ptr());
   args.values = static_cast<const float*>(values.data_ptr());
   args.inverse_temperature = float(1 / temperature);
+  args.seen = seen ? static_cast<float*>(seen->data_ptr()) : nullptr;
   run_images(args);
 }
 

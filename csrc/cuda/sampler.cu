@@ -28,6 +28,7 @@ struct SamplerArgs {
   const float* values = nullptr;  // [levels], what the network takes for each
   float* scratch = nullptr;  // [n, levels]
   float inverse_temperature = 1;  // infinite for the likeliest level
+  float* seen = nullptr;  // [n, colours, rows, columns, levels], the logits of each draw, or none
 };
 
 // What a section runs over: the pixels of a front, or of a row.
@@ -203,6 +204,11 @@ __global__ void __launch_bounds__(kThreads, 2) sampler_kernel(const __grid_const
         int64_t at = (int64_t(blockIdx.x) * header.colours + colour) * pixels + row * header.columns + column,
                 level = 0;
         bool known = args.known && args.known[at];
+        if (args.seen) {
+          const float* logits = image + header.logits.at(row, column);
+          for (int64_t k = threadIdx.x; k < header.outputs; k += kThreads)
+            args.seen[at * header.outputs + k] = logits[program.outputs(colour)[k]];
+        }
         if (!known)
           level =
               draw(image + header.logits.at(row, column), program.outputs(colour), header.outputs,
@@ -243,7 +249,8 @@ void sampler_advance(Tensor program, Tensor weights, Tensor workspace, int64_t f
 }
 
 void sampler_draw(Tensor program, Tensor weights, Tensor workspace, Tensor image, std::optional<Tensor> known,
-                  Tensor uniforms, Tensor values, double temperature, int64_t first, int64_t end) {
+                  Tensor uniforms, Tensor values, double temperature, int64_t first, int64_t end,
+                  std::optional<Tensor> seen) {
   Launcher launch("sampler_draw", workspace);
   int64_t n = workspace.sizes()[0];
   Tensor scratch = allocate(Shape{n, values.sizes()[0]}, ScalarType::Float, Device(workspace));
@@ -254,6 +261,7 @@ void sampler_draw(Tensor program, Tensor weights, Tensor workspace, Tensor image
   args.values = static_cast<const float*>(values.data_ptr());
   args.scratch = static_cast<float*>(scratch.data_ptr());
   args.inverse_temperature = float(1 / temperature);
+  args.seen = seen ? static_cast<float*>(seen->data_ptr()) : nullptr;
   launch(device::sampler_kernel, args, n);
 }
 

@@ -73,7 +73,8 @@ class Line:
     def view(self, ref, width, up=0, offset=0):
         """The first numbers of a feature, `up` rows above."""
         slot = (self.row - ref.down - up) % ref.depth
-        start = ref.offset + slot * ref.row_stride + self.column * ref.column_stride + offset
+        start = self.workspace.storage_offset() + ref.offset + offset
+        start += slot * ref.row_stride + self.column * ref.column_stride
         n, size = self.workspace.shape
         return self.workspace.as_strided((n, self.count, width), (size, ref.column_stride, 1), start)
 
