@@ -354,10 +354,16 @@ class IncrementalSampler:
         got = torch.empty(*shape, outputs, dtype=self.dtype, device=self.device)
         known = torch.ones(shape, dtype=torch.bool, device=self.device)
         self._draw(run, image, known, torch.zeros(shape, device=self.device), values, 1.0, seen=got)
-        exact, moved = self._own_logits(values[image], cond, generator)
-        got, exact, moved = got.movedim(-1, 1).double(), exact.double(), moved.double()
-        unit = torch.finfo(self.dtype).eps
-        rounding = (moved - exact).nan_to_num(0, 0, 0).abs().max() + unit * exact.nan_to_num(0, 0, 0).abs().max()
+        exact, again, moved = (logits.double() for logits in self._own_logits(values[image], cond, generator))
+        got = got.movedim(-1, 1).double()
+        unit = torch.finfo(self.dtype).eps * exact.nan_to_num(0, 0, 0).abs().max()
+        if bool(((again - exact).nan_to_num(0, 0, 0).abs() > unit).any()):
+            raise NotImplementedError(
+                "model must compute the same at each call; got a forward whose logits for the same images differ by "
+                f"{float((again - exact).nan_to_num(0, 0, 0).abs().max()):.3g} at its second call: it draws numbers of "
+                'its own, or changes its state; method="naive" draws by the network itself'
+            )
+        rounding = (moved - exact).nan_to_num(0, 0, 0).abs().max() + unit
         longest = max((i.inputs for section in run.program.sections for i in section), default=1)
         bound = math.sqrt(max(longest, 1)) * rounding
         equal = (got == exact) | (got.isnan() & exact.isnan()) | ((got - exact).abs() <= bound)
@@ -374,13 +380,15 @@ class IncrementalSampler:
         )
 
     def _own_logits(self, x, cond, generator):
-        """The network's in float64 (in its own dtype, if it does not run in that), and with weights a unit off."""
+        """The network's in float64 (or its own dtype, if it does not run in that), again, and with weights a unit off."""
         unit = torch.finfo(self.dtype).eps
         for dtype in (torch.float64, self.dtype):
             model = copy.deepcopy(self.model).to(dtype)
             own = None if cond is None else cond.to(dtype) if cond.is_floating_point() else cond
             try:
-                exact = self._outputs(model, x.to(dtype, copy=True), None if own is None else own.clone())
+                exact, again = (
+                    self._outputs(model, x.to(dtype, copy=True), None if own is None else own.clone()) for _ in range(2)
+                )
             except (RuntimeError, TypeError, ValueError):
                 if dtype == self.dtype:
                     raise
@@ -389,7 +397,7 @@ class IncrementalSampler:
                 if tensor.is_floating_point():
                     signs = torch.randint(2, tensor.shape, generator=generator, dtype=torch.int8, device="cpu")
                     tensor.mul_(1 + unit * (2 * signs.to(tensor.device, dtype) - 1))
-            return exact, self._outputs(model, x.to(dtype), own)
+            return exact, again, self._outputs(model, x.to(dtype), own)
         raise AssertionError
 
     def _completion(self, n, init, mask):
@@ -510,7 +518,7 @@ class IncrementalSampler:
     def _constants(self, cond):
         """The values of all constants, each [n or 1, C or 1, H, W] or with 1 for both H and W."""
         operands = self._operands()
-        known: dict = {}
+        known = {}
         fixed = {c: self._constant(c, known, layer) for c, layer in operands.items() if not c.of_image}
         if cond is None or len(fixed) == len(operands):
             return fixed

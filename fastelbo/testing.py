@@ -157,7 +157,8 @@ def assert_causal(
 
     Args:
         module: a callable from an image [N, C, H, W] to [N, C', H, W], or to a tuple whose last is that.
-        in_shape: (C, H, W) or (N, C, H, W). Small images do, if larger than the receptive field in part.
+        in_shape: (C, H, W) or (N, C, H, W). Small images do, if larger than the receptive field in part. Images are on
+            the module's own device, the CPU for a function.
         out_channels_per_channel: the output holds the channels of every group so many at a time (256 logits of R, then
             of G, then of B, as from contiguous channels); None where they are ordered as group_order says.
         channel_groups: G; with more than one, an output channel may read, in its own pixel, only inputs of the groups
@@ -178,16 +179,17 @@ def assert_causal(
     """
     in_shape = tuple(in_shape) if len(in_shape) == 4 else (2, *in_shape)
     channels, rows, columns = in_shape[1:]
-    network = module
+    network, device = module, torch.device("cpu")
     if isinstance(module, torch.nn.Module):
         network = copy.deepcopy(module).double().eval().requires_grad_(False)
+        device = next((tensor.device for tensor in (*network.parameters(), *network.buffers())), device)
 
     def run(image):
         out = network(image)
         return out if isinstance(out, torch.Tensor) else out[-1]
 
-    generator = torch.Generator().manual_seed(seed)
-    image = torch.randn(in_shape, generator=generator, dtype=torch.float64)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    image = torch.randn(in_shape, generator=generator, dtype=torch.float64, device="cpu").to(device)
     with torch.no_grad():
         clean = run(image)
     assert clean.dim() == 4 and clean.shape[2:] == (rows, columns), (
@@ -197,9 +199,10 @@ def assert_causal(
     if out_channels_per_channel is None:
         group_out = _groups(clean.shape[1], channel_groups, group_order)
     else:
-        group_out = torch.arange(clean.shape[1]) // out_channels_per_channel
-    position = torch.arange(rows * columns).reshape(rows, columns)
-    weights = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
+        group_out = torch.arange(clean.shape[1], device="cpu") // out_channels_per_channel
+    group_in, group_out = group_in.to(device), group_out.to(device)
+    position = torch.arange(rows * columns, device=device).reshape(rows, columns)
+    weights = torch.randn(clean.shape, generator=generator, dtype=torch.float64, device="cpu").to(device)
     for row, column in pixels or [(r, c) for r in range(rows) for c in range(columns)]:
         for group in range(channel_groups):
             later = (position > position[row, column]).expand(channels, -1, -1).clone()
@@ -236,7 +239,7 @@ def assert_causal(
 
 
 def _groups(channels, groups, order):
-    index = torch.arange(channels)
+    index = torch.arange(channels, device="cpu")
     return index % groups if order == "interleaved" else index * groups // channels
 
 

@@ -815,3 +815,340 @@ def test_a_layer_that_trains_in_evaluation_mode_is_refused():
 def test_a_convolution_without_live_inputs(backend):
     model = lively(nn.Sequential(MaskedConv2d(1, 6, 1, mask_type="A"), nn.Tanh(), MaskedConv2d(6, 4, 1, mask_type="B")))
     assert_draws_as_the_naive_loop(model, (1, 2, 3), backend)
+
+
+class Scaled(Between):
+    """A network whose forward does what its trace does not show."""
+
+    def __init__(self, scale):
+        super().__init__(None)
+        self.scale = scale
+
+    def forward(self, x):
+        return self.b(self.scale(self, self.a(x)))
+
+
+def _counted(self, h):
+    self.count = getattr(self, "count", 0) + 1
+    return h * self.count
+
+
+def _autocast(self, h):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return torch.cat([self.b(h), self.b(h)], 1).float()
+
+
+UNSEEN = {
+    "type": lambda self, h: h * 2 if isinstance(h, torch.Tensor) else h,
+    "count": _counted,
+    "autocast": _autocast,
+    "noise": lambda self, h: h + torch.randn(1, device=next(self.parameters()).device),
+    "slight": lambda self, h: h * 1.001 if isinstance(h, torch.Tensor) else h,
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_no_trace_sees_is_found_before_a_draw(name, backend):
+    model = lively(Scaled(UNSEEN[name]))
+    sampler = IncrementalSampler(model, (1, 4, 5), levels=4, backend=backend)
+    expected = (
+        r"model must compute what its layers' steps show; got a forward whose logits differ .* by up to \S+ \(row \d, "
+        r'column \d, colour 0, output \d\), where rounding explains \S+: .*method="naive" draws by the network itself'
+    )
+    if name in ("count", "noise"):
+        expected = r'model must compute the same at each call; got a forward .* differ by .*method="naive" draws'
+    for draw in (lambda: sampler.sample(2, seed=0), lambda: sampler.reset(2)):
+        with pytest.raises(NotImplementedError, match=expected):
+            draw()
+    assert sampler.sample(2, seed=0, method="naive").shape == (2, 1, 4, 5)
+    unchecked = IncrementalSampler(model, (1, 4, 5), levels=4, backend=backend, check=False)
+    assert unchecked.sample(2, seed=0).shape == (2, 1, 4, 5)
+    unchecked.reset(2).step()
+
+
+def test_hooks_of_all_modules_are_found(backend):
+    from torch.nn.modules.module import register_module_forward_hook
+
+    model = lively(Gated(dilations=()))
+    handle = register_module_forward_hook(
+        lambda module, inputs, out: 2 * out if isinstance(module, MaskedConv2d) else None
+    )
+    try:
+        with pytest.raises(NotImplementedError, match="got a forward whose logits differ"):
+            IncrementalSampler(model, (1, 4, 5), levels=4, backend=backend).sample(1, seed=0)
+    finally:
+        handle.remove()
+
+
+def test_the_check_takes_the_condition_and_each_of_its_kinds(backend):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Gated(cond_channels=5, dilations=())
+
+        def forward(self, x, cond):
+            logits = self.net(x, cond)
+            return logits * 2 if isinstance(cond, torch.Tensor) and cond.dim() == 4 else logits
+
+    sampler = IncrementalSampler(lively(Odd()), (1, 3, 4), levels=4, conditional=True, backend=backend)
+    assert torch.equal(*(sampler.sample(3, torch.ones(3, 5), seed=0, method=m) for m in ("cached", "naive")))
+    with pytest.raises(NotImplementedError, match="got a forward whose logits differ"):
+        sampler.sample(3, torch.ones(3, 5, 3, 4), seed=0)
+
+
+def test_the_check_runs_once_and_disturbs_nothing(backend, monkeypatch):
+    model = lively(Gated())
+    sampler = IncrementalSampler(model, (1, 4, 5), levels=4, backend=backend)
+    runs = []
+    monkeypatch.setattr(sampler, "_compare", lambda cond, own=sampler._compare: runs.append(own(cond)))
+    torch.manual_seed(1)
+    first = sampler.sample(2)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(sampler.sample(2), first) and torch.equal(torch.get_rng_state(), state)
+    sampler.reset(2).step()
+    assert len(runs) == 1
+    with pytest.raises(TypeError, match="check must be a bool; got int"):
+        IncrementalSampler(model, (1, 4, 5), check=1)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 300.0])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2), (1, 2, 2), (1, 7, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_alone_fails_no_check(scale, shape, dtype, backend):
+    if (backend, dtype) == ("cpu", torch.float64):
+        return
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for model in (Gated(), nn.Sequential(MaskedConv2d(1, 4, 3, mask_type="A")), Gated(k=7)):
+            model = lively(model, 3).to(dtype)
+            values = torch.randn(4) * scale
+            IncrementalSampler(model, shape, levels=4, values=values, backend=backend).sample(1, seed=0)
+
+
+def test_logits_of_minus_infinity_pass_the_check(backend):
+    model = lively(Gated(dilations=()))
+    with torch.no_grad():
+        model.last.bias[2] = -float("inf")
+    sampler = assert_draws_as_the_naive_loop(model, (1, 4, 5), backend)
+    assert not (sampler.sample(4, seed=0) == 2).any()
+
+
+class Conditioned(nn.Module):
+    """A network with library layers on its condition, whose sums depend on the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(300, 257), nn.Tanh(), nn.Linear(257, 24))
+        self.net = Gated(channels=40, cond_channels=24, dilations=(1,))
+
+    def forward(self, x, cond):
+        return self.net(x, self.embed(cond))
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize(
+    "backend, dtype", [("cpu", torch.float32), *(("reference", d) for d in (torch.float32, torch.float64))]
+)
+def test_steps_are_the_same_bits_in_any_batch_and_on_any_threads(backend, dtype, conditional):
+    model = lively(Conditioned() if conditional else Gated(channels=40, dilations=(1,))).to(dtype)
+    images = torch.randint(4, (16, 1, 3, 9))
+    cond = torch.randn(16, 300, dtype=dtype) if conditional else None
+    found = {}
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            for n in (1, 3, 16):
+                sampler = IncrementalSampler(model, (1, 3, 9), levels=4, conditional=conditional, backend=backend)
+                of_these = None if cond is None else cond[:n]
+                found[threads, n] = teacher_forced(sampler, images[:n], of_these)
+                assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(1)
+    whole = found[1, 16]
+    assert whole.unique().numel() > 100
+    for (_, n), logits in found.items():
+        assert torch.equal(logits, whole[:n])
+
+
+# Two levels from one output
+
+
+@pytest.mark.parametrize("colours", [1, 3])
+def test_one_output_makes_two_levels(colours, backend):
+    model = lively(Gated(colours, levels=1, channel_groups=colours), 3)
+    two = lively(Gated(colours, levels=2, channel_groups=colours), 3)
+    two.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("last")}, strict=False)
+    with torch.no_grad():
+        two.last.weight.zero_()[colours:] = model.last.weight
+        two.last.bias.zero_()[colours:] = model.last.bias
+    one = assert_draws_as_the_naive_loop(model, (colours, 5, 6), backend, levels=2)
+    drawn = one.sample(4, seed=0)
+    for method in ("cached", "naive", "fixed_point"):
+        other = IncrementalSampler(two, (colours, 5, 6), levels=2, backend=backend)
+        assert torch.equal(one.sample(4, seed=0, method=method), drawn)
+        assert torch.equal(other.sample(4, seed=0, method=method), drawn)
+    logits = teacher_forced(one, drawn)
+    torch.testing.assert_close(logits[:, 1], model(drawn.float()), rtol=0, atol=1e-5)
+    assert (logits[:, 0] == 0).all() and logits.shape[1] == 2
+    raw = IncrementalSampler(model, (colours, 5, 6), backend=backend)
+    torch.testing.assert_close(teacher_forced(raw, drawn.float())[:, 0], logits[:, 1], rtol=0, atol=1e-5)
+
+
+def test_one_output_draws_ones_with_the_sigmoid_of_its_logit(backend):
+    model = nn.Sequential(MaskedConv2d(1, 1, 3, mask_type="A"))
+    nn.init.zeros_(model[0].weight)
+    nn.init.constant_(model[0].bias, 0.7)
+    drawn = IncrementalSampler(model, (1, 4, 5), levels=2, backend=backend).sample(500, seed=0)
+    uniforms = fastelbo.reference.philox_uniform(torch.tensor([0]), drawn.shape)
+    assert torch.equal(drawn, (uniforms.double() >= torch.sigmoid(torch.tensor(-0.7).double())).long())
+
+
+@pytest.mark.parametrize(
+    "levels, error, expected",
+    [
+        (1, ValueError, "levels must be at least 2 .*one output for each colour has 2.*; got 1"),
+        (0, ValueError, "levels must be at least 2"),
+        (3, ValueError, "levels must be 2: the model has 1 outputs for 1 colour.*; got 3"),
+        (2.0, TypeError, "levels must be an int or None; got float"),
+        (True, TypeError, "levels must be an int or None; got bool"),
+    ],
+)
+def test_levels_of_one_output(levels, error, expected):
+    with pytest.raises(error, match=expected):
+        IncrementalSampler(Gated(levels=1), (1, 4, 4), levels=levels)
+
+
+# Defaults of others, and input that is none
+
+
+@pytest.mark.parametrize("how", ["context", "set", "dtype", "both"])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_default_device_and_dtype_do_not_matter(how, conditional, backend):
+    model = lively(Conditioned() if conditional else Stacks(), 1.5)
+    model = model if conditional else Unlabelled(model)
+    cond = torch.randn(2, 300) if conditional else None
+
+    def everything():
+        options = {"conditional": conditional, "backend": backend}
+        found = []
+        sampler = IncrementalSampler(model, (1, 5, 7), levels=levels, **options)
+        for method in ("cached", "naive", "fixed_point"):
+            found.append(sampler.sample(2, cond, seed=0, method=method))
+        half = torch.arange(5, device="cpu")[:, None] < 3
+        found.append(sampler.sample(2, cond, seed=1, init=found[0], mask=half, temperature=0.7))
+        sampler.reset(2, cond)
+        for _ in range(9):
+            found.append(sampler.step())
+            sampler.commit(found[0][:, sampler.colours, 0, :2][..., :1])
+        free = IncrementalSampler(model, (1, 5, 7), **options)
+        free.reset(2, cond)
+        found.append(free.step())
+        torch.manual_seed(0)
+        found.append(sampler.sample(2, cond))
+        return [sampler.cache_bytes(), sampler.steps, *found]
+
+    levels = 4 if conditional else 6
+    before = everything()
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    try:
+        if how == "context":
+            with torch.device("meta"):
+                after = everything()
+        else:
+            if how != "dtype":
+                torch.set_default_device("meta")
+            if how != "set":
+                torch.set_default_dtype(torch.float64)
+            after = everything()
+    finally:
+        torch.set_default_device(None if device.type == "cpu" else device)
+        torch.set_default_dtype(dtype)
+    for own, other in zip(before, after, strict=True):
+        if isinstance(own, torch.Tensor):
+            assert own.device == other.device and own.dtype == other.dtype and torch.equal(own, other)
+        else:
+            assert own == other
+
+
+class Unlabelled(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.register_buffer("label", torch.tensor([3]))
+
+    def forward(self, x):
+        return self.model(x, self.label)
+
+
+def test_causality_is_tested_on_the_modules_own_device():
+    from fastelbo.testing import assert_causal
+
+    good, bad = MaskedConv2d(3, 6, 3, mask_type="A", channel_groups=3), MaskedConv2d(1, 4, 3, mask_type="B")
+    default = torch.get_default_dtype()
+    for setting in ("device", "dtype", "both"):
+        try:
+            if setting != "dtype":
+                torch.set_default_device("meta")
+            if setting != "device":
+                torch.set_default_dtype(torch.float16)
+            assert_causal(good, (3, 4, 5), channel_groups=3, pixels=[(0, 0), (2, 3)])
+            assert_causal(good, (3, 4, 5), channel_groups=3, out_channels_per_channel=None, pixels=[(1, 1)])
+            with pytest.raises(AssertionError, match="row 1, column 1 has a gradient"):
+                assert_causal(bad, (1, 3, 4), pixels=[(1, 1)])
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(default)
+
+
+@pytest.mark.parametrize("shape", [5, None, 1.5, torch.tensor(3)])
+def test_an_image_shape_that_is_no_shape(shape):
+    with pytest.raises(TypeError, match=r"image_shape must be \(C, H, W\), all at least 1; got"):
+        IncrementalSampler(Gated(), shape)
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -float("inf"), -0.5])
+@pytest.mark.parametrize("method", ["cached", "naive", "fixed_point"])
+def test_temperatures_that_are_none(sampler, temperature, method):
+    with pytest.raises(ValueError, match="temperature must be finite and at least 0; got"):
+        sampler.sample(1, temperature=temperature, method=method)
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "prune"])
+def test_hooks_that_set_a_weight_are_done_with(kind, backend):
+    model = lively(Gated(dilations=()), 3)
+    if kind == "prune":
+        nn.utils.prune.random_unstructured(model.first.horizontal, "weight", amount=0.5)
+        nn.utils.prune.l1_unstructured(model.last, "weight", amount=0.3)
+    else:
+        getattr(nn.utils, kind)(model.first.horizontal)
+        getattr(nn.utils, kind)(model.last)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)  # and the weight that the hook has set is stale
+    if kind == "weight_norm":
+        model(torch.zeros(1, 1, 4, 5))  # it is in a graph now
+        with torch.no_grad():
+            model.last.weight_g.mul_(1.5)
+    model.eval()
+    assert_draws_as_the_naive_loop(model, (1, 4, 5), backend)
+    assert_equals_full_forward(model, (1, 4, 5), backend)
+    assert model.last._forward_pre_hooks
+
+
+def test_a_model_that_cannot_be_copied_is_named():
+    model = Gated(dilations=())
+    model.lines = (line for line in ())
+    with pytest.raises(TypeError, match="model must be one that copy.deepcopy copies; got Gated: cannot"):
+        IncrementalSampler(model, (1, 4, 5))
+
+
+def test_what_a_forward_keeps_of_a_trace_is_gone(backend):
+    class Cached(Gated):
+        kept = None
+
+        def forward(self, x):
+            self.kept = x
+            return super().forward(self.kept)
+
+    assert_draws_as_the_naive_loop(lively(Cached()), (1, 4, 5), backend)
