@@ -1,6 +1,7 @@
 """The incremental sampler against full forwards of the same network."""
 
 import builtins
+import copy
 import itertools
 
 import pytest
@@ -17,9 +18,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BACKENDS = ("reference", "cpu")
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[*BACKENDS, *(["cuda"] if torch.cuda.is_available() else [])])
 def backend(request):
-    return request.param
+    """Every backend with a sampler, with torch's default device the one that it is for."""
+    home = torch.device("cuda" if request.param == "cuda" else "cpu")
+    with home, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # networks' own layers count all bits, too
+        yield request.param
 
 
 def lively(model, gain=2.0):
@@ -27,7 +31,7 @@ def lively(model, gain=2.0):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(gain) if parameter.dim() > 1 else parameter.normal_(std=0.3)
-    return model.eval()
+    return model.eval().to(torch.get_default_device())
 
 
 def teacher_forced(sampler, images, cond=None):
@@ -641,7 +645,7 @@ class Between(nn.Module):
     def __init__(self, function):
         super().__init__()
         self.a, self.b = MaskedConv2d(1, 8, 3, mask_type="A"), MaskedConv2d(8, 4, 3, mask_type="B")
-        self.function = function
+        self.function = copy.deepcopy(function)
 
     def forward(self, x):
         return self.b(self.function(self.a(x)))
@@ -834,7 +838,7 @@ def _counted(self, h):
 
 
 def _autocast(self, h):
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(next(self.parameters()).device.type, dtype=torch.bfloat16):
         return torch.cat([self.b(h), self.b(h)], 1).float()
 
 
@@ -912,11 +916,14 @@ def test_the_check_runs_once_and_disturbs_nothing(backend, monkeypatch):
         IncrementalSampler(model, (1, 4, 5), check=1)
 
 
+WRONG = [("cpu", torch.float64), ("cuda", torch.float64)]
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 300.0])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2), (1, 2, 2), (1, 7, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rounding_alone_fails_no_check(scale, shape, dtype, backend):
-    if (backend, dtype) == ("cpu", torch.float64):
+    if (backend, dtype) in WRONG:
         return
     for seed in range(3):
         torch.manual_seed(seed)
@@ -947,10 +954,10 @@ class Conditioned(nn.Module):
 
 
 @pytest.mark.parametrize("conditional", [False, True])
-@pytest.mark.parametrize(
-    "backend, dtype", [("cpu", torch.float32), *(("reference", d) for d in (torch.float32, torch.float64))]
-)
-def test_steps_are_the_same_bits_in_any_batch_and_on_any_threads(backend, dtype, conditional):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_are_the_same_bits_in_any_batch_and_on_any_threads(dtype, conditional, backend):
+    if (backend, dtype) in WRONG:
+        return
     model = lively(Conditioned() if conditional else Gated(channels=40, dilations=(1,))).to(dtype)
     images = torch.randint(4, (16, 1, 3, 9))
     cond = torch.randn(16, 300, dtype=dtype) if conditional else None
@@ -1050,7 +1057,7 @@ def test_default_device_and_dtype_do_not_matter(how, conditional, backend):
 
     levels = 4 if conditional else 6
     before = everything()
-    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    dtype = torch.get_default_dtype()
     try:
         if how == "context":
             with torch.device("meta"):
@@ -1062,7 +1069,7 @@ def test_default_device_and_dtype_do_not_matter(how, conditional, backend):
                 torch.set_default_dtype(torch.float64)
             after = everything()
     finally:
-        torch.set_default_device(None if device.type == "cpu" else device)
+        torch.set_default_device(None)
         torch.set_default_dtype(dtype)
     for own, other in zip(before, after, strict=True):
         if isinstance(own, torch.Tensor):
