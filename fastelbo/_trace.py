@@ -82,6 +82,7 @@ class Storage:
 
     content: View | Padded
     cropped: "Storage | None" = None  # of padded ones, the slice
+    strided: bool = False  # whether it is such a slice, which is not contiguous
     ambiguous: bool = False  # whether a copy, or more of the same memory, was taken: that depends on the batch
 
 
@@ -659,7 +660,7 @@ class _Builder:
                 view = padded.view
                 if x.storage.cropped is None:
                     moved = View(view.value, view.channels, view.down + padded.down, view.right + padded.right)
-                    x.storage.cropped = Storage(moved)
+                    x.storage.cropped = Storage(moved, strided=True)
                 return Shared(x.storage.cropped, tuple(range(len(view.channels))))
             raise unknown("pad without the slice that undoes it", "slice as much off the other side as was padded")
         if images == rows == columns == whole and isinstance(channels, slice):
@@ -676,7 +677,7 @@ class _Builder:
 
     def contiguous(self, x):
         """The same memory or a copy; a part of the channels is contiguous in a batch of one image only."""
-        if not x.whole or x.storage.content.down or x.storage.content.right:
+        if not x.whole or x.storage.strided:
             x.storage.ambiguous = True
         return x
 

@@ -332,15 +332,14 @@ class IncrementalSampler:
         return run
 
     def _compare(self, cond):
-        """Raises unless the steps give the network's own logits on random images.
+        """Raises unless the steps give the network's own logits on two random images.
 
-        Both sum in an order of their own. To see how far rounding goes, every parameter moves by about one unit in its
-        last place at random: that moves the logits as far as rounding each product once does, and a chain of K sums
-        rounds K times, which grows as the root of K.
+        Both sum in an order of their own. A chain of K sums in float32 goes astray by about the root of K units. Where
+        that does not explain a difference, the network runs in float64, and there once more with every parameter moved
+        by about a unit in its last place at random, which moves the logits as far as rounding each product once does.
         """
-        n = 2 if cond is None else min(2, len(cond))
-        cond = None if cond is None else cond[:n]
-        shape = (n, *self.image_shape)
+        shape = (2, *self.image_shape)
+        cond = None if cond is None else cond[torch.arange(2, device=cond.device) % len(cond)]
         generator = torch.Generator(device="cpu").manual_seed(0)
         if self.levels is None:
             values = torch.randn(math.prod(shape), generator=generator, dtype=self.dtype, device="cpu").to(self.device)
@@ -349,24 +348,33 @@ class IncrementalSampler:
             values = self.values
             image = torch.randint(self.levels, shape, generator=generator, dtype=torch.int64, device="cpu")
             image = image.to(self.device)
-        run = _Run(self, n, cond)
+        run = _Run(self, 2, cond)
         outputs = len(self._network.logits.channels) // self.image_shape[0]
         got = torch.empty(*shape, outputs, dtype=self.dtype, device=self.device)
         known = torch.ones(shape, dtype=torch.bool, device=self.device)
-        self._draw(run, image, known, torch.zeros(shape, device=self.device), values, 1.0, seen=got)
-        exact, again, moved = (logits.double() for logits in self._own_logits(values[image], cond, generator))
+        uniforms = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        self._draw(run, image, known, uniforms, values, 1.0, seen=got)
         got = got.movedim(-1, 1).double()
-        unit = torch.finfo(self.dtype).eps * exact.nan_to_num(0, 0, 0).abs().max()
-        if bool(((again - exact).nan_to_num(0, 0, 0).abs() > unit).any()):
+
+        # In two calls, of one image and of two: state and batch must make no difference.
+        parameters = {id(parameter): parameter for parameter in self.model.parameters()}
+        own, x = copy.deepcopy(self.model, parameters), values[image]
+        one, two = (self._own(own, x[:n], None if cond is None else cond[:n]).double() for n in (1, 2))
+        inputs = [i.inputs for section in run.program.sections for i in section]
+        unit, root = torch.finfo(self.dtype).eps, math.sqrt(max(*inputs, 1, 1))
+        bound = root * unit * _largest(two)
+        if bool(_close(got, two, bound).all() and _close(got[:1], one, bound).all()):
+            return
+        exact, again, moved = (logits.double() for logits in self._own_exactly(x, cond, generator))
+        unit *= _largest(exact)
+        if not bool(_close(again, exact, unit).all()):
             raise NotImplementedError(
                 "model must compute the same at each call; got a forward whose logits for the same images differ by "
-                f"{float((again - exact).nan_to_num(0, 0, 0).abs().max()):.3g} at its second call: it draws numbers of "
-                'its own, or changes its state; method="naive" draws by the network itself'
+                f"{float(_largest(again - exact)):.3g} at its second call: it draws numbers of its own, or changes its "
+                'state; method="naive" draws by the network itself'
             )
-        rounding = (moved - exact).nan_to_num(0, 0, 0).abs().max() + unit
-        longest = max((i.inputs for section in run.program.sections for i in section), default=1)
-        bound = math.sqrt(max(longest, 1)) * rounding
-        equal = (got == exact) | (got.isnan() & exact.isnan()) | ((got - exact).abs() <= bound)
+        bound = root * (_largest(moved - exact) + unit)
+        equal = _close(got, exact, bound)
         if bool(equal.all()):
             return
         off = (got - exact).abs().masked_fill(equal, -1).nan_to_num(math.inf)
@@ -379,16 +387,18 @@ class IncrementalSampler:
             'changes; method="naive" draws by the network itself'
         )
 
-    def _own_logits(self, x, cond, generator):
-        """The network's in float64 (or its own dtype, if it does not run in that), again, and with weights a unit off."""
+    def _own(self, model, x, cond):
+        """What a copy of the network computes from images, whatever it does to them."""
+        return self._outputs(model, x.clone(), None if cond is None else cond.clone())
+
+    def _own_exactly(self, x, cond, generator):
+        """In float64 (or in the network's dtype, if it does not run in that): twice, and with parameters a unit off."""
         unit = torch.finfo(self.dtype).eps
         for dtype in (torch.float64, self.dtype):
-            model = copy.deepcopy(self.model).to(dtype)
-            own = None if cond is None else cond.to(dtype) if cond.is_floating_point() else cond
+            model, x = copy.deepcopy(self.model).to(dtype), x.to(dtype)
+            cond = cond.to(dtype) if cond is not None and cond.is_floating_point() else cond
             try:
-                exact, again = (
-                    self._outputs(model, x.to(dtype, copy=True), None if own is None else own.clone()) for _ in range(2)
-                )
+                exact, again = (self._own(model, x, cond) for _ in range(2))
             except (RuntimeError, TypeError, ValueError):
                 if dtype == self.dtype:
                     raise
@@ -397,7 +407,7 @@ class IncrementalSampler:
                 if tensor.is_floating_point():
                     signs = torch.randint(2, tensor.shape, generator=generator, dtype=torch.int8, device="cpu")
                     tensor.mul_(1 + unit * (2 * signs.to(tensor.device, dtype) - 1))
-            return exact, again, self._outputs(model, x.to(dtype), own)
+            return exact, again, self._own(model, x, cond)
         raise AssertionError
 
     def _completion(self, n, init, mask):
@@ -703,6 +713,15 @@ def _copied(model):
                 hook.remove(part)
                 del part._forward_pre_hooks[key]
     return copied
+
+
+def _largest(numbers):
+    return numbers.nan_to_num(0, 0, 0).abs().max()
+
+
+def _close(a, b, bound):
+    """Where numbers, or what is none, are the same within a bound."""
+    return (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= bound)
 
 
 _ONE = threading.Lock()

@@ -797,6 +797,10 @@ def test_the_insides_of_a_block_are_looked_at(inner, how):
         (lambda h: h[:, :1].fill_(1) + h, "Tensor.fill_"),
         (lambda h: setattr(h, "data", h * 2) or h, "sets Tensor.data"),
         (lambda h: h[:, :4].contiguous().mul_(2).tanh() + h[:, 4:], "Tensor.mul_ in place on what Tensor.contiguous"),
+        (
+            lambda h: (s := F.pad(h, (1, 0))[..., :-1]).add_(1).contiguous().mul_(2) + s,
+            "Tensor.mul_ in place on what Tensor.contiguous",
+        ),
         (lambda h: h.__setitem__((slice(None), slice(0, 1)), 0.0) or h, "set to a constant"),
         (lambda h: F.pad(h, (1, 0)).relu_()[..., :-1], "pad without the slice"),
     ],
