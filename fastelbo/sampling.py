@@ -39,8 +39,8 @@ class IncrementalSampler:
     show.
 
     What a network does in Python that these steps do not show (its own autocast, a global hook, state that a forward
-    changes) makes other images than its own. So the first draw, and the first reset, take two random images through the
-    steps, and through the network itself in float64: logits that differ by more than rounding are an error.
+    changes) makes other images than its own. So the first draw, or the first reset, takes two random images through the
+    steps and through the network itself: logits that differ by more than rounding are an error.
 
     The caches take n times
 
@@ -63,8 +63,8 @@ class IncrementalSampler:
             networks without a vertical stack.
         backend: "reference" (plain torch, any device), or in float32 "cpu" (C++) or "cuda" (CUDA C++, a launch for each
             row of pixels); the fastest that can run the model where None.
-        check: whether the first draw compares the steps with the network's own forward, which takes about as long as
-            two images, and the weights twice more in float64.
+        check: whether the first draw compares the steps with the network's own forward, which takes the steps of two
+            images and two forwards; more where rounding is in doubt.
 
     Attributes:
         steps: how many draws an image takes: pixels, or fronts of pixels, times the groups of colours.
