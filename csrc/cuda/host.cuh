@@ -71,7 +71,7 @@ device::Draw<Access> draw(const std::optional<Tensor>& seed, const View& noise, 
                           double temperature, const View& sample, const Plan& plan) {
   return {seed ? static_cast<const int64_t*>(seed->data_ptr()) : nullptr, operand<Access>(noise, plan),
           uint32_t(num_samples.value_or(1)), typename Access::Value(temperature),
-          sample.format == Format::bf16 || sample.format == Format::f16};
+          sample.format == Format::bf16 || sample.format == Format::f16, noise.given};
 }
 
 template <bool clamped, class F>

@@ -40,12 +40,13 @@ struct Draw {
   uint32_t samples;     // K, at least 1
   V temperature;
   bool approximate;     // the sample is stored in half precision; forward and backward agree on it
+  bool is_given;        // one instruction less than to look at the pointer
 
   FASTELBO_INLINE PhiloxKeys<uint32_t> keys() const { return PhiloxKeys<uint32_t>(seed ? uint64_t(*seed) : 0); }
 
   FASTELBO_INLINE void read(const PhiloxKeys<uint32_t>& keys, const Layout& layout, const typename Access::Place& place,
                             int64_t sample, V (&noise)[Access::width]) const {
-    if (given.data) return Access::load(given, layout, place, noise, sample);
+    if (is_given) return Access::load(given, layout, place, noise, sample);
     FASTELBO_UNROLL
     for (int i = 0; i < Access::width; i += 4) {
       float drawn[4];

@@ -395,9 +395,10 @@ FASTELBO_INLINE double sum_inside(const typename Access::Place& place, V (&x)[Ac
   FASTELBO_UNROLL
   for (int i = 0; i < Access::width; ++i)
     if (!place.inside(i)) x[i] = 0;
-  double total = 0;
+  auto four = [&](int i) { return double((x[i] + x[i + 2]) + (x[i + 1] + x[i + 3])); };
+  double total = four(0);
   FASTELBO_UNROLL
-  for (int i = 0; i < Access::width; i += 4) total += double((x[i] + x[i + 2]) + (x[i + 1] + x[i + 3]));
+  for (int i = 4; i < Access::width; i += 4) total += four(i);
   return total;
 }
 
