@@ -1,5 +1,7 @@
-"""The seed of a draw: an int64 tensor of one element, on the device of the sample."""
+"""The seed of a draw: an int64 tensor of one element, on the device of the sample, or on the CPU for kernels that take
+its value."""
 
+import threading
 from typing import Any
 
 import torch
@@ -8,11 +10,57 @@ from fastelbo import _library
 
 _LOW, _HIGH = -(2**63), 2**63 - 1
 
+_RESERVING = threading.Lock()
+_64_BITS = 2**64 - 1
 
-def _draw(device: torch.device, generator=None) -> torch.Tensor:
+
+def _mixed(x: int) -> int:
+    """Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators": a bijection of 64 bits."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & _64_BITS
+    return x ^ x >> 31
+
+
+def _reserve(generator) -> int:
+    """A seed from the state of a GPU's generator, which lies on the host, as torch's own ops reserve their numbers
+    there: no kernel runs."""
+    with _RESERVING:
+        offset = generator.get_offset()
+        generator.set_offset(offset + 4)
+    return _mixed((_mixed(generator.initial_seed()) + (offset // 4 + 1) * 0x9E3779B97F4A7C15) & _64_BITS)
+
+
+def by_value(device: torch.device) -> bool:
+    """Whether a seed may be drawn on the host, and lie there for kernels that take its value.
+
+    Not on a CPU, which has no such state, nor where a call is recorded, as by a CUDA graph, to be run again: there
+    every run draws anew. torch.func decides itself what a draw means.
+    """
+    return (
+        device.type == "cuda"
+        and not torch.compiler.is_compiling()
+        and not _library.transformed()
+        and not torch.cuda.is_current_stream_capturing()
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
+    )
+
+
+def _draw(device: torch.device, generator=None, on_cpu=False) -> torch.Tensor:
+    if on_cpu or by_value(device):
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if generator is None:
+            generator = torch.cuda.default_generators[index]
+        elif generator.device.index != index:
+            raise ValueError(f"generator must be on the device of mean, {device}; got {generator.device}")
+        return _filled(_reserve(generator), torch.device("cpu") if on_cpu else device)
     if generator is None:
         return torch.randint(_LOW, _HIGH, (1,), dtype=torch.int64, device=device)
     return torch.randint(_LOW, _HIGH, (1,), dtype=torch.int64, device=device, generator=generator)
+
+
+def _filled(seed: Any, device: torch.device) -> torch.Tensor:
+    signed = seed - 2**64 if seed > _HIGH else seed
+    return torch.full((1,), signed, dtype=torch.int64, device=device)
 
 
 # What a traced function calls. Tagged, so that torch.compile does not repeat a draw in the backward. The argument is an
@@ -26,8 +74,18 @@ _DRAW = _library.define_helper(
 _library.implement("draw_seed", lambda fresh: _draw(fresh.device))
 
 
-def as_seed(seed: Any, generator: Any, device: torch.device) -> torch.Tensor:
+def at(seed: "torch.Tensor | None", device: torch.device) -> "torch.Tensor | None":
+    """A seed on a device."""
+    return None if seed is None else seed.to(device)
+
+
+def as_seed(seed: Any, generator: Any, device: torch.device, on_cpu: bool = False) -> torch.Tensor:
     """The seed as a tensor; drawn from the generator, or torch's default one, where there is none.
+
+    Args:
+        seed, generator: the caller's.
+        device: of the sample.
+        on_cpu: by_value(device), where the seed may lie on the CPU unless it comes as a tensor.
 
     Raises:
         ValueError: for a tensor of more than one element or on another device, an int outside 64 bits, or a generator
@@ -38,12 +96,12 @@ def as_seed(seed: Any, generator: Any, device: torch.device) -> torch.Tensor:
         if generator is None:
             if torch.compiler.is_compiling() and not _library.transformed():
                 return _DRAW(torch.empty((), device=device))
-            return _draw(device)
+            return _draw(device, None, on_cpu)
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}")
         if generator.device.type != device.type:
             raise ValueError(f"generator must be on the device of mean, {device}; got {generator.device}")
-        return _draw(device, generator)
+        return _draw(device, generator, on_cpu)
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int or an int64 tensor; got {seed.dtype}")
@@ -56,5 +114,4 @@ def as_seed(seed: Any, generator: Any, device: torch.device) -> torch.Tensor:
         raise TypeError(f"seed must be an int or an int64 tensor; got {type(seed).__name__}")
     if not _LOW <= seed < 2**64:
         raise ValueError(f"seed must fit in 64 bits; got {seed}")
-    signed: Any = seed - 2**64 if seed > _HIGH else seed  # torch.full says nothing of SymInt
-    return torch.full((1,), signed, dtype=torch.int64, device=device)
+    return _filled(seed, torch.device("cpu") if on_cpu else device)

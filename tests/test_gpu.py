@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastelbo
@@ -480,6 +481,43 @@ def test_checkpoint(op, backend):
     z = checkpoint(lambda std: op(zeros, std, *prior, scale="std", backend=backend)[0], std, use_reentrant=False)
     torch.rand(3, device=DEVICE)  # the recomputation must restore the generator
     assert torch.equal(torch.autograd.grad(z.sum(), std)[0], z)
+
+
+class OnTheGPU(TorchDispatchMode):
+    """The names of all ops whose results lie there."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor)]
+        if function is not torch.ops.aten.detach.default and any(x.is_cuda for x in tensors):
+            self.names.append(str(function))
+        return out
+
+
+@every_drawing_op
+@pytest.mark.parametrize("seed", [None, 7], ids=["drawn", "int"])
+def test_a_seed_launches_nothing(op, seed):
+    """CUDA C++ takes its value; second derivatives, by plain torch, want it on the GPU."""
+    inputs = op.inputs((64, 300))
+    with OnTheGPU() as ran:
+        outputs = op(*inputs, seed=seed, backend="cuda")
+    assert len(ran.names) == 1, ran.names
+    (grad,) = torch.autograd.grad(outputs[0].sum(), inputs[1], create_graph=True)
+    assert torch.autograd.grad(grad.sum(), inputs[1])[0].isfinite().all()
+
+
+def test_backends_draw_the_same_seeds(installed):
+    zeros, ones = torch.zeros(1000, device=DEVICE), torch.ones(1000, device=DEVICE)
+    drawn = []
+    for backend in ("reference", *installed):
+        torch.manual_seed(5)
+        drawn.append([fastelbo.gaussian_rsample(zeros, ones, scale="std", backend=backend) for _ in range(2)])
+    for first, second in drawn[1:]:
+        torch.testing.assert_close([first, second], drawn[0], rtol=1e-5, atol=1e-5)
 
 
 # Memory

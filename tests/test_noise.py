@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 import fastelbo
+from fastelbo import _seed
 from fastelbo.reference.noise import philox4x32
 from fastelbo.testing import assert_within_budget, gaussian
 
@@ -412,6 +413,47 @@ def test_seed_from_torch_generator(backend, op):
     assert torch.equal(call(generator=generator), second)
     call(seed=5)
     assert torch.equal(rng_state(), state)
+
+
+class StateOnTheHost:
+    """What a GPU's generator keeps on the host: a seed and an offset."""
+
+    def __init__(self, seed, offset=0, device="cuda:0"):
+        self.seed, self.offset, self.device = seed, offset, torch.device(device)
+
+    def initial_seed(self):
+        return self.seed
+
+    def get_offset(self):
+        return self.offset
+
+    def set_offset(self, offset):
+        self.offset = offset
+
+
+def test_seeds_reserved_on_the_host():
+    """Decided by seed and offset, which advances by a block as for torch's own ops; even bits, and no seed twice."""
+    assert _seed._reserve(StateOnTheHost(7, 8)) == _seed._reserve(StateOnTheHost(7, 8))
+    generators = [StateOnTheHost(seed) for seed in (0, 1, 2**64 - 1, 67280421310721)]
+    seeds = numpy.array([_seed._reserve(g) for g in generators for _ in range(5000)], dtype=numpy.uint64)
+    assert all(generator.offset == 4 * 5000 for generator in generators)
+    assert len(set(seeds.tolist())) == len(seeds)
+    bits = numpy.unpackbits(seeds.view(numpy.uint8).reshape(-1, 8), axis=1).astype(float) - 0.5
+    deviation = 0.5 * len(seeds) ** 0.5
+    assert abs(bits.sum(0)).max() < 5 * deviation
+    assert abs((2 * bits[1:] * bits[:-1]).sum(0)).max() < 5 * deviation  # nor of one draw and the next
+
+
+def test_seeds_of_gpus_lie_on_the_host(monkeypatch):
+    default = StateOnTheHost(3)
+    monkeypatch.setattr(torch.cuda, "default_generators", [default])
+    device = torch.device("cuda:0")
+    drawn = _seed.as_seed(None, None, device, on_cpu=True)
+    assert (drawn.device.type, drawn.dtype, drawn.shape, default.offset) == ("cpu", torch.int64, (1,), 4)
+    assert drawn.item() % 2**64 == _seed._reserve(StateOnTheHost(3))
+    assert _seed.as_seed(2**64 - 1, None, device, on_cpu=True).tolist() == [-1]
+    with pytest.raises(ValueError, match="generator must be on the device of mean, cuda:0; got cuda:1"):
+        _seed._draw(device, StateOnTheHost(3, device="cuda:1"), on_cpu=True)
 
 
 # Statistics over 10^8 draws

@@ -69,9 +69,15 @@ typename Access::Operand operand(const View& view, const Plan& plan) {
 template <class Access>
 device::Draw<Access> draw(const std::optional<Tensor>& seed, const View& noise, std::optional<int64_t> num_samples,
                           double temperature, const View& sample, const Plan& plan) {
-  return {seed ? static_cast<const int64_t*>(seed->data_ptr()) : nullptr, operand<Access>(noise, plan),
-          uint32_t(num_samples.value_or(1)), typename Access::Value(temperature),
-          sample.format == Format::bf16 || sample.format == Format::f16, noise.given};
+  auto value = seed ? static_cast<const int64_t*>(seed->data_ptr()) : nullptr;
+  bool on_host = seed && seed->is_cpu();
+  return {on_host ? nullptr : value,
+          on_host ? uint64_t(*value) : 0,
+          operand<Access>(noise, plan),
+          uint32_t(num_samples.value_or(1)),
+          typename Access::Value(temperature),
+          sample.format == Format::bf16 || sample.format == Format::f16,
+          noise.given};
 }
 
 template <bool clamped, class F>

@@ -35,14 +35,17 @@ template <class Access>
 struct Draw {
   using V = typename Access::Value;
 
-  const int64_t* seed;  // [1], on the device: read there, so that nothing waits for it
+  const int64_t* seed;  // [1], on the device: read there, so that nothing waits for it; null where the host knows
+  uint64_t seed_value;  // it
   typename Access::Operand given;  // [K, rows, columns]
   uint32_t samples;     // K, at least 1
   V temperature;
   bool approximate;     // the sample is stored in half precision; forward and backward agree on it
   bool is_given;        // one instruction less than to look at the pointer
 
-  FASTELBO_INLINE PhiloxKeys<uint32_t> keys() const { return PhiloxKeys<uint32_t>(seed ? uint64_t(*seed) : 0); }
+  FASTELBO_INLINE PhiloxKeys<uint32_t> keys() const {
+    return PhiloxKeys<uint32_t>(seed ? uint64_t(*seed) : seed_value);
+  }
 
   FASTELBO_INLINE void read(const PhiloxKeys<uint32_t>& keys, const Layout& layout, const typename Access::Place& place,
                             int64_t sample, V (&noise)[Access::width]) const {

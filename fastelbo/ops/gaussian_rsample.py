@@ -69,7 +69,8 @@ def gaussian_rsample(
     out_dtype = out_dtype or dtype
     backend = backends.choose(device, backend, backends.only_reference(noise))
     if noise is None:
-        seed = _seed.as_seed(seed, generator, device)
+        on_cpu = backend == "cuda" and _seed.by_value(device) and not distributed.sharded(mean, s)
+        seed = _seed.as_seed(seed, generator, device, on_cpu)
     s, scale = clamp_before_broadcast(s, shape, scale, dtype)
     options: tuple[Any, ...] = num_samples, temperature, scale, out_dtype, backend
     if distributed.sharded(mean, s, noise):
@@ -142,7 +143,7 @@ class _GaussianRsample(torch.autograd.Function):
                         num_samples=num_samples,
                         temperature=temperature,
                         noise=noise,
-                        seed=seed,
+                        seed=_seed.at(seed, s.device),
                         noise_offset=noise_offset,
                         out_dtype=d_z.dtype,
                     )

@@ -87,7 +87,10 @@ def gaussian_rsample_kl(
         _checks.kl_objective(free_bits, free_bits_per, balance, mask, shape, event_ndim, device, mean_p)
     backend = backends.choose(device, backend, backends.only_reference(noise))
     if noise is None:
-        seed = _seed.as_seed(seed, generator, device)
+        on_cpu = (
+            backend == "cuda" and _seed.by_value(device) and not distributed.sharded(mean_q, s_q, mean_p, s_p, mask)
+        )
+        seed = _seed.as_seed(seed, generator, device, on_cpu)
     s_q, scale = clamp_before_broadcast(s_q, shape, scale, dtype)
     if s_p is not None and scale_p is not None:
         s_p, scale_p = clamp_before_broadcast(s_p, shape, scale_p, dtype)
@@ -161,7 +164,7 @@ class _GaussianRsampleKL(torch.autograd.Function):
                     num_samples=num_samples,
                     temperature=temperature,
                     noise=noise,
-                    seed=seed,
+                    seed=_seed.at(seed, inputs[0].device),
                     noise_offset=noise_offset,
                     out_dtype=ctx.out_dtype,
                     event_ndim=ctx.event_ndim,
