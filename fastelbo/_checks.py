@@ -3,6 +3,7 @@ metadata, but for `values`, which drop-ins use whose originals look at values.""
 
 import functools
 import math
+import sys
 from typing import Any
 
 import torch
@@ -14,10 +15,14 @@ _MAX_DIMS = 15
 _OPTIONAL = ("mean_p", "s_p")
 
 
-def operands(**named: Any) -> "tuple[tuple[torch.Tensor, ...], torch.Size, torch.dtype]":
+def operands(
+    event_ndim: Any = 0, event_name: str = "event_ndim", /, **named: Any
+) -> "tuple[tuple[torch.Tensor, ...], torch.Size, torch.dtype]":
     """Checks the tensors of an op, and makes tensors of its numbers.
 
     Args:
+        event_ndim: as the op got it: where None, no operand's batch may broadcast into another's event.
+        event_name: what an error calls that.
         named: tensors or Python numbers, and None for a prior that is not given, in the order in which errors should
             name them.
 
@@ -26,22 +31,26 @@ def operands(**named: Any) -> "tuple[tuple[torch.Tensor, ...], torch.Size, torch
     """
     values = tuple(named.values())
     first = values[0]
-    if isinstance(first, torch.Tensor):
+    if isinstance(first, torch.Tensor) and not first.is_nested:
         shape, dtype, device = first.shape, first.dtype, first.device
         for name, value in named.items():  # the common case: nothing to convert, nothing to broadcast
-            if not (value is None and name in _OPTIONAL) and not (
+            if value is first or (value is None and name in _OPTIONAL):
+                continue
+            if not (
                 isinstance(value, torch.Tensor)
-                and value.shape == shape
+                and value.layout is torch.strided
                 and value.dtype == dtype
                 and value.device == device
+                and not value.is_nested
+                and value.shape == shape
             ):
-                return _mixed_operands(named)
-        if dtype in _DTYPES and len(shape) <= _MAX_DIMS:
+                return _mixed_operands(named, event_ndim, event_name)
+        if dtype in _DTYPES and len(shape) <= _MAX_DIMS and first.layout is torch.strided:
             return values, shape, dtype
-    return _mixed_operands(named)
+    return _mixed_operands(named, event_ndim, event_name)
 
 
-def _mixed_operands(named):
+def _mixed_operands(named, event_ndim, event_name):
     anchor_name = next((name for name, value in named.items() if isinstance(value, torch.Tensor)), None)
     if anchor_name is None:
         raise TypeError(f"{' or '.join(named)} must be a tensor; got only numbers")
@@ -54,6 +63,7 @@ def _mixed_operands(named):
             raise TypeError(f"{name} must be a tensor or a number; got {type(value).__name__}")
         if value.dtype not in _DTYPES:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16; got {value.dtype}")
+        dense(name, value)
         if value.device != device:
             raise ValueError(f"{name} must be on the device of {anchor_name}, {device}; got {value.device}")
         if value.dim() == 0:
@@ -72,16 +82,43 @@ def _mixed_operands(named):
             key=lambda item: item[1].dim(),
         )
         raise ValueError(f"{name} must have at most {_MAX_DIMS} dimensions; got {value.dim()}")
+    if event_ndim is None:
+        _default_event(named, len(shape), event_name)
     dtype = promoted(*named.values())
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     made = []
-    for value in named.values():
+    for name, value in named.items():
         if isinstance(value, (int, float)):
+            if isinstance(value, int) and abs(value) > sys.float_info.max:
+                raise ValueError(f"{name} must be a number that a float holds; got one of {value.bit_length()} bits")
             value = torch.full((), float(value), dtype=arithmetic, device=device)
         elif value is not None and value.dtype == torch.float64 and arithmetic == torch.float32:
             value = value.to(arithmetic)  # it is 0-d: else the arithmetic would be float64
         made.append(value)
     return tuple(made), shape, dtype
+
+
+def dense(name, tensor):
+    """No kernel reads sparse or nested tensors."""
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor; got a {kind} one")
+
+
+def _default_event(named, rank, event_name):
+    """The default event is all but the first dimension of the broadcast shape. An operand of fewer dimensions has its
+    first, its own batch, in there; where no operand of all dimensions has that size too, broadcasting made the event,
+    and the sum would be over the batch."""
+    tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor) and value.dim() > 0}
+    full = {name: value.shape for name, value in tensors.items() if value.dim() == rank}
+    for name, value in tensors.items():
+        place = rank - value.dim()
+        if place > 0 and value.shape[0] != 1 and all(shape[place] == 1 for shape in full.values()):
+            other, shape = next(iter(full.items()))
+            raise ValueError(
+                f"{name} must not have its first dimension broadcast into an event of {other}, of shape "
+                f"{tuple(shape)}, unless {event_name} is given; got {tuple(value.shape)}"
+            )
 
 
 def promoted(*values):
@@ -147,6 +184,7 @@ def mask(name, value, shape, device):
     if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
         kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
         raise TypeError(f"{name} must be a tensor of bool; got {kind}")
+    dense(name, value)
     if value.device != device:
         raise ValueError(f"{name} must be on the device of the other tensors, {device}; got {value.device}")
     if broadcast(value.shape, shape) != shape:
@@ -162,6 +200,8 @@ def scalar(name, value, device, at_least=-math.inf):
             raise ValueError(f"{name} must be a number or 0-d; got shape {tuple(value.shape)}")
         if value.device != device:
             raise ValueError(f"{name} must be on the device of the other tensors, {device}; got {value.device}")
+        if at_least > -math.inf:
+            values(value.detach() >= at_least, f"{name} must be at least {at_least}; got a tensor that is not")
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a 0-d tensor; got {type(value).__name__}")
@@ -201,9 +241,15 @@ def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperatu
             raise ValueError(f"num_samples must be at least 1; got {num_samples}")
         if num_samples >= 2**32:
             raise ValueError(f"num_samples must be below 2**32, the samples of a seed; got {num_samples}")
+        if len(shape) == _MAX_DIMS:
+            raise ValueError(
+                f"num_samples must be None for {_MAX_DIMS} dimensions, which is the most; got {num_samples}"
+            )
         shape = torch.Size((num_samples, *shape))
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature must be a number; got {type(temperature).__name__}")
+    if not abs(temperature) <= sys.float_info.max:
+        raise ValueError(f"temperature must be finite; got {temperature}")
     if isinstance(noise_offset, bool) or not isinstance(noise_offset, (int, torch.SymInt)):
         raise TypeError(f"noise_offset must be an int; got {type(noise_offset).__name__}")
     if noise_offset < 0:
@@ -219,6 +265,7 @@ def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperatu
     if not isinstance(noise, torch.Tensor) or noise.dtype not in _DTYPES:
         kind = noise.dtype if isinstance(noise, torch.Tensor) else type(noise).__name__
         raise TypeError(f"noise must be a tensor of float32, float64, bfloat16 or float16; got {kind}")
+    dense("noise", noise)
     if noise.device != device:
         raise ValueError(f"noise must be on the device of mean, {device}; got {noise.device}")
     if broadcast(noise.shape, shape) != shape:

@@ -78,6 +78,12 @@ def empty(shape, dtype, like):
     return like.new_empty(shape, dtype=dtype)
 
 
+def empty_gradient(shape, like, *inputs):
+    """A fake gradient of `like`: in the precision of the arithmetic where it has yet to be summed (allocate_gradient)."""
+    same = like.numel() == math.prod(shape)
+    return empty(shape, like.dtype if same else arithmetic(*inputs), like)
+
+
 def empty_sample(mean, shape, num_samples, dtype):
     """A fake sample."""
     if num_samples is None:
@@ -135,9 +141,17 @@ def input_gradients(grads, inputs, wanted):
 
 def sum_to(grad, tensor):
     """A gradient of the broadcast shape as the gradient of `tensor`."""
-    if grad.shape != tensor.shape:
-        grad = grad.sum_to_size(tensor.shape)
-    return grad if grad.dtype == tensor.dtype else grad.to(tensor.dtype)
+    return summed(grad, tensor.shape, tensor.dtype)
+
+
+def summed(grad, shape, dtype):
+    """A gradient summed to what has broadcast, samples in front included: rounded once, after the sum."""
+    if grad.shape != shape:
+        ahead = grad.dim() - len(shape)
+        dims = [*range(ahead), *(d for d in range(ahead, grad.dim()) if shape[d - ahead] != grad.shape[d])]
+        wide = torch.float64 if torch.float64 in (grad.dtype, dtype) else torch.float32
+        grad = grad.sum(dims, keepdim=True, dtype=wide).reshape(shape)
+    return grad if grad.dtype == dtype else grad.to(dtype)
 
 
 def transformed() -> bool:

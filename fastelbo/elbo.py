@@ -99,8 +99,13 @@ def gaussian_elbo(
         >>> elbo
         tensor([-5.3447, -5.3447])
     """
-    (x, x_mean, x_s), x_shape, _ = _checks.operands(x=x, x_mean=x_mean, x_s=x_s)
+    (x, x_mean, x_s), x_shape, _ = _checks.operands(x_event_ndim, "x_event_ndim", x=x, x_mean=x_mean, x_s=x_s)
     _checks.scalar("beta", beta, x.device)
+    if x_event_ndim is None and 0 < x.dim() < len(x_shape):
+        raise ValueError(
+            f"x_event_ndim must be given where x_mean and x_s, of shape {tuple(x_shape)}, have more dimensions than x, "
+            f"of shape {tuple(x.shape)}; got None"
+        )
     x_event_ndim = _checks.event_ndim(x_event_ndim, x_shape, "x_event_ndim")
     if x_mask is not None:
         _checks.mask("x_mask", x_mask, x_shape, x.device)
@@ -332,7 +337,7 @@ def gaussian_rsample_log_prob(
         torch.Size([2])
     """
     scale = as_scale(scale)
-    (mean, s), shape, _ = _checks.operands(mean=mean, s=s)
+    (mean, s), shape, _ = _checks.operands(event_ndim, mean=mean, s=s)
     event_ndim = _checks.event_ndim(event_ndim, shape)
     draw: dict[str, Any] = {"num_samples": num_samples, "noise_offset": noise_offset, "backend": backend}
     if noise is None:
@@ -394,7 +399,7 @@ def gaussian_one_sample_kl(
         (torch.Size([5, 2]), tensor(True))
     """
     _checks.prior(mean_p, s_p, scale_p)
-    (mean_q, s_q, mean_p, s_p), shape, _ = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)
+    (mean_q, s_q, mean_p, s_p), shape, _ = _checks.operands(event_ndim, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)
     event_ndim = _checks.event_ndim(event_ndim, shape)
     z, log_q = gaussian_rsample_log_prob(
         mean_q.expand(shape),

@@ -8,6 +8,8 @@ import torch
 KINDS = ("logvar", "log_std", "std", "var", "softplus")
 CLAMP_GRADS = ("zero", "straight_through", "inward")
 
+_TINY, _HUGE = 2.0**-126, 2.0**126
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -64,22 +66,21 @@ class Scale:
         if self.clamp is not None:
             try:
                 lo, hi = (float(limit) for limit in self.clamp)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise TypeError(f"clamp must be a pair of numbers (lo, hi); got {self.clamp!r}") from None
             if not lo < hi:
                 raise ValueError(f"clamp must have lo < hi; got {self.clamp!r}")
             object.__setattr__(self, "clamp", (lo, hi))
-        for name, ok, rule in (
-            ("soft_clamp", lambda x: x is None or x > 0, "positive"),
-            ("min_std", lambda x: x >= 0, "at least 0"),
-            ("var_eps", lambda x: x >= 0, "at least 0"),
-            ("beta", lambda x: x > 0, "positive"),
-        ):
+        for name, least in (("soft_clamp", _TINY), ("min_std", 0.0), ("var_eps", 0.0), ("beta", _TINY)):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            if value is None and name == "soft_clamp":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-            if not ok(value) or (value is not None and not math.isfinite(value)):
-                raise ValueError(f"{name} must be {rule} and finite; got {value!r}")
+            if not least <= value <= _HUGE:  # in float32, too, as its inverse where it has one
+                rule = "at least 0 and finite" if least == 0 else "positive and finite"
+                where = " in float32" if 0 < value < math.inf else ""
+                raise ValueError(f"{name} must be {rule}{where}; got {value!r}")
         object.__setattr__(self, "numbers", self._numbers(lo, hi))
         object.__setattr__(self, "text", " ".join(map(repr, self.numbers)))
 

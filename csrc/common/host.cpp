@@ -157,8 +157,9 @@ Tensor allocate(const Shape& shape, ScalarType dtype, const Tensor& like) {
   return allocate_strided(shape, strides, dtype, Device(like));
 }
 
-Tensor allocate_gradient(const Shape& shape, const std::optional<Tensor>& of, Device device, bool wanted) {
-  if (wanted) return allocate(shape, of->scalar_type(), *of);
+Tensor allocate_gradient(const Shape& shape, const std::optional<Tensor>& of, ScalarType arithmetic, Device device,
+                         bool wanted) {
+  if (wanted) return allocate(shape, of->numel() == shape.numel() ? of->scalar_type() : arithmetic, *of);
   return allocate(Shape{0}, ScalarType::Float, device);
 }
 

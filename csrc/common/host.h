@@ -68,8 +68,10 @@ struct Device {
 Tensor allocate(const Shape& shape, ScalarType dtype, const Tensor& like);
 Tensor allocate(const Shape& shape, ScalarType dtype, Device device);
 Tensor allocate_strided(const Shape& shape, const int64_t* strides, ScalarType dtype, Device device);
-// The gradient of `of`, before it is summed to its shape; an empty tensor where it is not wanted.
-Tensor allocate_gradient(const Shape& shape, const std::optional<Tensor>& of, Device device, bool wanted = true);
+// The gradient of `of`, before it is summed to its shape: in the precision of the arithmetic where it will be, so that
+// it is rounded once. An empty tensor where it is not wanted.
+Tensor allocate_gradient(const Shape& shape, const std::optional<Tensor>& of, ScalarType arithmetic, Device device,
+                         bool wanted = true);
 
 // float64 if any tensor is, else float32.
 ScalarType arithmetic_type(std::initializer_list<const Tensor*> tensors);

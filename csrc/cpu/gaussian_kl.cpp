@@ -149,9 +149,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(Tensor d_kl, Tensor m
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Device device(mean_q);
-  Tensor d_mean_q = allocate_gradient(shape, mean_q, device), d_s_q = allocate_gradient(shape, s_q, device);
-  Tensor d_mean_p = allocate_gradient(shape, mean_p, device, prior_grad),
-         d_s_p = allocate_gradient(shape, s_p, device, prior_grad);
+  Tensor d_mean_q = allocate_gradient(shape, mean_q, dtype, device), d_s_q = allocate_gradient(shape, s_q, dtype, device);
+  Tensor d_mean_p = allocate_gradient(shape, mean_p, dtype, device, prior_grad),
+         d_s_p = allocate_gradient(shape, s_p, dtype, device, prior_grad);
   GaussianKLArgs args{{mean_q, shape},           {s_q, shape},         {mean_p, shape},    {s_p, shape},
                       parse_scale(scale),        parse_scale(scale_p), {1, shape.numel()}, nullptr,
                       {d_kl, shape, event_ndim}, {d_mean_q, shape},    {d_s_q, shape}};

@@ -140,8 +140,8 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
   bool one_s = s.numel() == 1;
   Device device(mean);
-  Tensor d_x = allocate_gradient(shape, x, device, x_grad), d_mean = allocate_gradient(shape, mean, device);
-  Tensor d_s = one_s ? allocate(Shape(s), dtype, device) : allocate_gradient(shape, s, device);
+  Tensor d_x = allocate_gradient(shape, x, dtype, device, x_grad), d_mean = allocate_gradient(shape, mean, dtype, device);
+  Tensor d_s = one_s ? allocate(Shape(s), dtype, device) : allocate_gradient(shape, s, dtype, device);
   GaussianLogProb args{{x, shape},
                        {mean, shape},
                        {s, shape},

@@ -97,7 +97,8 @@ Tensor gaussian_rsample_bwd(Tensor d_z, Tensor s, std::optional<Tensor> seed, st
                             int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
                             std::vector<double> scale) {
   Shape shape = Shape(d_z).drop_leading(num_samples ? 1 : 0);
-  Tensor d_s = allocate(shape, s.scalar_type(), s);
+  ScalarType dtype = arithmetic_type({&d_z, &s});
+  Tensor d_s = allocate_gradient(shape, s, dtype, Device(s));
   int64_t numel = shape.numel();
   GaussianRsample args{{},
                        {s, shape},
@@ -108,7 +109,7 @@ Tensor gaussian_rsample_bwd(Tensor d_z, Tensor s, std::optional<Tensor> seed, st
                        {},
                        {d_z, shape.prepend(num_samples)},
                        {d_s, shape}};
-  FASTELBO_RUN(gaussian_rsample_bwd, arithmetic_type({&d_z, &s}), args.scale.exponential(), args, args.tiling.tiles());
+  FASTELBO_RUN(gaussian_rsample_bwd, dtype, args.scale.exponential(), args, args.tiling.tiles());
   return d_s;
 }
 

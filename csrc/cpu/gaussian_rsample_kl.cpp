@@ -196,9 +196,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Device device(mean_q);
-  Tensor d_mean_q = allocate_gradient(shape, mean_q, device), d_s_q = allocate_gradient(shape, s_q, device);
-  Tensor d_mean_p = allocate_gradient(shape, mean_p, device, prior_grad),
-         d_s_p = allocate_gradient(shape, s_p, device, prior_grad);
+  Tensor d_mean_q = allocate_gradient(shape, mean_q, dtype, device), d_s_q = allocate_gradient(shape, s_q, dtype, device);
+  Tensor d_mean_p = allocate_gradient(shape, mean_p, dtype, device, prior_grad),
+         d_s_p = allocate_gradient(shape, s_p, dtype, device, prior_grad);
   GaussianRsampleKL args{{mean_q, shape},
                          {s_q, shape},
                          {mean_p, shape},

@@ -152,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(Tensor d_kl, Tensor m
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
-  GaussianGradients grads(shape, mean_q, s_q, mean_p, s_p, prior_grad);
+  GaussianGradients grads(shape, mean_q, s_q, mean_p, s_p, dtype, prior_grad);
   View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape),
       mask_view(mask, shape);
   View d_kl_view = View::of_term(d_kl, shape, event_ndim);

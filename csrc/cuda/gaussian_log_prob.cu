@@ -131,8 +131,8 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
   Scale scale = parse_scale(scale_numbers);
   bool one_s = s.numel() == 1;
   Device device(mean);
-  Tensor d_x = allocate_gradient(shape, x, device, x_grad), d_mean = allocate_gradient(shape, mean, device);
-  Tensor d_s = one_s ? allocate(Shape(s), dtype, device) : allocate_gradient(shape, s, device);
+  Tensor d_x = allocate_gradient(shape, x, dtype, device, x_grad), d_mean = allocate_gradient(shape, mean, dtype, device);
+  Tensor d_s = one_s ? allocate(Shape(s), dtype, device) : allocate_gradient(shape, s, dtype, device);
   View x_view(x, shape), mean_view(mean, shape), s_view(s, shape), d_out_view = View::of_term(d_out, shape, event_ndim);
   View d_x_view, d_mean_view(d_mean, shape), d_s_view, mask_view(mask, shape);
   s_view.repeats = true;

@@ -103,11 +103,12 @@ Tensor gaussian_rsample_bwd(Tensor d_z, Tensor s, std::optional<Tensor> seed, st
                             std::vector<double> scale_numbers) {
   Launcher launch("gaussian_rsample_bwd", s);
   Shape shape = Shape(d_z).drop_leading(num_samples ? 1 : 0);
-  Tensor d_s = allocate(shape, s.scalar_type(), s);
+  ScalarType dtype = arithmetic_type({&d_z, &s});
+  Tensor d_s = allocate_gradient(shape, s, dtype, Device(s));
   Scale scale = parse_scale(scale_numbers);
   View s_view(s, shape), d_s_view(d_s, shape), d_z_view = View::of_samples(d_z, shape, num_samples);
   View noise_view = View::of_samples(noise, shape, num_samples);
-  Plan plan(shape, 0, arithmetic_type({&d_z, &s}), {scale}, noise ? std::nullopt : std::optional(noise_offset),
+  Plan plan(shape, 0, dtype, {scale}, noise ? std::nullopt : std::optional(noise_offset),
             num_samples, {&s_view, &d_s_view, &d_z_view, &noise_view});
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);

@@ -191,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
-  GaussianGradients grads(shape, mean_q, s_q, mean_p, s_p, prior_grad);
+  GaussianGradients grads(shape, mean_q, s_q, mean_p, s_p, dtype, prior_grad);
   View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape),
       mask_view(mask, shape);
   View d_z_view = View::of_samples(d_z, shape, num_samples), noise_view = View::of_samples(noise, shape, num_samples);

@@ -37,11 +37,11 @@ struct GaussianGradients {
   View d_mean_q_view, d_s_q_view, d_mean_p_view, d_s_p_view;
 
   GaussianGradients(const Shape& shape, const Tensor& mean_q, const Tensor& s_q, const std::optional<Tensor>& mean_p,
-                    const std::optional<Tensor>& s_p, bool prior_grad)
-      : d_mean_q(allocate_gradient(shape, mean_q, Device(mean_q))),
-        d_s_q(allocate_gradient(shape, s_q, Device(mean_q))),
-        d_mean_p(allocate_gradient(shape, mean_p, Device(mean_q), prior_grad)),
-        d_s_p(allocate_gradient(shape, s_p, Device(mean_q), prior_grad)),
+                    const std::optional<Tensor>& s_p, ScalarType arithmetic, bool prior_grad)
+      : d_mean_q(allocate_gradient(shape, mean_q, arithmetic, Device(mean_q))),
+        d_s_q(allocate_gradient(shape, s_q, arithmetic, Device(mean_q))),
+        d_mean_p(allocate_gradient(shape, mean_p, arithmetic, Device(mean_q), prior_grad)),
+        d_s_p(allocate_gradient(shape, s_p, arithmetic, Device(mean_q), prior_grad)),
         d_mean_q_view(d_mean_q, shape),
         d_s_q_view(d_s_q, shape) {
     if (!prior_grad) return;

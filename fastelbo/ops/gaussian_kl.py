@@ -83,7 +83,9 @@ def gaussian_kl(
     scale = as_scale(scale)
     _checks.prior(mean_p, s_p, scale_p)
     scale_p = prior_scale(scale, mean_p, scale_p)
-    (mean_q, s_q, mean_p, s_p), shape, dtype = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)
+    (mean_q, s_q, mean_p, s_p), shape, dtype = _checks.operands(
+        event_ndim, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p
+    )
     event_ndim = _checks.event_ndim(event_ndim, shape)
     _checks.reduction(reduction)
     if free_bits is not None or balance is not None or mask is not None or free_bits_per != "dim":
@@ -190,10 +192,11 @@ def prior_shape(mean_q, s_q, mean_p, s_p):
 
 def gradients_fake(shape, mean_q, s_q, mean_p, s_p, prior_grad):
     """The fake gradients of q and p."""
-    q = _library.empty(shape, mean_q.dtype, mean_q), _library.empty(shape, s_q.dtype, s_q)
+    inputs = mean_q, s_q, mean_p, s_p
+    grads = tuple(_library.empty_gradient(shape, of, *inputs) for of in (inputs if prior_grad else inputs[:2]))
     if prior_grad:
-        return *q, _library.empty(shape, mean_p.dtype, mean_p), _library.empty(shape, s_p.dtype, s_p)
-    return *q, mean_q.new_empty((0,), dtype=torch.float32), mean_q.new_empty((0,), dtype=torch.float32)
+        return grads
+    return *grads, mean_q.new_empty((0,), dtype=torch.float32), mean_q.new_empty((0,), dtype=torch.float32)
 
 
 def _fwd_fake(mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask):

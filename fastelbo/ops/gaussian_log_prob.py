@@ -101,7 +101,7 @@ def gaussian_nll(
     if beta_nll == 0:
         return _log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative=True)
     scale = as_scale(scale)
-    (x, mean, s), shape, _ = _checks.operands(x=x, mean=mean, s=s)
+    (x, mean, s), shape, _ = _checks.operands(event_ndim, x=x, mean=mean, s=s)
     event_ndim = _checks.event_ndim(event_ndim, shape)
     _checks.reduction(reduction)
     nll = _log_prob(x, mean, s, scale, 0, "none", mask, backend, negative=True)
@@ -113,7 +113,7 @@ def gaussian_nll(
 
 def _log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative):
     scale = as_scale(scale)
-    (x, mean, s), shape, dtype = _checks.operands(x=x, mean=mean, s=s)
+    (x, mean, s), shape, dtype = _checks.operands(event_ndim, x=x, mean=mean, s=s)
     event_ndim = _checks.event_ndim(event_ndim, shape)
     _checks.reduction(reduction)
     if mask is not None:
@@ -173,12 +173,13 @@ def _fwd_fake(x, mean, s, scale, event_ndim, negative, mask):
 
 def _bwd_fake(d_out, x, mean, s, scale, event_ndim, negative, mask, x_grad):
     shape = torch.broadcast_shapes(x.shape, mean.shape, s.shape)
-    d_x = _library.empty(shape, x.dtype, x) if x_grad else x.new_empty((0,), dtype=torch.float32)
+    inputs = x, mean, s
+    d_x = _library.empty_gradient(shape, x, *inputs) if x_grad else x.new_empty((0,), dtype=torch.float32)
     if s.numel() == 1:
-        d_s = s.new_empty(s.shape, dtype=_library.arithmetic(x, mean, s))
+        d_s = s.new_empty(s.shape, dtype=_library.arithmetic(*inputs))
     else:
-        d_s = _library.empty(shape, s.dtype, s)
-    return d_x, _library.empty(shape, mean.dtype, mean), d_s
+        d_s = _library.empty_gradient(shape, s, *inputs)
+    return d_x, _library.empty_gradient(shape, mean, *inputs), d_s
 
 
 _FWD = _library.define(

@@ -127,10 +127,7 @@ class _GaussianRsample(torch.autograd.Function):
         noise_offset, num_samples, temperature = ctx.draw
         d_mean = d_s = None
         if ctx.needs_input_grad[0]:
-            d_mean = d_z if num_samples is None else d_z.sum(0)
-            if d_mean.shape != ctx.mean_shape:
-                d_mean = d_mean.sum_to_size(ctx.mean_shape)
-            d_mean = d_mean.to(ctx.mean_dtype)
+            d_mean = _library.summed(d_z, ctx.mean_shape, ctx.mean_dtype)
         if ctx.needs_input_grad[1]:
             if _library.differentiable_backward():
                 shape = d_z.shape if num_samples is None else d_z.shape[1:]
@@ -161,7 +158,7 @@ def _fwd_fake(mean, s, seed, noise, noise_offset, num_samples, temperature, scal
 
 def _bwd_fake(d_z, s, seed, noise, noise_offset, num_samples, temperature, scale):
     shape = d_z.shape if num_samples is None else d_z.shape[1:]
-    return _library.empty(shape, s.dtype, s)
+    return _library.empty_gradient(shape, s, d_z, s)
 
 
 _FWD = _library.define(

@@ -75,7 +75,9 @@ def gaussian_rsample_kl(
     scale = as_scale(scale)
     _checks.prior(mean_p, s_p, scale_p)
     scale_p = prior_scale(scale, mean_p, scale_p)
-    (mean_q, s_q, mean_p, s_p), shape, dtype = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)
+    (mean_q, s_q, mean_p, s_p), shape, dtype = _checks.operands(
+        event_ndim, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p
+    )
     device = mean_q.device
     _checks.noise_arguments(noise, seed, generator, noise_offset, num_samples, temperature, shape, device)
     _checks.out_dtype(out_dtype)
