@@ -3,6 +3,7 @@ metadata, but for `values`, which drop-ins use whose originals look at values.""
 
 import functools
 import math
+import re
 import sys
 from typing import Any
 
@@ -13,6 +14,27 @@ from fastelbo import _library
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_DIMS = 15
 _OPTIONAL = ("mean_p", "s_p")
+
+
+def calls(**names: str) -> Any:
+    """A decorator for a function whose arguments go on to an op under other names: errors name them as its caller did.
+
+    Args:
+        names: what the op calls an argument, and what the caller calls it.
+    """
+    words = re.compile(rf"(?<![\w'.])({'|'.join(names)})(?!\w)")
+
+    def decorate(function):
+        @functools.wraps(function)
+        def call(*arguments, **keywords):
+            try:
+                return function(*arguments, **keywords)
+            except (TypeError, ValueError) as error:
+                raise type(error)(words.sub(lambda word: names[word[0]], str(error))) from error
+
+        return call
+
+    return decorate
 
 
 def operands(
@@ -243,7 +265,7 @@ def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperatu
             raise ValueError(f"num_samples must be below 2**32, the samples of a seed; got {num_samples}")
         if len(shape) == _MAX_DIMS:
             raise ValueError(
-                f"num_samples must be None for {_MAX_DIMS} dimensions, which is the most; got {num_samples}"
+                f"num_samples must make no more than {_MAX_DIMS} dimensions; got {num_samples} in front of {len(shape)}"
             )
         shape = torch.Size((num_samples, *shape))
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):

@@ -79,7 +79,7 @@ def empty(shape, dtype, like):
 
 
 def empty_gradient(shape, like, *inputs):
-    """A fake gradient of `like`: in the precision of the arithmetic where it has yet to be summed (allocate_gradient)."""
+    """A fake gradient of `like`: in the arithmetic's precision where it has yet to be summed (allocate_gradient)."""
     same = like.numel() == math.prod(shape)
     return empty(shape, like.dtype if same else arithmetic(*inputs), like)
 

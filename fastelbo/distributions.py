@@ -51,7 +51,7 @@ class Normal(torch.distributions.Normal):
     def __init__(
         self, loc: "torch.Tensor | float", scale: "torch.Tensor | float", validate_args: "bool | None" = None
     ) -> None:
-        self.loc, self.scale = broadcast_all(loc, scale)
+        self.loc, self.scale = _parameters(*broadcast_all(loc, scale))
         validate = self._validate_args if validate_args is None else validate_args
         readable = _checks.readable(self.loc)
         # past torch's Normal, whose constructor is what stands above
@@ -71,6 +71,7 @@ class Normal(torch.distributions.Normal):
         with torch.no_grad():
             return self.rsample(sample_shape, generator)
 
+    @_checks.calls(mean="loc", s="scale", num_samples="sample_shape")
     def rsample(self, sample_shape: "Sequence[int]" = (), generator: "torch.Generator | None" = None) -> torch.Tensor:
         """Draws of shape sample_shape + batch_shape, through which gradients reach loc and scale.
 
@@ -91,6 +92,7 @@ class Normal(torch.distributions.Normal):
         """Log-density of value, elementwise."""
         return self._log_prob(value, event_ndim=0)
 
+    @_checks.calls(x="value", mean="loc", s="scale")
     def _log_prob(self, value, event_ndim):
         if self._validate_args:
             self._validate_sample(value)
@@ -167,8 +169,19 @@ def kl_divergence(p: torch.distributions.Distribution, q: torch.distributions.Di
     return function(p, q)
 
 
+def _parameters(loc, scale):
+    """Both as they are, or in place of integers what torch's arithmetic makes of them."""
+    if loc.dtype.is_floating_point and scale.dtype.is_floating_point:
+        return loc, scale
+    dtype = torch.result_type(loc, scale)
+    if not (dtype.is_floating_point or dtype.is_complex):
+        dtype = torch.get_default_dtype()
+    return loc.to(dtype), scale.to(dtype)
+
+
+@_checks.calls(mean_q="p.loc", s_q="p.scale", mean_p="q.loc", s_p="q.scale")
 def _kl_normal(p, q, event_ndim=0):
-    return gaussian_kl(p.loc, p.scale, q.loc, q.scale, scale="std", event_ndim=event_ndim)
+    return gaussian_kl(*_parameters(p.loc, p.scale), *_parameters(q.loc, q.scale), scale="std", event_ndim=event_ndim)
 
 
 def _kl_independent(p, q):

@@ -14,6 +14,9 @@ from fastelbo.reference.gaussian_kl import event_sum
 from fastelbo.reference.scale import arithmetic, log_std_and_std
 from fastelbo.scale import Scale, as_scale
 
+_x_term = _checks.calls(mean="x_mean", s="x_s", scale="x_scale")(gaussian_nll)
+_z_term = _checks.calls(scale="z_scale", scale_p="z_scale_p", event_ndim="z_event_ndim", mask="z_mask")(gaussian_kl)
+
 ESTIMATORS = ("iwae", "stl", "dreg")
 
 
@@ -110,8 +113,8 @@ def gaussian_elbo(
     if x_mask is not None:
         _checks.mask("x_mask", x_mask, x_shape, x.device)
     options: dict[str, Any] = {"event_ndim": x_event_ndim, "mask": x_mask, "backend": backend}
-    nll = gaussian_nll(x, x_mean, x_s, scale=x_scale, **options)
-    kl = gaussian_kl(
+    nll = _x_term(x, x_mean, x_s, scale=x_scale, **options)
+    kl = _z_term(
         mean_q,
         s_q,
         mean_p,

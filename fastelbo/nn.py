@@ -1,6 +1,5 @@
 """Modules: parameters around the ops, and no mathematics."""
 
-import math
 import warnings
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import nn
 
 from fastelbo import _checks, _library, backends, distributed
 from fastelbo.ops import masked_conv2d as op
-from fastelbo.ops.gaussian_log_prob import gaussian_nll
+from fastelbo.ops.gaussian_log_prob import log_prob
 from fastelbo.reference.masked_conv2d import activate
 from fastelbo.scale import Scale
 
@@ -612,6 +611,7 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
         tensor(0.5000)
     """
 
+    @_checks.calls(x="target", mean="input", s="var")
     def forward(self, input: torch.Tensor, target: torch.Tensor, var: "torch.Tensor | float") -> torch.Tensor:
         """The loss.
 
@@ -635,12 +635,9 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
         if target.shape != input.shape:
             input, target = torch.broadcast_tensors(input, target)
         summed = 0 if self.reduction == "none" else input.dim()
-        loss = gaussian_nll(target, input, var, scale=Scale.gaussian_nll_loss(self.eps), event_ndim=summed)
-        if self.reduction == "mean":
-            loss = loss / input.numel()
-        if self.full:
-            return loss
-        return loss - 0.5 * math.log(2 * math.pi) * (input.numel() if self.reduction == "sum" else 1)
+        scale = Scale.gaussian_nll_loss(self.eps)
+        loss = log_prob(target, input, var, scale, summed, "none", None, None, negative=True, full=self.full)
+        return loss / input.numel() if self.reduction == "mean" else loss
 
 
 def _one_is_1(shape, other):

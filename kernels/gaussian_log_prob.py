@@ -1,5 +1,7 @@
 """Log-density of a diagonal Gaussian in Triton, or its negative."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -14,8 +16,8 @@ def _fwd(
     x, mean, s, mask,  # the last: the elements that count, all where None: [rows, columns]
     out,  # [rows, columns], or [rows, splits] where summed
     rows, columns, row_sizes, column_sizes, splits,
-    SCALE: tl.constexpr, NEGATIVE: tl.constexpr, SUM: tl.constexpr, T: tl.constexpr, VECTOR: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
+    SCALE: tl.constexpr, CONSTANT: tl.constexpr, NEGATIVE: tl.constexpr, SUM: tl.constexpr, T: tl.constexpr,
+    VECTOR: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     columns = columns.to(tl.int64) * VECTOR
     row, split = tile.start(splits, R)
@@ -25,7 +27,7 @@ def _fwd(
         window = tile.window(row, rows, first, columns, 0, row_sizes, column_sizes, C, EVEN)
         p = scales.spread(tile.load(s, window, T, VECTOR), SCALE)
         r = scales.divide(tile.load(x, window, T, VECTOR) - tile.load(mean, window, T, VECTOR), p, SCALE)
-        terms = tl.fma(0.5 * r, r, p[1] + 0.9189385332046727)  # ln(2 pi) / 2
+        terms = tl.fma(0.5 * r, r, p[1] + CONSTANT)
         if not NEGATIVE:
             terms = -terms
         terms = tl.where(tile.kept(mask, window, VECTOR), terms, 0.0)
@@ -67,7 +69,7 @@ def _bwd(
         tile.store(d_s, window, d_raw, VECTOR)
 
 
-def gaussian_log_prob_fwd(out, x, mean, s, scale, event_ndim, negative, mask):
+def gaussian_log_prob_fwd(out, x, mean, s, scale, event_ndim, negative, mask, full):
     """Fills out; the arguments of the op's schema."""
     found = plan.plan(event_ndim, x, mean, s, mask, None if event_ndim else out, tile=plan.tile_size(out.dtype, scale))
     if found is None:
@@ -76,7 +78,8 @@ def gaussian_log_prob_fwd(out, x, mean, s, scale, event_ndim, negative, mask):
     terms = found.sums(out) if event_ndim > 0 else elements
     found.launch(
         _fwd, *inputs, terms,
-        SCALE=plan.numbers(scale), NEGATIVE=negative, SUM=event_ndim > 0, T=plan.TYPES[out.dtype],
+        SCALE=plan.numbers(scale), CONSTANT=0.5 * math.log(2 * math.pi) if full else 0.0, NEGATIVE=negative,
+        SUM=event_ndim > 0, T=plan.TYPES[out.dtype],
     )  # fmt: skip
     if event_ndim > 0:
         plan.add_sums(out, terms)

@@ -1,8 +1,6 @@
 // KL divergence and log-density of diagonal Gaussians, element by element, and their gradients. Derivations stand in
 // fastelbo/reference/. Templates over the value type V; see common/philox.h for how these files are included.
 
-constexpr double kHalfLogTwoPi = 0.91893853320467274178;
-
 // For the ratio exp(h) of two standard deviations, with e = exp(h) - 1: half the excess of their variances' ratio,
 // (exp(2h) - 1) / 2 = e + e^2 / 2, and what that costs in KL, e + e^2 / 2 - h >= 0. Neither overflows before its own
 // value does, and e - h comes without cancellation.
@@ -49,9 +47,9 @@ struct GaussianNLL {
   V d_logvar;
 };
 
-// -ln N(x; mean, p.std^2), delta = x - mean.
+// -ln N(x; mean, p.std^2), delta = x - mean; constant: ln(2 pi) / 2, or 0 to leave that out.
 template <class V, bool exponential>
-FASTELBO_INLINE GaussianNLL<V> gaussian_nll(V delta, const Spread<V, exponential>& p) {
+FASTELBO_INLINE GaussianNLL<V> gaussian_nll(V delta, const Spread<V, exponential>& p, V constant = V(0)) {
   V r = p.divide(delta);
-  return {fma(V(0.5f) * r, r, p.log_std + V(kHalfLogTwoPi)), p.divide(r), V(0.5f) * fma(-r, r, V(1))};
+  return {fma(V(0.5f) * r, r, p.log_std + constant), p.divide(r), V(0.5f) * fma(-r, r, V(1))};
 }

@@ -8,6 +8,7 @@ struct GaussianLogProb {
   Operand x, mean, s;
   Scale scale;
   double sign;  // of the negative log-likelihood in the result
+  double constant;  // in that
   bool one_s;   // s is a single number: what depends on it alone leaves the loop
   Tiling tiling;
   Terms* log_prob;
@@ -57,11 +58,11 @@ void gaussian_log_prob_fwd(const GaussianLogProb& args, int64_t begin, int64_t e
     const T* mean = read_tile(args.mean, start, n, mean_tile);
     const T* s = read_tile(args.s, start, n, s_tile);
     T* out = output_terms(*args.log_prob, tile, out_tile);
-    V sign(args.sign);
+    V sign(args.sign), constant(args.constant);
     with_scale(scale, args.one_s, s, n, p_at, [&](auto, auto spread_at) FASTELBO_LAMBDA {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V delta = load(x + i, part) - load(mean + i, part);
-        store(out + i, sign * gaussian_nll(delta, spread_at(i, part)).value, part);
+        store(out + i, sign * gaussian_nll(delta, spread_at(i, part), constant).value, part);
       });
     });
     kept.read(args.mask, start, n);
@@ -119,13 +120,14 @@ void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t e
 namespace fastelbo {
 
 Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double> scale, int64_t event_ndim,
-                             bool negative, std::optional<Tensor> mask) {
+                             bool negative, std::optional<Tensor> mask, bool full) {
   Shape shape = Shape(x).broadcast(mean).broadcast(s);
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
   Tiling tiling = event_tiling(shape, event_ndim);
   Terms log_prob(shape, event_ndim, dtype, mean, tiling);
-  GaussianLogProb args{{x, shape},     {mean, shape}, {s, shape}, parse_scale(scale), negative ? 1.0 : -1.0,
-                       s.numel() == 1, tiling,        &log_prob};
+  GaussianLogProb args{
+      {x, shape},     {mean, shape}, {s, shape}, parse_scale(scale), negative ? 1.0 : -1.0, full ? kHalfLogTwoPi : 0,
+      s.numel() == 1, tiling,        &log_prob};
   args.mask = {mask, shape};
   FASTELBO_RUN(gaussian_log_prob_fwd, dtype, args.scale.exponential(), args, tiling.tiles());
   return log_prob.finish(dtype, tiling);
@@ -140,13 +142,15 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
   bool one_s = s.numel() == 1;
   Device device(mean);
-  Tensor d_x = allocate_gradient(shape, x, dtype, device, x_grad), d_mean = allocate_gradient(shape, mean, dtype, device);
+  Tensor d_x = allocate_gradient(shape, x, dtype, device, x_grad),
+         d_mean = allocate_gradient(shape, mean, dtype, device);
   Tensor d_s = one_s ? allocate(Shape(s), dtype, device) : allocate_gradient(shape, s, dtype, device);
   GaussianLogProb args{{x, shape},
                        {mean, shape},
                        {s, shape},
                        parse_scale(scale),
                        negative ? 1.0 : -1.0,
+                       0,
                        one_s,
                        {1, shape.numel()},
                        nullptr,

@@ -10,7 +10,7 @@ struct GaussianLogProb {
   Layout layout;
   Work work;
   typename Access::Scale scale;
-  V sign;               // of the negative log-likelihood in the result
+  V sign, constant;     // of the negative log-likelihood in the result; in that
   Operand x, mean, s;   // [rows, columns]
   Operand log_prob;     // [rows, columns], where elementwise
   Sums<V> sums;         // where not
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
     Access::load_repeated(args.s, args.layout, place, s);
     FASTELBO_UNROLL
     for (int i = 0; i < n; ++i)
-      x[i] = args.sign * gaussian_nll(x[i] - mean[i], spread<exponential>(args.scale, s[i])).value;
+      x[i] = args.sign * gaussian_nll(x[i] - mean[i], spread<exponential>(args.scale, s[i]), args.constant).value;
     select(Access::kept(args.mask, args.layout, place), x);
     if (args.log_prob.data)
       Access::store_term(args.log_prob, args.layout, place, x);
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
 namespace fastelbo {
 
 Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double> scale_numbers, int64_t event_ndim,
-                             bool negative, std::optional<Tensor> mask) {
+                             bool negative, std::optional<Tensor> mask, bool full) {
   Launcher launch("gaussian_log_prob_fwd", mean);
   Shape shape = Shape(x).broadcast(mean).broadcast(s);
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
@@ -109,6 +109,7 @@ Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double
                                          plan.work,
                                          typename Access::Scale(scale),
                                          V(negative ? 1 : -1),
+                                         V(full ? kHalfLogTwoPi : 0),
                                          operand<Access>(x_view, plan),
                                          operand<Access>(mean_view, plan),
                                          operand<Access>(s_view, plan),
@@ -131,7 +132,8 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
   Scale scale = parse_scale(scale_numbers);
   bool one_s = s.numel() == 1;
   Device device(mean);
-  Tensor d_x = allocate_gradient(shape, x, dtype, device, x_grad), d_mean = allocate_gradient(shape, mean, dtype, device);
+  Tensor d_x = allocate_gradient(shape, x, dtype, device, x_grad),
+         d_mean = allocate_gradient(shape, mean, dtype, device);
   Tensor d_s = one_s ? allocate(Shape(s), dtype, device) : allocate_gradient(shape, s, dtype, device);
   View x_view(x, shape), mean_view(mean, shape), s_view(s, shape), d_out_view = View::of_term(d_out, shape, event_ndim);
   View d_x_view, d_mean_view(d_mean, shape), d_s_view, mask_view(mask, shape);
@@ -149,6 +151,7 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
                                          plan.work,
                                          typename Access::Scale(scale),
                                          V(negative ? 1 : -1),
+                                         {},
                                          operand<Access>(x_view, plan),
                                          operand<Access>(mean_view, plan),
                                          operand<Access>(s_view, plan),

@@ -22,12 +22,14 @@ Where the originals are wrong:
 
 import torch
 
+from fastelbo import _checks
 from fastelbo.ops.gaussian_kl import gaussian_kl
 from fastelbo.ops.gaussian_rsample_kl import gaussian_rsample_kl
 
 __all__ = ["bayesian_kl_loss", "get_kl_loss", "kl_div", "sample_weights"]
 
 
+@_checks.calls(mean_q="mu_q", s_q="sigma_q", mean_p="mu_p", s_p="sigma_p")
 def kl_div(mu_q, sigma_q, mu_p, sigma_p):
     """KL of N(mu_q, sigma_q^2) from N(mu_p, sigma_p^2), averaged over all elements: bayesian-torch's convention.
 
@@ -121,6 +123,7 @@ def bayesian_kl_loss(model, reduction="mean", last_layer_only=False):
     return total / count if reduction == "mean" else total
 
 
+@_checks.calls(mean_q="means", s_q="scales", mean_p="prior_mean", s_p="prior_std")
 def sample_weights(means, scales, prior_mean=0.0, prior_std=1.0, *, scale="softplus", seed=None, generator=None):
     """Draws all weights of a model, and returns their KL from the prior: the complexity cost of Bayes by backprop.
 

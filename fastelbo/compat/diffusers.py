@@ -30,7 +30,7 @@ import sys
 
 import torch
 
-from fastelbo import _seed
+from fastelbo import _checks, _seed
 from fastelbo.ops.gaussian_kl import gaussian_kl
 from fastelbo.ops.gaussian_log_prob import gaussian_nll
 from fastelbo.ops.gaussian_rsample import gaussian_rsample
@@ -72,6 +72,7 @@ class _Posterior:
     def _zero(self):
         return self.parameters.new_zeros(1, dtype=torch.float32)
 
+    @_checks.calls(mean_q="parameters", s_q="parameters", mean_p="other.parameters", s_p="other.parameters")
     def _kl(self, other, **options):
         if other is None:
             return gaussian_kl(self.mean, self._s, scale=self._scale, **options)
@@ -134,6 +135,7 @@ class DiagonalGaussianDistribution(_Posterior):
         """KL from another such distribution, other, or from the standard normal: [B]."""
         return self._zero() if self.deterministic else self._kl(other)
 
+    @_checks.calls(x="sample")
     def nll(self, sample, dims=None):
         """Negative log-likelihood of a sample, summed over dims, or over all but the first dimension: [B]."""
         if self.deterministic:

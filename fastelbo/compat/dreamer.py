@@ -14,11 +14,13 @@ TypeError; KLs of a posterior close to its prior lose their digits. Below the fl
 They evaluate the KL twice, once with the posterior held and once with the prior held; here it is evaluated once.
 """
 
+from fastelbo import _checks
 from fastelbo.ops.gaussian_kl import gaussian_kl
 
 __all__ = ["kl_loss_v1", "kl_loss_v2", "kl_loss_v3"]
 
 
+@_checks.calls(free_bits="free_nats")
 def kl_loss_v1(mean_q, s_q, mean_p, s_p, *, free_nats=3.0, scale="std"):
     """max(mean KL, free_nats).
 
@@ -45,6 +47,7 @@ def kl_loss_v1(mean_q, s_q, mean_p, s_p, *, free_nats=3.0, scale="std"):
     return _kl_loss(mean_q, s_q, mean_p, s_p, scale, free_nats, "batch")
 
 
+@_checks.calls(free_bits="free_nats", balance="alpha")
 def kl_loss_v2(mean_q, s_q, mean_p, s_p, *, alpha=0.8, free_nats=0.0, free_avg=True, scale="std"):
     """alpha times the KL that moves the prior, plus 1 - alpha times the KL that moves the posterior.
 
@@ -72,6 +75,7 @@ def kl_loss_v2(mean_q, s_q, mean_p, s_p, *, alpha=0.8, free_nats=0.0, free_avg=T
     return _kl_loss(mean_q, s_q, mean_p, s_p, scale, free_nats, per, balance=alpha)
 
 
+@_checks.calls(free_bits="free_nats", balance="dyn_scale / (dyn_scale + rep_scale)")
 def kl_loss_v3(mean_q, s_q, mean_p, s_p, *, dyn_scale=1.0, rep_scale=0.1, free_nats=1.0, scale="std"):
     """dyn_scale times the KL that moves the prior, plus rep_scale times the KL that moves the posterior, each at least
     free_nats in every example.

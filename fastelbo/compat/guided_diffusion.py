@@ -8,11 +8,13 @@ means of 0 times an infinite exp(-logvar2) is NaN, for logvar2 below -88.
 
 import torch
 
+from fastelbo import _checks
 from fastelbo.ops.gaussian_kl import gaussian_kl
 
 __all__ = ["normal_kl"]
 
 
+@_checks.calls(mean_q="mean1", s_q="logvar1", mean_p="mean2", s_p="logvar2")
 def normal_kl(mean1, logvar1, mean2, logvar2):
     """KL of N(mean1, exp(logvar1)) from N(mean2, exp(logvar2)), elementwise.
 

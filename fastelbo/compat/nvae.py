@@ -11,6 +11,7 @@ residual posteriors are by construction; under autocast in half precision it is 
 
 import torch
 
+from fastelbo import _checks
 from fastelbo.compat import sample_and_noise
 from fastelbo.ops.gaussian_kl import gaussian_kl
 from fastelbo.ops.gaussian_log_prob import gaussian_log_prob
@@ -57,18 +58,22 @@ class Normal:
         """The standard deviation."""
         return log_std_and_std(self._s, self._scale)[1]
 
+    @_checks.calls(mean="mu", s="log_sigma")
     def sample(self):
         """(z, eps): a draw, and the noise in it."""
         return sample_and_noise(self.mu, self._s, self._scale)
 
+    @_checks.calls(mean="mu", s="log_sigma", noise="eps")
     def sample_given_eps(self, eps):
         """The draw that has this noise, eps."""
         return gaussian_rsample(self.mu, self._s, scale=self._scale, noise=eps)
 
+    @_checks.calls(mean="mu", s="log_sigma", x="samples")
     def log_p(self, samples):
         """Log-density of samples, elementwise."""
         return gaussian_log_prob(samples, self.mu, self._s, scale=self._scale, event_ndim=0)
 
+    @_checks.calls(mean_q="mu", s_q="log_sigma", mean_p="normal_dist.mu", s_p="normal_dist.log_sigma")
     def kl(self, normal_dist):
         """KL of this from another such Normal, normal_dist, elementwise."""
         other = normal_dist

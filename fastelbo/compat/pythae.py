@@ -12,6 +12,7 @@ digits and often the wrong sign; in float16 exp(log_var) overflows from 11.1 on.
 backward either.
 """
 
+from fastelbo import _checks
 from fastelbo.compat import sample_and_noise
 from fastelbo.ops.gaussian_kl import gaussian_kl
 from fastelbo.ops.gaussian_rsample_kl import gaussian_rsample_kl
@@ -19,6 +20,7 @@ from fastelbo.ops.gaussian_rsample_kl import gaussian_rsample_kl
 __all__ = ["kl", "sample_and_kl", "sample_gauss"]
 
 
+@_checks.calls(mean="mu", s="std")
 def sample_gauss(mu, std):
     """Draws from N(mu, std^2), as pythae's _sample_gauss does.
 
@@ -42,6 +44,7 @@ def sample_gauss(mu, std):
     return sample_and_noise(mu, std, "std")
 
 
+@_checks.calls(mean_q="mu", s_q="log_var")
 def kl(mu, log_var):
     """KL of N(mu, exp(log_var)) from the standard normal, summed over the last dimension.
 
@@ -64,6 +67,7 @@ def kl(mu, log_var):
     return gaussian_kl(mu, log_var, event_ndim=1)
 
 
+@_checks.calls(mean_q="mu", s_q="log_var")
 def sample_and_kl(mu, log_var):
     """A draw from N(mu, exp(log_var)) and what kl returns, in one pass.
 

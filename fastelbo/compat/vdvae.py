@@ -7,12 +7,14 @@ standard deviations beyond 44, and it loses its digits, and its sign, near the p
 computed in half precision. Here it is right in all of these, and float32 for half inputs.
 """
 
+from fastelbo import _checks
 from fastelbo.ops.gaussian_kl import gaussian_kl
 from fastelbo.ops.gaussian_rsample import gaussian_rsample
 
 __all__ = ["draw_gaussian_diag_samples", "gaussian_analytical_kl"]
 
 
+@_checks.calls(mean_q="mu1", s_q="logsigma1", mean_p="mu2", s_p="logsigma2")
 def gaussian_analytical_kl(mu1, mu2, logsigma1, logsigma2):
     """KL of N(mu1, exp(logsigma1)^2) from N(mu2, exp(logsigma2)^2), elementwise. Mind the order of the arguments.
 
@@ -36,6 +38,7 @@ def gaussian_analytical_kl(mu1, mu2, logsigma1, logsigma2):
     return gaussian_kl(mu1, logsigma1, mu2, logsigma2, scale="log_std", event_ndim=0)
 
 
+@_checks.calls(mean="mu", s="logsigma")
 def draw_gaussian_diag_samples(mu, logsigma):
     """Draws from N(mu, exp(logsigma)^2).
 

@@ -13,12 +13,14 @@ import math
 
 import torch
 
+from fastelbo import _checks
 from fastelbo.ops.gaussian_log_prob import gaussian_nll
 from fastelbo.ops.gaussian_rsample import gaussian_rsample
 
 __all__ = ["kl_loss", "posterior_sample"]
 
 
+@_checks.calls(x="z_p", mean="m_p", s="logs_p", mask="z_mask")
 def kl_loss(z_p, logs_q, m_p, logs_p, z_mask):
     r"""One-sample KL of N(., exp(logs_q)^2), which the flow took to z_p, from N(m_p, exp(logs_p)^2); per frame.
 
@@ -51,6 +53,7 @@ def kl_loss(z_p, logs_q, m_p, logs_p, z_mask):
     return torch.where(live, terms, 0).sum() / live.sum()
 
 
+@_checks.calls(mean="m", s="logs", temperature="noise_scale")
 def posterior_sample(m, logs, x_mask, noise_scale=1.0):
     """Draws from N(m, exp(logs)^2), and 0 where the mask is 0.
 

@@ -55,7 +55,7 @@ def gaussian_log_prob(
         >>> fastelbo.gaussian_log_prob(torch.zeros(2, 3), 0.0, 0.0)
         tensor([-2.7568, -2.7568])
     """
-    return _log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative=False)
+    return log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative=False)
 
 
 def gaussian_nll(
@@ -99,19 +99,20 @@ def gaussian_nll(
     """
     _checks.fraction("beta_nll", beta_nll)
     if beta_nll == 0:
-        return _log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative=True)
+        return log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative=True)
     scale = as_scale(scale)
     (x, mean, s), shape, _ = _checks.operands(event_ndim, x=x, mean=mean, s=s)
     event_ndim = _checks.event_ndim(event_ndim, shape)
     _checks.reduction(reduction)
-    nll = _log_prob(x, mean, s, scale, 0, "none", mask, backend, negative=True)
+    nll = log_prob(x, mean, s, scale, 0, "none", mask, backend, negative=True)
     weight = (2 * beta_nll * log_std_and_std(arithmetic(s.detach())[0], scale)[0]).exp()
     if mask is not None:
         weight = torch.where(mask, weight, 0.0)
     return _library.reduce(event_sum(weight * nll, event_ndim), reduction, shape, event_ndim, mask)
 
 
-def _log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative):
+def log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative, full=True):
+    """The log-density, or its negative; without ln(2 pi) / 2, unless it is to be in full."""
     scale = as_scale(scale)
     (x, mean, s), shape, dtype = _checks.operands(event_ndim, x=x, mean=mean, s=s)
     event_ndim = _checks.event_ndim(event_ndim, shape)
@@ -121,7 +122,7 @@ def _log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative)
     backend = backends.choose(x.device, backend, backends.only_reference())
     s, scale = clamp_before_broadcast(s, shape, scale, dtype)
     kernel_ndim = _library.kernel_event_ndim(event_ndim, reduction, shape)
-    options = scale, kernel_ndim, negative, backend
+    options = scale, kernel_ndim, negative, full, backend
     if distributed.sharded(x, mean, s, mask):
         layout = distributed.Gaussian(shape, x=x, mean=mean, s=s, mask=mask)
         out = layout.terms(_terms(*layout.shards(), *options), kernel_ndim)
@@ -130,26 +131,26 @@ def _log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative)
     return _library.reduce(out, reduction, shape, event_ndim, mask)
 
 
-def _terms(x, mean, s, mask, scale, event_ndim, negative, backend):
+def _terms(x, mean, s, mask, scale, event_ndim, negative, full, backend):
     inputs = _library.distinct(x, mean, s)
     if backend == "reference":
         function = reference.gaussian_nll if negative else reference.gaussian_log_prob
-        return function(*inputs, scale=scale, event_ndim=event_ndim, mask=mask)
-    return _GaussianLogProb.apply(*inputs, mask, scale, event_ndim, negative, backend)
+        return function(*inputs, scale=scale, event_ndim=event_ndim, mask=mask, full=full)
+    return _GaussianLogProb.apply(*inputs, mask, scale, event_ndim, negative, full, backend)
 
 
 class _GaussianLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, mean, s, mask, scale, event_ndim, negative, backend):
+    def forward(ctx, x, mean, s, mask, scale, event_ndim, negative, full, backend):
         ctx.save_for_backward(x, mean, s, mask)
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.event_ndim, ctx.negative, ctx.backend = scale, event_ndim, negative, backend
-        return _FWD[backend](x, mean, s, numbers(scale), event_ndim, negative, mask)
+        return _FWD[backend](x, mean, s, numbers(scale), event_ndim, negative, mask, full)
 
     @staticmethod
     def backward(ctx, d_out):
         if d_out is None:
-            return (None,) * 8
+            return (None,) * 9
         *inputs, mask = ctx.saved_tensors
         if _library.differentiable_backward():
             function = reference.gaussian_nll if ctx.negative else reference.gaussian_log_prob
@@ -163,10 +164,10 @@ class _GaussianLogProb(torch.autograd.Function):
                 d_out, *inputs, numbers(ctx.scale), ctx.event_ndim, ctx.negative, mask, ctx.needs_input_grad[0]
             )
             grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad)
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
-def _fwd_fake(x, mean, s, scale, event_ndim, negative, mask):
+def _fwd_fake(x, mean, s, scale, event_ndim, negative, mask, full=True):
     shape = torch.broadcast_shapes(x.shape, mean.shape, s.shape)
     return _library.empty_terms(shape, event_ndim, mean, (x, mean, s))
 
@@ -184,7 +185,8 @@ def _bwd_fake(d_out, x, mean, s, scale, event_ndim, negative, mask, x_grad):
 
 _FWD = _library.define(
     "gaussian_log_prob_fwd",
-    "(Tensor x, Tensor mean, Tensor s, float[] scale, int event_ndim, bool negative, Tensor? mask) -> Tensor",
+    "(Tensor x, Tensor mean, Tensor s, float[] scale, int event_ndim, bool negative, Tensor? mask,"
+    " bool full=True) -> Tensor",
     _fwd_fake,
 )
 _BWD = _library.define(

@@ -8,19 +8,19 @@ from fastelbo.reference.gaussian_kl import event_sum, fill
 from fastelbo.reference.scale import arithmetic, log_std_and_std, standardise
 
 
-def gaussian_nll(x, mean, s, *, scale, event_ndim=None, mask=None):
-    """-ln N(x; mean, sigma(s)^2); see fastelbo.gaussian_nll."""
+def gaussian_nll(x, mean, s, *, scale, event_ndim=None, mask=None, full=True):
+    """-ln N(x; mean, sigma(s)^2), see fastelbo.gaussian_nll; without ln(2 pi) / 2, unless it is to be in full."""
     x, mean, s = arithmetic(x, mean, s)
     if mask is not None:
         x, mean, s = fill(mask, (x, mean), (s,))
     log_std, std = log_std_and_std(s, scale)
     r = standardise(x - mean, log_std, std, scale)
-    value = 0.5 * r * r + (log_std + 0.5 * math.log(2 * math.pi))
+    value = 0.5 * r * r + (log_std + 0.5 * math.log(2 * math.pi) if full else log_std)
     if mask is not None:
         value = torch.where(mask, value, 0.0)
     return event_sum(value, event_ndim)
 
 
-def gaussian_log_prob(x, mean, s, *, scale, event_ndim=None, mask=None):
+def gaussian_log_prob(x, mean, s, *, scale, event_ndim=None, mask=None, full=True):
     """ln N(x; mean, sigma(s)^2); see fastelbo.gaussian_log_prob."""
-    return -gaussian_nll(x, mean, s, scale=scale, event_ndim=event_ndim, mask=mask)
+    return -gaussian_nll(x, mean, s, scale=scale, event_ndim=event_ndim, mask=mask, full=full)
