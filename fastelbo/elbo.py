@@ -10,7 +10,7 @@ from fastelbo import _checks, _library, _seed
 from fastelbo.ops.gaussian_kl import gaussian_kl
 from fastelbo.ops.gaussian_log_prob import gaussian_log_prob, gaussian_nll
 from fastelbo.ops.gaussian_rsample import gaussian_rsample
-from fastelbo.reference.gaussian_kl import event_sum
+from fastelbo.reference.gaussian_kl import event_sum, log_ratio_and_distance
 from fastelbo.reference.scale import arithmetic, log_std_and_std
 from fastelbo.scale import Scale, as_scale
 
@@ -342,19 +342,24 @@ def gaussian_rsample_log_prob(
     scale = as_scale(scale)
     (mean, s), shape, _ = _checks.operands(event_ndim, mean=mean, s=s)
     event_ndim = _checks.event_ndim(event_ndim, shape)
+    draw = num_samples, noise, seed, generator, noise_offset, out_dtype, backend
+    z, noise = _draw_and_noise(mean, s, scale, shape, *draw)
+    log_std, _ = log_std_and_std(arithmetic(s)[0], scale)
+    log_noise = gaussian_log_prob(noise, 0.0, 1.0, scale="std", event_ndim=event_ndim, backend=backend)
+    return z, log_noise - event_sum(log_std.expand(shape), event_ndim)
+
+
+def _draw_and_noise(mean, s, scale, shape, num_samples, noise, seed, generator, noise_offset, out_dtype, backend):
+    """A draw and the noise in it, which is drawn again rather than kept for the backward."""
     draw: dict[str, Any] = {"num_samples": num_samples, "noise_offset": noise_offset, "backend": backend}
     if noise is None:
         draw["seed"] = _seed.as_seed(seed, generator, mean.device)
         z = gaussian_rsample(mean, s, scale=scale, out_dtype=out_dtype, **draw)
         zeros = mean.new_zeros((), dtype=_library.arithmetic(mean, s)).expand(shape)
-        noise = gaussian_rsample(zeros, 1.0, scale="std", **draw)  # drawn again rather than kept
-    else:
-        draw |= {"noise": noise, "seed": seed, "generator": generator}
-        z = gaussian_rsample(mean, s, scale=scale, out_dtype=out_dtype, **draw)
-        noise = noise.expand(z.shape)
-    log_std, _ = log_std_and_std(arithmetic(s)[0], scale)
-    log_noise = gaussian_log_prob(noise, 0.0, 1.0, scale="std", event_ndim=event_ndim, backend=backend)
-    return z, log_noise - event_sum(log_std.expand(shape), event_ndim)
+        return z, gaussian_rsample(zeros, 1.0, scale="std", **draw)
+    draw |= {"noise": noise, "seed": seed, "generator": generator}
+    z = gaussian_rsample(mean, s, scale=scale, out_dtype=out_dtype, **draw)
+    return z, noise.expand(z.shape)
 
 
 def gaussian_one_sample_kl(
@@ -378,8 +383,10 @@ def gaussian_one_sample_kl(
 
     .. math:: z \sim q, \qquad \ln q(z) - \ln p(z)
 
-    whose mean is KL(q || p); a single one may be negative. Of two Gaussians gaussian_rsample_kl gives the KL itself.
-    For a prior of another kind, subtract its log-density from gaussian_rsample_log_prob's.
+    whose mean is KL(q || p); a single one may be negative. It is computed from the noise in z without subtracting one
+    density from the other, so that it keeps its digits where q is close to p, and is that of the draw before z was
+    rounded. Of two Gaussians gaussian_rsample_kl gives the KL itself. For a prior of another kind, subtract its
+    log-density from gaussian_rsample_log_prob's.
 
     Args:
         mean_q, s_q, mean_p, s_p, scale, scale_p: as in gaussian_rsample_kl.
@@ -401,30 +408,20 @@ def gaussian_one_sample_kl(
         >>> kl.shape, kl.abs().max() < 1e-5
         (torch.Size([5, 2]), tensor(True))
     """
+    scale = as_scale(scale)
     _checks.prior(mean_p, s_p, scale_p)
+    scale_p = scale if scale_p is None else as_scale(scale_p, "scale_p")
     (mean_q, s_q, mean_p, s_p), shape, _ = _checks.operands(event_ndim, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)
     event_ndim = _checks.event_ndim(event_ndim, shape)
-    z, log_q = gaussian_rsample_log_prob(
-        mean_q.expand(shape),
-        s_q,
-        scale=scale,
-        num_samples=num_samples,
-        noise=noise,
-        seed=seed,
-        generator=generator,
-        noise_offset=noise_offset,
-        out_dtype=out_dtype or _checks.promoted(mean_q, s_q),
-        event_ndim=event_ndim,
-        backend=backend,
-    )
-    if mean_p is None:
-        mean_p, s_p, scale_p = 0.0, 1.0, "std"
-    options: dict[str, Any] = {
-        "scale": scale if scale_p is None else scale_p,
-        "event_ndim": event_ndim,
-        "backend": backend,
-    }
-    return z, log_q - gaussian_log_prob(z, mean_p, s_p, **options)
+    out_dtype = out_dtype or _checks.promoted(mean_q, s_q)
+    draw = num_samples, noise, seed, generator, noise_offset, out_dtype, backend
+    z, noise = _draw_and_noise(mean_q.expand(shape), s_q, scale, shape, *draw)
+    wide = arithmetic(mean_q, s_q, mean_p, s_p)
+    noise = noise.to(wide[0].dtype)
+    # (r + k noise)^2 / 2 - noise^2 / 2 - h, k = exp(h): no difference of two densities, whose digits it would not have
+    h, r = log_ratio_and_distance(*wide, scale, scale_p)
+    e = torch.expm1(h)
+    return z, event_sum(0.5 * (r + e * noise) * (r + (2 + e) * noise) - h, event_ndim)
 
 
 def optimal_sigma(
@@ -465,9 +462,13 @@ def optimal_sigma(
         tensor([[1., 3.]])
     """
     (x, mean), shape, _ = _checks.operands(x=x, mean=mean)
-    squared = torch.sub(*arithmetic(x.detach(), mean.detach())).square()
+    apart = torch.sub(*arithmetic(x.detach(), mean.detach()))
     over: dict[str, Any] = {"dim": dim, "keepdim": dim is not None}
-    if mask is None:
-        return squared.mean(**over).sqrt()
-    _checks.mask("mask", mask, shape, x.device)
-    return (torch.where(mask, squared, 0.0).sum(**over) / mask.expand(shape).sum(**over)).sqrt()
+    if mask is not None:
+        _checks.mask("mask", mask, shape, x.device)
+        apart = torch.where(mask, apart, 0.0)
+    # in float64 no square of a float32 number is out of range
+    squared = apart.double().square().mean(**over)
+    if mask is not None:
+        squared = squared / mask.expand(shape).double().mean(**over)
+    return squared.sqrt().to(apart.dtype)

@@ -1,5 +1,7 @@
 """How a network's raw output becomes a standard deviation."""
 
+import decimal
+import functools
 import math
 from dataclasses import KW_ONLY, dataclass
 
@@ -9,6 +11,39 @@ KINDS = ("logvar", "log_std", "std", "var", "softplus")
 CLAMP_GRADS = ("zero", "straight_through", "inward")
 
 _TINY, _HUGE = 2.0**-126, 2.0**126
+
+
+@functools.cache
+def _find_unit(kind, soft_clamp, min_std, var_eps, beta):
+    with decimal.localcontext(prec=80):
+        minimum, eps, beta = (decimal.Decimal(number) for number in (min_std, var_eps, beta))
+        own = (1 - eps).sqrt() - minimum if eps < 1 else decimal.Decimal(0)
+        if own <= 0:
+            return None
+        raw = {
+            "logvar": lambda: 2 * own.ln(),
+            "log_std": own.ln,
+            "std": lambda: own,
+            "var": lambda: own * own,
+            "softplus": lambda: own + (1 - (-beta * own).exp()).ln() / beta,
+        }[kind]()
+        if soft_clamp is not None:
+            ratio = raw / decimal.Decimal(soft_clamp)
+            if abs(ratio) >= 1:
+                return None
+            raw = decimal.Decimal(soft_clamp) * ((1 + ratio) / (1 - ratio)).ln() / 2
+        return float(raw), float(raw - decimal.Decimal(float(raw)))
+
+
+def _unit(kind, soft_clamp, min_std, var_eps, beta):
+    """The raw value whose sigma is 1, as a sum of two numbers: ln sigma keeps its digits near it through the distance
+    from it. None where no value has that sigma, or where the logarithm is as good."""
+    if kind != "softplus" and min_std == 0 and var_eps == 0:
+        return None
+    return _find_unit(kind, soft_clamp, min_std, var_eps, beta)
+
+
+_unit._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -81,6 +116,7 @@ class Scale:
                 rule = "at least 0 and finite" if least == 0 else "positive and finite"
                 where = " in float32" if 0 < value < math.inf else ""
                 raise ValueError(f"{name} must be {rule}{where}; got {value!r}")
+        object.__setattr__(self, "unit", _unit(self.kind, self.soft_clamp, self.min_std, self.var_eps, self.beta))
         object.__setattr__(self, "numbers", self._numbers(lo, hi))
         object.__setattr__(self, "text", " ".join(map(repr, self.numbers)))
 
@@ -88,8 +124,8 @@ class Scale:
         """The parameters as the compiled ops take them (csrc/cpu/host.cpp, parse_scale), trailing defaults left out:
         every number costs a call 50 ns."""
         numbers = [KINDS.index(self.kind), CLAMP_GRADS.index(self.clamp_grad), lo, hi]
-        numbers += [self.soft_clamp or 0.0, self.min_std, self.var_eps, self.beta]
-        defaults = [None, 0, -math.inf, math.inf, 0.0, 0.0, 0.0, 1.0]
+        numbers += [self.soft_clamp or 0.0, self.min_std, self.var_eps, self.beta, *(self.unit or (math.inf, 0.0))]
+        defaults = [None, 0, -math.inf, math.inf, 0.0, 0.0, 0.0, 1.0, math.inf, 0.0]
         while numbers[-1] == defaults[len(numbers) - 1]:
             numbers.pop()
         return [float(number) for number in numbers]

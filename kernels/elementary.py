@@ -15,6 +15,15 @@ _MAGIC: tl.constexpr = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds 
 
 
 @triton.jit
+def smallest(x):
+    """The least normal number of a type."""
+    if x.dtype == tl.float64:
+        return 2.2250738585072014e-308
+    else:
+        return 1.1754943508222875e-38
+
+
+@triton.jit
 def at_most(x, limit):
     """min(x, limit) that keeps NaN."""
     return tl.minimum(x, tl.full(x.shape, limit, x.dtype), propagate_nan=tl.PropagateNan.ALL)

@@ -17,7 +17,7 @@ def _ratio_terms(h):
 
 
 @triton.jit
-def kl_terms(mean_q, q, mean_p, p, SCALE: tl.constexpr, SCALE_P: tl.constexpr):
+def kl_terms(mean_q, s_q, q, mean_p, s_p, p, SCALE: tl.constexpr, SCALE_P: tl.constexpr):
     """KL, and its derivatives by mean_q (that by mean_p is its negative), ln sigma_q^2 and ln sigma_p^2.
 
     q and p are spreads; without SCALE_P p is the standard normal.
@@ -26,7 +26,7 @@ def kl_terms(mean_q, q, mean_p, p, SCALE: tl.constexpr, SCALE_P: tl.constexpr):
         half_expm1, gap = _ratio_terms(q[1])
         return tl.fma(0.5 * mean_q, mean_q, gap), mean_q, half_expm1, half_expm1
     else:
-        half_expm1, gap = _ratio_terms(scales.log_ratio(q, p, SCALE, SCALE_P))
+        half_expm1, gap = _ratio_terms(scales.log_ratio(s_q, q, s_p, p, SCALE, SCALE_P))
         r = scales.divide(mean_q - mean_p, p, SCALE_P)
         half_square = 0.5 * r * r
         return gap + half_square, scales.divide(r, p, SCALE_P), half_expm1, -(half_expm1 + half_square)
@@ -79,8 +79,8 @@ def _fwd(
     for step in range(STEPS):
         first = (split * STEPS + step).to(tl.int64) * C
         window = tile.window(row, rows, first, columns, 0, row_sizes, column_sizes, C, EVEN)
-        mean_q, _, q, mean_p, _, p = load_gaussians(gaussians, window, SCALE, SCALE_P, T, VECTOR)
-        terms, _, _, _ = kl_terms(mean_q, q, mean_p, p, SCALE, SCALE_P)
+        mean_q, s_q, q, mean_p, s_p, p = load_gaussians(gaussians, window, SCALE, SCALE_P, T, VECTOR)
+        terms, _, _, _ = kl_terms(mean_q, s_q, q, mean_p, s_p, p, SCALE, SCALE_P)
         terms = tl.where(tile.kept(mask, window, VECTOR), terms, 0.0)
         if SUM:
             total += tile.inside(terms, window)
@@ -105,7 +105,7 @@ def _bwd(
     mean_q, s_q, q, mean_p, s_p, p = load_gaussians(gaussians, window, SCALE, SCALE_P, T, VECTOR)
     upstream = tile.load(d_kl, window, T, VECTOR)
     to_q, to_p = shares(upstream, balance, BALANCED)
-    _, d_mean, d_logvar_q, d_logvar_p = kl_terms(mean_q, q, mean_p, p, SCALE, SCALE_P)
+    _, d_mean, d_logvar_q, d_logvar_p = kl_terms(mean_q, s_q, q, mean_p, s_p, p, SCALE, SCALE_P)
     kept = tile.kept(mask, window, VECTOR)
     d_s = scales.clamp_gradient(s_q, to_q * (d_logvar_q * q[3]), SCALE)
     tile.store(gradients[0], window, tl.where(kept, to_q * d_mean, 0.0), VECTOR)

@@ -28,13 +28,13 @@ def _fwd(
     for step in range(STEPS):
         first = (split * STEPS + step).to(tl.int64) * C
         window = tile.window(row, rows, first, columns, shift, row_sizes, column_sizes, C, EVEN, ALIGNED)
-        mean_q, _, q, mean_p, _, p = load_gaussians(gaussians, window, SCALE, SCALE_P, T, VECTOR)
+        mean_q, s_q, q, mean_p, s_p, p = load_gaussians(gaussians, window, SCALE, SCALE_P, T, VECTOR)
         kept = tile.kept(mask, window, VECTOR)
         store_samples(
             z, z_stride, kept, mean_q, heat(q[0], temperature, HEATED), (seed, noise, noise_stride, noise_offset),
             samples, window, shift, columns, T, VECTOR, ALIGNED, APPROXIMATE,
         )  # fmt: skip
-        terms, _, _, _ = kl_terms(mean_q, q, mean_p, p, SCALE, SCALE_P)
+        terms, _, _, _ = kl_terms(mean_q, s_q, q, mean_p, s_p, p, SCALE, SCALE_P)
         terms = tl.where(kept, terms, 0.0)
         if SUM:
             total += tile.inside(terms, window)
@@ -66,7 +66,7 @@ def _bwd(
     )  # fmt: skip
     upstream = tile.load(d_kl, window, T, VECTOR)
     to_q, to_p = shares(upstream, balance, BALANCED)
-    _, d_mean, d_logvar_q, d_logvar_p = kl_terms(mean_q, q, mean_p, p, SCALE, SCALE_P)
+    _, d_mean, d_logvar_q, d_logvar_p = kl_terms(mean_q, s_q, q, mean_p, s_p, p, SCALE, SCALE_P)
     kept = tile.kept(mask, window, VECTOR)
     d_s = tl.fma(heat(q[2], temperature, HEATED), noisy, to_q * (d_logvar_q * q[3]))
     tile.store(gradients[0], window, tl.where(kept, tl.fma(to_q, d_mean, sampled), 0.0), VECTOR)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fastelbo import _library
+from fastelbo.reference.scale import split
 
 # Elements of a program at most: 16 for each thread of 4 warps, which still fit its registers. An interpreted program
 # costs milliseconds, so there a few large ones must do.
@@ -102,7 +103,7 @@ def tile_size(dtype: torch.dtype, *scales) -> int:
     if dtype == torch.float64:
         return _TILE // 4
     scales = [numbers(scale) for scale in scales if scale is not None]
-    plain = all(kind <= 1 and min_std == 0 and var_eps == 0 for kind, _, _, _, _, min_std, var_eps, _ in scales)
+    plain = all(kind <= 1 and min_std == 0 and var_eps == 0 for kind, _, _, _, _, min_std, var_eps, *_ in scales)
     return _TILE if plain and len(scales) == 1 else _TILE // 2
 
 
@@ -194,8 +195,9 @@ def sample_stride(tensor, num_samples):
 
 
 def numbers(scale):
-    """A Scale's numbers, as the ops' schemas carry them, in full; None for None."""
+    """A Scale's numbers, as the ops' schemas carry them, in full; the last two, its unit, again for float32."""
     if scale is None:
         return None
-    defaults = (0.0, 0.0, -math.inf, math.inf, 0.0, 0.0, 0.0, 1.0)
-    return tuple(scale) + defaults[len(scale) :]
+    defaults = (0.0, 0.0, -math.inf, math.inf, 0.0, 0.0, 0.0, 1.0, math.inf, 0.0)
+    full = tuple(scale) + defaults[len(scale) :]
+    return full + (split(full[8:], torch.float32) if full[8] < math.inf else full[8:])

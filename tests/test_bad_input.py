@@ -8,6 +8,9 @@ import fastelbo
 M = torch.zeros(8, 32)  # mean
 S = torch.zeros(8, 32)
 
+NESTED = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+JAGGED = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged)
+
 CASES = [
     # shapes
     ("rsample", (M, torch.zeros(8, 16)), {}, ValueError, "s must broadcast with mean of shape (8, 32); got (8, 16)"),
@@ -76,6 +79,24 @@ CASES = [
     ("log_prob", (M, M, S), {"mask": None, "reduction": "all"}, ValueError, "reduction must be none, sum or mean"),
     ("nll", (M, M, S), {"beta_nll": 1.5}, ValueError, "beta_nll must be between 0 and 1; got 1.5"),
     ("nll", (M, M, S), {"beta_nll": None}, TypeError, "beta_nll must be a number; got NoneType"),
+    # events that broadcasting would make of a batch
+    ("kl", (M[:, :1], 0.0, M[:, 0], 0.0), {}, ValueError, "mean_p must not have its first dimension broadcast into an event of mean_q, of shape (8, 1), unless event_ndim is given; got (8,)"),
+    ("rsample_kl", (M[:, :1], S[:, 0]), {}, ValueError, "s_q must not have its first dimension broadcast into an event of mean_q, of shape (8, 1)"),
+    # layouts
+    ("kl", (M.to_sparse(), S), {}, TypeError, "mean_q must be a dense tensor; got a sparse_coo one"),
+    ("kl", (M, S.to_sparse()), {}, TypeError, "s_q must be a dense tensor; got a sparse_coo one"),
+    ("rsample", (NESTED, NESTED), {}, TypeError, "mean must be a dense tensor; got a nested one"),
+    ("rsample", (M, JAGGED), {}, TypeError, "s must be a dense tensor; got a nested one"),
+    ("log_prob", (M, M, NESTED), {}, TypeError, "s must be a dense tensor; got a nested one"),
+    ("kl", (M, S), {"mask": M.bool().to_sparse()}, TypeError, "mask must be a dense tensor; got a sparse_coo one"),
+    ("rsample", (M, S), {"noise": M.to_sparse()}, TypeError, "noise must be a dense tensor; got a sparse_coo one"),
+    # numbers
+    ("rsample", (M, S), {"temperature": float("nan")}, ValueError, "temperature must be finite; got nan"),
+    ("rsample_kl", (M, S), {"temperature": float("inf")}, ValueError, "temperature must be finite; got inf"),
+    ("rsample", (M, S), {"temperature": 10**400}, ValueError, "temperature must be finite; got 1000"),
+    ("rsample", (M, 10**400), {}, ValueError, "s must be a number that a float holds; got one of 1329 bits"),
+    ("kl", (M, S), {"free_bits": torch.tensor(-1.0)}, ValueError, "free_bits must be at least 0; got a tensor that is not"),
+    ("kl", (M, S), {"free_bits": torch.tensor(float("nan"))}, ValueError, "free_bits must be at least 0; got a tensor that is not"),
 ]  # fmt: skip
 
 
@@ -109,6 +130,14 @@ OBJECTIVES = [
     ("gaussian_elbo", (M, M, S, D, D), {"x_event_ndim": 3}, ValueError, "x_event_ndim must be between 0 and 2"),
     ("gaussian_elbo", (M, M, S, D, D), {"x_mask": M}, TypeError, "x_mask must be a tensor of bool; got torch.float32"),
     ("gaussian_elbo", (M, M, S, D, D), {"backend": "mkl"}, ValueError, "backend must be one of"),
+    ("gaussian_elbo", (M, torch.zeros(5, 8, 32), S, D, D), {}, ValueError, "x_event_ndim must be given where x_mean and x_s, of shape (5, 8, 32), have more dimensions than x, of shape (8, 32); got None"),
+    ("gaussian_elbo", (M[:, 0], M[:, :1], 0.0, D, D), {}, ValueError, "x must not have its first dimension broadcast into an event of x_mean, of shape (8, 1), unless x_event_ndim is given"),
+    ("gaussian_elbo", (M, M, S, D, D), {"x_scale": "sigma"}, ValueError, "x_scale must be one of logvar"),
+    ("gaussian_elbo", (M, M, S, D, D), {"z_scale": "sigma"}, ValueError, "z_scale must be one of logvar"),
+    ("gaussian_elbo", (M, M, S, D, D), {"z_event_ndim": 3}, ValueError, "z_event_ndim must be between 0 and 2"),
+    ("gaussian_elbo", (M, M, S, D, D), {"z_mask": M}, TypeError, "z_mask must be a tensor of bool"),
+    ("gaussian_rsample_log_prob", (M[:, :1], M[:, 0]), {}, ValueError, "s must not have its first dimension broadcast"),
+    ("gaussian_one_sample_kl", (M[:, :1], 0.0, M[:, 0], 0.0), {}, ValueError, "mean_p must not have its first dimension broadcast"),
     ("iwae_bound", (K, K, K), {"estimator": "vimco"}, ValueError, "estimator must be one of iwae, stl, dreg; got 'vimco'"),
     ("iwae_bound", (K, K, torch.zeros(3)), {}, ValueError, "log_q_z must broadcast with log_p_x of shape (5, 8); got (3,)"),
     ("iwae_bound", (K, K, K), {"dim": 2}, ValueError, "dim must be between -2 and 1 for shape (5, 8); got 2"),

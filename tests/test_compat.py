@@ -648,3 +648,40 @@ def test_sample_weights_bad_input():
         bayesian.sample_weights(means, rhos, 0.0, [1.0, 2.0])
     with pytest.raises(ValueError, match="scale must be one of"):
         bayesian.sample_weights(means, rhos, scale="rho")
+
+
+def test_vits_of_equal_sigmas_keeps_its_digits():
+    logs = torch.full((1, 1, 4), -40.0) + torch.tensor([0.0, 1e-5, -1e-5, 3e-5])
+    m, mask = torch.zeros(1, 1, 4), torch.ones(1, 1, 4)
+    loss = vits.kl_loss(m + torch.exp(logs), logs, m, logs, mask)
+    torch.testing.assert_close(loss, torch.tensor(0.0), rtol=0, atol=1e-6)
+    other = logs - 1e-3
+    loss = vits.kl_loss(m, other, m, logs, mask)
+    exact = -0.5 + (logs.double() - other.double()).mean().item()
+    torch.testing.assert_close(loss.item(), exact, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: guided_diffusion.normal_kl(x, x, x[:, :2], 0.0), "mean2 must broadcast with mean1 of shape (2, 3)"),
+        (lambda x: vdvae.gaussian_analytical_kl(x, x, x[:, :2], 0.0), "logsigma1 must broadcast with mu1 of shape"),
+        (lambda x: pythae.kl(x, x.long()), "log_var must be float32"),
+        (lambda x: pythae.sample_gauss(x, x.long()), "std must be float32"),
+        (lambda x: bayesian.kl_div(x, x[:, :2], 0.0, 1.0), "sigma_q must broadcast with mu_q of shape (2, 3)"),
+        (lambda x: dreamer.kl_loss_v2(x, x, x, x, free_nats=-1.0), "free_nats must be at least 0; got -1.0"),
+        (lambda x: dreamer.kl_loss_v2(x, x, x, x, alpha=2.0), "alpha must be between 0 and 1; got 2.0"),
+        (
+            lambda x: nvae.Normal(x, x).sample_given_eps(torch.zeros(5)),
+            "eps must broadcast to the sample's shape (2, 3)",
+        ),
+        (lambda x: nvae.Normal(x, x).log_p(x.long()), "samples must be float32"),
+        (lambda x: vits.kl_loss(x, x, x[:, :2], x, x), "m_p must broadcast with z_p of shape (2, 3)"),
+        (lambda x: vits.posterior_sample(x, x, x, float("nan")), "noise_scale must be finite; got nan"),
+    ],
+    ids=lambda value: value.split(" must")[0] if isinstance(value, str) else "",
+)
+def test_errors_name_the_originals_arguments(call, message):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(torch.zeros(2, 3))
+    assert message in str(caught.value)

@@ -531,3 +531,30 @@ else:
     raise AssertionError
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(
+    "kinds", [(int, int), (int, torch.float32), (int, torch.float64), (torch.float64, int), (torch.int32, int)], ids=str
+)
+def test_integers_are_computed_as_torch_does(kinds):
+    loc, scale = torch.tensor([0, 1]), torch.tensor([1, 2])
+    loc, scale = (x if kind is int else x.to(kind) for x, kind in zip((loc, scale), kinds, strict=True))
+    q, theirs = fd.Normal(loc, scale), torch.distributions.Normal(loc, scale)
+    other = torch.distributions.Normal(torch.tensor([1, 1]), torch.tensor([3, 1]))
+    for value in (torch.tensor([1, 2]), torch.tensor([0.5, 2.0])):
+        torch.testing.assert_close(q.log_prob(value), theirs.log_prob(value))
+    torch.testing.assert_close(fd.kl_divergence(q, q), torch.distributions.kl_divergence(theirs, theirs))
+    torch.testing.assert_close(fd.kl_divergence(q, other), torch.distributions.kl_divergence(theirs, other))
+    torch.testing.assert_close(fd.kl_divergence(other, q), torch.distributions.kl_divergence(other, theirs))
+    assert q.rsample((3,)).dtype == torch.result_type(loc.float() if not loc.is_floating_point() else loc, scale)
+    assert q.sample().shape == (2,)
+
+
+def test_errors_name_what_the_caller_named():
+    q = fd.Normal(torch.zeros(2), 1.0)
+    with pytest.raises(ValueError, match=r"^q.loc must broadcast with p.loc of shape \(2,\); got \(3,\)"):
+        fd.kl_divergence(q, fd.Normal(torch.zeros(3), 1.0))
+    with pytest.raises(ValueError, match=r"^sample_shape must make no more than 15 dimensions; got 2 in front of 15"):
+        fd.Normal(torch.zeros([1] * 15), 1.0).rsample((2,))
+    with pytest.raises(TypeError, match=r"^value must be float32"):
+        fd.Normal(torch.zeros(2), 1.0, validate_args=False).log_prob(torch.zeros(2, dtype=torch.complex64))

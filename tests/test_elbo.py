@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import mpmath
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -222,3 +223,52 @@ def test_optimal_sigma_is_the_likeliest():
     poisoned = torch.where(mask, x, math.nan)
     want = torch.stack([((x - mean)[mask[:, c], c] ** 2).mean().sqrt() for c in range(3)])
     torch.testing.assert_close(fastelbo.optimal_sigma(poisoned, mean, dim=0, mask=mask)[0], want, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", ["logvar", "std", "softplus"])
+def test_one_sample_kl_of_close_gaussians_keeps_its_digits(dtype, scale):
+    """In a thousand dimensions two densities are of the order of a thousand, and their difference of a thousandth."""
+    unit = {"logvar": -3.0, "std": 0.2, "softplus": -1.5}[scale]
+    mean_q, mean_p = 5 + 1e-4 * torch.randn(2, 3, 1000, dtype=dtype)
+    s_q, s_p = unit + 1e-4 * torch.randn(2, 3, 1000, dtype=dtype)
+    leaves = [tensor.requires_grad_() for tensor in (mean_q, s_q, mean_p, s_p)]
+    noise = torch.randn(3, 1000, dtype=dtype)
+    _, kl = fastelbo.gaussian_one_sample_kl(*leaves, scale=scale, noise=noise)
+    exact = []
+    with mpmath.workdps(40):
+        sigma = {
+            "logvar": lambda s: mpmath.exp(s / 2),
+            "std": lambda s: s,
+            "softplus": lambda s: mpmath.log1p(mpmath.exp(s)),
+        }[scale]
+        for row in zip(*(tensor.tolist() for tensor in (*leaves, noise)), strict=True):
+            total = mpmath.mpf(0)
+            for element in zip(*row, strict=True):
+                mq, sq, mp, sp, eps = map(mpmath.mpf, element)
+                q, p = sigma(sq), sigma(sp)
+                total += ((mq + q * eps - mp) / p) ** 2 / 2 - eps**2 / 2 + mpmath.log(p) - mpmath.log(q)
+            exact.append(float(total))
+    # the terms are of the order of 1e-4 to 1e-3 and their sum may be one of them
+    torch.testing.assert_close(
+        kl.double(), torch.tensor(exact, dtype=torch.float64), rtol=0, atol=torch.finfo(dtype).eps
+    )
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    std = {"logvar": lambda s: (s / 2).exp(), "std": lambda s: s, "softplus": torch.nn.functional.softplus}[scale]
+    q, p = (torch.distributions.Normal(mean, std(s)) for mean, s in (wide[:2], wide[2:]))
+    z = q.loc + q.scale * noise.double()
+    wanted = torch.autograd.grad((q.log_prob(z) - p.log_prob(z)).sum(), wide)
+    for got, want in zip(torch.autograd.grad(kl.sum(), leaves), wanted, strict=True):
+        largest = max(1.0, want.abs().max().item())
+        torch.testing.assert_close(
+            got.double(), want, rtol=0, atol=(2e-6 if dtype == torch.float32 else 1e-12) * largest
+        )
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1.0, 1e25])
+def test_optimal_sigma_of_tiny_and_huge_residuals(size):
+    x = size * torch.tensor([3.0, -4.0, 0.0, 1.0])
+    mask = torch.tensor([True, True, True, False])
+    torch.testing.assert_close(fastelbo.optimal_sigma(x[:2], 0.0), torch.tensor(size * 12.5**0.5), rtol=1e-6, atol=0)
+    sigma = fastelbo.optimal_sigma(x, 0.0, mask=mask)
+    torch.testing.assert_close(sigma, torch.tensor(size * (25 / 3) ** 0.5), rtol=1e-6, atol=0)

@@ -463,3 +463,17 @@ def test_mean_over_empty_events_does_not_depend_on_the_masks_shape(backend, mask
     """No element of theirs counts, so that the mean is over no event."""
     mean, mask = torch.zeros(3, 0), torch.ones(mask_shape, dtype=torch.bool)
     assert fastelbo.gaussian_kl(mean, mean, mask=mask, reduction="mean", backend=backend).isnan()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gradients_of_a_broadcast_prior_are_rounded_once(backend, dtype):
+    """A gradient of half precision for each of a thousand rows would lose what they leave when they are added."""
+    mean_q, s_q = gaussian((1000, 8))
+    mean_p, s_p = (tensor.requires_grad_() for tensor in gaussian((8,), dtype=dtype, seed=1))
+    upstream = torch.randn(1000, 8)
+    kl = fastelbo.gaussian_kl(mean_q, s_q, mean_p, s_p, event_ndim=0, backend=backend)
+    grads = torch.autograd.grad(kl, (mean_p, s_p), upstream)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (mean_p, s_p)]
+    exact = torch.autograd.grad(plain_kl(mean_q.double(), s_q.double(), *wide), wide, upstream.double())
+    for grad, want in zip(grads, exact, strict=True):
+        assert ((grad.double() - want).abs() <= 0.51 * torch.finfo(dtype).eps * want.abs() + 1e-4).all()

@@ -171,3 +171,28 @@ def test_beta_nll_of_1_gives_the_mean_the_gradient_of_the_squared_error(backend)
     (mean, logvar), x = gaussian((6, 5), requires_grad=True), torch.randn(6, 5)
     (d_mean,) = torch.autograd.grad(fastelbo.gaussian_nll(x, mean, logvar, beta_nll=1.0, backend=backend).sum(), mean)
     torch.testing.assert_close(d_mean, (mean - x).detach())
+
+
+def test_default_event_holds_no_other_operands_batch(backend):
+    column, row, full = torch.zeros(4, 1), torch.arange(4.0), torch.zeros(4, 4)
+    message = (
+        "x must not have its first dimension broadcast into an event of mean, of shape (4, 1), unless event_ndim is "
+        "given; got (4,)"
+    )
+    for function in (fastelbo.gaussian_nll, fastelbo.gaussian_log_prob):
+        for options in ({}, {"reduction": "mean"}, {"beta_nll": 0.5} if function is fastelbo.gaussian_nll else {}):
+            with pytest.raises(ValueError) as caught:
+                function(row, column, column, backend=backend, **options)
+            assert message in str(caught.value)
+        with pytest.raises(ValueError, match=r"^s must not have its first dimension .* of x, of shape \(4, 1\)"):
+            function(column, column, row, backend=backend)
+        with pytest.raises(ValueError, match=r"^x must not .* of mean, of shape \(8, 1, 5, 5\), .* got \(8, 5, 5\)"):
+            function(torch.zeros(8, 5, 5), torch.zeros(8, 1, 5, 5), 0.0, backend=backend)
+        assert function(row, column, column, event_ndim=1, backend=backend).shape == (4,)
+        assert function(row, column, column, event_ndim=0, backend=backend).shape == (4, 4)
+        # what broadcasts within an event, or along the batch, hides nothing
+        for s in (0.0, torch.tensor(0.0), row, torch.zeros(1, 4), column):
+            assert function(full, full, s, backend=backend).shape == (4,)
+        assert function(full, row, s, backend=backend).shape == (4,)
+        assert function(row, row, 0.0, backend=backend).shape == (4,)
+        assert function(torch.zeros(1), torch.zeros(1, 1), 0.0, backend=backend).shape == (1,)

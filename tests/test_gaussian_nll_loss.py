@@ -152,3 +152,20 @@ def test_gradcheck():
     var = (torch.rand(4, 1, dtype=torch.float64) + 0.1).requires_grad_()
     assert torch.autograd.gradcheck(GaussianNLLLoss(), (*arguments, var))
     assert torch.autograd.gradgradcheck(GaussianNLLLoss(), (*arguments, var))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_small_losses_keep_their_digits(reduction):
+    """The constant is left out, not taken off."""
+    x = torch.zeros(10**6 if reduction == "mean" else 10**3)
+    loss = GaussianNLLLoss(reduction=reduction)(x, x + 1e-3, x + 1)
+    exact = 0.5 * float(torch.tensor(1e-3)) ** 2 * (len(x) if reduction == "sum" else 1)
+    torch.testing.assert_close(loss.double(), torch.full_like(loss, exact, dtype=torch.float64), rtol=2e-7, atol=0)
+
+
+def test_errors_name_the_modules_arguments():
+    ones = torch.ones(2, 3)
+    with pytest.raises(TypeError, match=r"^target must be float32"):
+        GaussianNLLLoss()(ones, ones.long(), ones)
+    with pytest.raises(TypeError, match=r"^var must be float32"):
+        GaussianNLLLoss()(ones, ones, ones.long())

@@ -109,3 +109,34 @@ def test_bad_values_stay_with_their_element(backend, value):
 def test_zero_std_gives_the_mean(backend):
     mean = torch.randn(50)
     assert torch.equal(fastelbo.gaussian_rsample(mean, torch.zeros(50), scale="std", backend=backend), mean)
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("num_samples", [None, 64], ids=str)
+def test_gradients_that_are_summed_are_rounded_once(backend, wide, num_samples):
+    """Of a half-precision sample, and of half-precision parameters: after the sum, not before."""
+    shape = (64, 512) if num_samples is None else (512,)
+    noise, upstream = torch.randn(64, 512), torch.randn(64, 512).bfloat16()
+    mean, s = torch.zeros(512, dtype=wide, requires_grad=True), torch.zeros(512, dtype=torch.bfloat16)
+    s.requires_grad_()
+    full = torch.zeros(shape, dtype=wide).requires_grad_()  # what mean and s broadcast with, without samples
+    options = {"noise": noise.to(wide), "num_samples": num_samples, "out_dtype": torch.bfloat16, "backend": backend}
+    z = fastelbo.gaussian_rsample(mean, s if num_samples else full, **options)
+    (d_mean,) = torch.autograd.grad(z, mean, upstream)
+    exact = upstream.double().sum(0)
+    assert (d_mean - exact).abs().max() <= 64 * torch.finfo(wide).eps * upstream.abs().max()
+    z = fastelbo.gaussian_rsample(mean if num_samples else full, s, **options)
+    (d_s,) = torch.autograd.grad(z, s, upstream)
+    exact = (upstream.double() * noise.double()).sum(0) / 2
+    assert torch.equal(d_s, exact.bfloat16()) or (d_s - exact).abs().max() <= 2**-8 * exact.abs().max()
+    off = (d_s.double() - exact).abs() / exact.abs()
+    assert off.max() <= 2**-8 * 1.01  # half a unit of its own
+
+
+def test_num_samples_needs_a_dimension(backend):
+    mean = torch.zeros([1] * 15)
+    assert fastelbo.gaussian_rsample(mean, 0.0, backend=backend).dim() == 15
+    message = "num_samples must make no more than 15 dimensions; got 3 in front of 15"
+    for function in (fastelbo.gaussian_rsample, fastelbo.gaussian_rsample_kl):
+        with pytest.raises(ValueError, match=message):
+            function(mean, 0.0, num_samples=3, backend=backend)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import pickle
 
+import mpmath
 import pytest
 import torch
 
@@ -161,3 +162,157 @@ def test_is_frozen_hashable_and_picklable():
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message.replace("(", r"\(").replace(")", r"\)")):
         fastelbo.Scale(**{"kind": "logvar", **arguments})
+
+
+# Results that are small against their terms: sigma close to 1, or to the prior's, on every scale whose sigma is rounded
+
+
+def exact_kl(scale, s_q, s_p, mean=0.0):
+    """KL of N(mean, sigma(s_q)^2) from N(0, sigma(s_p)^2), or from N(0, 1) where s_p is None, in 60 digits."""
+
+    def sigma(s):
+        if s is None:
+            return mpmath.mpf(1)
+        if scale.clamp is not None:
+            s = min(max(s, scale.clamp[0]), scale.clamp[1])
+        if scale.soft_clamp is not None:
+            s = scale.soft_clamp * mpmath.tanh(s / mpmath.mpf(scale.soft_clamp))
+        own = {
+            "logvar": lambda: mpmath.exp(s / 2),
+            "log_std": lambda: mpmath.exp(s),
+            "std": lambda: s,
+            "var": lambda: mpmath.sqrt(s),
+            "softplus": lambda: mpmath.log1p(mpmath.exp(scale.beta * s)) / scale.beta,
+        }[scale.kind]()
+        return mpmath.sqrt((own + scale.min_std) ** 2 + scale.var_eps)
+
+    q, p = sigma(s_q), sigma(s_p)
+    return (((q / p) ** 2 - 1) / 2 - mpmath.log(q / p)) + (mean / p) ** 2 / 2
+
+
+#: And the raw value whose sigma is 1.
+CLOSE = [
+    (fastelbo.Scale("std"), 1.0),
+    (fastelbo.Scale("std", min_std=0.3), 0.7),
+    (fastelbo.Scale("std", var_eps=0.2), math.sqrt(0.8)),
+    (fastelbo.Scale("var"), 1.0),
+    (fastelbo.Scale("var", var_eps=1e-3), 0.999),
+    (fastelbo.Scale("var", var_eps=0.01, min_std=0.05), (math.sqrt(0.99) - 0.05) ** 2),
+    (fastelbo.Scale("softplus"), math.log(math.e - 1)),
+    (fastelbo.Scale("softplus", beta=20.0), 1.0),
+    (fastelbo.Scale("softplus", beta=0.7), math.log(math.expm1(0.7)) / 0.7),
+    (fastelbo.Scale("softplus", beta=0.3, min_std=0.9), math.log(math.expm1(0.03)) / 0.3),
+    (fastelbo.Scale("softplus", var_eps=0.5, min_std=0.1, clamp=(-3.0, 3.0)), math.log(math.expm1(0.5**0.5 - 0.1))),
+    (fastelbo.Scale.softplus(), math.log(math.expm1(1 - 1e-4))),
+    (fastelbo.Scale("logvar", min_std=0.1), 2 * math.log(0.9)),
+    (fastelbo.Scale("logvar", var_eps=1e-6), math.log(1 - 1e-6)),
+    (fastelbo.Scale("logvar", soft_clamp=2.0), 0.0),
+    (fastelbo.Scale("log_std", soft_clamp=5.0), 0.0),
+    (fastelbo.Scale.nvae(), 5 * math.atanh(math.log(0.99) / 5)),
+    (fastelbo.Scale("softplus", soft_clamp=3.0, min_std=0.01), 3 * math.atanh(math.log(math.expm1(0.99)) / 3)),
+]
+BOUND = {torch.float32: 1e-6, torch.float64: 2e-15}
+
+
+@pytest.mark.parametrize(
+    ("scale", "unit"), CLOSE, ids=lambda value: name(value) if not isinstance(value, float) else ""
+)
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_near_the_standard_normal_equals_sixty_digits(backend, scale, unit, dtype):
+    offsets = [0.0, 1e-9, -1e-8, 7e-8, -1e-7, 1e-6, -1e-5, 1e-4, -1e-3, 1e-2, -0.03, 0.1, -0.1]
+    s = torch.tensor([unit + offset for offset in offsets], dtype=dtype, requires_grad=True)
+    kl = fastelbo.gaussian_kl(0.0, s, scale=scale, event_ndim=0, backend=backend)
+    (d_s,) = torch.autograd.grad(kl.sum(), s)
+    with mpmath.workdps(60):
+        for raw, got, slope in zip(s.tolist(), kl.tolist(), d_s.tolist(), strict=True):
+            exact = exact_kl(scale, mpmath.mpf(raw), None)
+            assert abs(got - exact) <= BOUND[dtype] * exact, (raw, got, float(exact))
+            exact = mpmath.diff(lambda t: exact_kl(scale, t, None), mpmath.mpf(raw))
+            assert abs(slope - exact) <= BOUND[dtype] * abs(exact) + mpmath.mpf(10) ** -25, (raw, slope, float(exact))
+
+
+@pytest.mark.parametrize(
+    ("scale", "unit"), CLOSE, ids=lambda value: name(value) if not isinstance(value, float) else ""
+)
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_near_a_learned_prior_equals_sixty_digits(backend, scale, unit, dtype):
+    centres = [unit, unit + 1.5, unit + 7.0, 0.3 * unit]
+    s_p = torch.tensor([s for s in centres for _ in range(7)], dtype=dtype)
+    factors = [1e-7, -1e-6, 1e-5, -1e-4, 1e-3, 0.01, 0.0]
+    s_q = s_p * (1 + torch.tensor(factors, dtype=dtype).repeat(len(centres)))
+    kl = fastelbo.gaussian_kl(0.0, s_q, 0.0, s_p, scale=scale, event_ndim=0, backend=backend)
+    with mpmath.workdps(60):
+        for q, p, got in zip(s_q.tolist(), s_p.tolist(), kl.tolist(), strict=True):
+            exact = exact_kl(scale, mpmath.mpf(q), mpmath.mpf(p))
+            assert abs(got - exact) <= BOUND[dtype] * exact, (q, p, got, float(exact))
+
+
+def test_softplus_near_the_prior_by_hand(backend):
+    kl = fastelbo.gaussian_kl(0.0, torch.tensor(0.541325), scale="softplus", event_ndim=0, backend=backend)
+    torch.testing.assert_close(kl.item(), 5.6076e-15, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_softplus_far_below_zero(backend, dtype):
+    """Where sigma is all but exp(s), and where the type has no such number any more."""
+    double = dtype == torch.float64
+    s = torch.tensor([-16.9, -17.1, -20.0, -30.0, -36.9, -37.1, -60.0, -86.0, -104.0, -200.0, -800.0], dtype=dtype)
+    nll = fastelbo.gaussian_nll(0.0, 0.0, s, scale="softplus", event_ndim=0, backend=backend)
+    with mpmath.workdps(60):
+        for raw, got in zip(s.tolist(), nll.tolist(), strict=True):
+            exact = mpmath.log(mpmath.log1p(mpmath.exp(mpmath.mpf(raw)))) + mpmath.log(2 * mpmath.pi) / 2
+            assert abs(got - exact) <= (4e-16 if double else 2e-7) * abs(exact), raw
+    same = fastelbo.gaussian_kl(0.0, s, 0.0, s, scale="softplus", event_ndim=0, backend=backend)
+    assert not same.any()
+    other = s * (1 + 1e-4)
+    kl = fastelbo.gaussian_kl(0.0, other, 0.0, s, scale="softplus", event_ndim=0, backend=backend)
+    with mpmath.workdps(60):
+        for q, p, got in zip(other.tolist(), s.tolist(), kl.tolist(), strict=True):
+            exact = exact_kl(fastelbo.Scale("softplus"), mpmath.mpf(q), mpmath.mpf(p))
+            assert abs(got - exact) <= BOUND[dtype] * exact, (q, p)
+
+
+@pytest.mark.parametrize("kind", ["logvar", "log_std", "softplus"])
+@pytest.mark.parametrize("log_std", [-80.0, -88.5, -95.0, -100.0, -103.5], ids=str)
+def test_a_prior_whose_inverse_overflows(backend, kind, log_std):
+    """1 / sigma is no float32 there; the quotient of a small distance and sigma is."""
+    s_p = torch.tensor([log_std * (2 if kind == "logvar" else 1)], requires_grad=True)
+    mean = torch.tensor([0.0, 1e-30, -3e-32], requires_grad=True)
+    kl = fastelbo.gaussian_kl(mean, s_p, 0.0, s_p, scale=kind, event_ndim=0, backend=backend)
+    r = mean.detach().double() * math.exp(-s_p.double().item() * (0.5 if kind == "logvar" else 1))
+    torch.testing.assert_close(kl.double(), 0.5 * r * r, rtol=1e-6, atol=0)
+    x = fastelbo.gaussian_nll(mean, 0.0, s_p, scale=kind, event_ndim=0, backend=backend)
+    torch.testing.assert_close(x.double(), 0.5 * r * r + log_std + 0.5 * math.log(2 * math.pi), rtol=1e-6, atol=0)
+    (d_mean,) = torch.autograd.grad(kl[:1].sum(), mean)
+    assert not d_mean.any()
+
+
+@pytest.mark.parametrize("kind", ["logvar", "log_std"])
+@pytest.mark.parametrize("ratio", [0.5, 2.0, 5.0, 9.0])
+def test_the_slope_of_a_soft_clamp_keeps_its_digits(backend, kind, ratio):
+    """1 - tanh^2, where tanh is all but 1."""
+    c = 2.0
+    s = torch.tensor([ratio * c, -ratio * c], requires_grad=True)
+    z = fastelbo.gaussian_rsample(
+        torch.zeros(2), s, scale=fastelbo.Scale(kind, soft_clamp=c), noise=torch.ones(2), backend=backend
+    )
+    (d_s,) = torch.autograd.grad(z.sum(), s)
+    x, factor = s.detach().double() / c, 0.5 if kind == "logvar" else 1.0
+    exact = factor / torch.cosh(x) ** 2 * torch.exp(factor * c * torch.tanh(x))
+    torch.testing.assert_close(d_s.double(), exact, rtol=2e-6, atol=0)
+
+
+def test_limits_of_float32_and_what_is_no_number():
+    for arguments, error, message in (
+        ({"soft_clamp": 1e300}, ValueError, "soft_clamp must be positive and finite in float32; got 1e+300"),
+        ({"soft_clamp": 1e-300}, ValueError, "soft_clamp must be positive and finite in float32; got 1e-300"),
+        ({"min_std": 1e300}, ValueError, "min_std must be at least 0 and finite in float32; got 1e+300"),
+        ({"beta": 10**400}, ValueError, "beta must be positive and finite in float32"),
+        ({"min_std": None}, TypeError, "min_std must be a number; got NoneType"),
+        ({"var_eps": None}, TypeError, "var_eps must be a number; got NoneType"),
+        ({"beta": None}, TypeError, "beta must be a number; got NoneType"),
+        ({"clamp": (0, 10**400)}, TypeError, "clamp must be a pair of numbers"),
+    ):
+        with pytest.raises(error) as caught:
+            fastelbo.Scale("softplus", **arguments)
+        assert message in str(caught.value)

@@ -12,7 +12,7 @@ decltype(__libc_single_threaded) __libc_single_threaded = false;
 namespace fastelbo {
 
 Scale parse_scale(const std::vector<double>& values) {
-  STD_TORCH_CHECK(values.size() >= 1 && values.size() <= 8, "scale: expected 1 to 8 numbers, got ", values.size());
+  STD_TORCH_CHECK(values.size() >= 1 && values.size() <= 10, "scale: expected 1 to 10 numbers, got ", values.size());
   auto value = [&](size_t i, double otherwise) { return i < values.size() ? values[i] : otherwise; };
   Scale scale;
   scale.kind = Scale::Kind(int(values[0]));
@@ -27,6 +27,8 @@ Scale parse_scale(const std::vector<double>& values) {
   scale.beta = value(7, 1);
   scale.inv_beta = 1 / scale.beta;
   scale.log_beta = std::log(scale.beta);
+  scale.unit = value(8, INFINITY);
+  scale.unit_low = value(9, 0);
   return scale;
 }
 

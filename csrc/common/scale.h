@@ -1,102 +1,164 @@
 // From a network's raw output s to a standard deviation, and back for the gradient (fastelbo.Scale holds the formulas).
 // Templates over the value type V; see common/philox.h for how these files are included.
 
+// The least normal number.
+template <class V>
+constexpr float kSmallest = 0x1p-126f;
+template <>
+constexpr double kSmallest<double> = 0x1p-1022;
+
 // What a Scale says of a raw value: the standard deviation, its logarithm, and their slopes. What a caller does not
 // use, the compiler does not compute. `exponential` is Scale::exponential() at compile time.
 template <class V, bool exponential>
 struct Spread {
   V std;  // sigma
   V log_std;  // ln sigma
-  V inv_std;  // 1 / sigma where exponential, kept finite: a difference of 0 stays 0
+  V root;  // 1 / sqrt(sigma) where exponential, kept finite: a difference of 0 stays 0
   V d_std;  // d sigma / d s
   V d_logvar;  // d ln sigma^2 / d s
+  bool by_log = false;  // log_std says more than sigma where that runs out of normal numbers
 
   // x / sigma, finite wherever the quotient is.
   FASTELBO_INLINE V divide(V x) const {
-    if constexpr (exponential)
-      return x * inv_std;
-    else
-      return x / std;
+    if constexpr (exponential) return x * root * root;
+    if (!by_log) return x / std;
+    V inverse_root = finite_root(log_std);
+    return select(std < V(4 * kSmallest<V>), x * inverse_root * inverse_root, x / std);
+  }
+
+  static FASTELBO_INLINE V finite_root(V log_std) {
+    constexpr float largest = std::is_same_v<V, double> ? 709.0f : 88.0f;  // exponents beyond would overflow
+    return exp(min(V(largest), V(-0.5f) * log_std));
   }
 };
 
-// The raw value limited by clamp and soft_clamp; NaN stays NaN. *slope is d t / d s inside the clamp.
 template <class V, class Scale>
-FASTELBO_INLINE V limit(const Scale& scale, V s, V* slope) {
-  V t = s;
-  if (scale.clamped) t = min(V(scale.clamp_hi), max(V(scale.clamp_lo), s));
+FASTELBO_INLINE V clamped(const Scale& scale, V s) {
+  return scale.clamped ? min(V(scale.clamp_hi), max(V(scale.clamp_lo), s)) : s;  // NaN stays NaN
+}
+
+// c tanh(t / c) of a clamped raw value for a soft clamp c; *slope is its derivative.
+template <class V, class Scale>
+FASTELBO_INLINE V softened(const Scale& scale, V t, V* slope) {
   *slope = V(1);
-  if (scale.soft_clamp > 0) {
-    V ratio = tanh(t * V(scale.inv_soft_clamp));
-    t = V(scale.soft_clamp) * ratio;
-    *slope = fma(-ratio, ratio, V(1));
+  if (!(scale.soft_clamp > 0)) return t;
+  V x = t * V(scale.inv_soft_clamp), tail = exp(V(-2) * abs(x));
+  *slope = V(4) * tail / ((V(1) + tail) * (V(1) + tail));  // 1 - tanh^2 has no digits left where that is near 1
+  return V(scale.soft_clamp) * tanh(x);
+}
+
+// Where softplus(x) is exp(x), to the last digit of its logarithm.
+template <class V>
+FASTELBO_INLINE auto in_tail(V x) {
+  return x < V(std::is_same_v<V, double> ? -37.0f : -17.0f);
+}
+
+// Of a limited raw value the kind's own sigma, before min_std and var_eps, and its slope.
+template <class V, class Scale>
+FASTELBO_INLINE V own_std(const Scale& scale, V t, typename Scale::Kind kind, V* slope) {
+  switch (kind) {
+    case Scale::logvar:
+    case Scale::log_std: {
+      V c(kind == Scale::logvar ? 0.5f : 1.0f), own = exp(c * t);
+      *slope = c * own;
+      return own;
+    }
+    case Scale::std: *slope = V(1); return t;
+    case Scale::var: {
+      V own = sqrt(t);
+      *slope = V(0.5f) / own;
+      return own;
+    }
+    default: {  // softplus(t; beta) = max(t, 0) + log1p(exp(-|beta t|)) / beta
+      V x = V(scale.beta) * t, tail = exp(-abs(x));
+      *slope = select(x < V(0), tail, V(1)) / (V(1) + tail);
+      return (max(x, V(0)) + log1p(tail)) * V(scale.inv_beta);
+    }
   }
-  return t;
+}
+
+// tanh(a) - tanh(b), apart = a - b: also where both are near 1 or -1.
+template <class V>
+FASTELBO_INLINE V tanh_difference(V a, V b, V apart) {
+  V tail_a = exp(V(-2) * abs(a)), tail_b = exp(V(-2) * abs(b));
+  V same = V(-2) * max(tail_a, tail_b) * expm1(V(-2) * abs(apart)) / ((V(1) + tail_a) * (V(1) + tail_b));
+  return select(a * b < V(0), tanh(a) - tanh(b), select(apart < V(0), -same, same));
+}
+
+// The kind's own sigma of q less that of p + low, clamped raw values, without cancellation.
+template <class V, class Scale>
+FASTELBO_INLINE V difference(const Scale& scale, V q, V p, V low, typename Scale::Kind kind) {
+  V slope, apart = q - p - low, t_p = softened(scale, p, &slope);
+  if (scale.soft_clamp > 0) {
+    V inverse(scale.inv_soft_clamp);
+    apart = V(scale.soft_clamp) * tanh_difference(q * inverse, p * inverse, apart * inverse);
+  }
+  switch (kind) {
+    case Scale::logvar:
+    case Scale::log_std: {
+      V c(kind == Scale::logvar ? 0.5f : 1.0f);
+      return exp(c * t_p) * expm1(c * apart);
+    }
+    case Scale::std: return apart;
+    case Scale::var: return apart / (sqrt(softened(scale, q, &slope)) + sqrt(t_p));
+    default: {
+      V x = V(scale.beta) * t_p, u = V(scale.beta) * apart, tail = exp(-abs(x));
+      V grown = log1p(tail / (V(1) + tail) * expm1(min(V(60), select(x < V(0), u, -u))));
+      return (grown + select(x < V(0), V(0), u)) * V(scale.inv_beta);
+    }
+  }
 }
 
 // `kind` is scale.kind; a caller that knows it at compile time gets the code of that kind alone.
 template <bool exponential, class V, class Scale>
 FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s, typename Scale::Kind kind) {
   Spread<V, exponential> out;
-  V slope, t = limit(scale, s, &slope);
+  V raw = clamped(scale, s);
   if constexpr (exponential) {
     V c(kind == Scale::logvar ? 0.5f : 1.0f);
-    out.log_std = c * t;
+    out.log_std = c * raw;
     out.std = exp(out.log_std);
-    constexpr float largest = std::is_same_v<V, double> ? 709.0f : 88.0f;  // exponents beyond would overflow
-    out.inv_std = exp(min(V(largest), -out.log_std));
-    out.d_logvar = V(2) * c * slope;
-    out.d_std = out.std * c * slope;
-    return out;
+    out.root = out.finite_root(out.log_std);
+    out.d_logvar = V(2) * c;
+    out.d_std = out.std * c;
   } else {
-    V base, d_base, x;  // the kind's own sigma, its slope; what its logarithm is taken of
-    switch (kind) {
-      case Scale::logvar:
-      case Scale::log_std: {
-        V c(kind == Scale::logvar ? 0.5f : 1.0f);
-        x = c * t;
-        base = exp(x);
-        d_base = c * base;
-        break;
-      }
-      case Scale::std:
-        x = base = t;
-        d_base = V(1);
-        break;
-      case Scale::var:
-        x = t;
-        base = sqrt(t);
-        d_base = V(0.5f) / base;
-        break;
-      default: {  // softplus(t; beta) = max(t, 0) + log1p(exp(-|beta t|)) / beta
-        x = V(scale.beta) * t;
-        V tail = exp(-abs(x));
-        base = (max(x, V(0)) + log1p(tail)) * V(scale.inv_beta);
-        d_base = select(x < V(0), tail, V(1)) / (V(1) + tail);
-      }
+    V slope, d_own, t = softened(scale, raw, &slope), own = own_std(scale, t, kind, &d_own);
+    const bool shifted = scale.min_std > 0 || scale.var_eps > 0;
+    out.std = own;
+    if (shifted) {
+      V above = own + V(scale.min_std);
+      out.std = scale.var_eps > 0 ? sqrt(fma(above, above, V(scale.var_eps))) : above;
+      if (scale.var_eps > 0) d_own = d_own * (above / out.std);
     }
-    if (scale.min_std > 0 || scale.var_eps > 0) {
-      V shifted = base + V(scale.min_std);
-      out.std = scale.var_eps > 0 ? sqrt(fma(shifted, shifted, V(scale.var_eps))) : shifted;
-      out.log_std = log(out.std);
-      if (scale.var_eps > 0) d_base = d_base * (shifted / out.std);
-    } else {
-      out.std = base;
-      switch (kind) {
-        case Scale::logvar:
-        case Scale::log_std: out.log_std = x; break;
-        case Scale::std: out.log_std = log(x); break;
-        case Scale::var: out.log_std = V(0.5f) * log(x); break;
-        // Far below zero softplus(x) is exp(x), and its logarithm is x long after exp(x) has become 0.
-        default: out.log_std = select(x < V(-17), x - V(scale.log_beta), log(base));
-      }
-    }
-    out.d_std = d_base * slope;
+    out.d_std = d_own * slope;
     out.d_logvar = V(2) * out.d_std / out.std;
-    if (kind == Scale::softplus && scale.min_std == 0 && scale.var_eps == 0)
-      out.d_logvar = select(V(scale.beta) * t < V(-17), V(2 * scale.beta) * slope, out.d_logvar);
-    return out;
+    V argument = kind == Scale::var && !shifted ? t : out.std, rest = V(0);
+    if (scale.unit < decltype(scale.unit)(__builtin_inff())) {
+      // sigma is 1 at the unit: ln sigma keeps its digits near that through the distance
+      V excess = difference(scale, raw, V(scale.unit), V(scale.unit_low), kind);
+      if (scale.var_eps > 0) excess = excess * (own + V(scale.min_std) + sqrt(V(1 - scale.var_eps))) / (V(1) + out.std);
+      auto near = abs(excess) < V(0.5f);
+      argument = select(near, V(1) + excess, argument);
+      rest = select(near, (excess - (argument - V(1))) / argument, V(0));
+    }
+    if (kind <= Scale::log_std && !shifted) {
+      V c(kind == Scale::logvar ? 0.5f : 1.0f);
+      out.log_std = c * t;
+      out.d_logvar = V(2) * c * slope;
+      out.by_log = true;
+    } else {
+      out.log_std = log(argument) + rest;
+      if (kind == Scale::var && !shifted) out.log_std = V(0.5f) * out.log_std;
+    }
+    if (kind == Scale::softplus && !shifted) {
+      // Far below zero softplus(x) is exp(x), and its logarithm is x long after exp(x) has become 0.
+      V x = V(scale.beta) * t;
+      out.log_std = select(in_tail(x), x - V(scale.log_beta), out.log_std);
+      out.d_logvar = select(in_tail(x), V(2 * scale.beta) * slope, out.d_logvar);
+      out.by_log = true;
+    }
   }
+  return out;
 }
 template <bool exponential, class V, class Scale>
 FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s) {
@@ -118,19 +180,39 @@ FASTELBO_INLINE V clamp_gradient(const Scale& scale, V s, V grad) {
 // Of two standard deviations within these bounds log_ratio needs no logarithm.
 constexpr float kTameLowest = 0x1p-60f, kTameHighest = 0x1p60f;
 
-// ln(sigma_q / sigma_p) by one logarithm of the ratio, near 1 of the exact difference relative to sigma_p.
-template <class V, bool exponential>
-FASTELBO_INLINE V log_ratio(const Spread<V, exponential>& q, const Spread<V, exponential>& p) {
-  V apart = q.log_std - p.log_std;
+// ln(sigma_q / sigma_p) of raw values and their spreads, by one logarithm of the ratio; near 1 of the difference of the
+// two relative to sigma_p, which comes without cancellation where the scales are the same but for the clamp.
+template <class V, bool exponential, class Scale>
+FASTELBO_INLINE V log_ratio(const Scale& scale, const Scale& scale_p, bool same, V s_q, const Spread<V, exponential>& q,
+                            V s_p, const Spread<V, exponential>& p, typename Scale::Kind kind) {
+  V far = q.log_std - p.log_std;
   if constexpr (exponential) {
-    return apart;
+    return far;
   } else {
-    V ratio = q.std / p.std, relative = (q.std - p.std) / p.std;
+    V apart = q.std - p.std, t_q = s_q, t_p = s_p;
+    if (same) {
+      t_q = clamped(scale, s_q), t_p = clamped(scale_p, s_p);
+      apart = difference(scale, t_q, t_p, V(0), kind);
+      if (scale.var_eps > 0) {
+        V slope, own_q = own_std(scale, softened(scale, t_q, &slope), kind, &slope);
+        V own_p = own_std(scale, softened(scale, t_p, &slope), kind, &slope);
+        apart = apart * ((own_q + own_p + V(2 * scale.min_std)) / (q.std + p.std));
+      }
+    }
+    V ratio = q.std / p.std, relative = apart / p.std;
     auto near = abs(relative) < V(0.5f);
     V u = select(near, V(1) + relative, ratio);
     V h = log_normalised(u) + select(near, (relative - (u - V(1))) / u, V(0));
     // what is left is a ratio that overflows or loses bits, and what is no positive number
-    h = select(ratio > V(0x1p-121f), select(ratio < V(0x1p121f), h, apart), apart);
-    return select(p.std > V(0), h, apart);
+    h = select(ratio > V(0x1p-121f), select(ratio < V(0x1p121f), h, far), far);
+    h = select(p.std > V(4 * kSmallest<V>), h, far);
+    if (same && kind == Scale::softplus && !(scale.min_std > 0 || scale.var_eps > 0 || scale.soft_clamp > 0))
+      h = select(in_tail(max(t_q, t_p) * V(scale.beta)), (t_q - t_p) * V(scale.beta), h);
+    return h;
   }
+}
+template <class V, bool exponential, class Scale>
+FASTELBO_INLINE V log_ratio(const Scale& scale, const Scale& scale_p, bool same, V s_q, const Spread<V, exponential>& q,
+                            V s_p, const Spread<V, exponential>& p) {
+  return log_ratio(scale, scale_p, same, s_q, q, s_p, p, scale.kind);
 }

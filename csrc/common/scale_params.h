@@ -18,6 +18,7 @@ struct ScaleOf : ScaleKinds {
   Real soft_clamp = 0, inv_soft_clamp = 0;  // 0: none
   Real min_std = 0, var_eps = 0;
   Real beta = 1, inv_beta = 1, log_beta = 0;
+  Real unit = Real(__builtin_inf()), unit_low = 0;  // the raw value whose sigma is 1, as a sum; infinite: none
 
   ScaleOf() = default;
   template <class Other>
@@ -33,10 +34,19 @@ struct ScaleOf : ScaleKinds {
         var_eps(Real(other.var_eps)),
         beta(Real(other.beta)),
         inv_beta(Real(other.inv_beta)),
-        log_beta(Real(other.log_beta)) {}
+        log_beta(Real(other.log_beta)),
+        unit(Real(other.unit)),
+        unit_low(Real(other.unit - Other(Real(other.unit)) + other.unit_low)) {}
 
   // sigma is exp of a multiple of the raw value, so ln sigma needs no logarithm
-  bool exponential() const { return kind <= log_std && min_std == 0 && var_eps == 0; }
+  bool exponential() const { return kind <= log_std && !shifted() && soft_clamp == 0; }
+  // something is added to the kind's own sigma
+  bool shifted() const { return min_std > 0 || var_eps > 0; }
+  // but for the clamp
+  bool same(const ScaleOf& other) const {
+    return kind == other.kind && soft_clamp == other.soft_clamp && min_std == other.min_std &&
+           var_eps == other.var_eps && beta == other.beta;
+  }
 };
 
 using Scale = ScaleOf<double>;

@@ -27,11 +27,13 @@ namespace fastelbo::FASTELBO_ISA {
 template <class T, bool exponential>
 void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
-  const Scale scale = args.scale, scale_p = args.scale_p;  // copies, which no store to a tensor can change
+  const ScaleOf<T> scale(args.scale), scale_p(args.scale_p);  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], kl_tile[kTile];
   // Of q alone, against N(0, 1), the logarithm is always wanted; beside p only where their ratio is out of bounds.
   SpreadTile<T, exponential, kLogStd> q_alone;
   SpreadTile<T, exponential, kLogStdOfWild> q_at, p_at;
+  RatioTile<T, exponential> ratio;
+  const bool same = args.scale.same(args.scale_p);
   MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
     Tile tile = args.tiling[index];
@@ -50,9 +52,11 @@ void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
       const T* s_p = read_tile(args.s_p, start, n, s_p_tile);
       q_at.read(scale, s_q, n);
       p_at.read(scale_p, s_p, n);
+      ratio.read(scale, scale_p, same, s_q, q_at, s_p, p_at, n);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V delta = load(mean_q + i, part) - load(mean_p + i, part);
-        store(kl + i, gaussian_kl(delta, q_at.at(scale, s_q, i, part), p_at.at(scale_p, s_p, i, part)).value, part);
+        Spread<V, exponential> q = q_at.at(scale, s_q, i, part), p = p_at.at(scale_p, s_p, i, part);
+        store(kl + i, gaussian_kl(delta, ratio.at(q, p, i, part), p).value, part);
       });
     }
     kept.read(args.mask, start, n);
@@ -64,11 +68,13 @@ void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
 template <class T, bool exponential>
 void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
-  const Scale scale = args.scale, scale_p = args.scale_p;  // copies, which no store to a tensor can change
+  const ScaleOf<T> scale(args.scale), scale_p(args.scale_p);  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], d_kl_tile[kTile];
   T d_mean_q_tile[kTile], d_s_q_tile[kTile], d_mean_p_tile[kTile], d_s_p_tile[kTile];
   SpreadTile<T, exponential, kLogStd | kLogSlope> q_alone;
   SpreadTile<T, exponential, kLogStdOfWild | kLogSlope> q_at, p_at;
+  RatioTile<T, exponential> ratio;
+  const bool same = args.scale.same(args.scale_p);
   MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
     Tile tile = args.tiling[index];
@@ -98,10 +104,11 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
       V share_q(args.share.q), share_p(args.share.p);
       q_at.read(scale, s_q, n);
       p_at.read(scale_p, s_p, n);
+      ratio.read(scale, scale_p, same, s_q, q_at, s_p, p_at, n);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw_q = load(s_q + i, part), raw_p = load(s_p + i, part), upstream = load(d_kl + i, part);
         Spread<V, exponential> q = q_at.at(scale, s_q, i, part), p = p_at.at(scale_p, s_p, i, part);
-        GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part) - load(mean_p + i, part), q, p);
+        GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part) - load(mean_p + i, part), ratio.at(q, p, i, part), p);
         V to_q = share_q * upstream, to_p = share_p * upstream;
         store(d_mean_q + i, to_q * kl.d_mean_q, part);
         store(d_s_q + i, clamp_gradient(scale, raw_q, to_q * (kl.d_logvar_q * q.d_logvar)), part);
@@ -149,7 +156,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(Tensor d_kl, Tensor m
   Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Device device(mean_q);
-  Tensor d_mean_q = allocate_gradient(shape, mean_q, dtype, device), d_s_q = allocate_gradient(shape, s_q, dtype, device);
+  Tensor d_mean_q = allocate_gradient(shape, mean_q, dtype, device),
+         d_s_q = allocate_gradient(shape, s_q, dtype, device);
   Tensor d_mean_p = allocate_gradient(shape, mean_p, dtype, device, prior_grad),
          d_s_p = allocate_gradient(shape, s_p, dtype, device, prior_grad);
   GaussianKLArgs args{{mean_q, shape},           {s_q, shape},         {mean_p, shape},    {s_p, shape},

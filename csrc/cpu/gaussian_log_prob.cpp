@@ -29,7 +29,7 @@ namespace fastelbo::FASTELBO_ISA {
 
 // Calls loop(raw_at, spread_at): functions from a position in the tile to the raw scale there and to what it means.
 template <class T, bool exponential, int needs, class Loop>
-FASTELBO_INLINE void with_scale(const Scale& scale, bool one_s, const T* s, int n,
+FASTELBO_INLINE void with_scale(const ScaleOf<T>& scale, bool one_s, const T* s, int n,
                                 SpreadTile<T, exponential, needs>& ahead, Loop&& loop) {
   using V = typename VectorOf<T>::type;
   if (one_s) {
@@ -46,7 +46,7 @@ FASTELBO_INLINE void with_scale(const Scale& scale, bool one_s, const T* s, int 
 template <class T, bool exponential>
 void gaussian_log_prob_fwd(const GaussianLogProb& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
-  const Scale scale = args.scale;  // a copy, which no store to a tensor can change
+  const ScaleOf<T> scale(args.scale);  // a copy, which no store to a tensor can change
   T x_tile[kTile], mean_tile[kTile], s_tile[kTile], out_tile[kTile];
   SpreadTile<T, exponential, kLogStd> p_at;
   MaskTile<T> kept;
@@ -74,10 +74,10 @@ void gaussian_log_prob_fwd(const GaussianLogProb& args, int64_t begin, int64_t e
 template <class T, bool exponential>
 void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
-  const Scale scale = args.scale;  // a copy, which no store to a tensor can change
+  const ScaleOf<T> scale(args.scale);  // a copy, which no store to a tensor can change
   T x_tile[kTile], mean_tile[kTile], s_tile[kTile], d_out_tile[kTile], d_x_tile[kTile], d_mean_tile[kTile],
       d_s_tile[kTile];
-  SpreadTile<T, exponential, kLogSlope> p_at;
+  SpreadTile<T, exponential, kLogStdOfWild | kLogSlope> p_at;
   MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
     auto [start, n, row, rows] = args.tiling[index];

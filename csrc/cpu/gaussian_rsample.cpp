@@ -27,7 +27,7 @@ namespace fastelbo::FASTELBO_ISA {
 template <class T, bool exponential>
 void gaussian_rsample_fwd(const GaussianRsample& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
-  const Scale scale = args.scale;  // a copy, which no store to a tensor can change
+  const ScaleOf<T> scale(args.scale);  // a copy, which no store to a tensor can change
   T mean_tile[kTile], s_tile[kTile], z_tile[kTile];
   SpreadTile<T, exponential, kNoMore> p_at;
   NoiseTile<T> noise_tile;
@@ -52,7 +52,7 @@ void gaussian_rsample_fwd(const GaussianRsample& args, int64_t begin, int64_t en
 template <class T, bool exponential>
 void gaussian_rsample_bwd(const GaussianRsample& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
-  const Scale scale = args.scale;  // a copy, which no store to a tensor can change
+  const ScaleOf<T> scale(args.scale);  // a copy, which no store to a tensor can change
   T s_tile[kTile], d_s_tile[kTile];
   SpreadTile<T, exponential, kSlope> p_at;
   SampleGradient<T> sampled;

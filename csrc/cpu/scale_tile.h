@@ -16,8 +16,9 @@ struct SpreadTile {
   using V = typename VectorOf<T>::type;
 
   T std[kTile], log_std[kTile], d_std[kTile], d_logvar[kTile];
+  bool by_log;
 
-  void read(const Scale& scale, const T* raw, int n) {
+  void read(const ScaleOf<T>& scale, const T* raw, int n) {
     switch (scale.kind) {
       case Scale::logvar: return read_kind<Scale::logvar>(scale, raw, n);
       case Scale::log_std: return read_kind<Scale::log_std>(scale, raw, n);
@@ -28,19 +29,21 @@ struct SpreadTile {
   }
 
   template <class Count>
-  FASTELBO_INLINE Spread<V, false> at(const Scale&, const T*, int i, Count part) const {
+  FASTELBO_INLINE Spread<V, false> at(const ScaleOf<T>&, const T*, int i, Count part) const {
     Spread<V, false> out;
     out.std = load(std + i, part);
     if (needs & (kLogStd | kLogStdOfWild)) out.log_std = load(log_std + i, part);
     if (needs & kSlope) out.d_std = load(d_std + i, part);
     if (needs & kLogSlope) out.d_logvar = load(d_logvar + i, part);
+    out.by_log = by_log;
     return out;
   }
 
  private:
   template <Scale::Kind kind>
-  void read_kind(const Scale& given, const T* raw, int n) {
-    const Scale scale = given;  // a copy, which no store to a tile can change
+  void read_kind(const ScaleOf<T>& given, const T* raw, int n) {
+    const ScaleOf<T> scale = given;  // a copy, which no store to a tile can change
+    by_log = needs & (kLogStd | kLogStdOfWild) && kind != Scale::std && kind != Scale::var && !scale.shifted();
     for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
       Spread<V, false> out = spread<false>(scale, load(raw + i, part), kind);
       store(std + i, out.std, part);
@@ -51,7 +54,10 @@ struct SpreadTile {
     if (!(needs & kLogStdOfWild)) return;
     int wild = 0;
     for (int i = 0; i < n; ++i) wild |= (std[i] > kTameLowest) & (std[i] < kTameHighest) ? 0 : 1;
-    if (!wild) return ::std::fill(log_std, log_std + n, T(0));
+    if (!wild) {
+      by_log = false;
+      return ::std::fill(log_std, log_std + n, T(0));
+    }
     for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
       store(log_std + i, spread<false>(scale, load(raw + i, part), kind).log_std, part);
     });
@@ -62,9 +68,58 @@ template <class T, int needs>
 struct SpreadTile<T, true, needs> {
   using V = typename VectorOf<T>::type;
 
-  void read(const Scale&, const T*, int) {}
+  void read(const ScaleOf<T>&, const T*, int) {}
   template <class Count>
-  FASTELBO_INLINE Spread<V, true> at(const Scale& scale, const T* raw, int i, Count part) const {
+  FASTELBO_INLINE Spread<V, true> at(const ScaleOf<T>& scale, const T* raw, int i, Count part) const {
     return spread<true>(scale, load(raw + i, part));
+  }
+};
+
+// ln(sigma_q / sigma_p) of a tile.
+template <class T, bool exponential>
+struct RatioTile {
+  using V = typename VectorOf<T>::type;
+
+  T log_ratio[kTile];
+
+  template <class Q, class P>
+  void read(const ScaleOf<T>& scale, const ScaleOf<T>& scale_p, bool same, const T* s_q, const Q& q, const T* s_p,
+            const P& p, int n) {
+    switch (same ? scale.kind : Scale::std) {  // of two kinds, only the standard deviations are compared
+      case Scale::logvar: return read_kind<Scale::logvar>(scale, scale_p, same, s_q, q, s_p, p, n);
+      case Scale::log_std: return read_kind<Scale::log_std>(scale, scale_p, same, s_q, q, s_p, p, n);
+      case Scale::std: return read_kind<Scale::std>(scale, scale_p, same, s_q, q, s_p, p, n);
+      case Scale::var: return read_kind<Scale::var>(scale, scale_p, same, s_q, q, s_p, p, n);
+      case Scale::softplus: return read_kind<Scale::softplus>(scale, scale_p, same, s_q, q, s_p, p, n);
+    }
+  }
+
+  template <class Count>
+  FASTELBO_INLINE V at(const Spread<V, false>&, const Spread<V, false>&, int i, Count part) const {
+    return load(log_ratio + i, part);
+  }
+
+ private:
+  template <Scale::Kind kind, class Q, class P>
+  void read_kind(const ScaleOf<T>& given, const ScaleOf<T>& given_p, bool same, const T* s_q, const Q& q, const T* s_p,
+                 const P& p, int n) {
+    const ScaleOf<T> scale = given, scale_p = given_p;  // copies, which no store to a tile can change
+    for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+      V h = FASTELBO_ISA::log_ratio(scale, scale_p, same, load(s_q + i, part), q.at(scale, s_q, i, part),
+                                    load(s_p + i, part), p.at(scale_p, s_p, i, part), kind);
+      store(log_ratio + i, h, part);
+    });
+  }
+};
+
+template <class T>
+struct RatioTile<T, true> {
+  using V = typename VectorOf<T>::type;
+
+  template <class Q, class P>
+  void read(const ScaleOf<T>&, const ScaleOf<T>&, bool, const T*, const Q&, const T*, const P&, int) {}
+  template <class Count>
+  FASTELBO_INLINE V at(const Spread<V, true>& q, const Spread<V, true>& p, int, Count) const {
+    return q.log_std - p.log_std;
   }
 };

@@ -17,6 +17,7 @@ struct GaussianKLArgs {
   Operand d_mean_q, d_s_q, d_mean_p, d_s_p;  // [rows, columns]; no d_mean_p: the prior needs no gradient
   Operand mask;                      // [rows, columns]; none: every element counts
   Shares<V> share;                   // of d_kl
+  bool same = false;                 // the scales, but for the clamp
 };
 
 template <class Access, bool exponential, Prior prior>
@@ -39,10 +40,11 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
       Access::load(args.mean_p, args.layout, place, mean_p);
       Access::load(args.s_p, args.layout, place, s_p);
       FASTELBO_UNROLL
-      for (int i = 0; i < n; ++i)
-        kl[i] = gaussian_kl(mean_q[i] - mean_p[i], spread<exponential>(args.scale, s_q[i]),
-                            spread<exponential>(args.scale_p, s_p[i]))
-                    .value;
+      for (int i = 0; i < n; ++i) {
+        auto q = spread<exponential>(args.scale, s_q[i]), p = spread<exponential>(args.scale_p, s_p[i]);
+        V h = log_ratio(args.scale, args.scale_p, args.same, s_q[i], q, s_p[i], p);
+        kl[i] = gaussian_kl(mean_q[i] - mean_p[i], h, p).value;
+      }
     }
     select(Access::kept(args.mask, args.layout, place), kl);
     if (args.kl.data)
@@ -81,7 +83,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
       FASTELBO_UNROLL
       for (int i = 0; i < n; ++i) {
         auto q = spread<exponential>(args.scale, s_q[i]), p = spread<exponential>(args.scale_p, s_p[i]);
-        auto kl = gaussian_kl(mean_q[i] - mean_p[i], q, p);
+        auto kl =
+            gaussian_kl(mean_q[i] - mean_p[i], log_ratio(args.scale, args.scale_p, args.same, s_q[i], q, s_p[i], p), p);
         V to_q = args.share.q * upstream[i], to_p = args.share.p * upstream[i];
         mean_q[i] = to_q * kl.d_mean_q;
         mean_p[i] = -to_p * kl.d_mean_q;
@@ -133,6 +136,7 @@ Tensor gaussian_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, 
                                         operand<Access>(kl.elements, plan),
                                         kl.sums<V>()};
     args.mask = operand<Access>(mask_view, plan);
+    args.same = scale.same(scale_p);
     with_prior<Access>(mean_p.has_value(), [&](auto prior) {
       launch(device::gaussian_kl_fwd_kernel<Access, exponential.value, prior.value>, args, plan.work.blocks);
     });
@@ -179,6 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(Tensor d_kl, Tensor m
                                         operand<Access>(grads.d_s_p_view, plan),
                                         operand<Access>(mask_view, plan)};
     args.share = Shares<V>(balance);
+    args.same = scale.same(scale_p);
     with_prior<Access>(mean_p.has_value(), [&](auto prior) {
       launch(device::gaussian_kl_bwd_kernel<Access, exponential.value, prior.value>, args, plan.work.blocks);
     });

@@ -108,8 +108,8 @@ Tensor gaussian_rsample_bwd(Tensor d_z, Tensor s, std::optional<Tensor> seed, st
   Scale scale = parse_scale(scale_numbers);
   View s_view(s, shape), d_s_view(d_s, shape), d_z_view = View::of_samples(d_z, shape, num_samples);
   View noise_view = View::of_samples(noise, shape, num_samples);
-  Plan plan(shape, 0, dtype, {scale}, noise ? std::nullopt : std::optional(noise_offset),
-            num_samples, {&s_view, &d_s_view, &d_z_view, &noise_view});
+  Plan plan(shape, 0, dtype, {scale}, noise ? std::nullopt : std::optional(noise_offset), num_samples,
+            {&s_view, &d_s_view, &d_z_view, &noise_view});
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
     device::GaussianRsample<Access> args{plan.layout,

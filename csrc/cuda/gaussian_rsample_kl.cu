@@ -20,6 +20,7 @@ struct GaussianRsampleKL {
   Operand d_mean_q, d_s_q, d_mean_p, d_s_p;  // [rows, columns]; no d_mean_p: the prior needs no gradient
   Operand mask;                      // [rows, columns]; none: every element counts
   Shares<V> share;                   // of d_kl
+  bool same = false;                 // the scales, but for the clamp
 };
 
 template <class Access, bool exponential, Prior prior>
@@ -49,7 +50,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
       FASTELBO_UNROLL
       for (int i = 0; i < n; ++i) {
         auto q = spread<exponential>(args.scale, std[i]), p = spread<exponential>(args.scale_p, s_p[i]);
-        kl[i] = gaussian_kl(mean_q[i] - mean_p[i], q, p).value;
+        V h = log_ratio(args.scale, args.scale_p, args.same, std[i], q, s_p[i], p);
+        kl[i] = gaussian_kl(mean_q[i] - mean_p[i], h, p).value;
         std[i] = args.draw.temperature * q.std;
       }
     }
@@ -114,7 +116,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
       FASTELBO_UNROLL
       for (int i = 0; i < n; ++i) {
         auto q = spread<exponential>(args.scale, s_q[i]), p = spread<exponential>(args.scale_p, s_p[i]);
-        auto kl = gaussian_kl(mean_q[i] - mean_p[i], q, p);
+        auto kl =
+            gaussian_kl(mean_q[i] - mean_p[i], log_ratio(args.scale, args.scale_p, args.same, s_q[i], q, s_p[i], p), p);
         V to_q = args.share.q * upstream[i], to_p = args.share.p * upstream[i];
         mean_q[i] = to_q * kl.d_mean_q + sampled[i];
         mean_p[i] = -to_p * kl.d_mean_q;
@@ -173,6 +176,7 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
                                            operand<Access>(kl.elements, plan),
                                            kl.sums<V>()};
     args.mask = operand<Access>(mask_view, plan);
+    args.same = scale.same(scale_p);
     with_prior<Access>(mean_p.has_value(), [&](auto prior) {
       launch(device::gaussian_rsample_kl_fwd_kernel<Access, exponential.value, prior.value>, args, plan.work.blocks);
     });
@@ -222,6 +226,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
                                            operand<Access>(grads.d_s_p_view, plan),
                                            operand<Access>(mask_view, plan)};
     args.share = Shares<V>(balance);
+    args.same = scale.same(scale_p);
     with_prior<Access>(mean_p.has_value(), [&](auto prior) {
       launch(device::gaussian_rsample_kl_bwd_kernel<Access, exponential.value, prior.value>, args, plan.work.blocks);
     });

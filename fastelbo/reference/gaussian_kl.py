@@ -11,7 +11,17 @@ not: its series has :math:`d^2` in front.
 
 import torch
 
-from fastelbo.reference.scale import arithmetic, is_exponential, log_std_and_std, standardise
+from fastelbo.reference.scale import (
+    arithmetic,
+    clamp,
+    difference,
+    is_exponential,
+    is_shifted,
+    log_std_and_std,
+    own_std,
+    standardise,
+    tails,
+)
 
 
 def gap(h):
@@ -31,11 +41,29 @@ def gap(h):
     return torch.where(small, 0.25 * d_small * d_small * series, large)
 
 
-def log_ratio(log_std_q, std_q, log_std_p, std_p):
-    """ln(sigma_q / sigma_p) of standard deviations that come as such: exact differences keep it accurate near 0."""
-    relative = (std_q - std_p) / std_p
-    near = relative.abs() < 0.5
-    return torch.where(near, torch.log1p(torch.where(near, relative, 0.0)), log_std_q - log_std_p)
+def log_ratio(s_q, q, s_p, p, scale, scale_p):
+    """ln(sigma_q / sigma_p) of raw values and what log_std_and_std says of them: near 0 through the difference of the
+    standard deviations, which of one scale comes without cancellation."""
+    (log_std_q, std_q), (log_std_p, std_p) = q, p
+    s_q, s_p = clamp(s_q, scale), clamp(s_p, scale_p)
+    one = all(getattr(scale, x) == getattr(scale_p, x) for x in ("kind", "soft_clamp", "min_std", "var_eps", "beta"))
+    if one and is_exponential(scale) and scale.soft_clamp is None:
+        return log_std_q - log_std_p
+    if one:
+        apart = difference(s_q, s_p, scale)
+        if scale.var_eps > 0:
+            own = own_std(s_q, scale) + own_std(s_p, scale) + 2 * scale.min_std
+            apart = apart * (own / (std_q + std_p))
+    else:
+        apart = std_q - std_p
+    fair = (std_p > 4 * torch.finfo(std_p.dtype).tiny) & std_p.isfinite()
+    relative = apart / torch.where(fair, std_p, 1.0)
+    near = fair & (relative.abs() < 0.5)
+    h = torch.where(near, torch.log1p(torch.where(near, relative, 0.0)), log_std_q - log_std_p)
+    if one and scale.kind == "softplus" and not is_shifted(scale) and scale.soft_clamp is None:
+        both = tails(scale.beta * torch.maximum(s_q, s_p))
+        h = torch.where(both, scale.beta * (s_q - s_p), h)
+    return h
 
 
 def event_sum(value, event_ndim):
@@ -82,15 +110,14 @@ def gaussian_kl(
 
 def elementwise_kl(mean_q, s_q, mean_p, s_p, scale, scale_p):
     """KL(q || p) of every element."""
-    log_std_q, std_q = log_std_and_std(s_q, scale)
+    h, r = log_ratio_and_distance(mean_q, s_q, mean_p, s_p, scale, scale_p)
+    return gap(h) + 0.5 * r * r
+
+
+def log_ratio_and_distance(mean_q, s_q, mean_p, s_p, scale, scale_p):
+    """ln(sigma_q / sigma_p) and (mean_q - mean_p) / sigma_p of every element."""
+    q = log_std_and_std(s_q, scale)
     if mean_p is None:
-        value = gap(log_std_q) + 0.5 * mean_q * mean_q
-    else:
-        log_std_p, std_p = log_std_and_std(s_p, scale_p)
-        if is_exponential(scale) or is_exponential(scale_p):
-            h = log_std_q - log_std_p
-        else:
-            h = log_ratio(log_std_q, std_q, log_std_p, std_p)
-        r = standardise(mean_q - mean_p, log_std_p, std_p, scale_p)
-        value = gap(h) + 0.5 * r * r
-    return value
+        return q[0], mean_q
+    p = log_std_and_std(s_p, scale_p)
+    return log_ratio(s_q, q, s_p, p, scale, scale_p), standardise(mean_q - mean_p, *p, scale_p)

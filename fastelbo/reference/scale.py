@@ -1,6 +1,6 @@
 r"""From a raw value s to ln sigma and sigma (fastelbo.Scale has the formulas).
 
-``scale`` is anything with the attributes kind, clamp, clamp_grad, soft_clamp, min_std, var_eps and beta.
+``scale`` is a fastelbo.Scale.
 """
 
 import math
@@ -63,31 +63,108 @@ def clamp(s, scale):
     return s.clamp(lo, hi)
 
 
+def tails(x):
+    """Where softplus(x) is exp(x), to the last digit of its logarithm."""
+    return x < (-37 if x.dtype == torch.float64 else -17)
+
+
 def log_std_and_std(s, scale):
-    """ln sigma and sigma of the raw value, both accurate."""
+    """ln sigma and sigma of the raw value, both accurate: the former relatively, too, where sigma is near 1."""
     s = clamp(s, scale)
-    if scale.soft_clamp is not None:
-        s = scale.soft_clamp * torch.tanh(s / scale.soft_clamp)
-    if scale.kind == "logvar":
-        log_std, std = 0.5 * s, torch.exp(0.5 * s)
-    elif scale.kind == "log_std":
-        log_std, std = s, torch.exp(s)
-    elif scale.kind == "std":
-        log_std, std = torch.log(s), s
-    elif scale.kind == "var":
-        log_std, std = 0.5 * torch.log(s), torch.sqrt(s)
-    else:
-        x = scale.beta * s
-        # logaddexp(x, 0) is softplus without overflow; far below zero ln softplus(x) is x
-        std = torch.logaddexp(x, torch.zeros_like(x)) / scale.beta
-        small = x < -17
-        log_std = torch.where(small, x - math.log(scale.beta), torch.log(torch.where(small, torch.ones_like(std), std)))
-    if scale.min_std > 0 or scale.var_eps > 0:
-        std = std + scale.min_std
+    own = own_std(s, scale)
+    t = soften(s, scale)
+    if is_shifted(scale):
+        std = own + scale.min_std
         if scale.var_eps > 0:
             std = torch.sqrt(std * std + scale.var_eps)
         log_std = torch.log(std)
+    elif scale.kind in ("logvar", "log_std"):
+        log_std, std = _factor(scale) * t, own
+    elif scale.kind == "softplus":
+        x, std = scale.beta * t, own
+        small = tails(x)
+        log_std = torch.where(small, x - math.log(scale.beta), torch.log(torch.where(small, torch.ones_like(own), own)))
+    else:
+        log_std, std = _factor(scale) * torch.log(t), own
+    if scale.unit is not None:
+        high, low = split(scale.unit, s.dtype)
+        one = torch.ones((), dtype=s.dtype, device=s.device)
+        excess = difference(s, high * one, scale, low)
+        if scale.var_eps > 0:
+            excess = excess * ((own + scale.min_std + math.sqrt(1 - scale.var_eps)) / (1 + std))
+        near = excess.abs() < 0.5
+        log_std = torch.where(near, torch.log1p(torch.where(near, excess, 0.0)), log_std)
     return log_std, std
+
+
+def _factor(scale):
+    """Of the (limited) raw value, or its logarithm, in ln sigma."""
+    return 0.5 if scale.kind in ("logvar", "var") else 1.0
+
+
+def is_shifted(scale):
+    """Whether something is added to the kind's own standard deviation."""
+    return scale.min_std > 0 or scale.var_eps > 0
+
+
+def soften(s, scale):
+    """c tanh(s / c) for a soft_clamp c."""
+    if scale.soft_clamp is None:
+        return s
+    x = s / scale.soft_clamp
+    tail = torch.exp(-2 * x.abs())  # torch's gradient of tanh, 1 - tanh^2, has no digits left where that is near 1
+    return scale.soft_clamp * torch.where(x.abs() < 1, torch.tanh(x), x.sign() * (1 - tail) / (1 + tail))
+
+
+def own_std(s, scale):
+    """The standard deviation of the clamped raw value before min_std and var_eps."""
+    s = soften(s, scale)
+    if scale.kind in ("logvar", "log_std"):
+        return torch.exp(_factor(scale) * s)
+    if scale.kind == "std":
+        return s
+    if scale.kind == "var":
+        return torch.sqrt(s)
+    # logaddexp(x, 0) is softplus without overflow
+    x = scale.beta * s
+    return torch.logaddexp(x, torch.zeros_like(x)) / scale.beta
+
+
+def split(unit, dtype):
+    """A number that comes as the sum of two in float64 as such a sum in dtype."""
+    high, low = unit
+    if dtype == torch.float64:
+        return unit
+    mantissa, exponent = math.frexp(high)
+    rounded = math.ldexp(round(mantissa * 2**24), exponent - 24)
+    return rounded, high - rounded + low
+
+
+def difference(s_q, s_p, scale, low=0.0):
+    """own_std(s_q) - own_std(s_p + low) of clamped raw values, without cancellation."""
+    apart = s_q - s_p - low
+    if scale.soft_clamp is not None:
+        apart = _soft_difference(s_q / scale.soft_clamp, s_p / scale.soft_clamp, apart / scale.soft_clamp)
+        apart = scale.soft_clamp * apart
+    if scale.kind == "std":
+        return apart
+    if scale.kind == "var":
+        return apart / (own_std(s_q, scale) + own_std(s_p, scale))
+    # exponents are limited: what they would overflow in is not close, and its gradient must not be NaN
+    if scale.kind in ("logvar", "log_std"):
+        return own_std(s_p, scale) * torch.expm1((_factor(scale) * apart).clamp(max=60.0))
+    u, x_p = scale.beta * apart, scale.beta * soften(s_p, scale)
+    share, left = torch.sigmoid(-x_p.abs()), x_p < 0
+    grown = torch.log1p(share * torch.expm1(torch.where(left, u, -u).clamp(max=60.0)))
+    return torch.where(left, grown, u + grown) / scale.beta
+
+
+def _soft_difference(a, b, apart):
+    """tanh(a) - tanh(b), apart = a - b: also where both are near 1 or -1."""
+    tail_a, tail_b = torch.exp(-2 * a.abs()), torch.exp(-2 * b.abs())
+    inner, step = torch.maximum(tail_a, tail_b), -torch.expm1(-2 * apart.abs())
+    same = 2 * inner * step * torch.sign(apart) / ((1 + tail_a) * (1 + tail_b))
+    return torch.where(a.sign() * b.sign() < 0, torch.tanh(a) - torch.tanh(b), same)
 
 
 def is_exponential(scale):
@@ -96,7 +173,12 @@ def is_exponential(scale):
 
 
 def standardise(delta, log_std, std, scale):
-    """delta / sigma; a difference of 0 stays 0 however small sigma is."""
+    """delta / sigma: of a difference of 0 that is 0 however small sigma is, and finite wherever the quotient is."""
+    if is_shifted(scale) or scale.kind in ("std", "var"):
+        return delta / std
+    root = torch.exp((-0.5 * log_std).clamp(max=math.floor(math.log(torch.finfo(std.dtype).max))))
+    by_log = delta * root * root
     if is_exponential(scale):
-        return delta * torch.exp((-log_std).clamp(max=math.floor(math.log(torch.finfo(std.dtype).max))))
-    return delta / std
+        return by_log
+    tiny = std < 4 * torch.finfo(std.dtype).tiny
+    return torch.where(tiny, by_log, delta / torch.where(tiny, 1.0, std))
