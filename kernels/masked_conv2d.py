@@ -28,7 +28,7 @@ _GATES = ("tanh_sigmoid", "glu")
 _WEIGHT_PROGRAMS = 512
 _LEAST_PIXELS = 512
 _FEW = 16  # input channels below which a step takes taps and channels together
-_SUM = tl.constexpr(128)  # products that float32 sums take one after the other before their total joins the others
+_SUM = 128  # products that float32 sums take one after the other before their total joins the others
 _REDUCE = 512  # elements of a program that adds up shares of a weight gradient
 _CHUNK = 2048  # pixels of a program that sums a gradient over an image
 
@@ -93,15 +93,6 @@ def _add_block(part, total, step, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _steps_of_a_part(T: tl.constexpr, PRECISION: tl.constexpr, K: tl.constexpr):
-    """Of K products each; 0 where rounding errors are those of the operands (TF32, halves), or none to speak of."""
-    if T == tl.float32 and PRECISION == "ieee":  # noqa: SIM300
-        return _SUM // K if K < _SUM else 1
-    else:
-        return 0
-
-
-@triton.jit
 def _dot(a, b, total, PRECISION: tl.constexpr):
     if _INTERPRETED:  # which multiplies bfloat16 as if it were integers
         return tl.dot(a.to(total.dtype), b.to(total.dtype), total, input_precision="ieee", out_dtype=total.dtype)
@@ -132,7 +123,7 @@ def _convolve(
     x, x_strides, weight, n, row, column, valid, out, wanted, rows, columns, dilation,
     SIGN: tl.constexpr, INPUTS: tl.constexpr, INPUT_HALF: tl.constexpr, OUTPUT_HALF: tl.constexpr,
     KERNEL: tl.constexpr, KERNEL_ROWS: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, IN_PART: tl.constexpr,
 ):  # fmt: skip
     """The sums over live taps and input channels: [M, N].
 
@@ -147,7 +138,6 @@ def _convolve(
     STRICT: tl.constexpr = KERNEL[6]
     BLOCKS: tl.constexpr = (INPUTS + K - 1) // K  # of a tap's channels
     STEPS: tl.constexpr = (TAPS * INPUTS + K - 1) // K if FLAT else TAPS * BLOCKS
-    IN_PART: tl.constexpr = _steps_of_a_part(x.dtype.element_ty, PRECISION, K)
     pixel = x + _at(x_strides, n, row, column)[:, None]
     to = weight + (out.to(tl.int64) * (KERNEL_ROWS * COLUMNS * INPUTS))[None, :]
     total = tl.zeros([M, N], T)
@@ -212,6 +202,7 @@ def _fwd(
     SIGN: tl.constexpr, INPUTS: tl.constexpr, INPUT_HALF: tl.constexpr, OUTPUTS: tl.constexpr,
     ACTIVATION: tl.constexpr, KERNEL: tl.constexpr, KERNEL_ROWS: tl.constexpr, T: tl.constexpr,
     PRECISION: tl.constexpr, FLAT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    IN_PART: tl.constexpr,
 ):  # fmt: skip
     """y [images, OUTPUTS, rows, columns] = f(convolution + bias + cond) + residual. SIGN -1: the input gradient."""
     GATED: tl.constexpr = ACTIVATION == "tanh_sigmoid" or ACTIVATION == "glu"
@@ -229,7 +220,7 @@ def _fwd(
         out = within
     z = _convolve(
         x, x_strides, weight, n, row, column, valid, out, within < OUTPUTS, rows, columns, dilation,
-        SIGN, INPUTS, INPUT_HALF, OUTPUTS, KERNEL, KERNEL_ROWS, T, PRECISION, FLAT, M, N, K,
+        SIGN, INPUTS, INPUT_HALF, OUTPUTS, KERNEL, KERNEL_ROWS, T, PRECISION, FLAT, M, N, K, IN_PART,
     )  # fmt: skip
     channel = (first + tl.arange(0, WIDTH)).to(tl.int64)[None, :]
     mask = valid[:, None] & (channel < OUTPUTS)
@@ -317,7 +308,7 @@ def _weight_gradient(
     d_z, d_z_strides, x, x_strides, shares,  # shares: [splits, channels of z, taps, INPUTS]
     images, rows, columns, dilation, steps,  # steps: blocks of K pixels to a split
     INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, KERNEL: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr,
-    FLAT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    FLAT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, IN_PART: tl.constexpr,
 ):  # fmt: skip
     """A split's share of the weight gradient: M output channels and N inputs of one tap, or N pairs (tap, input)."""
     COLUMNS: tl.constexpr = KERNEL[0]
@@ -348,7 +339,6 @@ def _weight_gradient(
     away = tl.cast(down, tl.int64) * x_strides[2] + tl.cast(right, tl.int64) * x_strides[3]
     from_x = x + away + (c.to(tl.int64) * x_strides[1])[None, :]
     from_d = d_z + (out.to(tl.int64) * d_z_strides[1])[:, None]
-    IN_PART: tl.constexpr = _steps_of_a_part(x.dtype.element_ty, PRECISION, K)
     total = tl.zeros([M, N], T)
     part = total
     for step in range(steps):
@@ -452,6 +442,11 @@ def _precision(dtype):
     return "tf32" if tf32 and not _library.INTERPRETED else "ieee"
 
 
+def _steps_of_a_part(dtype, precision, k):
+    """Of k products each; 0 where rounding errors are those of the operands (TF32, halves), or none to speak of."""
+    return max(1, _SUM // k) if dtype == torch.float32 and precision == "ieee" else 0
+
+
 def _image(tensor):
     """What kernels take of an image, or of one value for a whole image."""
     if tensor is None:
@@ -482,7 +477,7 @@ def _convolve_tiled(x, weight, bias, cond, residual, y, kept, dilation, sign, ha
             images, rows, columns, dilation,
             SIGN=sign, INPUTS=inputs, INPUT_HALF=inputs // halves[0], OUTPUTS=outputs, ACTIVATION=activation,
             KERNEL=taps, KERNEL_ROWS=weight.shape[2], T=plan.TYPES[_library.arithmetic(x)], PRECISION=precision,
-            **tiles._asdict(), enable_fp_fusion=False,
+            IN_PART=_steps_of_a_part(dtype, precision, tiles.K), **tiles._asdict(), enable_fp_fusion=False,
         )  # fmt: skip
 
     tiles = _tiles(dtype, precision, inputs, outputs * halves[1], taps, y.stride(1) == 1)
@@ -512,7 +507,8 @@ def _gradient_before_activation(d_y, kept, d_z, activation, summed):
 def _weight_gradient_tiled(d_z, x, d_weight, dilation, halves, taps, exact):
     """Launches _weight_gradient and _add_shares."""
     images, inputs, rows, columns = x.shape
-    outputs, precision = d_z.shape[1], _precision(x.dtype)
+    outputs, dtype = d_z.shape[1], x.dtype
+    precision = _precision(dtype)
     x, d_z = _channels_innermost(x), _channels_innermost(d_z)
     live = taps.TAPS + (taps.GROUPS > 1)
     if live == 0:
@@ -530,7 +526,7 @@ def _weight_gradient_tiled(d_z, x, d_weight, dilation, halves, taps, exact):
             *_image(d_z), *_image(x), shares,
             images, rows, columns, dilation, steps,
             INPUTS=inputs, OUTPUTS=outputs, KERNEL=taps, T=plan.TYPES[shares.dtype], PRECISION=precision,
-            **tiles._asdict(), enable_fp_fusion=False,
+            IN_PART=_steps_of_a_part(dtype, precision, tiles.K), **tiles._asdict(), enable_fp_fusion=False,
         )  # fmt: skip
         _add_shares[(triton.cdiv(d_weight.numel(), _REDUCE),)](
             shares, d_weight, d_weight.stride(), splits, d_weight.numel(), d_weight.shape[2],
