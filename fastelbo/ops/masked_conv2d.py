@@ -333,16 +333,18 @@ def _taps_within(weight, size, stack, dilation):
     rows, columns = weight.shape[2:]
     up = rows // 2 if stack == "square" else rows - 1
     left = columns - 1 if stack == "horizontal" else columns // 2
-    sides = (2, up, size[0] - 1, stack == "square"), (3, left, size[1] - 1, stack != "horizontal")
-    for dim, reach, within, both_ways in sides:
-        far = reach * dilation > within
-        if torch.compiler.is_compiling():  # no guard on a size that may change
+    fixed = not torch.compiler.is_compiling()
+    if fixed and up * dilation < size[0] and left * dilation < size[1]:
+        return weight
+    for dim, reach, image in ((2, up, size[0]), (3, left, size[1])):
+        far = reach * dilation >= image
+        if not fixed:  # no guard on a size that may change
             from torch.fx.experimental.symbolic_shapes import statically_known_true
 
             far = statically_known_true(far)
         if far:
-            some = within // dilation
-            weight = weight.narrow(dim, reach - some, 2 * some + 1 if both_ways else some + 1)
+            some, beyond = (image - 1) // dilation, weight.shape[dim] - 1 > reach  # taps on either side
+            weight = weight.narrow(dim, reach - some, 2 * some + 1 if beyond else some + 1)
     return weight
 
 
