@@ -125,10 +125,11 @@ class IncrementalSampler:
         self.device = floats[0].device if floats else torch.device("cpu")
         self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in floats) else torch.float32
         self.backend = _choose(self.device, self.dtype, backend)
-        self.model = _copied(model).to(self.dtype).eval().requires_grad_(False)
+        self.model = _copied(model, self.dtype)
         # Of a copy that shares the parameters alone, since a forward may keep what it meets.
         parameters = {id(parameter): parameter for parameter in self.model.parameters()}
-        self._network = trace(copy.deepcopy(self.model, parameters), shape[0], conditional, bernoulli=levels == 2)
+        with torch.no_grad():  # as it is drawn from
+            self._network = trace(copy.deepcopy(self.model, parameters), shape[0], conditional, bernoulli=levels == 2)
         outputs = len(self._network.logits.channels) // shape[0]
         if levels is not None and levels != outputs:
             raise ValueError(
@@ -354,12 +355,12 @@ class IncrementalSampler:
         known = torch.ones(shape, dtype=torch.bool, device=self.device)
         uniforms = torch.zeros(shape, dtype=torch.float32, device=self.device)
         self._draw(run, image, known, uniforms, values, 1.0, seen=got)
-        got = got.movedim(-1, 1).double()
+        got = got.movedim(-1, 1)
 
         # In two calls, of one image and of two: state and batch must make no difference.
         parameters = {id(parameter): parameter for parameter in self.model.parameters()}
         own, x = copy.deepcopy(self.model, parameters), values[image]
-        one, two = (self._own(own, x[:n], None if cond is None else cond[:n]).double() for n in (1, 2))
+        one, two = (self._own(own, x[:n], None if cond is None else cond[:n]) for n in (1, 2))
         inputs = [i.inputs for section in run.program.sections for i in section]
         unit, root = torch.finfo(self.dtype).eps, math.sqrt(max(*inputs, 1, 1))
         bound = root * unit * _largest(two)
@@ -699,20 +700,20 @@ def _count(name, value):
         raise ValueError(f"{name} must be at least 1; got {value}")
 
 
-def _copied(model):
-    """A copy of a module, without the hooks that only set a weight."""
+def _copied(model, dtype):
+    """A copy of a module for evaluation, without the hooks that only set a weight."""
     # of tensors in a graph, as those hooks leave them, there is no deepcopy
     held = [t for part in model.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
     try:
         copied = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held})
+        for part in copied.modules():
+            for key, hook in list(part._forward_pre_hooks.items()):
+                if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
+                    hook.remove(part)
+                    del part._forward_pre_hooks[key]
+        return copied.to(dtype).eval().requires_grad_(False)
     except Exception as error:  # of any kind: it is the user's code
         raise TypeError(f"model must be one that copy.deepcopy copies; got {type(model).__name__}: {error}") from error
-    for part in copied.modules():
-        for key, hook in list(part._forward_pre_hooks.items()):
-            if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
-                hook.remove(part)
-                del part._forward_pre_hooks[key]
-    return copied
 
 
 def _largest(numbers):

@@ -831,6 +831,7 @@ class Scaled(Between):
     def __init__(self, scale):
         super().__init__(None)
         self.scale = scale
+        self.register_buffer("buffer", torch.ones(1))
 
     def forward(self, x):
         return self.b(self.scale(self, self.a(x)))
@@ -846,7 +847,13 @@ def _autocast(self, h):
         return torch.cat([self.b(h), self.b(h)], 1).float()
 
 
+def _buffered(self, h):
+    self.buffer.add_(1)
+    return h * self.buffer
+
+
 UNSEEN = {
+    "buffer": _buffered,
     "type": lambda self, h: h * 2 if isinstance(h, torch.Tensor) else h,
     "count": _counted,
     "autocast": _autocast,
@@ -863,7 +870,7 @@ def test_what_no_trace_sees_is_found_before_a_draw(name, backend):
         r"model must compute what its layers' steps show; got a forward whose logits differ .* by up to \S+ \(row \d, "
         r'column \d, colour 0, output \d\), where rounding explains \S+: .*method="naive" draws by the network itself'
     )
-    if name in ("count", "noise"):
+    if name in ("buffer", "count", "noise"):
         expected = r'model must compute the same at each call; got a forward .* differ by .*method="naive" draws'
     for draw in (lambda: sampler.sample(2, seed=0), lambda: sampler.reset(2)):
         with pytest.raises(NotImplementedError, match=expected):
@@ -872,6 +879,27 @@ def test_what_no_trace_sees_is_found_before_a_draw(name, backend):
     unchecked = IncrementalSampler(model, (1, 4, 5), levels=4, backend=backend, check=False)
     assert unchecked.sample(2, seed=0).shape == (2, 1, 4, 5)
     unchecked.reset(2).step()
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda self, h: h if torch.is_grad_enabled() else h * 2,
+        lambda self, h: h if self.training else h * 2,
+        lambda self, h: _Doubled.apply(h),
+    ],
+)
+def test_what_a_trace_sees_in_a_draws_own_state(scale, backend):
+    with torch.no_grad():
+        assert_draws_as_the_naive_loop(lively(Scaled(scale), 3), (1, 4, 5), backend)
+    with torch.enable_grad():
+        assert_draws_as_the_naive_loop(lively(Scaled(scale), 3), (1, 4, 5), backend)
+
+
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        return h * 2
 
 
 def test_hooks_of_all_modules_are_found(backend):
