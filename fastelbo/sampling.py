@@ -335,9 +335,10 @@ class IncrementalSampler:
     def _compare(self, cond):
         """Raises unless the steps give the network's own logits on two random images.
 
-        Both sum in an order of their own. A chain of K sums in float32 goes astray by about the root of K units. Where
-        that does not explain a difference, the network runs in float64, and there once more with every parameter moved
-        by about a unit in its last place at random, which moves the logits as far as rounding each product once does.
+        Both sum in an order of their own. What is rounded K times, in chains of sums and from layer to layer, goes
+        astray by about the root of K units. Where that does not explain a difference, the network runs in float64, and
+        there once more with every parameter moved by about a unit in its last place at random, which moves the logits
+        as far as rounding each product once does.
         """
         shape = (2, *self.image_shape)
         cond = None if cond is None else cond[torch.arange(2, device=cond.device) % len(cond)]
@@ -361,8 +362,8 @@ class IncrementalSampler:
         parameters = {id(parameter): parameter for parameter in self.model.parameters()}
         own, x = copy.deepcopy(self.model, parameters), values[image]
         one, two = (self._own(own, x[:n], None if cond is None else cond[:n]) for n in (1, 2))
-        inputs = [i.inputs for section in run.program.sections for i in section]
-        unit, root = torch.finfo(self.dtype).eps, math.sqrt(max(*inputs, 1, 1))
+        rounded = sum(i.inputs + 1 for section in run.program.sections for i in section)
+        unit, root = torch.finfo(self.dtype).eps, math.sqrt(max(rounded, 1))
         bound = root * unit * _largest(two)
         if bool(_close(got, two, bound).all() and _close(got[:1], one, bound).all()):
             return
