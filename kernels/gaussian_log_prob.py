@@ -69,7 +69,7 @@ def _bwd(
         tile.store(d_s, window, d_raw, VECTOR)
 
 
-def gaussian_log_prob_fwd(out, x, mean, s, scale, event_ndim, negative, mask, full):
+def gaussian_log_prob_fwd(out, x, mean, s, scale, event_ndim, negative, mask, full=True):
     """Fills out; the arguments of the op's schema."""
     found = plan.plan(event_ndim, x, mean, s, mask, None if event_ndim else out, tile=plan.tile_size(out.dtype, scale))
     if found is None:

@@ -168,15 +168,21 @@ def divide(x, spread, SCALE: tl.constexpr):
     if _is_shifted(SCALE) or SCALE[0] == _STD or SCALE[0] == _VAR:
         return x / spread[0]
     else:
-        # The root is kept finite: a difference of 0 stays 0 however small sigma is. It overflows later than 1 / sigma.
+        # 1 / sigma in two factors, each of them kept finite: a difference of 0 stays 0 however small sigma is
         if x.dtype == tl.float64:
-            root = elementary.exp(elementary.at_most(-0.5 * spread[1], 709.0))
+            limit: tl.constexpr = 709.0
+            lifted: tl.constexpr = 8.218407461554972e307
         else:
-            root = elementary.exp(elementary.at_most(-0.5 * spread[1], 88.0))
+            limit: tl.constexpr = 88.0
+            lifted: tl.constexpr = 1.6516362549940018e38
+        exponent = -spread[1]
+        beyond = exponent > limit
+        inverse = elementary.exp(elementary.at_most(tl.where(beyond, exponent - limit, exponent), limit))
+        by_log = x * inverse * tl.where(beyond, lifted, 1.0)
         if is_exponential(SCALE):
-            return x * root * root
+            return by_log
         else:
-            return tl.where(spread[0] < 4 * elementary.smallest(x), x * root * root, x / spread[0])
+            return tl.where(spread[0] < 4 * elementary.smallest(x), by_log, x / spread[0])
 
 
 @triton.jit

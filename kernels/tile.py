@@ -103,7 +103,7 @@ def store(operand, window, values, VECTOR: tl.constexpr, start=0):
 def put(pointer, values, mask):
     """Writes values in the type that the pointers have."""
     if _INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
-        values = _round_to_bfloat16(values)
+        values = _round_to_bfloat16(values.to(tl.float32))
     tl.store(pointer, values.to(pointer.dtype.element_ty), mask=mask)
 
 

@@ -7,28 +7,37 @@ constexpr float kSmallest = 0x1p-126f;
 template <>
 constexpr double kSmallest<double> = 0x1p-1022;
 
+// 1 / sigma of a ln sigma, in two factors, each of them kept finite: a difference of 0 stays 0 however small sigma is.
+template <class V>
+struct Inverse {
+  V exponential, lift;
+
+  Inverse() = default;
+  FASTELBO_INLINE explicit Inverse(V log_std) {
+    constexpr bool wide = std::is_same_v<V, double>;
+    V limit(wide ? 709.0f : 88.0f), exponent = -log_std;
+    auto beyond = exponent > limit;
+    exponential = exp(min(limit, select(beyond, exponent - limit, exponent)));
+    lift = select(beyond, V(wide ? 8.218407461554972e307 : 1.6516362549940018e38), V(1));
+  }
+  FASTELBO_INLINE V times(V x) const { return x * exponential * lift; }
+};
+
 // What a Scale says of a raw value: the standard deviation, its logarithm, and their slopes. What a caller does not
-// use, the compiler does not compute. `exponential` is Scale::exponential() at compile time.
-template <class V, bool exponential>
+// use, the compiler does not compute. `is_exponential` is Scale::exponential() at compile time.
+template <class V, bool is_exponential>
 struct Spread {
   V std;  // sigma
   V log_std;  // ln sigma
-  V root;  // 1 / sqrt(sigma) where exponential, kept finite: a difference of 0 stays 0
   V d_std;  // d sigma / d s
   V d_logvar;  // d ln sigma^2 / d s
   bool by_log = false;  // log_std says more than sigma where that runs out of normal numbers
 
   // x / sigma, finite wherever the quotient is.
   FASTELBO_INLINE V divide(V x) const {
-    if constexpr (exponential) return x * root * root;
+    if constexpr (is_exponential) return Inverse<V>(log_std).times(x);
     if (!by_log) return x / std;
-    V inverse_root = finite_root(log_std);
-    return select(std < V(4 * kSmallest<V>), x * inverse_root * inverse_root, x / std);
-  }
-
-  static FASTELBO_INLINE V finite_root(V log_std) {
-    constexpr float largest = std::is_same_v<V, double> ? 709.0f : 88.0f;  // exponents beyond would overflow
-    return exp(min(V(largest), V(-0.5f) * log_std));
+    return select(std < V(4 * kSmallest<V>), Inverse<V>(log_std).times(x), x / std);
   }
 };
 
@@ -118,7 +127,6 @@ FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s, typename 
     V c(kind == Scale::logvar ? 0.5f : 1.0f);
     out.log_std = c * raw;
     out.std = exp(out.log_std);
-    out.root = out.finite_root(out.log_std);
     out.d_logvar = V(2) * c;
     out.d_std = out.std * c;
   } else {

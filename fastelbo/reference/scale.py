@@ -176,8 +176,11 @@ def standardise(delta, log_std, std, scale):
     """delta / sigma: of a difference of 0 that is 0 however small sigma is, and finite wherever the quotient is."""
     if is_shifted(scale) or scale.kind in ("std", "var"):
         return delta / std
-    root = torch.exp((-0.5 * log_std).clamp(max=math.floor(math.log(torch.finfo(std.dtype).max))))
-    by_log = delta * root * root
+    # 1 / sigma in two factors, each of them kept finite
+    limit = math.floor(math.log(torch.finfo(std.dtype).max))
+    beyond = -log_std > limit
+    inverse = torch.exp((-log_std - torch.where(beyond, float(limit), 0.0)).clamp(max=limit))
+    by_log = delta * inverse * torch.where(beyond, torch.full_like(std, math.exp(limit)), 1.0)
     if is_exponential(scale):
         return by_log
     tiny = std < 4 * torch.finfo(std.dtype).tiny
