@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import math
 import os
 import sys
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastelbo
-from parallel import Ranks
+from parallel import Ranks, check_history
 
 CHECKPOINT = "checkpoint.pt"
 DEFAULT = "(default: %(default)s)"
@@ -91,13 +92,15 @@ def make_output(directory: Path) -> None:
 
 
 def exit_code(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Runs an example; 0, or 2 after a sentence on bad input, or 130 after Ctrl-C."""
+    """Runs an example; 0, or 2 after a sentence on bad input or a full disk, or 130 after Ctrl-C."""
     checkpoint = args.output / CHECKPOINT
     if "RANK" in os.environ:  # there a directory
         checkpoint = checkpoint.with_suffix("")
     try:
         run(args)
-    except InputError as error:
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError):
+            error = f"--output: cannot write to {args.output}: {error.strerror or error}"
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
@@ -247,9 +250,10 @@ class Training:
             "settings": self.settings,
             "history": self.history,
         }
-        temporary = path.with_suffix(".tmp")
+        temporary, contents = path.with_suffix(".tmp"), io.BytesIO()
+        torch.save(state, contents)  # to a full disk it would fail without saying so
         try:
-            torch.save(state, temporary)
+            temporary.write_bytes(contents.getbuffer())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -274,6 +278,7 @@ class Training:
         state = torch.load(path, map_location="cpu", weights_only=True)
         settings = dict(state["settings"])
         if settings == self.settings:
+            check_history(state["history"])
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.history = state["history"]

@@ -26,6 +26,19 @@ class _Method(nn.Module):
         return getattr(self.model, self.name)(*args, **keywords)
 
 
+def check_history(history: object) -> None:
+    """A history is a list of pairs of numbers."""
+    if not isinstance(history, list):
+        raise ValueError(f"its history must be a list; got {type(history).__name__}")
+    for figures in history:
+        if not (
+            isinstance(figures, (tuple, list))
+            and len(figures) == 2
+            and all(isinstance(figure, (int, float)) for figure in figures)
+        ):
+            raise ValueError(f"its history must be of pairs of numbers; got {figures!r}")
+
+
 class Ranks:
     """This process among those of torchrun; one alone, which nothing here changes, where there is no torchrun.
 
@@ -156,7 +169,10 @@ class Ranks:
             shutil.rmtree(target, ignore_errors=True)
         dist.barrier()
         notes = json.dumps([training.settings, training.history])  # torch would take a dict or a list apart
-        dcp.save({**self._state(training), "notes": notes}, checkpoint_id=target)
+        try:
+            dcp.save({**self._state(training), "notes": notes}, checkpoint_id=target)
+        except dcp.CheckpointException as error:  # of no kind of Exception
+            raise OSError(f"{target}: {next(iter(error.failures.values()))[0]}") from None
         if self.first:
             for other in directory.iterdir():
                 if other != target:
@@ -180,6 +196,7 @@ class Ranks:
             settings, history = json.loads(notes["notes"])
             if settings != training.settings:
                 return settings
+            check_history(history)
             state = self._state(training)
             dcp.load(state, checkpoint_id=source)
         except dcp.CheckpointException as error:  # of no kind of Exception

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastelbo import _library
+from fastelbo import _library, _seed
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_DIMS = 15
@@ -316,3 +316,74 @@ def values(valid, message):
             raise ValueError(message)
     elif not _library.transformed():  # whose tensors stand for others'
         torch._assert_async(valid.all(), message)
+
+
+# Of what a raw op is called with: what csrc/common/checks.h does for compiled ops, in the same words, for Triton's and
+# where nothing but metadata is there.
+
+
+def scale_numbers(values):
+    """The numbers of a Scale, as the ops' schemas carry them."""
+    if not 1 <= len(values) <= 10:
+        raise ValueError(f"scale must be of 1 to 10 numbers; got {len(values)}")
+    full = (*values[:8], *_SCALE_DEFAULTS[len(values) :])  # those that follow are made of these
+    kind, clamp_grad, lo, hi, *positive, beta = full
+    for name, value, valid, rule in (
+        ("kind", kind, kind in range(5), "0, 1, 2, 3 or 4"),
+        ("clamp_grad", clamp_grad, clamp_grad in range(3), "0, 1 or 2"),
+        ("clamp", hi, lo < hi, "a lower limit below a higher one"),
+        *(
+            (name, value, 0 <= value < math.inf, "at least 0 and finite")
+            for name, value in zip(("soft_clamp", "min_std", "var_eps"), positive, strict=True)
+        ),
+        ("beta", beta, 0 < beta < math.inf, "positive and finite"),
+    ):
+        if not valid:
+            raise ValueError(f"scale must have a {name} that is {rule}; got {value:g}")
+    return full
+
+
+_SCALE_DEFAULTS = (0.0, 0.0, -math.inf, math.inf, 0.0, 0.0, 0.0, 1.0)
+
+
+def raw_prior(mean_p, s_p, scale, scale_p, prior_grad=False, balance=None):
+    """The prior of a raw op, what the scales are, and what of the gradient reaches the prior."""
+    prior(mean_p, s_p, None)
+    if (mean_p is None) != (scale_p is None):
+        raise ValueError(f"scale_p must come with mean_p and s_p; got {'it alone' if mean_p is None else 'none'}")
+    if prior_grad and mean_p is None:
+        raise ValueError("prior_grad must come with mean_p and s_p; got it alone")
+    for values in (scale, scale_p):
+        if values is not None:
+            scale_numbers(values)
+    if balance is not None:
+        fraction("balance", balance)
+
+
+def raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, device):
+    """What decides a raw op's draw; the samples' shape."""
+    if (seed is None) == (noise is None):
+        raise ValueError(f"seed or noise must be given, and not both; got {'neither' if seed is None else 'both'}")
+    noise_arguments(noise, None, None, noise_offset, num_samples, temperature, shape, device)
+    if not math.isfinite(temperature):
+        raise ValueError(f"temperature must be finite; got {temperature}")
+    if seed is not None:
+        _seed.as_seed(seed, None, seed.device if seed.is_cpu else device)  # kernels may take its value on the host
+    return shape if num_samples is None else (num_samples, *shape)
+
+
+def upstream(name, tensor, shape, device):
+    """The gradient of a result of the shape."""
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16; got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the device of the other tensors, {device}; got {tensor.device}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must be of shape {tuple(shape)}; got {tuple(tensor.shape)}")
+
+
+def raw_event(event_ndim_, mask_, shape, device):
+    """The events of a raw op, and its mask."""
+    event_ndim(event_ndim_, shape)
+    if mask_ is not None:
+        mask("mask", mask_, shape, device)

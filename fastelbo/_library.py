@@ -7,6 +7,11 @@ import os
 
 import torch
 
+_OLDEST_TORCH = (2, 10)
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
+    raise ImportError(f"fastelbo needs torch {'.'.join(map(str, _OLDEST_TORCH))} or newer; got {torch.__version__}")
+
 # Two namespaces, so that Triton and CUDA C++ can both run tensors of one device.
 _library = torch.library.Library("fastelbo", "DEF")
 _triton_library = torch.library.Library("fastelbo_triton", "DEF")
@@ -15,8 +20,12 @@ _triton_library = torch.library.Library("fastelbo_triton", "DEF")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def define(name: str, schema: str, fake) -> "dict[str, torch._ops.OpOverload]":
+def define(name: str, schema: str, fake, check=None, differentiable=None) -> "dict[str, torch._ops.OpOverload]":
     """Defines an op with a kernel per backend; returns what each backend calls.
+
+    Two overloads of one schema share the kernels: "kernel", which the op's autograd.Function calls and is returned, and
+    the default one, by whose name exported programs and other callers call it, which checks what it is given and passes
+    gradients on.
 
     The Triton kernel of <op>_fwd is the function of that name in fastelbo.kernels.<op>: it takes the results to fill,
     which `fake` has allocated, and the op's arguments.
@@ -25,10 +34,30 @@ def define(name: str, schema: str, fake) -> "dict[str, torch._ops.OpOverload]":
         name: <op>_fwd or <op>_bwd.
         schema: its arguments and returns, without the name.
         fake: allocates what it returns; the same argument names as the schema.
+        check: raises for arguments that no kernel can take. (Compiled kernels check theirs, too.)
+        differentiable: takes the backend and the op's arguments, and computes the op so that gradients pass. Without it
+            the op has no derivative, and a backward through it says so.
     """
-    compiled, triton = _define(_library, name, schema, fake), _define(_triton_library, name, schema, fake)
-    _triton_library.impl(name, functools.partial(_run_triton, name, fake), "CPU" if INTERPRETED else "CUDA")
-    return {"cpu": compiled, "cuda": compiled, "triton": triton}
+    kernels = {}
+    checked = fake if check is None else functools.partial(_checked, check, fake)
+    for library, backend in ((_library, "cpu"), (_triton_library, "triton")):
+        kernels[backend] = _define(library, f"{name}.kernel", schema, fake)
+        op = _define(library, name, schema, checked)
+        differentiate(op, differentiable and functools.partial(differentiable, backend), check, library)
+    device = "CPU" if INTERPRETED else "CUDA"
+    _triton_library.impl(f"{name}.kernel", functools.partial(_run_triton, name, fake), device)
+    _triton_library.impl(name, functools.partial(_run_triton, name, checked), device)
+    return {"cuda": kernels["cpu"], **kernels}
+
+
+def by_name(op):
+    """The default overload of what define returned: what an exported program is to hold."""
+    return op.overloadpacket.default
+
+
+def _checked(check, fake, *arguments, **keywords):
+    check(*arguments, **keywords)
+    return fake(*arguments, **keywords)
 
 
 def define_helper(name: str, schema: str, fake, tags=()) -> "torch._ops.OpOverload":
@@ -44,7 +73,45 @@ def define_helper(name: str, schema: str, fake, tags=()) -> "torch._ops.OpOverlo
 def _define(library, name, schema, fake, tags=()):
     library.define(f"{name}{schema}", tags=tags)
     torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
-    return getattr(getattr(torch.ops, library.ns), name).default
+    name, _, overload = name.partition(".")
+    return getattr(getattr(getattr(torch.ops, library.ns), name), overload or "default")
+
+
+def differentiate(op, differentiable=None, check=None, library=_library) -> None:
+    """Says what runs where an op is called with tensors that want a gradient.
+
+    Args:
+        op: of this library.
+        differentiable, check: take the op's arguments; as in define.
+        library: that defined the op.
+    """
+
+    def below_autograd(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    if differentiable is None:
+        differentiable = functools.partial(_WithoutDerivative.apply, below_autograd, op.__name__.partition(".")[0])
+
+    def run(*arguments):
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
+            if check is not None:
+                check(*arguments)
+            return differentiable(*arguments)
+        return below_autograd(*arguments)
+
+    library.impl(op, run, "Autograd")
+
+
+class _WithoutDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, name, *arguments):
+        ctx.name = name
+        return call(*arguments)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"{ctx.name} must not be differentiated; got a gradient for what it returned")
 
 
 @functools.cache

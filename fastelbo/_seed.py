@@ -54,8 +54,8 @@ def _draw(device: torch.device, generator=None, on_cpu=False) -> torch.Tensor:
             raise ValueError(f"generator must be on the device of mean, {device}; got {generator.device}")
         return _filled(_reserve(generator), torch.device("cpu") if on_cpu else device)
     if generator is None:
-        return torch.randint(_LOW, _HIGH, (1,), dtype=torch.int64, device=device)
-    return torch.randint(_LOW, _HIGH, (1,), dtype=torch.int64, device=device, generator=generator)
+        return torch.randint(_LOW, _HIGH, (1,), device=device)
+    return torch.randint(_LOW, _HIGH, (1,), device=device, generator=generator)
 
 
 def _filled(seed: Any, device: torch.device) -> torch.Tensor:

@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import warnings
 
 import torch
 
@@ -195,7 +196,8 @@ def choose(
         convolution: as in fastest.
 
     Returns:
-        The backend's name; FASTELBO_BACKEND's where that is set and backend is None.
+        The backend's name. Where backend is None: the reference if nothing else can run the call, FASTELBO_BACKEND's if
+        that is set, or the fastest. A warning, once, says why plain torch runs where kernels of ours should.
 
     Raises:
         ValueError: for a name that is no backend.
@@ -205,18 +207,39 @@ def choose(
         >>> fastelbo.backends.choose(torch.device("cpu"), "reference")
         'reference'
     """
-    wanted = OVERRIDE if backend is None else backend
-    if wanted is None:
-        return fastest(device, convolution) if only_reference is None else "reference"
+    wanted, setting = backend, "backend"
+    if backend is None:
+        if only_reference is not None:
+            return "reference"
+        if OVERRIDE is None:
+            found = fastest(device, convolution)
+            if found == "reference" and device.type in _ORDER:
+                _say_why_slow(device)
+            return found
+        wanted, setting = OVERRIDE, "FASTELBO_BACKEND"
     if not isinstance(wanted, str) or wanted not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {wanted!r}")
+        raise ValueError(f"{setting} must be one of {', '.join(BACKENDS)}; got {wanted!r}")
     if wanted == "reference" or (only_reference is None and why_not(wanted, device) is None):
         return wanted
     reasons = "; ".join(
         f"{name}: {only_reference if name != 'reference' and only_reference else why_not(name, device) or 'can run it'}"
         for name in (wanted, *(name for name in BACKENDS if name != wanted))
     )
-    raise NotImplementedError(f"backend {wanted!r} cannot run this input ({reasons})")
+    raise NotImplementedError(f"{setting} {wanted!r} cannot run this input ({reasons})")
+
+
+@functools.cache
+def _warn_once(message):
+    warnings.warn(message, RuntimeWarning, stacklevel=5)  # at the caller of the function that chose
+
+
+def _say_why_slow(device):
+    reasons = "; ".join(f"{name}: {why_not(name, device)}" for name in _ORDER[device.type])
+    _warn_once(f"fastelbo runs in plain torch, slowly, on tensors of {device}, because its kernels cannot: {reasons}")
+
+
+# As in _library.transformed: a function that is being traced says it while it is.
+_say_why_slow._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def only_reference(noise: "torch.Tensor | None" = None) -> "str | None":

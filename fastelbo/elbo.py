@@ -205,6 +205,10 @@ def iwae_bound(
     log_w = wide_p_x + wide_p_z - wide_q_z
     if estimator != "iwae":
         _check_samples(z, shape, estimator)
+        if estimator == "dreg" and torch.compiler.is_exporting():
+            raise NotImplementedError(
+                "estimator must not be 'dreg' in an exported program, which keeps no gradient's weights"
+            )
         if z is not None and torch.is_grad_enabled() and z.requires_grad:
             if not torch.compiler.is_compiling() and not _library.transformed():
                 _check_paths(z, log_p_x, log_p_z, log_q_z, estimator)

@@ -3,9 +3,13 @@
 import decimal
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
+
+from fastelbo import _checks
 
 KINDS = ("logvar", "log_std", "std", "var", "softplus")
 CLAMP_GRADS = ("zero", "straight_through", "inward")
@@ -185,6 +189,19 @@ def numbers(scale: "Scale | None") -> "list[float] | None":
     if torch.compiler.is_compiling():  # with dynamic shapes a float would become an unknown, which no op takes
         return [float(number) for number in scale.text.split()]  # type: ignore[attr-defined]
     return scale.numbers  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_numbers(values):
+    kind, clamp_grad, lo, hi, soft_clamp, min_std, var_eps, beta = _checks.scale_numbers(values)
+    limits: dict[str, Any] = {"clamp": (lo, hi), "clamp_grad": CLAMP_GRADS[int(clamp_grad)]}
+    limits = {} if (lo, hi) == (-math.inf, math.inf) else limits
+    return Scale(KINDS[int(kind)], **limits, soft_clamp=soft_clamp or None, min_std=min_std, var_eps=var_eps, beta=beta)
+
+
+def of_numbers(values: "Sequence[float] | None") -> "Scale | None":
+    """The Scale or None that numbers made these of."""
+    return None if values is None else _of_numbers(tuple(values))
 
 
 _SCALES = {kind: Scale(kind) for kind in KINDS}

@@ -114,7 +114,7 @@ def _bwd(
         store_prior_gradients(gradients, window, kept, to_p * d_mean, s_p, to_p * (d_logvar_p * p[3]), SCALE_P, VECTOR)
 
 
-def gaussian_kl_fwd(kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask):
+def gaussian_kl_fwd(kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask, balance=None):
     """Fills kl; the arguments of the op's schema."""
     found = plan.plan(
         event_ndim, mean_q, s_q, mean_p, s_p, mask, None if event_ndim else kl,

@@ -77,7 +77,7 @@ def _bwd(
 
 def gaussian_rsample_kl_fwd(
     results, mean_q, s_q, mean_p, s_p, seed, noise, noise_offset, num_samples, temperature, scale, scale_p,
-    event_ndim, mask, out_dtype,
+    event_ndim, mask, out_dtype, balance=None,
 ):  # fmt: skip
     """Fills z and kl; the arguments of the op's schema."""
     z, kl = results

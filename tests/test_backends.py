@@ -66,8 +66,9 @@ def copied(tmp_path):
     return tmp_path
 
 
-def report_and_use(folder, code="", **environment):
-    """What python -m fastelbo and the code print in the copy, after a KL by default; a warning fails."""
+def report_and_use(folder, code="", ignored=(), **environment):
+    """What python -m fastelbo and the code print in the copy, after a KL by default; a warning fails, but for those
+    that begin with what is ignored."""
     program = f"""
 import runpy, torch, fastelbo
 assert fastelbo.__file__.startswith({str(folder)!r})
@@ -76,7 +77,7 @@ runpy.run_module("fastelbo", run_name="__main__")
 {code}
 """
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
+        [sys.executable, "-W", "error", *(f"-Wignore:{text}" for text in ignored), "-c", program],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder), **environment},
         capture_output=True,
@@ -107,7 +108,7 @@ def test_library_that_does_not_load_leaves_the_reference(copied, spoil, reason):
     if spoil is not None:
         assert spoil(contents) != contents
         library.write_bytes(spoil(contents))
-    report = report_and_use(copied)
+    report = report_and_use(copied, ignored=["fastelbo runs in plain torch, slowly, on tensors of cpu"])
     (line,) = (line for line in report.splitlines() if line.startswith("  cpu       not usable: "))
     assert "_cpu.so" in line and reason in line
 
@@ -271,3 +272,77 @@ def test_ops_pass_their_tests_on_lesser_processors(isa):
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_a_missing_library_says_so_once(copied):
+    """At the first call that falls back to plain torch, be it in a compiled function."""
+    (copied / "fastelbo" / "_cpu.so").unlink()
+    program = """
+import warnings, torch, fastelbo
+m = torch.zeros(2, 3)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    fastelbo.gaussian_kl(m, m, backend="reference")
+    assert not caught
+    {first}
+    fastelbo.gaussian_kl(m, m), fastelbo.gaussian_rsample(m, m)
+    fastelbo.gaussian_kl(m.to("meta"), m.to("meta"))
+(warning,) = [w for w in caught if w.category is RuntimeWarning]
+print(warning.message)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(copied)}
+    for first in ("", "torch.compile(fastelbo.gaussian_kl, backend='eager', fullgraph=True)(m, m)"):
+        done = subprocess.run(
+            [sys.executable, "-c", program.format(first=first)],
+            cwd=copied,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == (
+            "fastelbo runs in plain torch, slowly, on tensors of cpu, because its kernels cannot: cpu: _cpu.so was not "
+            "built: install fastelbo with a C++ compiler present (pip install .)\n"
+        )
+
+
+def test_environment_that_names_no_backend_is_named():
+    code = """
+import torch, fastelbo
+try: fastelbo.gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 3))
+except {} as error: print(error)
+"""
+    sentence = "FASTELBO_BACKEND must be one of reference, cpu, triton, cuda; got 'cpp'"
+    assert run(code.format("ValueError"), FASTELBO_BACKEND="cpp") == sentence
+    sentence = "FASTELBO_BACKEND 'cuda' cannot run this input (cuda: "
+    assert run(code.format("NotImplementedError"), FASTELBO_BACKEND="cuda").startswith(sentence)
+
+
+def test_environment_leaves_alone_what_only_the_reference_runs():
+    code = """
+import torch, fastelbo
+from torch.func import grad, jvp, vmap
+m, noise = torch.ones(2, 3), torch.zeros(2, 3, requires_grad=True)
+print(vmap(fastelbo.gaussian_kl)(m, m).shape, grad(lambda m: fastelbo.gaussian_kl(m, m).sum())(m).shape)
+print(jvp(lambda m: fastelbo.gaussian_kl(m, m), (m,), (m,))[1].shape)
+fastelbo.gaussian_rsample(m, m, noise=noise).sum().backward()
+print(vmap(lambda x: fastelbo.masked_conv2d(x, torch.ones(1, 1, 3, 3), mask_type="A"))(torch.ones(2, 1, 1, 3, 3)).shape)
+print(noise.grad.shape, fastelbo.backends.choose(m.device))
+try: vmap(lambda m: fastelbo.gaussian_kl(m, m, backend="cpu"))(m)
+except NotImplementedError as error: print(error)
+"""
+    printed = run(code, FASTELBO_BACKEND="cpu").splitlines()
+    assert printed[:2] == ["torch.Size([2]) torch.Size([2, 3])", "torch.Size([2])"]
+    assert printed[2:4] == ["torch.Size([2, 1, 1, 3, 3])", "torch.Size([2, 3]) cpu"]
+    assert printed[4].startswith("backend 'cpu' cannot run this input (cpu: torch.func transforms run on the reference")
+
+
+def test_a_torch_that_is_too_old_is_refused():
+    code = """
+import torch
+torch.__version__ = "2.9.1+cpu"
+try: import fastelbo
+except ImportError as error: print(error)
+"""
+    assert run(code) == "fastelbo needs torch 2.10 or newer; got 2.9.1+cpu"

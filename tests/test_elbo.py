@@ -272,3 +272,21 @@ def test_optimal_sigma_of_tiny_and_huge_residuals(size):
     torch.testing.assert_close(fastelbo.optimal_sigma(x[:2], 0.0), torch.tensor(size * 12.5**0.5), rtol=1e-6, atol=0)
     sigma = fastelbo.optimal_sigma(x, 0.0, mask=mask)
     torch.testing.assert_close(sigma, torch.tensor(size * (25 / 3) ** 0.5), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_is_no_estimator_of_weighted_gradients(strict):
+    """The weights that "dreg" puts on the gradient of z would be lost, and no error would say so."""
+
+    class Bound(torch.nn.Module):
+        def forward(self, z, log_p_x, log_p_z, log_q_z):
+            return fastelbo.iwae_bound(log_p_x, log_p_z, log_q_z, estimator=self.estimator, z=z)
+
+    bound, arguments = Bound(), [torch.zeros(5, 8, 2), *torch.randn(3, 5, 8)]
+    bound.estimator = "dreg"
+    with pytest.raises(Exception, match="estimator must not be 'dreg' in an exported program"):
+        torch.export.export(bound, tuple(arguments), strict=strict)
+    bound.estimator = "stl"
+    assert torch.equal(
+        torch.export.export(bound, tuple(arguments), strict=strict).module()(*arguments), bound(*arguments)
+    )

@@ -822,3 +822,174 @@ def test_python_threads(name):
     with ThreadPoolExecutor(8) as pool:
         for got, expected in zip(pool.map(job, range(24)), want, strict=True):
             assert_equal(got, expected)
+
+
+# Gradients through exported programs
+
+
+def exported(op, inputs, strict, **keywords):
+    return torch.export.export(Module(op, **keywords), tuple(inputs), strict=strict)
+
+
+both_exports = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+EXPORTED_CALLS = {
+    **{f"plain-{name}": (op, {}) for name, op in OPS.items()},
+    **{f"mean-{name}": (op, {"reduction": "mean"}) for name, op in OPS.items() if name != "rsample"},
+    **{f"samples-{name}": (op, {"num_samples": 3, "temperature": 0.7}) for name, op in DRAWING.items()},
+    **{name: (OPS[op], keywords) for name, (op, keywords) in OBJECTIVES.items()},
+    "noise": (OPS["rsample_kl-prior"], {"noise": torch.arange(24.0).reshape(4, 6).sin(), "seed": None}),
+    "two-scales": (OPS["kl-prior"], {"scale": Scale.nvae(), "scale_p": Scale("softplus", min_std=0.1, beta=2.5)}),
+    "clamp": (OPS["nll"], {"scale": Scale("logvar", clamp=(-0.5, 0.5))}),
+    "clamp-inward": (OPS["rsample_kl"], {"scale": Scale("logvar", clamp=(-0.5, 0.5), clamp_grad="inward")}),
+    "clamp-inward-reference": (
+        OPS["kl-prior"],
+        {"scale": Scale("log_std", clamp=(-0.5, 0.5), clamp_grad="inward"), "backend": "reference"},
+    ),
+}
+
+
+@both_exports
+@pytest.mark.parametrize("call", EXPORTED_CALLS)
+def test_gradients_through_exported_programs(call, strict):
+    """Those of the ops themselves, to the last bit, also of a program that was exported for inference."""
+    op, keywords = EXPORTED_CALLS[call]
+    inputs = op.inputs()
+    want = results(lambda *inputs: op(*inputs, **keywords), inputs)
+    for example in (inputs, op.inputs(requires_grad=False)):
+        assert_equal(results(exported(op, example, strict, **keywords).module(), inputs), want)
+
+
+@every_op
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["broadcast", "packed-channels_last"])
+def test_gradients_through_exported_programs_of_layouts(op, dtype, layout):
+    inputs = op.inputs(IMAGE, LAYOUTS[layout], dtype=dtype)
+    assert_equal(results(exported(op, inputs, False).module(), inputs), results(op, inputs))
+
+
+@every_op
+def test_gradients_through_programs_made_of_exported_ones(op):
+    """Saved and loaded, decomposed, with another batch size, compiled, and differentiated twice."""
+    inputs = op.inputs()
+    shapes = ((({0: torch.export.Dim("batch")},) * op.arity),)
+    program = torch.export.export(Module(op), tuple(inputs), dynamic_shapes=shapes)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    modules = [program.module(), torch.export.load(buffer).module(), program.run_decompositions({}).module()]
+    for module in modules:
+        for batch in (4, 9):
+            inputs = op.inputs((batch, 6))
+            assert_equal(results(module, inputs), results(op, inputs))
+    inputs = op.inputs()
+    assert_equal(results(compiled(modules[0]), inputs), results(op, inputs))
+    twice = [gradients(way(*inputs), inputs, create_graph=True) for way in (op, modules[0])]
+    if twice[0][-1].requires_grad:
+        assert_equal(*(torch.autograd.grad(grads[-1].sum(), inputs, allow_unused=True)[-1:] for grads in twice))
+
+
+@both_exports
+def test_an_exported_model_trains(strict):
+    """The parameters of a module, which the program holds; three steps of a VAE and a PixelCNN in one."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = torch.nn.Linear(20, 12), torch.nn.Linear(6, 20)
+            self.x_logvar = torch.nn.Parameter(torch.zeros(()))
+            self.first = fastelbo.nn.GatedMaskedConv2d(1, 4, 5, mask_type="A")
+            self.last = fastelbo.nn.MaskedConv2d(4, 2, 1, mask_type="B", activation="elu")
+
+        def forward(self, x):
+            z, kl = fastelbo.gaussian_rsample_kl(*self.encoder(x).chunk(2, 1), seed=3, free_bits=0.1)
+            image = x.reshape(-1, 1, 5, 4)
+            logits = self.last(self.first(image, image)[1], residual=image.expand(-1, 2, -1, -1))
+            nll = fastelbo.gaussian_nll(x, self.decoder(z), self.x_logvar)
+            return (kl + nll).mean() + logits.square().mean()
+
+    x, histories = torch.randn(8, 20), []
+    torch.manual_seed(1)
+    model = Model()
+    for network in (torch.export.export(copy.deepcopy(model), (x,), strict=strict).module(), model):
+        optimizer = torch.optim.SGD(network.parameters(), 0.1)
+        losses = []
+        for _ in range(3):
+            loss = network(x)
+            optimizer.zero_grad()
+            loss.backward()
+            assert all(p.grad is not None for p in network.parameters())
+            optimizer.step()
+            losses.append(loss.detach())
+        histories.append([*losses, *(p.detach() for _, p in sorted(network.named_parameters()))])
+    assert_equal(*histories)
+
+
+CONVOLUTIONS = [
+    {"mask_type": "A"},
+    {"mask_type": "B", "activation": "elu", "dilation": 2, "residual": True},
+    {"mask_type": "B", "activation": "glu", "channel_groups": 2, "cond": 4},
+    {"mask_type": "A", "activation": "tanh_sigmoid", "channel_groups": 2, "group_order": "contiguous", "cond": 2},
+]
+
+
+def convolution(activation=None, residual=False, cond=None, **keywords):
+    outputs = 4 if activation in ("glu", "tanh_sigmoid") else 2
+    shapes = {"input": (3, 2, 5, 4), "weight": (outputs, 2, 3, 3), "bias": (outputs,)}
+    if cond:
+        shapes["cond"] = (3, outputs, 5, 4)[:cond]
+    if residual:
+        shapes["residual"] = (3, 2, 5, 4)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes.values()]
+
+    def call(*inputs):
+        return (fastelbo.masked_conv2d(**dict(zip(shapes, inputs, strict=True)), activation=activation, **keywords),)
+
+    return call, inputs
+
+
+@both_exports
+@pytest.mark.parametrize("keywords", CONVOLUTIONS, ids=lambda keywords: str(keywords.get("activation")))
+def test_gradients_through_exported_convolutions(keywords, strict):
+    call, inputs = convolution(**keywords)
+    want = results(call, inputs)
+    program = exported(call, inputs, strict)
+    assert [node.target.namespace for node in program.graph.nodes if "masked_conv2d" in node.name] == ["fastelbo"]
+    assert_equal(results(program.module(), inputs), want)
+    assert_equal(results(compiled(program.module()), inputs), want)
+
+
+# The raw ops themselves
+
+
+@every_op_and_variant
+def test_raw_ops_pass_gradients_on(op, variant, kernels):
+    """A forward that is called by name; its backward, which nobody differentiates, says so where somebody does."""
+    calls = raw_calls(op, "broadcast", variant, kernels)
+    (forward, args), (backward, backward_args) = ((call.overloadpacket.default, args) for call, args in calls)
+    tensors = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    leaves = {id(x): x.clone().requires_grad_() for x in tensors}
+
+    def call(*inputs):
+        given = iter(inputs)
+        out = forward(*(next(given) if id(x) in leaves else x for x in args))
+        return out if isinstance(out, tuple) else (out,)
+
+    inputs = list(leaves.values())
+    keywords = {**VARIANTS[variant], "backend": kernels}
+    keywords.pop("dtype", None)
+    assert_equal(results(call, inputs), results(lambda *inputs: op(*inputs, **keywords), inputs))
+    torch.library.opcheck(forward, tuple(leaves.get(id(x), x) for x in args))
+    wanted = [
+        x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in backward_args
+    ]
+    grads = backward(*wanted)
+    with pytest.raises(NotImplementedError, match=f"{backward.name().split('::')[1]} must not be differentiated"):
+        sum(grad.sum() for grad in (grads if isinstance(grads, tuple) else (grads,))).backward()
+
+
+def test_noise_that_wants_a_gradient_is_refused_by_the_raw_ops():
+    mean, noise = torch.zeros(3), torch.zeros(3, requires_grad=True)
+    program = exported(lambda noise: (fastelbo.gaussian_rsample(mean, mean, noise=noise),), (noise.detach(),), False)
+    with pytest.raises(NotImplementedError, match="noise must not want a gradient, which only the reference passes on"):
+        program.module()(noise)

@@ -380,3 +380,46 @@ def test_interrupted_run_goes_on(vae, tmp_path, idx, no_pictures):
     done = len(torch.load(checkpoint)["history"])
     assert vae.main([*args, "--epochs", str(done + 1), "--resume"]) == 0
     assert len(torch.load(checkpoint)["history"]) == done + 1
+
+
+@pytest.mark.parametrize(
+    "history",
+    [{"train": 1.0}, "12", None, [1.0, 2.0], [(1.0,)], [(1.0, "2")], [(1.0, 2.0), {}]],
+    ids=lambda history: str(history),
+)
+def test_checkpoint_without_a_history_is_refused(vae, tmp_path, idx, capsys, no_pictures, history):
+    """Once it would have been resumed, and have failed after hours of training, when the curves are drawn."""
+    args = ["--data", idx, "--output", tmp_path / "out", "--epochs", "3"]
+    assert vae.main([str(arg) for arg in [*args[:-1], "1"]]) == 0
+    path = tmp_path / "out" / "checkpoint.pt"
+    torch.save({**torch.load(path), "history": history}, path)
+    assert_refused(vae, capsys, tmp_path, [*args, "--resume"], "--resume", str(path), "history must be")
+
+
+FULL = """
+import errno, io, os, resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python has it: a write beyond the limit is then an error
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["train_vae", "train_pixelcnn", "conditional_vae", "hierarchical_vae", "variational_fit", "bayesian_regression"],
+)
+def test_a_disk_that_takes_no_more_ends_in_a_sentence(tmp_path, script):
+    """Files limited to a few kilobytes: a checkpoint or a picture does not fit."""
+    options = {"variational_fit": ["--steps", "3"], "bayesian_regression": ["--steps", "3"]}
+    options = options.get(script, ["--epochs", "1", "--batch-size", "500"])
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, "5000", SCRIPT.with_name(f"{script}.py"), "--output", tmp_path / "out", *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    (sentence,) = (line for line in done.stderr.splitlines() if line.startswith(f"{script}.py: "))
+    assert done.returncode == 2, done.stderr
+    assert sentence == f"{script}.py: --output: cannot write to {tmp_path / 'out'}: File too large"
+    assert "Traceback" not in done.stderr and not list(tmp_path.glob("out/*.tmp"))

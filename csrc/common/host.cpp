@@ -2,6 +2,8 @@
 
 #include <numeric>
 
+#include "checks.h"
+
 #if __has_include(<sys/single_threaded.h>)
 #include <sys/single_threaded.h>
 // The C++ library's shared_ptr reads this of glibc 2.32 and newer, to save atomic counts where there is one thread. Our
@@ -12,8 +14,23 @@ decltype(__libc_single_threaded) __libc_single_threaded = false;
 namespace fastelbo {
 
 Scale parse_scale(const std::vector<double>& values) {
-  STD_TORCH_CHECK(values.size() >= 1 && values.size() <= 10, "scale: expected 1 to 10 numbers, got ", values.size());
+  if (values.empty() || values.size() > 10) refuse("scale must be of 1 to 10 numbers; got ", values.size());
   auto value = [&](size_t i, double otherwise) { return i < values.size() ? values[i] : otherwise; };
+  auto check = [&](size_t i, bool valid, const char* name, const char* rule) {
+    if (!valid) refuse("scale must have a ", name, " that is ", rule, "; got ", value(i, INFINITY));
+  };
+  auto counts = [&](size_t i, int count) {
+    double x = value(i, 0);
+    return x >= 0 && x < count && x == int(x);
+  };
+  auto finite = [&](size_t i) { return value(i, 0) >= 0 && std::isfinite(value(i, 0)); };
+  check(0, counts(0, 5), "kind", "0, 1, 2, 3 or 4");
+  check(1, counts(1, 3), "clamp_grad", "0, 1 or 2");
+  check(3, value(2, -INFINITY) < value(3, INFINITY), "clamp", "a lower limit below a higher one");
+  check(4, finite(4), "soft_clamp", "at least 0 and finite");
+  check(5, finite(5), "min_std", "at least 0 and finite");
+  check(6, finite(6), "var_eps", "at least 0 and finite");
+  check(7, value(7, 1) > 0 && std::isfinite(value(7, 1)), "beta", "positive and finite");
   Scale scale;
   scale.kind = Scale::Kind(int(values[0]));
   scale.clamp_grad = Scale::ClampGrad(int(value(1, 0)));

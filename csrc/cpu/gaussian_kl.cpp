@@ -1,5 +1,6 @@
 // KL(N(mean_q, sigma(s_q)^2) || N(mean_p, sigma(s_p)^2)) or || N(0, 1), elementwise or summed over each event.
 #ifndef FASTELBO_ISA
+#include "../common/checks.h"
 #include "host.h"
 
 namespace fastelbo {
@@ -133,8 +134,11 @@ namespace fastelbo {
 
 Tensor gaussian_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
                        std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
-                       std::optional<Tensor> mask) {
-  Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
+                       std::optional<Tensor> mask, std::optional<double>) {
+  check_prior(mean_p, s_p, scale_p);
+  Shape shape = broadcast_operands({{"mean_q", mean_q}, {"s_q", s_q}, {"mean_p", mean_p}, {"s_p", s_p}});
+  check_event_ndim(event_ndim, shape);
+  check_mask(mask, shape, {"mean_q", mean_q});
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Tiling tiling = event_tiling(shape, event_ndim);
   Terms kl(shape, event_ndim, dtype, mean_q, tiling);
@@ -153,7 +157,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(Tensor d_kl, Tensor m
                                                            std::optional<std::vector<double>> scale_p,
                                                            int64_t event_ndim, std::optional<double> balance,
                                                            std::optional<Tensor> mask, bool prior_grad) {
-  Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
+  check_prior(mean_p, s_p, scale_p, prior_grad);
+  Shape shape = broadcast_operands({{"mean_q", mean_q}, {"s_q", s_q}, {"mean_p", mean_p}, {"s_p", s_p}});
+  check_event_ndim(event_ndim, shape);
+  check_balance(balance);
+  check_mask(mask, shape, {"mean_q", mean_q});
+  check_upstream("d_kl", d_kl, shape.drop_trailing(event_ndim), {"mean_q", mean_q});
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Device device(mean_q);
   Tensor d_mean_q = allocate_gradient(shape, mean_q, dtype, device),
@@ -177,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(Tensor d_kl, Tensor m
 }  // namespace fastelbo
 
 STABLE_TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
-  m.impl("gaussian_kl_fwd", TORCH_BOX(&fastelbo::gaussian_kl_fwd));
-  m.impl("gaussian_kl_bwd", TORCH_BOX(&fastelbo::gaussian_kl_bwd));
+  fastelbo::implement(m, "gaussian_kl_fwd", TORCH_BOX(&fastelbo::gaussian_kl_fwd));
+  fastelbo::implement(m, "gaussian_kl_bwd", TORCH_BOX(&fastelbo::gaussian_kl_bwd));
 }
 #endif

@@ -1,5 +1,6 @@
 // ln N(x; mean, sigma(s)^2), or its negative, elementwise or summed over each event.
 #ifndef FASTELBO_ISA
+#include "../common/checks.h"
 #include "host.h"
 
 namespace fastelbo {
@@ -121,7 +122,9 @@ namespace fastelbo {
 
 Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double> scale, int64_t event_ndim,
                              bool negative, std::optional<Tensor> mask, bool full) {
-  Shape shape = Shape(x).broadcast(mean).broadcast(s);
+  Shape shape = broadcast_operands({{"x", x}, {"mean", mean}, {"s", s}});
+  check_event_ndim(event_ndim, shape);
+  check_mask(mask, shape, {"x", x});
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
   Tiling tiling = event_tiling(shape, event_ndim);
   Terms log_prob(shape, event_ndim, dtype, mean, tiling);
@@ -138,7 +141,10 @@ Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double
 std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x, Tensor mean, Tensor s,
                                                          std::vector<double> scale, int64_t event_ndim, bool negative,
                                                          std::optional<Tensor> mask, bool x_grad) {
-  Shape shape = Shape(x).broadcast(mean).broadcast(s);
+  Shape shape = broadcast_operands({{"x", x}, {"mean", mean}, {"s", s}});
+  check_event_ndim(event_ndim, shape);
+  check_mask(mask, shape, {"x", x});
+  check_upstream("d_out", d_out, shape.drop_trailing(event_ndim), {"x", x});
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
   bool one_s = s.numel() == 1;
   Device device(mean);
@@ -174,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
 }  // namespace fastelbo
 
 STABLE_TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
-  m.impl("gaussian_log_prob_fwd", TORCH_BOX(&fastelbo::gaussian_log_prob_fwd));
-  m.impl("gaussian_log_prob_bwd", TORCH_BOX(&fastelbo::gaussian_log_prob_bwd));
+  fastelbo::implement(m, "gaussian_log_prob_fwd", TORCH_BOX(&fastelbo::gaussian_log_prob_fwd));
+  fastelbo::implement(m, "gaussian_log_prob_bwd", TORCH_BOX(&fastelbo::gaussian_log_prob_bwd));
 }
 #endif

@@ -1,5 +1,6 @@
 // z = mean + temperature * sigma(s) * noise, and its gradient.
 #ifndef FASTELBO_ISA
+#include "../common/checks.h"
 #include "host.h"
 
 namespace fastelbo {
@@ -80,8 +81,9 @@ namespace fastelbo {
 Tensor gaussian_rsample_fwd(Tensor mean, Tensor s, std::optional<Tensor> seed, std::optional<Tensor> noise,
                             int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
                             std::vector<double> scale, ScalarType out_dtype) {
-  Shape shape = Shape(mean).broadcast(s);
-  Shape out = shape.prepend(num_samples);
+  Shape shape = broadcast_operands({{"mean", mean}, {"s", s}});
+  Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, {"mean", mean});
+  check_float("out_dtype", out_dtype);
   Tensor z = num_samples ? allocate(out, out_dtype, Device(mean)) : allocate(out, out_dtype, mean);
   int64_t numel = shape.numel();
   GaussianRsample args{{mean, shape},      {s, shape}, {noise, seed, noise_offset, num_samples, temperature, shape},
@@ -96,7 +98,11 @@ Tensor gaussian_rsample_fwd(Tensor mean, Tensor s, std::optional<Tensor> seed, s
 Tensor gaussian_rsample_bwd(Tensor d_z, Tensor s, std::optional<Tensor> seed, std::optional<Tensor> noise,
                             int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
                             std::vector<double> scale) {
-  Shape shape = Shape(d_z).drop_leading(num_samples ? 1 : 0);
+  Shape shape = sample_shape(d_z, num_samples);
+  check_float("s", s.scalar_type());
+  check_broadcasts("s", s, shape);
+  Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, {"s", s});
+  check_upstream("d_z", d_z, out, {"s", s});
   ScalarType dtype = arithmetic_type({&d_z, &s});
   Tensor d_s = allocate_gradient(shape, s, dtype, Device(s));
   int64_t numel = shape.numel();
@@ -107,7 +113,7 @@ Tensor gaussian_rsample_bwd(Tensor d_z, Tensor s, std::optional<Tensor> seed, st
                        {1, numel},
                        numel,
                        {},
-                       {d_z, shape.prepend(num_samples)},
+                       {d_z, out},
                        {d_s, shape}};
   FASTELBO_RUN(gaussian_rsample_bwd, dtype, args.scale.exponential(), args, args.tiling.tiles());
   return d_s;
@@ -116,7 +122,7 @@ Tensor gaussian_rsample_bwd(Tensor d_z, Tensor s, std::optional<Tensor> seed, st
 }  // namespace fastelbo
 
 STABLE_TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
-  m.impl("gaussian_rsample_fwd", TORCH_BOX(&fastelbo::gaussian_rsample_fwd));
-  m.impl("gaussian_rsample_bwd", TORCH_BOX(&fastelbo::gaussian_rsample_bwd));
+  fastelbo::implement(m, "gaussian_rsample_fwd", TORCH_BOX(&fastelbo::gaussian_rsample_fwd));
+  fastelbo::implement(m, "gaussian_rsample_bwd", TORCH_BOX(&fastelbo::gaussian_rsample_bwd));
 }
 #endif

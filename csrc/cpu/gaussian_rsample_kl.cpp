@@ -1,5 +1,6 @@
 // A posterior sample and its KL divergence from the prior in one pass over the data, forward and backward.
 #ifndef FASTELBO_ISA
+#include "../common/checks.h"
 #include "host.h"
 
 namespace fastelbo {
@@ -162,15 +163,17 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
 #else
 namespace fastelbo {
 
-std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p,
-                                                   std::optional<Tensor> s_p, std::optional<Tensor> seed,
-                                                   std::optional<Tensor> noise, int64_t noise_offset,
-                                                   std::optional<int64_t> num_samples, double temperature,
-                                                   std::vector<double> scale,
-                                                   std::optional<std::vector<double>> scale_p, int64_t event_ndim,
-                                                   std::optional<Tensor> mask, ScalarType out_dtype) {
-  Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
-  Shape out = shape.prepend(num_samples);
+std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
+    Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p, std::optional<Tensor> seed,
+    std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
+    std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
+    std::optional<Tensor> mask, ScalarType out_dtype, std::optional<double>) {
+  check_prior(mean_p, s_p, scale_p);
+  Shape shape = broadcast_operands({{"mean_q", mean_q}, {"s_q", s_q}, {"mean_p", mean_p}, {"s_p", s_p}});
+  Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, {"mean_q", mean_q});
+  check_event_ndim(event_ndim, shape);
+  check_mask(mask, shape, {"mean_q", mean_q});
+  check_float("out_dtype", out_dtype);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Tensor z = num_samples ? allocate(out, out_dtype, Device(mean_q)) : allocate(out, out_dtype, mean_q);
   Tiling tiling = event_tiling(shape, event_ndim);
@@ -199,7 +202,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
     std::optional<Tensor> seed, std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples,
     double temperature, std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
     std::optional<double> balance, std::optional<Tensor> mask, bool prior_grad) {
-  Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
+  check_prior(mean_p, s_p, scale_p, prior_grad);
+  Shape shape = broadcast_operands({{"mean_q", mean_q}, {"s_q", s_q}, {"mean_p", mean_p}, {"s_p", s_p}});
+  Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, {"mean_q", mean_q});
+  check_event_ndim(event_ndim, shape);
+  check_balance(balance);
+  check_mask(mask, shape, {"mean_q", mean_q});
+  check_upstream("d_z", d_z, out, {"mean_q", mean_q});
+  check_upstream("d_kl", d_kl, shape.drop_trailing(event_ndim), {"mean_q", mean_q});
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Device device(mean_q);
   Tensor d_mean_q = allocate_gradient(shape, mean_q, dtype, device),
@@ -217,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
                          shape.numel(),
                          {},
                          nullptr,
-                         {d_z, shape.prepend(num_samples)},
+                         {d_z, out},
                          {d_kl, shape, event_ndim},
                          {d_mean_q, shape},
                          {d_s_q, shape}};
@@ -235,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
 }  // namespace fastelbo
 
 STABLE_TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
-  m.impl("gaussian_rsample_kl_fwd", TORCH_BOX(&fastelbo::gaussian_rsample_kl_fwd));
-  m.impl("gaussian_rsample_kl_bwd", TORCH_BOX(&fastelbo::gaussian_rsample_kl_bwd));
+  fastelbo::implement(m, "gaussian_rsample_kl_fwd", TORCH_BOX(&fastelbo::gaussian_rsample_kl_fwd));
+  fastelbo::implement(m, "gaussian_rsample_kl_bwd", TORCH_BOX(&fastelbo::gaussian_rsample_kl_bwd));
 }
 #endif

@@ -6,6 +6,7 @@
 // are only which pairs the list holds: a dead tap is not in it. The input gradient is the same with the offsets
 // negated.
 #ifndef FASTELBO_ISA
+#include "../common/checks.h"
 #include "host.h"
 
 #include <cstdlib>
@@ -878,7 +879,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
 }  // namespace fastelbo
 
 STABLE_TORCH_LIBRARY_IMPL(fastelbo, CPU, m) {
-  m.impl("masked_conv2d_fwd", TORCH_BOX(&fastelbo::masked_conv2d_fwd));
-  m.impl("masked_conv2d_bwd", TORCH_BOX(&fastelbo::masked_conv2d_bwd));
+  fastelbo::implement(m, "masked_conv2d_fwd", TORCH_BOX(&fastelbo::masked_conv2d_fwd));
+  fastelbo::implement(m, "masked_conv2d_bwd", TORCH_BOX(&fastelbo::masked_conv2d_bwd));
 }
 #endif

@@ -4,9 +4,9 @@
 // Every output is one chain of multiply-adds in the order of the weights, whichever pixels share a tile with it, so
 // that an image does not depend on the others of its batch.
 #ifndef FASTELBO_ISA
-#include "host.h"
-
+#include "../common/checks.h"
 #include "../common/sampler.h"
+#include "host.h"
 
 namespace fastelbo {
 
@@ -330,11 +330,16 @@ namespace {
 
 SamplerArgs sampler_arguments(const Tensor& program, const Tensor& weights, Tensor& workspace, int64_t first,
                               int64_t end) {
+  check_sampler({program, weights, workspace}, first, end);
   SamplerArgs args;
   args.program = {static_cast<const int64_t*>(program.data_ptr())};
   args.weights = static_cast<const float*>(weights.data_ptr());
   args.workspace = static_cast<float*>(workspace.data_ptr());
   args.n = workspace.sizes()[0];
+  const sampler::Header& header = args.program.header();
+  int64_t size = workspace.sizes()[1], steps = args.program.fronts() * args.program.stages();
+  if (size != header.size) refuse("workspace must have the program's ", header.size, " columns; got ", size);
+  if (end > steps) refuse("end must be at most the program's ", steps, " steps; got ", end);
   args.first = first;
   args.end = end;
   return args;
@@ -356,6 +361,14 @@ void sampler_draw(Tensor program, Tensor weights, Tensor workspace, Tensor image
                   Tensor uniforms, Tensor values, double temperature, int64_t first, int64_t end,
                   std::optional<Tensor> seen) {
   SamplerArgs args = sampler_arguments(program, weights, workspace, first, end);
+  check_sampler_draw(workspace, image, known, uniforms, values, seen, temperature);
+  const sampler::Header& header = args.program.header();
+  const int64_t shape[] = {header.colours, header.rows, header.columns};
+  if (!std::equal(shape, shape + 3, image.sizes().data() + 1))
+    refuse("image must be of the program's ", shape[0], " x ", shape[1], " x ", shape[2], "; got shape ",
+           sizes_text(image));
+  if (values.numel() != header.outputs)
+    refuse("values must be the program's ", header.outputs, " numbers; got ", values.numel());
   args.image = static_cast<int64_t*>(image.data_ptr());
   args.known = known ? static_cast<const bool*>(known->data_ptr()) : nullptr;
   args.uniforms = static_cast<const float*>(uniforms.data_ptr());

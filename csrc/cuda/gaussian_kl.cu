@@ -1,4 +1,5 @@
 // KL(N(mean_q, sigma(s_q)^2) || N(mean_p, sigma(s_p)^2)) or || N(0, 1), elementwise or summed over each event.
+#include "../common/checks.h"
 #include "prior.cuh"
 
 namespace fastelbo::device {
@@ -111,9 +112,12 @@ namespace fastelbo {
 
 Tensor gaussian_kl_fwd(Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
                        std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers,
-                       int64_t event_ndim, std::optional<Tensor> mask) {
+                       int64_t event_ndim, std::optional<Tensor> mask, std::optional<double>) {
+  check_prior(mean_p, s_p, scale_p_numbers);
+  Shape shape = broadcast_operands({{"mean_q", mean_q}, {"s_q", s_q}, {"mean_p", mean_p}, {"s_p", s_p}});
+  check_event_ndim(event_ndim, shape);
+  check_mask(mask, shape, {"mean_q", mean_q});
   Launcher launch("gaussian_kl_fwd", mean_q);
-  Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
   Terms kl(shape, event_ndim, dtype, mean_q);
@@ -152,8 +156,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(Tensor d_kl, Tensor m
                                                            std::optional<std::vector<double>> scale_p_numbers,
                                                            int64_t event_ndim, std::optional<double> balance,
                                                            std::optional<Tensor> mask, bool prior_grad) {
+  check_prior(mean_p, s_p, scale_p_numbers, prior_grad);
+  Shape shape = broadcast_operands({{"mean_q", mean_q}, {"s_q", s_q}, {"mean_p", mean_p}, {"s_p", s_p}});
+  check_event_ndim(event_ndim, shape);
+  check_balance(balance);
+  check_mask(mask, shape, {"mean_q", mean_q});
+  check_upstream("d_kl", d_kl, shape.drop_trailing(event_ndim), {"mean_q", mean_q});
   Launcher launch("gaussian_kl_bwd", mean_q);
-  Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
   GaussianGradients grads(shape, mean_q, s_q, mean_p, s_p, dtype, prior_grad);
@@ -194,6 +203,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(Tensor d_kl, Tensor m
 }  // namespace fastelbo
 
 STABLE_TORCH_LIBRARY_IMPL(fastelbo, CUDA, m) {
-  m.impl("gaussian_kl_fwd", TORCH_BOX(&fastelbo::gaussian_kl_fwd));
-  m.impl("gaussian_kl_bwd", TORCH_BOX(&fastelbo::gaussian_kl_bwd));
+  fastelbo::implement(m, "gaussian_kl_fwd", TORCH_BOX(&fastelbo::gaussian_kl_fwd));
+  fastelbo::implement(m, "gaussian_kl_bwd", TORCH_BOX(&fastelbo::gaussian_kl_bwd));
 }

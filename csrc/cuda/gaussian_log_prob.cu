@@ -1,4 +1,5 @@
 // ln N(x; mean, sigma(s)^2), or its negative, elementwise or summed over each event.
+#include "../common/checks.h"
 #include "host.cuh"
 
 namespace fastelbo::device {
@@ -92,8 +93,10 @@ namespace fastelbo {
 
 Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double> scale_numbers, int64_t event_ndim,
                              bool negative, std::optional<Tensor> mask, bool full) {
+  Shape shape = broadcast_operands({{"x", x}, {"mean", mean}, {"s", s}});
+  check_event_ndim(event_ndim, shape);
+  check_mask(mask, shape, {"x", x});
   Launcher launch("gaussian_log_prob_fwd", mean);
-  Shape shape = Shape(x).broadcast(mean).broadcast(s);
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
   Scale scale = parse_scale(scale_numbers);
   Terms log_prob(shape, event_ndim, dtype, mean);
@@ -126,8 +129,11 @@ Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double
 std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x, Tensor mean, Tensor s,
                                                          std::vector<double> scale_numbers, int64_t event_ndim,
                                                          bool negative, std::optional<Tensor> mask, bool x_grad) {
+  Shape shape = broadcast_operands({{"x", x}, {"mean", mean}, {"s", s}});
+  check_event_ndim(event_ndim, shape);
+  check_mask(mask, shape, {"x", x});
+  check_upstream("d_out", d_out, shape.drop_trailing(event_ndim), {"x", x});
   Launcher launch("gaussian_log_prob_bwd", mean);
-  Shape shape = Shape(x).broadcast(mean).broadcast(s);
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
   Scale scale = parse_scale(scale_numbers);
   bool one_s = s.numel() == 1;
@@ -172,6 +178,6 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
 }  // namespace fastelbo
 
 STABLE_TORCH_LIBRARY_IMPL(fastelbo, CUDA, m) {
-  m.impl("gaussian_log_prob_fwd", TORCH_BOX(&fastelbo::gaussian_log_prob_fwd));
-  m.impl("gaussian_log_prob_bwd", TORCH_BOX(&fastelbo::gaussian_log_prob_bwd));
+  fastelbo::implement(m, "gaussian_log_prob_fwd", TORCH_BOX(&fastelbo::gaussian_log_prob_fwd));
+  fastelbo::implement(m, "gaussian_log_prob_bwd", TORCH_BOX(&fastelbo::gaussian_log_prob_bwd));
 }

@@ -1,4 +1,5 @@
 // z = mean + temperature * sigma(s) * noise, and its gradient.
+#include "../common/checks.h"
 #include "host.cuh"
 
 namespace fastelbo::device {
@@ -75,8 +76,10 @@ namespace fastelbo {
 Tensor gaussian_rsample_fwd(Tensor mean, Tensor s, std::optional<Tensor> seed, std::optional<Tensor> noise,
                             int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
                             std::vector<double> scale_numbers, ScalarType out_dtype) {
+  Shape shape = broadcast_operands({{"mean", mean}, {"s", s}});
+  Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, {"mean", mean});
+  check_float("out_dtype", out_dtype);
   Launcher launch("gaussian_rsample_fwd", mean);
-  Shape shape = Shape(mean).broadcast(s), out = shape.prepend(num_samples);
   Tensor z = num_samples ? allocate(out, out_dtype, Device(mean)) : allocate(out, out_dtype, mean);
   Scale scale = parse_scale(scale_numbers);
   View mean_view(mean, shape), s_view(s, shape), z_view = View::of_samples(z, shape, num_samples);
@@ -101,8 +104,12 @@ Tensor gaussian_rsample_fwd(Tensor mean, Tensor s, std::optional<Tensor> seed, s
 Tensor gaussian_rsample_bwd(Tensor d_z, Tensor s, std::optional<Tensor> seed, std::optional<Tensor> noise,
                             int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
                             std::vector<double> scale_numbers) {
+  Shape shape = sample_shape(d_z, num_samples);
+  check_float("s", s.scalar_type());
+  check_broadcasts("s", s, shape);
+  Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, {"s", s});
+  check_upstream("d_z", d_z, out, {"s", s});
   Launcher launch("gaussian_rsample_bwd", s);
-  Shape shape = Shape(d_z).drop_leading(num_samples ? 1 : 0);
   ScalarType dtype = arithmetic_type({&d_z, &s});
   Tensor d_s = allocate_gradient(shape, s, dtype, Device(s));
   Scale scale = parse_scale(scale_numbers);
@@ -129,6 +136,6 @@ Tensor gaussian_rsample_bwd(Tensor d_z, Tensor s, std::optional<Tensor> seed, st
 }  // namespace fastelbo
 
 STABLE_TORCH_LIBRARY_IMPL(fastelbo, CUDA, m) {
-  m.impl("gaussian_rsample_fwd", TORCH_BOX(&fastelbo::gaussian_rsample_fwd));
-  m.impl("gaussian_rsample_bwd", TORCH_BOX(&fastelbo::gaussian_rsample_bwd));
+  fastelbo::implement(m, "gaussian_rsample_fwd", TORCH_BOX(&fastelbo::gaussian_rsample_fwd));
+  fastelbo::implement(m, "gaussian_rsample_bwd", TORCH_BOX(&fastelbo::gaussian_rsample_bwd));
 }

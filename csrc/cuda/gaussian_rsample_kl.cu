@@ -1,4 +1,5 @@
 // A posterior sample and its KL divergence from the prior in one pass over the data, forward and backward.
+#include "../common/checks.h"
 #include "prior.cuh"
 
 namespace fastelbo::device {
@@ -147,9 +148,14 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
     Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p, std::optional<Tensor> seed,
     std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
     std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers, int64_t event_ndim,
-    std::optional<Tensor> mask, ScalarType out_dtype) {
+    std::optional<Tensor> mask, ScalarType out_dtype, std::optional<double>) {
+  check_prior(mean_p, s_p, scale_p_numbers);
+  Shape shape = broadcast_operands({{"mean_q", mean_q}, {"s_q", s_q}, {"mean_p", mean_p}, {"s_p", s_p}});
+  Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, {"mean_q", mean_q});
+  check_event_ndim(event_ndim, shape);
+  check_mask(mask, shape, {"mean_q", mean_q});
+  check_float("out_dtype", out_dtype);
   Launcher launch("gaussian_rsample_kl_fwd", mean_q);
-  Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p), out = shape.prepend(num_samples);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
   Tensor z = num_samples ? allocate(out, out_dtype, Device(mean_q)) : allocate(out, out_dtype, mean_q);
@@ -191,8 +197,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
     std::optional<Tensor> seed, std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples,
     double temperature, std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers,
     int64_t event_ndim, std::optional<double> balance, std::optional<Tensor> mask, bool prior_grad) {
+  check_prior(mean_p, s_p, scale_p_numbers, prior_grad);
+  Shape shape = broadcast_operands({{"mean_q", mean_q}, {"s_q", s_q}, {"mean_p", mean_p}, {"s_p", s_p}});
+  Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, {"mean_q", mean_q});
+  check_event_ndim(event_ndim, shape);
+  check_balance(balance);
+  check_mask(mask, shape, {"mean_q", mean_q});
+  check_upstream("d_z", d_z, out, {"mean_q", mean_q});
+  check_upstream("d_kl", d_kl, shape.drop_trailing(event_ndim), {"mean_q", mean_q});
   Launcher launch("gaussian_rsample_kl_bwd", mean_q);
-  Shape shape = Shape(mean_q).broadcast(s_q).broadcast(mean_p).broadcast(s_p);
   ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
   GaussianGradients grads(shape, mean_q, s_q, mean_p, s_p, dtype, prior_grad);
@@ -237,6 +250,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
 }  // namespace fastelbo
 
 STABLE_TORCH_LIBRARY_IMPL(fastelbo, CUDA, m) {
-  m.impl("gaussian_rsample_kl_fwd", TORCH_BOX(&fastelbo::gaussian_rsample_kl_fwd));
-  m.impl("gaussian_rsample_kl_bwd", TORCH_BOX(&fastelbo::gaussian_rsample_kl_bwd));
+  fastelbo::implement(m, "gaussian_rsample_kl_fwd", TORCH_BOX(&fastelbo::gaussian_rsample_kl_fwd));
+  fastelbo::implement(m, "gaussian_rsample_kl_bwd", TORCH_BOX(&fastelbo::gaussian_rsample_kl_bwd));
 }

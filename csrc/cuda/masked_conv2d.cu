@@ -6,6 +6,7 @@
 // memory. The input gradient is the same with the taps' directions negated and the weights transposed; the weight
 // gradient sums the products of the input at every (pixel, pair) with the gradient at every (pixel, output channel)
 // over the pixels.
+#include "../common/checks.h"
 #include "../common/masked_conv2d.h"
 #include "host.cuh"
 
@@ -974,6 +975,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
 }  // namespace fastelbo
 
 STABLE_TORCH_LIBRARY_IMPL(fastelbo, CUDA, m) {
-  m.impl("masked_conv2d_fwd", TORCH_BOX(&fastelbo::masked_conv2d_fwd));
-  m.impl("masked_conv2d_bwd", TORCH_BOX(&fastelbo::masked_conv2d_bwd));
+  fastelbo::implement(m, "masked_conv2d_fwd", TORCH_BOX(&fastelbo::masked_conv2d_fwd));
+  fastelbo::implement(m, "masked_conv2d_bwd", TORCH_BOX(&fastelbo::masked_conv2d_bwd));
 }

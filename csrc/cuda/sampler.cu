@@ -3,6 +3,7 @@
 //
 // Outputs are spread over the threads, and where these are more, the inputs of an output too: sums are in an order that
 // the program alone decides, so that an image does not depend on the others of its batch.
+#include "../common/checks.h"
 #include "../common/sampler.h"
 #include "host.cuh"
 
@@ -244,6 +245,7 @@ device::SamplerArgs sampler_arguments(const Tensor& program, const Tensor& weigh
 }  // namespace
 
 void sampler_advance(Tensor program, Tensor weights, Tensor workspace, int64_t first, int64_t end) {
+  check_sampler({program, weights, workspace}, first, end);
   Launcher launch("sampler_advance", workspace);
   launch(device::sampler_kernel, sampler_arguments(program, weights, workspace, first, end), workspace.sizes()[0]);
 }
@@ -251,6 +253,8 @@ void sampler_advance(Tensor program, Tensor weights, Tensor workspace, int64_t f
 void sampler_draw(Tensor program, Tensor weights, Tensor workspace, Tensor image, std::optional<Tensor> known,
                   Tensor uniforms, Tensor values, double temperature, int64_t first, int64_t end,
                   std::optional<Tensor> seen) {
+  check_sampler({program, weights, workspace}, first, end);
+  check_sampler_draw(workspace, image, known, uniforms, values, seen, temperature);
   Launcher launch("sampler_draw", workspace);
   int64_t n = workspace.sizes()[0];
   Tensor scratch = allocate(Shape{n, values.sizes()[0]}, ScalarType::Float, Device(workspace));

@@ -7,7 +7,7 @@ import torch
 from fastelbo import _checks, _library, backends, distributed, reference
 from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
 from fastelbo.reference.gaussian_kl import event_sum
-from fastelbo.scale import Scale, as_scale, numbers
+from fastelbo.scale import Scale, as_scale, numbers, of_numbers
 
 
 def gaussian_kl(
@@ -112,6 +112,8 @@ def _kl(mean_q, s_q, mean_p, s_p, mask, scale, scale_p, balance, event_ndim, bac
     if backend == "reference":
         options = {"scale": scale, "scale_p": scale_p, "event_ndim": event_ndim, "balance": balance, "mask": mask}
         return reference.gaussian_kl(*inputs, **options)
+    if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
+        return _library.by_name(_FWD[backend])(*inputs, numbers(scale), numbers(scale_p), event_ndim, mask, balance)
     return _GaussianKL.apply(*inputs, mask, scale, scale_p, balance, event_ndim, backend)
 
 
@@ -161,7 +163,7 @@ class _GaussianKL(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.scale, ctx.scale_p, ctx.balance = scale, scale_p, balance
         ctx.event_ndim, ctx.backend = event_ndim, backend
-        return _FWD[backend](mean_q, s_q, mean_p, s_p, numbers(scale), numbers(scale_p), event_ndim, mask)
+        return _FWD[backend](mean_q, s_q, mean_p, s_p, numbers(scale), numbers(scale_p), event_ndim, mask, balance)
 
     @staticmethod
     def backward(ctx, d_kl):
@@ -199,7 +201,25 @@ def gradients_fake(shape, mean_q, s_q, mean_p, s_p, prior_grad):
     return *grads, mean_q.new_empty((0,), dtype=torch.float32), mean_q.new_empty((0,), dtype=torch.float32)
 
 
-def _fwd_fake(mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask):
+def _differentiable(backend, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask, balance=None):
+    scales = of_numbers(scale), of_numbers(scale_p)
+    return _GaussianKL.apply(mean_q, s_q, mean_p, s_p, mask, *scales, balance, event_ndim, backend)
+
+
+def _fwd_check(mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask, balance=None):
+    _checks.raw_prior(mean_p, s_p, scale, scale_p, balance=balance)
+    shape = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)[1]
+    _checks.raw_event(event_ndim, mask, shape, mean_q.device)
+
+
+def _bwd_check(d_kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, balance, mask, prior_grad):
+    _checks.raw_prior(mean_p, s_p, scale, scale_p, prior_grad, balance)
+    shape = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)[1]
+    _checks.raw_event(event_ndim, mask, shape, mean_q.device)
+    _checks.upstream("d_kl", d_kl, shape[: len(shape) - event_ndim], mean_q.device)
+
+
+def _fwd_fake(mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask, balance=None):
     shape = prior_shape(mean_q, s_q, mean_p, s_p)
     return _library.empty_terms(shape, event_ndim, mean_q, (mean_q, s_q, mean_p, s_p))
 
@@ -208,15 +228,19 @@ def _bwd_fake(d_kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, balanc
     return gradients_fake(prior_shape(mean_q, s_q, mean_p, s_p), mean_q, s_q, mean_p, s_p, prior_grad)
 
 
+# balance is what the backward alone takes.
 _FWD = _library.define(
     "gaussian_kl_fwd",
     "(Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, float[] scale, float[]? scale_p, int event_ndim,"
-    " Tensor? mask) -> Tensor",
+    " Tensor? mask, float? balance=None) -> Tensor",
     _fwd_fake,
+    _fwd_check,
+    _differentiable,
 )
 _BWD = _library.define(
     "gaussian_kl_bwd",
     "(Tensor d_kl, Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, float[] scale, float[]? scale_p,"
     " int event_ndim, float? balance, Tensor? mask, bool prior_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
+    _bwd_check,
 )

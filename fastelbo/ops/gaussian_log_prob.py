@@ -6,7 +6,7 @@ from fastelbo import _checks, _library, backends, distributed, reference
 from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
 from fastelbo.reference.gaussian_kl import event_sum
 from fastelbo.reference.scale import arithmetic, log_std_and_std
-from fastelbo.scale import Scale, as_scale, numbers
+from fastelbo.scale import Scale, as_scale, numbers, of_numbers
 
 
 def gaussian_log_prob(
@@ -136,6 +136,8 @@ def _terms(x, mean, s, mask, scale, event_ndim, negative, full, backend):
     if backend == "reference":
         function = reference.gaussian_nll if negative else reference.gaussian_log_prob
         return function(*inputs, scale=scale, event_ndim=event_ndim, mask=mask, full=full)
+    if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
+        return _library.by_name(_FWD[backend])(*inputs, numbers(scale), event_ndim, negative, mask, full)
     return _GaussianLogProb.apply(*inputs, mask, scale, event_ndim, negative, full, backend)
 
 
@@ -167,6 +169,23 @@ class _GaussianLogProb(torch.autograd.Function):
         return *grads, None, None, None, None, None, None
 
 
+def _differentiable(backend, x, mean, s, scale, event_ndim, negative, mask, full=True):
+    return _GaussianLogProb.apply(x, mean, s, mask, of_numbers(scale), event_ndim, negative, full, backend)
+
+
+def _fwd_check(x, mean, s, scale, event_ndim, negative, mask, full=True):
+    _checks.scale_numbers(scale)
+    shape = _checks.operands(x=x, mean=mean, s=s)[1]
+    _checks.raw_event(event_ndim, mask, shape, x.device)
+
+
+def _bwd_check(d_out, x, mean, s, scale, event_ndim, negative, mask, x_grad):
+    _checks.scale_numbers(scale)
+    shape = _checks.operands(x=x, mean=mean, s=s)[1]
+    _checks.raw_event(event_ndim, mask, shape, x.device)
+    _checks.upstream("d_out", d_out, shape[: len(shape) - event_ndim], x.device)
+
+
 def _fwd_fake(x, mean, s, scale, event_ndim, negative, mask, full=True):
     shape = torch.broadcast_shapes(x.shape, mean.shape, s.shape)
     return _library.empty_terms(shape, event_ndim, mean, (x, mean, s))
@@ -188,10 +207,13 @@ _FWD = _library.define(
     "(Tensor x, Tensor mean, Tensor s, float[] scale, int event_ndim, bool negative, Tensor? mask,"
     " bool full=True) -> Tensor",
     _fwd_fake,
+    _fwd_check,
+    _differentiable,
 )
 _BWD = _library.define(
     "gaussian_log_prob_bwd",
     "(Tensor d_out, Tensor x, Tensor mean, Tensor s, float[] scale, int event_ndim, bool negative, Tensor? mask,"
     " bool x_grad) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
+    _bwd_check,
 )

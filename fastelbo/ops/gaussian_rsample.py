@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fastelbo import _checks, _library, _seed, backends, distributed, reference
-from fastelbo.scale import Scale, as_scale, numbers
+from fastelbo.scale import Scale, as_scale, numbers, of_numbers
 
 
 def gaussian_rsample(
@@ -93,6 +93,10 @@ def _sample(mean, s, seed, noise, noise_offset, num_samples, temperature, scale,
             noise_offset=noise_offset,
             out_dtype=out_dtype,
         )
+    if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
+        return _library.by_name(_FWD[backend])(
+            mean, s, seed, noise, noise_offset, num_samples, temperature, numbers(scale), out_dtype
+        )
     return _GaussianRsample.apply(
         *_library.distinct(mean, s), seed, noise, noise_offset, num_samples, temperature, scale, out_dtype, backend
     )
@@ -103,10 +107,21 @@ def clamp_before_broadcast(
 ) -> "tuple[torch.Tensor, Scale]":
     """The inward clamp looks at the sign of a value's whole gradient, which a broadcast value has only before it is
     broadcast: it is then applied here rather than in the kernel. dtype: that the op's tensors promote to."""
-    if scale.clamp is None or scale.clamp_grad != "inward" or s.shape == shape:
+    if scale.clamp is None or scale.clamp_grad != "inward":
+        return s, scale
+    exporting = torch.compiler.is_exporting()  # to a program that keeps no Function, of the reference neither
+    if s.shape == shape and not exporting:
         return s, scale
     s = s.to(torch.float64 if dtype == torch.float64 else torch.float32)  # half precision would round the limits
-    return reference.scale.clamp(s, scale), dataclasses.replace(scale, clamp=None)
+    s = _CLAMP_INWARD(s, *scale.clamp) if exporting else reference.scale.clamp(s, scale)
+    return s, dataclasses.replace(scale, clamp=None)
+
+
+_CLAMP_INWARD = _library.define_helper(
+    "clamp_inward", "(Tensor s, float lo, float hi) -> Tensor", lambda s, lo, hi: torch.empty_like(s)
+)
+_library.implement("clamp_inward", torch.clamp)
+_library.differentiate(_CLAMP_INWARD, reference.scale.ClampInward.apply)
 
 
 class _GaussianRsample(torch.autograd.Function):
@@ -151,6 +166,41 @@ class _GaussianRsample(torch.autograd.Function):
         return d_mean, d_s, None, None, None, None, None, None, None, None
 
 
+def _differentiable(backend, mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype):
+    check_noise(noise)
+    scale = of_numbers(scale)
+    return _GaussianRsample.apply(
+        mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype, backend
+    )
+
+
+def check_noise(noise):
+    """Of an op that is called with tensors that want a gradient: no kernel passes one to the noise."""
+    if noise is not None and noise.requires_grad:
+        raise NotImplementedError(
+            "noise must not want a gradient, which only the reference passes on; got one that does"
+        )
+
+
+def _fwd_check(mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype):
+    _checks.scale_numbers(scale)
+    shape = _checks.operands(mean=mean, s=s)[1]
+    _checks.raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, mean.device)
+    _checks.out_dtype(out_dtype)
+
+
+def _bwd_check(d_z, s, seed, noise, noise_offset, num_samples, temperature, scale):
+    _checks.scale_numbers(scale)
+    if num_samples is not None and tuple(d_z.shape[:1]) != (num_samples,):
+        raise ValueError(f"d_z must have num_samples in front, {num_samples}; got shape {tuple(d_z.shape)}")
+    shape = d_z.shape if num_samples is None else d_z.shape[1:]
+    _checks.operands(s=s)
+    if _checks.broadcast(s.shape, shape) != shape:
+        raise ValueError(f"s must broadcast to shape {tuple(shape)}; got {tuple(s.shape)}")
+    out = _checks.raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, s.device)
+    _checks.upstream("d_z", d_z, out, s.device)
+
+
 def _fwd_fake(mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype):
     shape = torch.broadcast_shapes(mean.shape, s.shape)
     return _library.empty_sample(mean, shape, num_samples, out_dtype)
@@ -166,10 +216,13 @@ _FWD = _library.define(
     "(Tensor mean, Tensor s, Tensor? seed, Tensor? noise, SymInt noise_offset, SymInt? num_samples, float temperature,"
     " float[] scale, ScalarType out_dtype) -> Tensor",
     _fwd_fake,
+    _fwd_check,
+    _differentiable,
 )
 _BWD = _library.define(
     "gaussian_rsample_bwd",
     "(Tensor d_z, Tensor s, Tensor? seed, Tensor? noise, SymInt noise_offset, SymInt? num_samples, float temperature,"
     " float[] scale) -> Tensor",
     _bwd_fake,
+    _bwd_check,
 )

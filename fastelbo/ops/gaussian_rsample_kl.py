@@ -10,8 +10,8 @@ from fastelbo.ops.gaussian_kl import (
     prior_scale,
     prior_shape,
 )
-from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
-from fastelbo.scale import Scale, as_scale, numbers
+from fastelbo.ops.gaussian_rsample import check_noise, clamp_before_broadcast
+from fastelbo.scale import Scale, as_scale, numbers, of_numbers
 
 
 def gaussian_rsample_kl(
@@ -132,6 +132,11 @@ def _sample_kl(tensors, draw, options):
             mask=mask,
         )
     draw = noise_offset, num_samples, temperature
+    if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
+        scales = numbers(scale), numbers(scale_p)
+        return _library.by_name(_FWD[backend])(
+            *inputs, seed, noise, *draw, *scales, event_ndim, mask, out_dtype, balance
+        )
     return _GaussianRsampleKL.apply(
         *inputs, seed, noise, mask, draw, scale, scale_p, balance, event_ndim, out_dtype, backend
     )
@@ -146,8 +151,9 @@ class _GaussianRsampleKL(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.draw, ctx.scale, ctx.scale_p, ctx.balance = draw, scale, scale_p, balance
         ctx.event_ndim, ctx.out_dtype, ctx.backend = event_ndim, out_dtype, backend
+        scales = numbers(scale), numbers(scale_p)
         return _FWD[backend](
-            mean_q, s_q, mean_p, s_p, seed, noise, *draw, numbers(scale), numbers(scale_p), event_ndim, mask, out_dtype
+            mean_q, s_q, mean_p, s_p, seed, noise, *draw, *scales, event_ndim, mask, out_dtype, balance
         )
 
     @staticmethod
@@ -191,6 +197,53 @@ class _GaussianRsampleKL(torch.autograd.Function):
         return *grads, None, None, None, None, None, None, None, None, None, None
 
 
+def _differentiable(
+    backend,
+    mean_q,
+    s_q,
+    mean_p,
+    s_p,
+    seed,
+    noise,
+    noise_offset,
+    num_samples,
+    temperature,
+    scale,
+    scale_p,
+    event_ndim,
+    mask,
+    out_dtype,
+    balance=None,
+):
+    check_noise(noise)
+    tensors, draw = (mean_q, s_q, mean_p, s_p, seed, noise, mask), (noise_offset, num_samples, temperature)
+    scales = of_numbers(scale), of_numbers(scale_p)
+    return _GaussianRsampleKL.apply(*tensors, draw, *scales, balance, event_ndim, out_dtype, backend)
+
+
+def _fwd_check(
+    mean_q, s_q, mean_p, s_p, seed, noise, noise_offset, num_samples, temperature, scale, scale_p, event_ndim, mask,
+    out_dtype, balance=None,
+):  # fmt: skip
+    _checks.raw_prior(mean_p, s_p, scale, scale_p, balance=balance)
+    shape = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)[1]
+    _checks.raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, mean_q.device)
+    _checks.raw_event(event_ndim, mask, shape, mean_q.device)
+    _checks.out_dtype(out_dtype)
+
+
+def _bwd_check(
+    d_z, d_kl, mean_q, s_q, mean_p, s_p, seed, noise, noise_offset, num_samples, temperature, scale, scale_p,
+    event_ndim, balance, mask, prior_grad,
+):  # fmt: skip
+    _checks.raw_prior(mean_p, s_p, scale, scale_p, prior_grad, balance)
+    shape = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)[1]
+    out = _checks.raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, mean_q.device)
+    _checks.raw_event(event_ndim, mask, shape, mean_q.device)
+    _checks.upstream("d_z", d_z, out, mean_q.device)
+    _checks.upstream("d_kl", d_kl, shape[: len(shape) - event_ndim], mean_q.device)
+
+
 def _fwd_fake(
     mean_q,
     s_q,
@@ -206,6 +259,7 @@ def _fwd_fake(
     event_ndim,
     mask,
     out_dtype,
+    balance=None,
 ):
     shape = prior_shape(mean_q, s_q, mean_p, s_p)
     return (
@@ -236,12 +290,15 @@ def _bwd_fake(
     return gradients_fake(prior_shape(mean_q, s_q, mean_p, s_p), mean_q, s_q, mean_p, s_p, prior_grad)
 
 
+# balance is what the backward alone takes.
 _FWD = _library.define(
     "gaussian_rsample_kl_fwd",
     "(Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, Tensor? seed, Tensor? noise, SymInt noise_offset,"
     " SymInt? num_samples, float temperature, float[] scale, float[]? scale_p, int event_ndim, Tensor? mask,"
-    " ScalarType out_dtype) -> (Tensor, Tensor)",
+    " ScalarType out_dtype, float? balance=None) -> (Tensor, Tensor)",
     _fwd_fake,
+    _fwd_check,
+    _differentiable,
 )
 _BWD = _library.define(
     "gaussian_rsample_kl_bwd",
@@ -249,4 +306,5 @@ _BWD = _library.define(
     " SymInt noise_offset, SymInt? num_samples, float temperature, float[] scale, float[]? scale_p, int event_ndim,"
     " float? balance, Tensor? mask, bool prior_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
+    _bwd_check,
 )

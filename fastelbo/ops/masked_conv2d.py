@@ -2,7 +2,7 @@
 
 import torch
 
-from fastelbo import _library, backends, distributed, reference
+from fastelbo import _flops, _library, backends, distributed, reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASK_TYPES = ("A", "B")
@@ -358,6 +358,9 @@ def _convolve(tensors, options, autocast, backend):
             with torch.autocast(tensors[0].device.type, enabled=False):
                 return _reference(*tensors, *options)
         return _reference(*tensors, *options)
+    if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
+        *others, activation = options
+        return _library.by_name(_FWD[backend])(*tensors, *others, activation or "", False)[0]
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return _MaskedConv2d.apply(*_library.distinct(*tensors), *options, keep, backend)
 
@@ -440,6 +443,17 @@ class _MaskedConv2d(torch.autograd.Function):
         return d_input, d_weight, d_bias, d_cond, d_y if want_residual else None, *nothing
 
 
+def _differentiable(backend, *arguments):
+    *arguments, activation, keep = arguments
+    y = _MaskedConv2d.apply(*arguments, activation or None, True, backend)
+    if not keep:
+        return y, y.new_empty((0,))
+    with (
+        torch.no_grad()
+    ):  # for who calls the op by name: exported programs keep nothing, and Functions do not come here
+        return y, _FWD[backend](*arguments, activation, keep)[1]
+
+
 def is_channels_last(tensor):
     """Whether an image lies in memory with its channels innermost."""
     return tensor.shape[1] > 1 and tensor.stride(1) == 1 and tensor.stride(3) > 1
@@ -498,6 +512,7 @@ _FWD = _library.define(
     "(Tensor input, Tensor weight, Tensor? bias, Tensor? cond, Tensor? residual, str mask_type, str stack,"
     " int dilation, int channel_groups, str group_order, str activation, bool keep) -> (Tensor y, Tensor kept)",
     _fwd_fake,
+    differentiable=_differentiable,
 )
 _BWD = _library.define(
     "masked_conv2d_bwd",
@@ -506,3 +521,4 @@ _BWD = _library.define(
     " int cond_ndim) -> (Tensor d_input, Tensor d_weight, Tensor d_bias, Tensor d_cond)",
     _bwd_fake,
 )
+_flops.register()

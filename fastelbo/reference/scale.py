@@ -15,7 +15,7 @@ def arithmetic(*tensors):
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
-class _ClampInward(torch.autograd.Function):
+class ClampInward(torch.autograd.Function):
     """clamp whose gradient passes where the value is inside, and outside only if descent moves it back inside."""
 
     generate_vmap_rule = True
@@ -37,7 +37,7 @@ class _ClampInward(torch.autograd.Function):
         return torch.where(stopped, 0.0, grad), None, None
 
 
-class _ClampInwardWithTangent(_ClampInward):
+class _ClampInwardWithTangent(ClampInward):
     """Apart, because torch.compile traces no Function that has a jvp."""
 
     generate_vmap_rule = True
@@ -55,7 +55,7 @@ def clamp(s, scale):
         return s
     lo, hi = scale.clamp
     if scale.clamp_grad == "inward":
-        function = _ClampInward if torch.compiler.is_compiling() else _ClampInwardWithTangent
+        function = ClampInward if torch.compiler.is_compiling() else _ClampInwardWithTangent
         return function.apply(s, lo, hi)
     if scale.clamp_grad == "straight_through":
         # s + (clamp(s) - s) would round; select the value, add a zero that carries the gradient

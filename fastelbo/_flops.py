@@ -1,0 +1,83 @@
+"""What torch.utils.flop_counter counts of our ops: multiplications with live taps, as 2 FLOPs each. The rest is
+elementwise, of which it counts nothing."""
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections import Counter
+
+import torch
+
+from fastelbo.reference.masked_conv2d import channel_groups_of
+
+_COUNTER = "torch.utils.flop_counter"
+
+
+def live_products(weight_shape, mask_type, stack, channel_groups, group_order, gated):
+    """How many of a weight's entries are live.
+
+    Args:
+        weight_shape: [C_out, C_in, rows, columns].
+        mask_type, stack, channel_groups, group_order: as the ops of masked_conv2d take them.
+        gated: whether a gate joins two halves of the output's channels.
+    """
+    outputs, inputs, rows, columns = weight_shape
+    if stack == "vertical":
+        return outputs * inputs * (rows - (mask_type == "A")) * columns
+    above, left = (rows // 2, columns // 2) if stack == "square" else (rows - 1, columns - 1)
+    writes, reads = (
+        Counter(channel_groups_of(channels, channel_groups, group_order, of_gate))
+        for channels, of_gate in ((outputs, gated), (inputs, False))
+    )
+    own = sum(writes[o] * reads[i] for o in writes for i in reads if i < o + (mask_type == "B"))
+    return outputs * inputs * (above * columns + left) + own
+
+
+def _forward(
+    input, weight, bias, cond, residual, mask_type, stack, dilation, channel_groups, group_order, activation, keep,
+    out_shape=None,
+):  # fmt: skip
+    images, _, rows, columns = input
+    gated = activation in ("tanh_sigmoid", "glu")
+    return 2 * images * rows * columns * live_products(weight, mask_type, stack, channel_groups, group_order, gated)
+
+
+def _backward(
+    d_y, input, weight, kept, mask_type, stack, dilation, channel_groups, group_order, activation,
+    want_input, want_weight, want_bias, cond_ndim, out_shape=None,
+):  # fmt: skip
+    mask = mask_type, stack, dilation, channel_groups, group_order, activation
+    return (want_input + want_weight) * _forward(input, weight, None, None, None, *mask, False)
+
+
+def _register(counter):
+    for namespace in (torch.ops.fastelbo, torch.ops.fastelbo_triton):
+        counter.register_flop_formula(namespace.masked_conv2d_fwd)(_forward)
+        counter.register_flop_formula(namespace.masked_conv2d_bwd)(_backward)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Registers the formulas when torch's counter is imported, which would import Triton here."""
+
+    def find_spec(self, name, path, target=None):
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_register(module):
+                run(module)
+                _register(module)
+
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def register() -> None:
+    """Registers the formulas now, or when torch.utils.flop_counter is imported."""
+    if _COUNTER in sys.modules:
+        _register(sys.modules[_COUNTER])
+    else:
+        sys.meta_path.insert(0, _Finder())
