@@ -333,7 +333,7 @@ try: vmap(lambda m: fastelbo.gaussian_kl(m, m, backend="cpu"))(m)
 except NotImplementedError as error: print(error)
 """
     printed = run(code, FASTELBO_BACKEND="cpu").splitlines()
-    assert printed[:2] == ["torch.Size([2]) torch.Size([2, 3])", "torch.Size([2])"]
+    assert printed[:2] == ["torch.Size([2, 3]) torch.Size([2, 3])", "torch.Size([2])"]
     assert printed[2:4] == ["torch.Size([2, 1, 1, 3, 3])", "torch.Size([2, 3]) cpu"]
     assert printed[4].startswith("backend 'cpu' cannot run this input (cpu: torch.func transforms run on the reference")
 
