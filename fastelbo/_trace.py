@@ -219,6 +219,20 @@ class _Proxy(fx.Proxy):
     def __setitem__(self, index, value):
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
+    # What `*block(v, h)` unpacks: both stacks of a block.
+
+    def _is_stacks(self):
+        node = self.node
+        return node.op == "call_module" and isinstance(
+            self.tracer.root.get_submodule(node.target), ours.GatedMaskedConv2d
+        )
+
+    def __iter__(self):
+        return iter((self[0], self[1])) if self._is_stacks() else super().__iter__()
+
+    def __len__(self):
+        return 2 if self._is_stacks() else super().__len__()
+
 
 def _in_place(function):
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
@@ -523,6 +537,9 @@ class _Builder:
 
     def point(self, function, *operands, parameters=()):
         """Adds a pointwise function; a constant has one channel for each of the other operand's, or one for all."""
+        for operand in operands:
+            if not isinstance(operand, View | Const):
+                raise unknown(f"{function} of features and {type(operand).__name__}")
         views = [operand for operand in operands if isinstance(operand, View)]
         if any(len(view.channels) != len(views[0].channels) for view in views):
             raise unknown(f"{function} of features with {' and '.join(str(len(v.channels)) for v in views)} channels")

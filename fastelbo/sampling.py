@@ -23,6 +23,7 @@ __all__ = ["IncrementalSampler"]
 
 METHODS = ("cached", "naive", "fixed_point")
 ORDERS = ("raster", "wavefront")
+_SEEN = 4096  # pixels of a large image that the check computes
 
 
 class IncrementalSampler:
@@ -64,7 +65,7 @@ class IncrementalSampler:
         backend: "reference" (plain torch, any device), or in float32 "cpu" (C++) or "cuda" (CUDA C++, a launch for each
             row of pixels); the fastest that can run the model where None.
         check: whether the first draw compares the steps with the network's own forward, which takes the steps of two
-            images and two forwards; more where rounding is in doubt.
+            images and two forwards, of large images the first rows alone; more where rounding is in doubt.
 
     Attributes:
         steps: how many draws an image takes: pixels, or fronts of pixels, times the groups of colours.
@@ -107,7 +108,7 @@ class IncrementalSampler:
         if not isinstance(image_shape, Sequence):
             raise TypeError(f"image_shape must be (C, H, W), all at least 1; got {image_shape!r}")
         shape = tuple(image_shape)
-        if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+        if len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
             raise ValueError(f"image_shape must be (C, H, W), all at least 1; got {shape}")
         if order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
@@ -252,7 +253,7 @@ class IncrementalSampler:
         uniforms = philox_uniform(_seed.as_seed(seed, generator, self.device), image.shape, noise_offset=noise_offset)
         with _without_autocast(self.device):
             draw_all = {"cached": self._cached, "naive": self._naive, "fixed_point": self._fixed_point}[method]
-            draw_all(image, known, cond, uniforms, float(temperature), progress)
+            draw_all(image, known, cond, uniforms, abs(float(temperature)), progress)  # -0.0 is 0
         if bool((image < 0).any()):
             raise ValueError("model must return logits that make a distribution; got NaN or infinity in some")
         return image
@@ -328,9 +329,21 @@ class IncrementalSampler:
         """A run of n images, of a program that is checked."""
         run = _Run(self, n, cond)
         if self.check and not run.compiled.checked:
-            self._compare(cond)
+            self._lower(run.compiled)._compare(cond)
             run.compiled.checked = True
         return run
+
+    def _lower(self, compiled):
+        """A sampler of the first rows of large images, whose program is the same but for their number."""
+        _, rows, columns = self.image_shape
+        deepest = max(reads.up for reads in compiled.program.reads.values())
+        seen = min(rows, max(deepest + 2, -(-_SEEN // columns)))  # until all rows that are kept have been reused
+        if seen == rows or any(compiled.program.spatial.values()):
+            return self
+        lower = copy.copy(self)
+        lower.image_shape = self.image_shape[0], seen, columns
+        lower._programs, lower._lag = {}, None
+        return lower
 
     def _compare(self, cond):
         """Raises unless the steps give the network's own logits on two random images.
@@ -361,7 +374,8 @@ class IncrementalSampler:
         # In two calls, of one image and of two: state and batch must make no difference.
         parameters = {id(parameter): parameter for parameter in self.model.parameters()}
         own, x = copy.deepcopy(self.model, parameters), values[image]
-        one, two = (self._own(own, x[:n], None if cond is None else cond[:n]) for n in (1, 2))
+        with _full_precision():  # so that what narrows a product is the network's own doing
+            one, two = (self._own(own, x[:n], None if cond is None else cond[:n]) for n in (1, 2))
         rounded = sum(i.inputs + 1 for section in run.program.sections for i in section)
         unit, root = torch.finfo(self.dtype).eps, math.sqrt(max(rounded, 1))
         bound = root * unit * _largest(two)
@@ -376,9 +390,11 @@ class IncrementalSampler:
                 'state; method="naive" draws by the network itself'
             )
         bound = root * (_largest(moved - exact) + unit)
-        equal = _close(got, exact, bound)
+        # The naive loop draws by the forward in its own dtype, and what that does (autocast) float64 does not show.
+        equal = _close(got, exact, bound) & _close(got, two, 2 * bound) & _close(got[:1], one, 2 * bound)
         if bool(equal.all()):
             return
+        exact = torch.where(_close(got, exact, bound), two, exact)
         off = (got - exact).abs().masked_fill(equal, -1).nan_to_num(math.inf)
         _, level, colour, row, column = (int(i) for i in torch.unravel_index(off.argmax(), off.shape))
         raise NotImplementedError(
@@ -558,6 +574,8 @@ class IncrementalSampler:
                 raise
             shape = tuple(known["all"].shape)
             raise ValueError(f"cond must be what the model takes; got shape {shape}: {error}") from error
+        if isinstance(value, int | float):
+            value = torch.tensor(float(value), dtype=torch.float64, device=self.device)
         if layer and value.dim() == 2:
             value = value[:, :, None, None]
         if const.of_image and value.dim() == 4 and len(value) != 1:
@@ -727,6 +745,21 @@ def _close(a, b, bound):
 
 
 _ONE = threading.Lock()
+
+
+@contextlib.contextmanager
+def _full_precision():
+    """Has torch round no operands of float32 products, as it may to TF32 or bfloat16."""
+    settings = [getattr(torch.backends, name) for name in ("cudnn", "mkldnn")]
+    settings = [setting.conv for setting in settings] + [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 @contextlib.contextmanager

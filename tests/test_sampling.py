@@ -94,6 +94,17 @@ def test_gated_networks(link, order, colours, backend):
         assert_equals_full_forward(model, (colours, 6, 5), backend)
 
 
+def test_both_stacks_of_a_block_may_be_handed_on_at_once(backend):
+    class Starred(Gated):
+        def forward(self, x):
+            stacks = self.first(x, x)
+            for block in self.blocks:
+                stacks = block(*stacks)
+            return self.last(stacks[1])
+
+    assert_equals_full_forward(lively(Starred(3, channel_groups=3)), (3, 5, 7), backend)
+
+
 @pytest.mark.parametrize("activation", ["tanh_sigmoid", "glu"])
 @pytest.mark.parametrize("spatial", [False, True])
 @pytest.mark.parametrize("link", ["shift", "mask-first-layer"])
@@ -1191,3 +1202,69 @@ def test_what_a_forward_keeps_of_a_trace_is_gone(backend):
             return super().forward(self.kept)
 
     assert_draws_as_the_naive_loop(lively(Cached()), (1, 4, 5), backend)
+
+
+class Narrow(Gated):
+    """Runs its last layer in half precision, where it is not in float64."""
+
+    def forward(self, x):
+        _, h = self.first(x, x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.last(h).float()
+
+
+def test_a_forward_that_narrows_float32_alone_is_found(backend):
+    """In float64 it computes what its steps do."""
+    model = lively(Narrow(dilations=(), last=nn.Conv2d(12, 4, 1)))
+    sampler = IncrementalSampler(model, (1, 4, 5), levels=4, backend=backend)
+    with pytest.raises(NotImplementedError, match="model must compute what its layers' steps show"):
+        sampler.sample(2, seed=0)
+
+
+def test_settings_of_precision_come_back():
+    before = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
+    IncrementalSampler(lively(Gated()), (1, 4, 5), levels=4).sample(1)
+    assert (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision) == before
+
+
+@pytest.mark.parametrize("order", ["raster", "wavefront"])
+def test_large_images_are_checked_in_their_first_rows(order, backend, monkeypatch):
+    seen = []
+    compare = IncrementalSampler._compare
+    monkeypatch.setattr(
+        IncrementalSampler, "_compare", lambda self, cond: seen.append(self.image_shape) or compare(self, cond)
+    )
+    monkeypatch.setattr(fastelbo.sampling, "_SEEN", 40)
+    model = lively(nn.Sequential(MaskedConv2d(1, 6, 5, mask_type="A"), nn.ReLU(), nn.Conv2d(6, 4, 1)))
+    sampler = IncrementalSampler(model, (1, 30, 7), levels=4, backend=backend, order=order)
+    assert torch.equal(sampler.sample(2, seed=0), sampler.sample(2, seed=0, method="naive"))
+    assert seen == [(1, 6, 7)] and sampler.image_shape == (1, 30, 7)
+    wrong = lively(Wild(lambda x: 2 * x if isinstance(x, torch.Tensor) else x))
+    with pytest.raises(NotImplementedError, match="model must compute"):
+        IncrementalSampler(wrong, (1, 30, 7), levels=4, backend=backend).sample(1)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, -0.0])
+def test_zero_has_two_signs(temperature, backend):
+    sampler = IncrementalSampler(lively(Gated()), (1, 4, 5), levels=4, backend=backend)
+    drawn = sampler.sample(2, temperature=temperature)
+    assert torch.equal(drawn, sampler.sample(2, temperature=0, method="naive"))
+
+
+def test_a_size_of_the_condition_is_a_number(backend):
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = MaskedConv2d(1, 4, 3, mask_type="A")
+
+        def forward(self, x, cond):
+            return self.a(x) * cond.shape[1]
+
+    assert_equals_full_forward(lively(Sized()), (1, 3, 4), backend, cond=torch.randn(3, 5))
+
+
+def test_operands_and_shapes_of_other_types_are_named():
+    with pytest.raises(NotImplementedError, match="model must.*got add of features and NoneType"):
+        IncrementalSampler(Wild(lambda x: x + None), (1, 4, 4))
+    with pytest.raises(ValueError, match=r"image_shape must be \(C, H, W\), all at least 1; got \(True, 4, 4\)"):
+        IncrementalSampler(Gated(), (True, 4, 4))
