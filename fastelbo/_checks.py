@@ -222,8 +222,8 @@ def scalar(name, value, device, at_least=-math.inf):
             raise ValueError(f"{name} must be a number or 0-d; got shape {tuple(value.shape)}")
         if value.device != device:
             raise ValueError(f"{name} must be on the device of the other tensors, {device}; got {value.device}")
-        if at_least > -math.inf:
-            values(value.detach() >= at_least, f"{name} must be at least {at_least}; got a tensor that is not")
+        if at_least > -math.inf and readable(value) and not value.detach() >= at_least:
+            raise ValueError(f"{name} must be at least {at_least}; got {value.item()}")
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a 0-d tensor; got {type(value).__name__}")
