@@ -45,11 +45,25 @@ class Taps(NamedTuple):
     STRICT: bool  # mask A: a channel must be of a lesser group, not of the same
 
 
+def _up_left(weight, stack):
+    """Rows and columns of a weight before the tap of the pixel itself."""
+    rows, columns = weight.shape[2:]
+    return rows // 2 if stack == "square" else rows - 1, columns - 1 if stack == "horizontal" else columns // 2
+
+
+def _reaching(weight, stack, size, dilation):
+    """The part of a weight, or of its gradient, whose taps reach into an image of that size from some pixel."""
+    up, left = _up_left(weight, stack)
+    above, beside = ((extent - 1) // dilation for extent in size)
+    if above >= up and beside >= left:
+        return weight
+    return weight[:, :, max(up - above, 0) : up + above + 1, max(left - beside, 0) : left + beside + 1]
+
+
 def taps_of(weight, mask_type, stack, groups, order) -> Taps:
     """The live taps of a weight."""
-    rows, columns = weight.shape[2:]
-    up = rows // 2 if stack == "square" else rows - 1
-    left = columns - 1 if stack == "horizontal" else columns // 2
+    columns = weight.shape[3]
+    up, left = _up_left(weight, stack)
     if stack == "vertical":
         return Taps(columns, up, left, (up + (mask_type == "B")) * columns, 1, True, False)
     taps = up * columns + left + (mask_type == "B" and groups == 1)
@@ -541,6 +555,7 @@ def _weight_gradient_tiled(d_z, x, d_weight, dilation, halves, taps, exact):
 
 def _plain(x, weight, taps, dilation, halves):
     """The convolution alone by torch: what a tile must compute before it may be chosen for its speed."""
+    weight = weight[:, :, : taps.UP + 1]  # all rows below are dead
     rows, columns = weight.shape[2:]
     tap = torch.arange(rows * columns, device=x.device).reshape(rows, columns)
     live = (tap < taps.TAPS).expand(weight.shape)
@@ -552,7 +567,7 @@ def _plain(x, weight, taps, dilation, halves):
         )
         pairs = read < own[:, None] if taps.STRICT else read <= own[:, None]
         live = live | (pairs[:, :, None, None] & (tap == taps.TAPS))
-    x = F.pad(x, [dilation * size for size in (taps.LEFT, columns - 1 - taps.LEFT, taps.UP, rows - 1 - taps.UP)])
+    x = F.pad(x, [dilation * size for size in (taps.LEFT, columns - 1 - taps.LEFT, taps.UP, 0)])
     return F.conv2d(x, weight.masked_fill(~live, 0), dilation=dilation)
 
 
@@ -564,6 +579,7 @@ def masked_conv2d_fwd(
     y, kept = results
     if y.numel() == 0:
         return
+    weight = _reaching(weight, stack, input.shape[2:], dilation)
     taps = taps_of(weight, mask_type, stack, channel_groups, group_order)
     halves = 2 if activation in _GATES else 1
 
@@ -601,6 +617,10 @@ def masked_conv2d_bwd(
         for gradient in results:
             gradient.zero_()
         return
+    part = _reaching(weight, stack, input.shape[2:], dilation)
+    if part is not weight and want_weight:
+        d_weight = _reaching(d_weight.zero_(), stack, input.shape[2:], dilation)
+    weight = part
     taps = taps_of(weight, mask_type, stack, channel_groups, group_order)
     halves = 2 if activation in _GATES else 1
     if cond_ndim == 4:

@@ -659,3 +659,64 @@ def test_bad_input_of_the_op(direction, overrides, message):
     with pytest.raises(RuntimeError) as caught:
         raw(direction, **overrides)
     assert message in str(caught.value)
+
+
+# dilations beyond the image
+
+
+def naive(x, weight, stack, mask_type, dilation, groups):
+    """Output pixel by output pixel and tap by tap, of those taps that lie in the image."""
+    outputs, inputs, height, width = weight.shape
+    up = height // 2 if stack == "square" else height - 1
+    left = width - 1 if stack == "horizontal" else width // 2
+    rows, columns = x.shape[2:]
+    pixels = []
+    for r, c in itertools.product(range(rows), range(columns)):
+        total = x.new_zeros(x.shape[0], outputs) + 0 * (x.sum() + weight.sum())  # autograd wants both
+        for i, j in itertools.product(range(up + 1), range(width)):
+            at = r + (i - up) * dilation, c + (j - left) * dilation
+            if not (0 <= at[0] < rows and 0 <= at[1] < columns):
+                continue
+            if i < up or (stack == "vertical" and mask_type == "B") or (stack != "vertical" and j < left):
+                total = total + x[:, :, at[0], at[1]] @ weight[:, :, i, j].T
+            elif stack != "vertical" and j == left:
+                read, own = torch.arange(inputs) % groups, torch.arange(outputs)[:, None] % groups
+                pairs = (read < own if mask_type == "A" else read <= own).to(x.dtype)
+                total = total + x[:, :, r, c] @ (weight[:, :, i, j] * pairs).T
+        pixels.append(total)
+    return torch.stack(pixels, -1).reshape(x.shape[0], outputs, rows, columns)
+
+
+@pytest.mark.parametrize("dilation", [3, 4, 7, 8, 100_000, 2**31 - 1])
+@pytest.mark.parametrize("stack, groups", [("square", 1), ("square", 3), ("vertical", 1), ("horizontal", 3)])
+@pytest.mark.parametrize("mask_type", ["A", "B"])
+def test_taps_outside_of_the_image_take_no_memory(backend, mask_type, stack, groups, dilation):
+    """Memory for a border as wide as the dilation would be terabytes."""
+    x, weight, *_ = operands(2, 3, 6, 8, 4, 7)
+    weight = {"square": weight, "vertical": weight[:, :, :4], "horizontal": weight[:, :, :1, :4]}[stack]
+    options = {"mask_type": mask_type, "dilation": dilation, "channel_groups": groups, "backend": backend}
+    if stack != "square":
+        options["stack"] = stack
+    function = fastelbo.masked_conv2d if stack == "square" else fastelbo.causal_conv2d
+    leaves = [t.clone().requires_grad_() for t in (x, weight)]
+    y, want = function(*leaves, **options), naive(*leaves, stack, mask_type, dilation, groups)
+    weights = torch.arange(1.0, 1 + y.numel(), dtype=torch.float64).cos().reshape(y.shape)
+    assert_close([y], [want])
+    assert_close(torch.autograd.grad(y, leaves, weights), torch.autograd.grad(want, leaves, weights))
+
+
+@pytest.mark.parametrize("dilation", [9, 100_000, 2**31 - 1])
+def test_the_op_itself_at_dilations_beyond_the_image(kernels, dilation):
+    """Exported programs call it; their images may be of any size."""
+    x, weight, *_ = operands(2, 3, 6, 8, 4, 3)
+    op = getattr(torch.ops, "fastelbo_triton" if kernels == "triton" else "fastelbo")
+    options = "B", "square", dilation, 1, "interleaved", ""
+    y, _ = op.masked_conv2d_fwd(x, weight, None, None, None, *options, False)
+    d_x, d_weight, *_ = op.masked_conv2d_bwd(y, x, weight, None, *options, True, True, False, 0)
+    want = torch.einsum("nchw,oc->nohw", x, weight[:, :, 1, 1])
+    d_centre = torch.einsum("nohw,nchw->oc", want, x)
+    assert_close(
+        [y, d_x, d_weight[:, :, 1, 1]], [want, torch.einsum("nohw,oc->nchw", want, weight[:, :, 1, 1]), d_centre]
+    )
+    d_weight[:, :, 1, 1] = 0
+    assert (d_weight == 0).all()

@@ -113,8 +113,8 @@ Channels::Channels(int64_t channels, int64_t groups, const std::string& order, b
       each(half / this->groups),
       rest(half % this->groups) {}
 
-Mask::Mask(const Tensor& weight, const std::string& type, const std::string& stack, int64_t dilation, int64_t groups,
-           const std::string& order, bool gated)
+Mask::Mask(const Tensor& weight, const Tensor& input, const std::string& type, const std::string& stack,
+           int64_t dilation, int64_t groups, const std::string& order, bool gated)
     : strict(type == "A"),
       out(weight.sizes()[0], groups, order, gated),
       in(weight.sizes()[1], groups, order, false),
@@ -122,8 +122,12 @@ Mask::Mask(const Tensor& weight, const std::string& type, const std::string& sta
   int rows = int(weight.sizes()[2]), columns = int(weight.sizes()[3]);
   int row = stack == "square" ? rows / 2 : rows - 1, column = stack == "horizontal" ? columns - 1 : columns / 2;
   bool vertical = stack == "vertical";
-  for (int i = 0; i <= row; ++i) {
-    for (int j = 0; j < columns; ++j) {
+  auto first_within = [&](int reach, int64_t size) { return int(std::max<int64_t>(reach - (size - 1) / dilation, 0)); };
+  first_row = first_within(row, input.sizes()[2]);
+  first_column = first_within(column, input.sizes()[3]);
+  end_column = columns - first_within(columns - 1 - column, input.sizes()[3]);
+  for (int i = first_row; i <= row; ++i) {
+    for (int j = first_column; j < end_column; ++j) {
       bool live = i < row || (vertical ? type == "B" : j < column);
       if (live) taps.push_back({i, j, (i - row) * dilation, (j - column) * dilation});
     }

@@ -82,9 +82,10 @@ struct Tap {
   int64_t down, right;  // of the pixel that it reads, from the output's
 };
 
-// Which taps are live, and for which channels.
+// Which taps are live, and for which channels. Those that reach into the image from no pixel are as if they were dead.
 struct Mask {
-  std::vector<Tap> taps;  // those live for every pair of channels: the first of the weight's, in raster order
+  int first_row = 0, first_column = 0, end_column = 0;  // the part of the weight that reaches into the image
+  std::vector<Tap> taps;  // those live for every pair of channels: the first of that part, in raster order
   bool centre = false;    // whether there is a further one, live for some pairs at least: that of the pixel itself
   Tap centre_tap;         // the next one in raster order, if it is
   bool strict = false;    // mask A: a channel must be of a lesser group, not of the same
@@ -94,8 +95,8 @@ struct Mask {
   int64_t up = 0, left = 0, right = 0;  // how far the taps reach
 
   Mask() = default;
-  Mask(const Tensor& weight, const std::string& type, const std::string& stack, int64_t dilation, int64_t groups,
-       const std::string& order, bool gated);
+  Mask(const Tensor& weight, const Tensor& input, const std::string& type, const std::string& stack, int64_t dilation,
+       int64_t groups, const std::string& order, bool gated);
   bool live(int64_t out, int64_t in) const {
     return strict ? group_in[in] < group_out[out] : group_in[in] <= group_out[out];
   }

@@ -751,7 +751,7 @@ ConvArgs arguments(const Tensor& input, const Tensor& weight, const std::string&
   args.activation = parse_activation(activation);
   args.z_channels = weight.sizes()[0];
   args.y_channels = args.gated() ? args.z_channels / 2 : args.z_channels;
-  args.mask = Mask(weight, mask_type, stack, dilation, groups, order, args.gated());
+  args.mask = Mask(weight, input, mask_type, stack, dilation, groups, order, args.gated());
   args.input = image_of(input);
   args.weight = image_of(weight);
   int64_t gap = std::max(args.mask.left, args.mask.right);

@@ -79,16 +79,15 @@ FASTELBO_INLINE Pair load_whole(const Pair* from) {
   return {int64_t(uint64_t(bits.y) << 32 | bits.x), int(bits.z), int(bits.w)};
 }
 
-// The taps of a weight, live or not, in raster order.
+// The taps, live or not, of that part of a weight which reaches into the image, in raster order.
 struct Kernel {
-  int taps, columns, centre_row, centre_column, dilation;
+  int columns, centre_row, centre_column, dilation;
+  int first_row, first_column, weight_taps, weight_columns;  // where it lies in the weight, and of all of that
 
   // sign: -1 for the input gradient.
-  FASTELBO_INLINE Pair pair(int tap, int channel, const Image& image, const Raster& raster, int sign) const {
+  FASTELBO_INLINE Pair pair(int tap, int channel, const Image& image, int sign) const {
     int64_t down = int64_t(tap / columns - centre_row) * dilation * sign;
     int64_t right = int64_t(tap % columns - centre_column) * dilation * sign;
-    bool never = down <= -raster.rows || down >= raster.rows || right <= -raster.columns || right >= raster.columns;
-    if (never) return kNoPair;
     return {channel * image.stride[1] + down * image.stride[2] + right * image.stride[3], int(down), int(right)};
   }
 };
@@ -183,7 +182,6 @@ struct Pack {
   Direction direction;
   Tiles tiles;
   Kernel kernel;
-  Raster raster;
   Image weight;   // [out, in, row, column]
   Image input;
   int64_t count;  // of weights, packed
@@ -205,7 +203,7 @@ __global__ void __launch_bounds__(kThreads) masked_conv2d_pack_kernel(const __gr
   if (real) direction.pair(group, k, &tap, &other);
   if (position == 0 && tile % args.tiles.per_group == 0) {
     args.pairs[group * int64_t(args.tiles.most_pairs) + k] =
-        real ? args.kernel.pair(tap, other, args.input, args.raster, direction.transposed ? -1 : 1) : kNoPair;
+        real ? args.kernel.pair(tap, other, args.input, direction.transposed ? -1 : 1) : kNoPair;
   }
   T weight = 0;
   if (real && unit < outputs.count(group, group + 1)) {
@@ -213,8 +211,8 @@ __global__ void __launch_bounds__(kThreads) masked_conv2d_pack_kernel(const __gr
     int64_t out = direction.transposed ? other : own, in = direction.transposed ? own : other;
     weight = read<T>(args.weight.format, args.weight.data,
                      out * args.weight.stride[0] + in * args.weight.stride[1] +
-                         tap / args.kernel.columns * args.weight.stride[2] +
-                         tap % args.kernel.columns * args.weight.stride[3]);
+                         (args.kernel.first_row + tap / args.kernel.columns) * args.weight.stride[2] +
+                         (args.kernel.first_column + tap % args.kernel.columns) * args.weight.stride[3]);
   }
   args.weights[at] = weight;
 }
@@ -579,7 +577,7 @@ __global__ void __launch_bounds__(kConvThreads, format == Format::f64 ? 2 : 3)
   if (thread < Tile::pairs) {
     int k = first_pair + thread;
     int tap = k / args.in_channels, channel = k % args.in_channels;
-    pairs[thread] = k < args.pairs ? args.kernel.pair(tap, channel, args.input, args.raster, 1) : kNoPair;
+    pairs[thread] = k < args.pairs ? args.kernel.pair(tap, channel, args.input, 1) : kNoPair;
   }
   find(0);
   __syncthreads();
@@ -715,24 +713,27 @@ struct Reduce {
 template <class T>
 __global__ void __launch_bounds__(kThreads) masked_conv2d_reduce_kernel(const __grid_constant__ Reduce<T> args) {
   __shared__ double sums[kThreads / 32][32];
+  const Kernel& kernel = args.kernel;
   const Channels &outputs = args.direction.outputs, &inputs = args.direction.inputs;
   int blocks = (outputs.all() + 31) / 32, lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   int out = int(blockIdx.x % unsigned(blocks)) * 32 + lane, pair = int(blockIdx.x / unsigned(blocks));
-  int tap = pair / inputs.all(), in = pair % inputs.all();
-  bool live = tap < args.direction.taps;
-  if (tap == args.direction.taps && args.direction.centre && out < outputs.all())
+  int in = pair % inputs.all(), row = pair / inputs.all() / kernel.weight_columns,
+      column = pair / inputs.all() % kernel.weight_columns;
+  int tap = (row - kernel.first_row) * kernel.columns + column - kernel.first_column;
+  bool reaches = row >= kernel.first_row && unsigned(column - kernel.first_column) < unsigned(kernel.columns);
+  bool live = reaches && tap < args.direction.taps;
+  if (reaches && tap == args.direction.taps && args.direction.centre && out < outputs.all())
     live = args.direction.strict ? inputs.group(in) < outputs.group(out) : inputs.group(in) <= outputs.group(out);
   double total = 0;
   if (live && out < outputs.all())
     for (int64_t split = warp; split < args.splits; split += kThreads / 32)
-      total += double(args.partial[(split * args.rows + pair) * args.width + out]);
+      total += double(args.partial[(split * args.rows + tap * inputs.all() + in) * args.width + out]);
   sums[warp][lane] = total;
   __syncthreads();
   if (warp > 0 || out >= outputs.all()) return;
   for (int other = 1; other < kThreads / 32; ++other) total += sums[other][lane];
-  int64_t at = out * args.d_weight.stride[0] + in * args.d_weight.stride[1] +
-               tap / args.kernel.columns * args.d_weight.stride[2] +
-               tap % args.kernel.columns * args.d_weight.stride[3];
+  int64_t at = out * args.d_weight.stride[0] + in * args.d_weight.stride[1] + row * args.d_weight.stride[2] +
+               column * args.d_weight.stride[3];
   write(args.d_weight.format, args.d_weight.data, at, total);
 }
 
@@ -774,7 +775,7 @@ struct Problem {
         columns(input.sizes()[3]),
         z_channels(weight.sizes()[0]),
         activation(parse_activation(activation)),
-        mask(weight, mask_type, stack, dilation, groups, order, is_gate(this->activation)),
+        mask(weight, input, mask_type, stack, dilation, groups, order, is_gate(this->activation)),
         raster(n, rows, columns),
         weight(image_of(weight)),
         format(format_of(input.scalar_type())),
@@ -783,9 +784,14 @@ struct Problem {
     STD_TORCH_CHECK(rows < -device::kNever && columns < -device::kNever,
                     "input: expected fewer than 2^30 rows and columns, got ", rows, " and ", columns);
     const Tap& centre = mask.centre_tap;
-    int64_t beyond = -device::kNever;  // as far as any image reaches
-    kernel = {int(weight.sizes()[2] * weight.sizes()[3]), int(weight.sizes()[3]), centre.row, centre.column,
-              int(std::min(dilation, beyond))};
+    kernel = {mask.end_column - mask.first_column,
+              centre.row - mask.first_row,
+              centre.column - mask.first_column,
+              int(dilation),
+              mask.first_row,
+              mask.first_column,
+              int(weight.sizes()[2] * weight.sizes()[3]),
+              int(weight.sizes()[3])};
   }
 
   device::Direction direction(bool transposed) const {
@@ -828,7 +834,6 @@ struct Problem {
       device::Pack<T> pack{args.direction,
                            args.tiles,
                            kernel,
-                           raster,
                            weight,
                            args.input,
                            count,
@@ -884,7 +889,7 @@ struct Problem {
                                static_cast<const T*>(partial.data_ptr()),
                                image_of(d_weight)};
       launch(device::masked_conv2d_reduce_kernel<T>, reduce,
-             int64_t(kernel.taps) * mask.in.all() * divide_up(z_channels, 32));
+             int64_t(kernel.weight_taps) * mask.in.all() * divide_up(z_channels, 32));
     });
   }
 };

@@ -324,35 +324,8 @@ def _run(input, weight, bias, cond, residual, options, backend):
     return y[0] if unbatched else y
 
 
-def _taps_within(weight, size, stack, dilation):
-    """The weight without the rows and columns of taps that lie outside of an image wherever its pixel is.
-
-    They would cost memory and time that grow with the dilation; their gradient is that of what is cut off, exactly 0.
-    """
-
-    rows, columns = weight.shape[2:]
-    up = rows // 2 if stack == "square" else rows - 1
-    left = columns - 1 if stack == "horizontal" else columns // 2
-    fixed = not torch.compiler.is_compiling()
-    if fixed and up * dilation < size[0] and left * dilation < size[1]:
-        return weight
-    for dim, reach, image in ((2, up, size[0]), (3, left, size[1])):
-        far = reach * dilation >= image
-        if not fixed:  # no guard on a size that may change
-            from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-            far = statically_known_true(far)
-        if far:
-            some, beyond = (image - 1) // dilation, weight.shape[dim] - 1 > reach  # taps on either side
-            weight = weight.narrow(dim, reach - some, 2 * some + 1 if beyond else some + 1)
-    return weight
-
-
 def _convolve(tensors, options, autocast, backend):
     """Plain tensors, as _reference and _MaskedConv2d take them."""
-    input, weight, *rest = tensors
-    _, stack, dilation, *_ = options
-    tensors = input, _taps_within(weight, input.shape[-2:], stack, dilation), *rest
     if backend == "reference":
         if autocast:  # its arithmetic is float32, whatever autocast wants convolutions to be
             with torch.autocast(tensors[0].device.type, enabled=False):

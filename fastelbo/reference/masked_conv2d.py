@@ -56,6 +56,12 @@ def activate(z, activation):
 def _rectangle(x, weight, above, left, dilation):
     """The convolution whose first tap lies `above` rows up and `left` columns to the left, in units of the dilation."""
     rows, columns = x.shape[2:]
+    if not torch.compiler.is_compiling():  # whose sizes may be symbols; taps that reach into the image from no pixel
+        top, first = (max(before - (size - 1) // dilation, 0) for before, size in ((above, rows), (left, columns)))
+        end = left + (columns - 1) // dilation + 1
+        weight, above, left = weight[:, :, top:, first:end], above - top, left - first
+        if weight.numel() == 0:
+            return _nothing(x, weight, weight.shape[0])
     down, across = (size - 1 for size in weight.shape[2:])
     x = F.pad(x, (left * dilation, max(across - left, 0) * dilation, above * dilation, 0))
     return F.conv2d(x[:, :, : rows + down * dilation, : columns + across * dilation], weight, dilation=dilation)
