@@ -71,7 +71,7 @@ class _Finder(importlib.abc.MetaPathFinder):
                 run(module)
                 _register(module)
 
-            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+            spec.loader.exec_module = run_and_register
         return spec
 
 

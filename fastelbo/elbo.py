@@ -423,7 +423,7 @@ def gaussian_one_sample_kl(
     wide = arithmetic(mean_q, s_q, mean_p, s_p)
     noise = noise.to(wide[0].dtype)
     # (r + k noise)^2 / 2 - noise^2 / 2 - h, k = exp(h): no difference of two densities, whose digits it would not have
-    h, r = log_ratio_and_distance(*wide, scale, scale_p)
+    h, r = log_ratio_and_distance(wide[0], wide[1], wide[2], wide[3], scale, scale_p)
     e = torch.expm1(h)
     return z, event_sum(0.5 * (r + e * noise) * (r + (2 + e) * noise) - h, event_ndim)
 

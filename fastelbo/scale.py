@@ -120,15 +120,16 @@ class Scale:
                 rule = "at least 0 and finite" if least == 0 else "positive and finite"
                 where = " in float32" if 0 < value < math.inf else ""
                 raise ValueError(f"{name} must be {rule}{where}; got {value!r}")
-        object.__setattr__(self, "unit", _unit(self.kind, self.soft_clamp, self.min_std, self.var_eps, self.beta))
-        object.__setattr__(self, "numbers", self._numbers(lo, hi))
+        unit = _unit(self.kind, self.soft_clamp, self.min_std, self.var_eps, self.beta)
+        object.__setattr__(self, "unit", unit)
+        object.__setattr__(self, "numbers", self._numbers(lo, hi, unit))
         object.__setattr__(self, "text", " ".join(map(repr, self.numbers)))
 
-    def _numbers(self, lo: float, hi: float) -> "list[float]":
+    def _numbers(self, lo: float, hi: float, unit: "tuple[float, float] | None") -> "list[float]":
         """The parameters as the compiled ops take them (csrc/cpu/host.cpp, parse_scale), trailing defaults left out:
         every number costs a call 50 ns."""
         numbers = [KINDS.index(self.kind), CLAMP_GRADS.index(self.clamp_grad), lo, hi]
-        numbers += [self.soft_clamp or 0.0, self.min_std, self.var_eps, self.beta, *(self.unit or (math.inf, 0.0))]
+        numbers += [self.soft_clamp or 0.0, self.min_std, self.var_eps, self.beta, *(unit or (math.inf, 0.0))]
         defaults = [None, 0, -math.inf, math.inf, 0.0, 0.0, 0.0, 1.0, math.inf, 0.0]
         while numbers[-1] == defaults[len(numbers) - 1]:
             numbers.pop()

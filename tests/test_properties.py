@@ -13,7 +13,6 @@ from rounding import convolution_errors
 import fastelbo
 from fastelbo.reference.noise import philox_normal
 from fastelbo.testing import assert_within_budget
-from rounding import convolution_errors
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NAN, INF = float("nan"), float("inf")
