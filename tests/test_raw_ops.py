@@ -225,7 +225,7 @@ def draw():
     with Recorder():
         sampler.sample(2, seed=0)
     names = ("program", "weights", "workspace", "image", "known", "uniforms", "values", "temperature", "first", "end")
-    return dict(zip((*names, "seen"), [*calls[0], None][:11], strict=True))
+    return dict(zip((*names, "seen"), [*calls[-1], None][:11], strict=True))
 
 
 SAMPLER = [

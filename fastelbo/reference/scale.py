@@ -179,7 +179,7 @@ def standardise(delta, log_std, std, scale):
     # 1 / sigma in two factors, each of them kept finite
     limit = math.floor(math.log(torch.finfo(std.dtype).max))
     beyond = -log_std > limit
-    inverse = torch.exp((-log_std - torch.where(beyond, float(limit), 0.0)).clamp(max=limit))
+    inverse = torch.exp((-log_std - torch.where(beyond, torch.full_like(std, limit), 0.0)).clamp(max=limit))
     by_log = delta * inverse * torch.where(beyond, torch.full_like(std, math.exp(limit)), 1.0)
     if is_exponential(scale):
         return by_log
