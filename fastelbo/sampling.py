@@ -356,15 +356,16 @@ class IncrementalSampler:
         shape = (2, *self.image_shape)
         cond = None if cond is None else cond[torch.arange(2, device=cond.device) % len(cond)]
         generator = torch.Generator(device="cpu").manual_seed(0)
+        outputs = len(self._network.logits.channels) // self.image_shape[0]
         if self.levels is None:
-            values = torch.randn(math.prod(shape), generator=generator, dtype=self.dtype, device="cpu").to(self.device)
-            image = torch.arange(len(values), device=self.device).reshape(shape)
+            pixels = math.prod(shape)
+            values = torch.randn(max(pixels, outputs), generator=generator, dtype=self.dtype, device="cpu")
+            values, image = values.to(self.device), torch.arange(pixels, device=self.device).reshape(shape)
         else:
             values = self.values
             image = torch.randint(self.levels, shape, generator=generator, dtype=torch.int64, device="cpu")
             image = image.to(self.device)
         run = _Run(self, 2, cond)
-        outputs = len(self._network.logits.channels) // self.image_shape[0]
         got = torch.empty(*shape, outputs, dtype=self.dtype, device=self.device)
         known = torch.ones(shape, dtype=torch.bool, device=self.device)
         uniforms = torch.zeros(shape, dtype=torch.float32, device=self.device)

@@ -242,7 +242,7 @@ SAMPLER = [
     ({"known": lambda _: torch.zeros(2, 1, 4, 5)}, "known must be torch.bool; got torch.float32"),
     ({"uniforms": lambda x: x[0]}, "uniforms must be contiguous, of 4 dimensions; got shape (1, 4, 5)"),
     ({"values": lambda x: x[:2]}, "values must be the program's 3 numbers; got 2"),
-    ({"seen": lambda _: torch.zeros(2, 1, 4, 5, 2)}, "seen must have the 3 levels of values; got"),
+    ({"seen": lambda _: torch.zeros(2, 1, 4, 5, 2)}, "seen must have the program's 3 outputs; got shape (2, 1"),
     ({"seen": lambda _: torch.zeros(2, 1, 4, 4, 3)}, "seen must be of the shape of image, (2, 1, 4, 5); got"),
     ({"temperature": lambda _: NAN}, "temperature must be at least 0; got nan"),
     ({"end": lambda _: 10**6}, "end must be at most the program's 20 steps; got 1000000"),

@@ -367,7 +367,10 @@ void sampler_draw(Tensor program, Tensor weights, Tensor workspace, Tensor image
   if (!std::equal(shape, shape + 3, image.sizes().data() + 1))
     refuse("image must be of the program's ", shape[0], " x ", shape[1], " x ", shape[2], "; got shape ",
            sizes_text(image));
-  if (values.numel() != header.outputs)
+  if (seen && seen->sizes()[4] != header.outputs)
+    refuse("seen must have the program's ", header.outputs, " outputs; got shape ", sizes_text(*seen));
+  // What is known may be any of further values.
+  if (seen ? values.numel() < header.outputs : values.numel() != header.outputs)
     refuse("values must be the program's ", header.outputs, " numbers; got ", values.numel());
   args.image = static_cast<int64_t*>(image.data_ptr());
   args.known = known ? static_cast<const bool*>(known->data_ptr()) : nullptr;
