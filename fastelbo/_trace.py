@@ -219,19 +219,8 @@ class _Proxy(fx.Proxy):
     def __setitem__(self, index, value):
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
-    # What `*block(v, h)` unpacks: both stacks of a block.
-
-    def _is_stacks(self):
-        node = self.node
-        return node.op == "call_module" and isinstance(
-            self.tracer.root.get_submodule(node.target), ours.GatedMaskedConv2d
-        )
-
-    def __iter__(self):
-        return iter((self[0], self[1])) if self._is_stacks() else super().__iter__()
-
     def __len__(self):
-        return 2 if self._is_stacks() else super().__len__()
+        return 2 if self.tracer.is_stacks(self.node) else super().__len__()
 
 
 def _in_place(function):
@@ -248,6 +237,13 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node):
         return _Proxy(node, self)
+
+    def is_stacks(self, node):
+        """Whether a node is both stacks that a block returns, which `*block(v, h)` unpacks."""
+        return node.op == "call_module" and isinstance(self.root.get_submodule(node.target), ours.GatedMaskedConv2d)
+
+    def iter(self, obj):
+        return iter((obj[0], obj[1])) if self.is_stacks(obj.node) else super().iter(obj)
 
     def call_module(self, module, forward, arguments, keywords):
         if "forward" not in vars(module):
