@@ -41,6 +41,27 @@ std::string sizes_text(const int64_t* sizes, size_t ndim) {
 
 bool same(Device a, Device b) { return a.type == b.type && a.index == b.index; }
 
+bool on(const Tensor& tensor, Device device) {
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  return type == device.type && (type == cpu || same(Device(tensor), device));
+}
+
+// torch's headers ask for the number of one dtype after another until they meet a tensor's.
+int32_t dtype_number(const Tensor& tensor) {
+  int32_t number;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &number));
+  return number;
+}
+
+bool has_floats(const Tensor& tensor) {
+  static const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64(),
+                       bf16 = aoti_torch_dtype_bfloat16(), f16 = aoti_torch_dtype_float16();
+  int32_t number = dtype_number(tensor);
+  return number == f32 || number == bf16 || number == f16 || number == f64;
+}
+
 // Whether a tensor broadcasts to a shape, and does not widen it.
 bool broadcasts_to(const Tensor& tensor, const Shape& shape) {
   auto sizes = tensor.sizes();
@@ -61,9 +82,9 @@ void check_float(const char* name, ScalarType dtype) {
 }
 
 void check_device(const char* name, const Tensor& tensor, const char* anchor, Device device) {
-  Device found(tensor);
-  if (!same(found, device))
-    refuse(name, " must be on the device of ", anchor, ", ", device_name(device), "; got ", device_name(found));
+  if (!on(tensor, device))
+    refuse(name, " must be on the device of ", anchor, ", ", device_name(device), "; got ",
+           device_name(Device(tensor)));
 }
 
 Shape broadcast_operands(std::initializer_list<Given> operands) {
@@ -74,12 +95,14 @@ Shape broadcast_operands(std::initializer_list<Given> operands) {
   for (const Given& given : operands) {
     if (!given.tensor) continue;
     const Tensor& tensor = *given.tensor;
-    check_float(given.name, tensor.scalar_type());
+    if (!has_floats(tensor)) check_float(given.name, tensor.scalar_type());
     check_device(given.name, tensor, anchor.name, device);
     auto sizes = tensor.sizes();
     int ndim = int(sizes.size());
+    if (ndim == shape.ndim && std::equal(sizes.begin(), sizes.end(), shape.size)) continue;
     if (ndim > kMaxDims - 1) refuse(given.name, " must have at most ", kMaxDims - 1, " dimensions; got ", ndim);
     Shape before = shape;
+    const char* named = widest;
     if (ndim > shape.ndim) {
       std::copy_backward(shape.size, shape.size + shape.ndim, shape.size + ndim);
       std::fill(shape.size, shape.size + ndim - shape.ndim, 1);
@@ -91,8 +114,8 @@ Shape broadcast_operands(std::initializer_list<Given> operands) {
       int64_t theirs = sizes[ndim - d];
       if (mine == theirs || theirs == 1) continue;
       if (mine != 1)
-        refuse(given.name, " must broadcast with ", widest == given.name ? anchor.name : widest, " of shape ",
-               sizes_text(before), "; got ", sizes_text(tensor));
+        refuse(given.name, " must broadcast with ", named, " of shape ", sizes_text(before), "; got ",
+               sizes_text(tensor));
       mine = theirs;
       widest = given.name;
     }
@@ -125,8 +148,8 @@ void check_balance(std::optional<double> balance) {
 
 void check_mask(const std::optional<Tensor>& mask, const Shape& shape, const Given& anchor) {
   if (!mask) return;
-  ScalarType dtype = mask->scalar_type();
-  if (dtype != ScalarType::Bool) refuse("mask must be a tensor of bool; got ", dtype_name(dtype));
+  static const int32_t boolean = aoti_torch_dtype_bool();
+  if (dtype_number(*mask) != boolean) refuse("mask must be a tensor of bool; got ", dtype_name(mask->scalar_type()));
   check_device("mask", *mask, "the other tensors", Device(*anchor.tensor));
   check_broadcasts("mask", *mask, shape);
 }
@@ -142,8 +165,9 @@ Shape check_draw(const std::optional<Tensor>& seed, const std::optional<Tensor>&
     refuse("seed or noise must be given, and not both; got ", seed ? "both" : "neither");
   Shape samples = shape.prepend(num_samples);
   if (seed) {
-    ScalarType dtype = seed->scalar_type();
-    if (dtype != ScalarType::Long) refuse("seed must be an int or an int64 tensor; got ", dtype_name(dtype));
+    static const int32_t i64 = aoti_torch_dtype_int64();
+    if (dtype_number(*seed) != i64)
+      refuse("seed must be an int or an int64 tensor; got ", dtype_name(seed->scalar_type()));
     if (seed->numel() != 1) refuse("seed must have one element; got shape ", sizes_text(*seed));
     if (!seed->is_cpu()) check_device("seed", *seed, "mean", Device(*anchor.tensor));  // kernels may take its value
   } else {
@@ -170,7 +194,7 @@ Shape sample_shape(const Tensor& d_z, std::optional<int64_t> num_samples) {
 }
 
 void check_upstream(const char* name, const Tensor& tensor, const Shape& shape, const Given& anchor) {
-  check_float(name, tensor.scalar_type());
+  if (!has_floats(tensor)) check_float(name, tensor.scalar_type());
   check_device(name, tensor, "the other tensors", Device(*anchor.tensor));
   auto sizes = tensor.sizes();
   if (int(sizes.size()) != shape.ndim || !std::equal(sizes.begin(), sizes.end(), shape.size))

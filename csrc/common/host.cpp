@@ -25,17 +25,18 @@ Scale parse_scale(const std::vector<double>& values) {
   };
   auto finite = [&](size_t i) { return value(i, 0) >= 0 && std::isfinite(value(i, 0)); };
   check(0, counts(0, 5), "kind", "0, 1, 2, 3 or 4");
+  Scale scale;
+  scale.kind = Scale::Kind(int(values[0]));
+  scale.clamp_lo = value(2, -INFINITY);
+  scale.clamp_hi = value(3, INFINITY);
+  if (values.size() == 1) return scale;  // the common case
   check(1, counts(1, 3), "clamp_grad", "0, 1 or 2");
-  check(3, value(2, -INFINITY) < value(3, INFINITY), "clamp", "a lower limit below a higher one");
+  check(3, scale.clamp_lo < scale.clamp_hi, "clamp", "a lower limit below a higher one");
   check(4, finite(4), "soft_clamp", "at least 0 and finite");
   check(5, finite(5), "min_std", "at least 0 and finite");
   check(6, finite(6), "var_eps", "at least 0 and finite");
   check(7, value(7, 1) > 0 && std::isfinite(value(7, 1)), "beta", "positive and finite");
-  Scale scale;
-  scale.kind = Scale::Kind(int(values[0]));
-  scale.clamp_grad = Scale::ClampGrad(int(value(1, 0)));
-  scale.clamp_lo = value(2, -INFINITY);
-  scale.clamp_hi = value(3, INFINITY);
+  scale.clamp_grad = Scale::ClampGrad(int(values[1]));
   scale.clamped = std::isfinite(scale.clamp_lo) || std::isfinite(scale.clamp_hi);
   scale.soft_clamp = value(4, 0);
   scale.inv_soft_clamp = scale.soft_clamp > 0 ? 1 / scale.soft_clamp : 0;
