@@ -16,9 +16,13 @@ import torch.nn.functional as F  # noqa: N812
 import triton
 import triton.language as tl
 
-from fastelbo import _library
+from fastelbo import _library, backends
 from fastelbo.kernels import elementary, plan, tile, tune
 from fastelbo.reference.masked_conv2d import activate, channel_groups_of
+
+boxes = None  # the kernels over TMA boxes, where the environment asks for them
+if backends.CONVOLUTIONS == "tma" and not _library.INTERPRETED:
+    from fastelbo.kernels import masked_conv2d_tma as boxes
 
 _INTERPRETED: tl.constexpr = tl.constexpr(_library.INTERPRETED)
 _GATES = ("tanh_sigmoid", "glu")
@@ -582,6 +586,11 @@ def masked_conv2d_fwd(
     weight = _reaching(weight, stack, input.shape[2:], dilation)
     taps = taps_of(weight, mask_type, stack, channel_groups, group_order)
     halves = 2 if activation in _GATES else 1
+    kept = kept if keep else None
+    if boxes and stack == "square":
+        extras = activation, bias, cond, residual, kept
+        if boxes.launch(boxes.convolution(input, weight, y, taps, dilation, False, *extras)):
+            return
 
     def exact():
         z = _plain(input, weight, taps, dilation, halves)
@@ -597,7 +606,7 @@ def masked_conv2d_fwd(
         cond,
         residual,
         y,
-        kept if keep else None,
+        kept,
         dilation,
         1,
         (1, halves),
@@ -646,6 +655,11 @@ def masked_conv2d_bwd(
         )
         return found[wanted.index(True)]
 
+    if boxes and stack == "square":
+        if want_input and boxes.launch(boxes.convolution(d_z, weight, d_input, taps, dilation, True)):
+            want_input = False
+        if want_weight and boxes.launch(boxes.weight_gradient(d_z, input, d_weight, taps, dilation)):
+            want_weight = False
     if want_input:
         _convolve_tiled(
             d_z, weight.transpose(0, 1), None, None, None, d_input, None, dilation, -1, (halves, 1), "", taps,

@@ -61,6 +61,11 @@ LAYERS = {
     "ieee": ((8, 64, 28, 28), (128, 64, 3, 3), {"activation": "tanh_sigmoid"}, torch.float32),
     "contiguous": ((8, 64, 28, 28), (64, 64, 5, 5), {}, torch.bfloat16),
 }
+# Over TMA boxes, for sm_90 alone.
+LAYERS_OVER_BOXES = {
+    "boxes-bfloat16": ((16, 128, 28, 28), (128, 128, 5, 5), {"activation": "relu"}, torch.bfloat16),
+    "boxes-float16": ((16, 64, 28, 28), (128, 64, 3, 3), {"activation": "tanh_sigmoid"}, torch.float16),
+}
 LAYERS_EVERYWHERE = ("float32", "bfloat16", "float64", "first-bfloat16", "groups")  # the others for sm_90 only
 
 
@@ -122,13 +127,24 @@ def main(capability: int) -> None:
             for name, kernel, options in compiled:
                 elements = options["R"] * options["C"] // (32 * options["num_warps"])
                 found[f"{op}{name}-{case}"] = {**resources(kernel), "elements": elements}
-    for case in LAYERS if capability == 90 else LAYERS_EVERYWHERE:
+    layers = {**LAYERS, **LAYERS_OVER_BOXES} if capability == 90 else {case: LAYERS[case] for case in LAYERS_EVERYWHERE}
+    for case, layer in layers.items():
         compiled.clear()
-        run_layer(case, *LAYERS[case])
+        over_boxes(case in LAYERS_OVER_BOXES)
+        run_layer(case, *layer)
         for name, kernel, options in compiled:
-            direction = "_input" if options.get("SIGN") == -1 else ""
-            found[f"masked_conv2d{name}{direction}-{case}"] = resources(kernel)
+            direction = "_input" if options.get("SIGN") == -1 or options.get("TRANSPOSED") else ""
+            found[f"masked_conv2d_{name.removeprefix('_')}{direction}-{case}"] = resources(kernel)
     print(json.dumps(found))
+
+
+def over_boxes(wanted):
+    """Has convolutions take those kernels, as FASTELBO_CONV=tma does on a GPU of capability 9.0."""
+    from fastelbo.kernels import masked_conv2d, masked_conv2d_tma
+
+    masked_conv2d.boxes = masked_conv2d_tma if wanted else None
+    masked_conv2d_tma._capability = lambda device: (9, 0)
+    masked_conv2d_tma._multiprocessors = lambda tensor: 132
 
 
 def run(function, arity, keywords, shape, dtype):

@@ -2,11 +2,13 @@
 
 import contextlib
 import gc
+import importlib
 import math
 from typing import NamedTuple
 
 import pytest
 import torch
+from test_masked_conv2d import NAMES, lines, operands, outputs_and_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -14,7 +16,7 @@ import fastelbo
 from fastelbo import Scale
 from fastelbo.reference.noise import philox_normal
 from fastelbo.sampling import IncrementalSampler
-from fastelbo.testing import gaussian
+from fastelbo.testing import assert_within_budget, gaussian
 
 if not torch.cuda.is_available():
     pytest.skip("these tests need a GPU, and torch finds none", allow_module_level=True)
@@ -668,3 +670,126 @@ def test_sampler_draws_what_a_cpu_draws():
         assert sampler.backend == "cuda"
         assert torch.equal(sampler.sample(200, seed=5).cpu(), want)
         assert torch.equal(sampler.sample(200, seed=5, method="naive").cpu(), want)
+
+
+# Convolutions over TMA boxes
+
+
+@pytest.fixture
+def over_boxes(monkeypatch):
+    """As FASTELBO_CONV=tma has it: the names of these kernels' launches."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("these kernels are for GPUs of capability 9.0")
+    boxes = importlib.import_module("fastelbo.kernels.masked_conv2d_tma")
+    launch, names = boxes.launch, []
+
+    def recorded(launches):
+        names.extend(kernel.__name__ for kernel, _, _ in launches or ())
+        return launch(launches)
+
+    monkeypatch.setattr(boxes, "launch", recorded)
+    monkeypatch.setattr(importlib.import_module("fastelbo.kernels.masked_conv2d"), "boxes", boxes)
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    with torch.device(DEVICE):
+        yield names
+
+
+def boxed_layer(n, c, o, size, k, dtype, activation=None):
+    """Operands in channels last."""
+    tensors = operands(n, c, o, *size, k, activation=activation, dtype=dtype)
+    return [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
+
+
+BOXED = {
+    "64 k7": (16, 64, 64, (28, 28), 7),
+    "64 k7, rows": (64, 64, 64, (28, 28), 7),
+    "128 k5, rows": (48, 128, 128, (28, 28), 5),
+    "128 k3, waves": (80, 128, 128, (16, 16), 3),
+    "128 k3": (32, 128, 128, (16, 16), 3),
+    "64-128 k5": (128, 64, 128, (7, 7), 5),
+    "128-64 k3": (8, 128, 64, (7, 7), 3),
+    "192 k3": (32, 192, 192, (16, 16), 3),
+    "24-128 k5": (40, 24, 128, (14, 14), 5),
+    "320 k3": (4, 320, 320, (32, 32), 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("layer", "activation", "dtype"),
+    [
+        *((layer, activation, torch.bfloat16) for layer in BOXED for activation in (None, "tanh_sigmoid")),
+        *((layer, None, torch.float16) for layer in BOXED),
+        *((layer, name, torch.bfloat16) for layer in list(BOXED)[:2] for name in ("relu", "elu", "glu")),
+    ],
+)
+def test_error_budget_over_boxes(over_boxes, layer, activation, dtype):
+    n, c, o, size, k = layer = BOXED[layer]
+    tensors = boxed_layer(*layer, dtype, activation)
+    mask = fastelbo.conv_mask2d(o, c, k, "B").to(DEVICE)
+    options = {"mask_type": "B", "activation": activation, "backend": "triton"}
+    actual = outputs_and_gradients(fastelbo.masked_conv2d, tensors, **options)
+    gradients = ["weight_shares", "add_shares"] if size != (7, 7) and n * size[0] * size[1] > 4096 else []
+    assert [name.removesuffix("_rows") for name in over_boxes] == ["convolve", "convolve", *gradients]
+    exact = outputs_and_gradients(lines, [t.double() for t in tensors], mask=mask.double(), activation=activation)
+    plain = outputs_and_gradients(lines, tensors, mask=mask.to(dtype), activation=activation)
+    for name, *three in zip((*NAMES, "d_residual"), actual, exact, plain, strict=True):
+        assert three[0].dtype == dtype
+        assert_within_budget(*three, name=name)
+
+
+@pytest.mark.parametrize("mask_type", ["A", "B"])
+@pytest.mark.parametrize(
+    "layer", [BOXED["64 k7, rows"], BOXED["128 k5, rows"], BOXED["128 k3"], BOXED["64-128 k5"]], ids=str
+)
+def test_nan_in_dead_taps_and_unread_pixels_over_boxes(over_boxes, layer, mask_type):
+    _, c, o, _, k = layer
+    x, weight, bias, *_ = boxed_layer(*layer, torch.bfloat16)
+    live = fastelbo.conv_mask2d(o, c, k, mask_type).to(DEVICE)
+
+    def run(x, weight):
+        return outputs_and_gradients(
+            fastelbo.masked_conv2d, [x, weight, bias, None, None], mask_type=mask_type, backend="triton"
+        )
+
+    clean, poisoned = run(x, weight), run(x, weight.masked_fill(~live, float("nan")))
+    assert over_boxes
+    assert all(torch.equal(a, b) for a, b in zip(poisoned, clean, strict=True))
+    assert (poisoned[2][~live] == 0).all()
+    if mask_type == "A":
+        x = x.clone(memory_format=torch.preserve_format)
+        x[:, :, -1, -1] = float("nan")
+        assert all(torch.equal(a, b) for a, b in zip(run(x, weight), clean, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("layer", "activation"),
+    [((128, 64, 64, (28, 28), 7), None), ((64, 64, 128, (28, 28), 7), "tanh_sigmoid"), (BOXED["128 k3, waves"], "elu")],
+    ids=str,
+)
+def test_fifty_runs_over_boxes_are_bitwise_equal(over_boxes, layer, activation):
+    tensors = boxed_layer(*layer, torch.bfloat16, activation)
+    options = {"mask_type": "B", "activation": activation, "backend": "triton"}
+    first = outputs_and_gradients(fastelbo.masked_conv2d, tensors, **options)
+    differing = torch.zeros((), dtype=torch.int64)
+    for _ in range(49):
+        again = outputs_and_gradients(fastelbo.masked_conv2d, tensors, **options)
+        for a, b in zip(again, first, strict=True):
+            differing += (a.view(torch.int16) != b.view(torch.int16)).any()
+    assert differing.item() == 0
+    assert len(over_boxes) == 50 * 4
+
+
+def test_a_graph_replays_convolutions_over_boxes(over_boxes):
+    x, weight, bias, cond, residual = boxed_layer(16, 64, 64, (28, 28), 7, torch.bfloat16)
+
+    def run():
+        return fastelbo.masked_conv2d(x, weight, bias, cond=cond, residual=residual, mask_type="B", backend="triton")
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    x.copy_(torch.randn(x.shape))
+    graph.replay()
+    assert torch.equal(y, run())

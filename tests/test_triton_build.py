@@ -14,7 +14,7 @@ every_capability = pytest.mark.parametrize("capability", CAPABILITIES)
 
 # Three blocks of four warps each fit the 65536 registers of a multiprocessor; of the matrix products, two.
 MOST_REGISTERS = {"gaussian": 168, "masked": 255}
-KERNELS = {80: 46 + 25, 90: 46 + 45, 100: 46 + 25}  # of the Gaussian ops, and of the convolution's layers
+KERNELS = {80: 46 + 25, 90: 46 + 45 + 10, 100: 46 + 25}  # of the Gaussian ops, and of the convolution's layers
 MATRIX_PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "DMMA")  # on tensor cores
 
 
@@ -84,3 +84,14 @@ def test_convolutions_load_16_bytes_at_a_time(compiled, capability, case):
         code = compiled[capability][f"masked_conv2d_{kernel}-{case}"]["code"]
         copies = [instruction for instruction in code if instruction.startswith("LDGSTS")]
         assert copies and all("128" in instruction for instruction in copies)
+
+
+def test_operands_of_boxes_pass_through_no_register(compiled):
+    """From the copy engine (UTMALDG) by shared memory to the tensor cores."""
+    boxes = {name: kernel["code"] for name, kernel in compiled[90].items() if "boxes" in name}
+    products = [code for name, code in boxes.items() if "convolve" in name or "weight_shares" in name]
+    assert len(products) == 6
+    for code in products:
+        assert any(instruction.startswith("HGMMA") for instruction in code)
+        assert any(instruction.startswith("UTMALDG") for instruction in code)
+        assert not any(instruction.startswith(("LDSM", "LDG.E.128")) for instruction in code)

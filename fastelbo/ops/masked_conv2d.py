@@ -290,6 +290,8 @@ def _run(input, weight, bias, cond, residual, options, backend):
     if gated and z_channels % 2:
         raise ValueError(f"weight must have an even number of output channels for {activation}; got {z_channels}")
     _check_groups(groups, order, in_channels, z_channels // 2 if gated else z_channels)
+    if backends.CONVOLUTIONS not in (None, "tma"):
+        raise ValueError(f"FASTELBO_CONV must be tma or unset; got {backends.CONVOLUTIONS!r}")
     leading, size = input.shape[:-3], input.shape[-2:]
     if bias is not None and bias.shape != (z_channels,):
         raise ValueError(f"bias must be of shape {(z_channels,)}; got {tuple(bias.shape)}")
