@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
   using V = typename Access::Value;
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
-  double total = 0;
+  RowSums<Access> sums;
   for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
     V mean_q[n], s_q[n], kl[n];
@@ -51,9 +51,9 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
     if (args.kl.data)
       Access::store_term(args.kl, args.layout, place, kl);
     else
-      total += sum_inside<Access>(place, kl);
+      sums.add(args.layout, thread, place, kl);
   }
-  if (!args.kl.data) args.sums.store(args.work, thread, total);
+  if (!args.kl.data) sums.store(args.sums, args.layout, args.work, thread);
 }
 
 template <class Access, bool exponential, Prior prior>

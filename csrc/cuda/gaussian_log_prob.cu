@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
   using V = typename Access::Value;
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
-  double total = 0;
+  RowSums<Access> sums;
   for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
     V x[n], mean[n], s[n];
@@ -42,9 +42,9 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
     if (args.log_prob.data)
       Access::store_term(args.log_prob, args.layout, place, x);
     else
-      total += sum_inside<Access>(place, x);
+      sums.add(args.layout, thread, place, x);
   }
-  if (!args.log_prob.data) args.sums.store(args.work, thread, total);
+  if (!args.log_prob.data) sums.store(args.sums, args.layout, args.work, thread);
 }
 
 template <class Access, bool exponential>

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
   const PhiloxKeys<uint32_t> keys = args.draw.keys();
-  double total = 0;
+  RowSums<Access> sums;
   for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
     V mean_q[n], std[n], kl[n];
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
     if (args.kl.data)
       Access::store_term(args.kl, args.layout, place, kl);
     else
-      total += sum_inside<Access>(place, kl);
+      sums.add(args.layout, thread, place, kl);
     uint32_t sample = 0;
     do {
       V z[n];
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
       Access::store(args.z, args.layout, place, z, sample);
     } while (++sample < args.draw.samples);
   }
-  if (!args.kl.data) args.sums.store(args.work, thread, total);
+  if (!args.kl.data) sums.store(args.sums, args.layout, args.work, thread);
 }
 
 template <class Access, bool exponential, Prior prior>

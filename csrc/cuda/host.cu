@@ -119,6 +119,8 @@ Plan::Plan(const Shape& shape, int64_t event_ndim, ScalarType dtype, std::initia
   // goes as memory lies.
   int events = shape.ndim - int(event_ndim);
   if (!layout.aligned) sort_by_memory(views, layout.size, 0, shape.ndim);
+  bool plain = packed;  // scales that packed and flat kernels take
+  flat = plain && can_flatten(views, shape, event_ndim, num_samples.value_or(1));
   int end;
   if (event_ndim) {
     layout.outer = merge(views, layout.size, 0, events, 0);
@@ -134,7 +136,13 @@ Plan::Plan(const Shape& shape, int64_t event_ndim, ScalarType dtype, std::initia
     layout.columns = product(layout.size, outer, end);
   };
   divide(layout.outer);
-  packed = packed && can_pack(views, num_samples.value_or(1));
+  packed = plain && can_pack(views, num_samples.value_or(1));
+  flat &= !packed;
+  layout.first_block = uint64_t(layout.noise_offset) / 4;
+  if (flat) {
+    flatten(event_ndim > 0);
+    return;
+  }
   if (!packed && !event_ndim && layout.columns < 32) divide(0);  // rows so short would leave threads idle
   layout.wide = layout.rows > INT32_MAX || layout.columns > INT32_MAX;
   if (!layout.wide)
@@ -142,7 +150,6 @@ Plan::Plan(const Shape& shape, int64_t event_ndim, ScalarType dtype, std::initia
 
   int64_t width = packed && format != Format::f32 ? 8 : 4;
   layout.vectors = uint32_t(layout.columns / width);
-  layout.first_block = uint64_t(layout.noise_offset) / 4;
   int64_t shift = 0;  // shift: elements before a row in its first group
   if (layout.aligned) shift = layout.rows == 1 || layout.columns % 4 == 0 ? layout.noise_offset % 4 : 3;
   work = spread(layout.rows, layout.columns ? (layout.columns + shift + width - 1) / width : 0, event_ndim > 0);
@@ -170,6 +177,77 @@ bool Plan::can_pack(std::initializer_list<View*> views, int64_t samples) {
     if (!fits((samples - 1) * view->sample_stride + (layout.rows - 1) * row_stride + layout.columns)) return false;
   }
   return true;
+}
+
+// Whether every operand is contiguous, or has one value for each event, or one for all; `shape` may be reordered.
+bool Plan::can_flatten(std::initializer_list<View*> views, const Shape& shape, int64_t event_ndim, int64_t samples) {
+  const int64_t total = product(layout.size, 0, shape.ndim);
+  if (dtype != ScalarType::Float || total == 0 || total > INT32_MAX - 8 || layout.noise_offset % 4) return false;
+  int64_t events = event_ndim ? product(layout.size, shape.ndim - int(event_ndim), shape.ndim) : 0;
+  bool found = false;
+  for (const View* view : views)
+    if (view->given && !view->term && !found) format = view->format, found = true;
+  if (format != Format::f32 && format != Format::bf16 && format != Format::f16) return false;
+  for (View* view : views) {
+    if (!view->given) continue;
+    if (view->format != (view->term ? Format::f32 : format)) return false;
+    int64_t repeated = 1, expected = 1;
+    int d = shape.ndim - 1;
+    if (view->repeats)
+      for (; d >= 0 && (layout.size[d] == 1 || view->stride[d] == 0); --d) repeated *= layout.size[d];
+    for (; d >= 0; --d) {
+      if (layout.size[d] == 1) continue;
+      if (view->stride[d] != expected) return false;
+      expected *= layout.size[d];
+    }
+    int64_t size = view->term || format == Format::f32 ? 4 : 2;
+    view->varies = repeated == 1      ? device::Varies::elements
+                   : repeated < total ? device::Varies::events
+                                      : device::Varies::nothing;
+    if (view->varies == device::Varies::elements && int64_t(view->data) % 16) return false;
+    if (view->varies == device::Varies::events) {
+      if (!view->term || (events && events != repeated)) return false;
+      events = repeated;
+    }
+    if (samples > 1 && view->sample_stride * size % 16) return false;
+  }
+  layout.total = uint32_t(total);
+  layout.event = device::Divisor(uint32_t(events ? events : total));
+  return true;
+}
+
+// Elements in a row; sums by blocks that take several short events each, or of an event as of a packed row.
+void Plan::flatten(bool summed) {
+  const int64_t width = format == Format::f32 ? 4 : 8, event = layout.event.divisor;
+  layout.rows = 1;
+  layout.span = layout.total;
+  if (!summed) {
+    work = spread(1, (layout.total + width - 1) / width, false);
+    return;
+  }
+  const int64_t count = layout.total / event;
+  int64_t several = 1;
+  if (2 * event <= device::kHeldTerms) {
+    several = std::min<int64_t>(device::kHeldTerms / event, std::max<int64_t>(2, count / 512));
+    int64_t whole = width;  // so many events are whole vectors
+    while (whole > 1 && whole / 2 * event % width == 0) whole /= 2;
+    if (several > whole) several -= several % whole;
+  }
+  layout.events = uint32_t(several);
+  layout.span = uint32_t(several * event);
+  layout.rows = (count + several - 1) / several;
+  int64_t groups = (layout.span + 2 * width - 2) / width;
+  if (several == 1) {
+    work = spread(layout.rows, groups, true);
+    return;
+  }
+  while (layout.event_lanes_log2 < 5 && (several << layout.event_lanes_log2) < device::kThreads)
+    ++layout.event_lanes_log2;
+  work.rows = layout.rows;
+  work.groups = groups;
+  work.lanes_log2 = 8;
+  work.steps = int((groups + device::kThreads - 1) / device::kThreads);
+  work.blocks = layout.rows;
 }
 
 Launcher::Launcher(const char* op, const Tensor& on) : op_(op) {

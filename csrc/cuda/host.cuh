@@ -19,6 +19,7 @@ struct View {
   char* data = nullptr;
   Format format = Format::f32;
   int64_t stride[kMaxDims] = {}, sample_stride = 0;  // in elements
+  device::Varies varies = device::Varies::elements;  // where flat
 
   View() = default;
   View(const Tensor& tensor, const Shape& shape);
@@ -35,8 +36,8 @@ struct Plan {
   device::Work work;
   ScalarType dtype;  // of the arithmetic
   bool exponential, clamped;  // of the scales: all, any
-  bool packed = false;
-  Format format = Format::f32;  // of the operands that are no terms, where packed
+  bool packed = false, flat = false;
+  Format format = Format::f32;  // of the operands that are no terms, where packed or flat
 
   // The last event_ndim dimensions are summed; `summed`: something is over all of them. noise_offset: where noise is
   // drawn.
@@ -46,13 +47,18 @@ struct Plan {
 
  private:
   bool can_pack(std::initializer_list<View*> views, int64_t samples);
+  bool can_flatten(std::initializer_list<View*> views, const Shape& shape, int64_t event_ndim, int64_t samples);
+  void flatten(bool summed);
 };
 
 template <class Access>
 typename Access::Operand operand(const View& view, const Plan& plan) {
   typename Access::Operand out;
   out.data = view.data;
-  if constexpr (Access::packed) {
+  if constexpr (Access::flat) {
+    out.sample_stride = view.sample_stride;
+    out.varies = view.varies;
+  } else if constexpr (Access::packed) {
     out.row_stride = plan.layout.outer ? view.stride[0] : 0;
     int64_t vector = view.format == Format::f32 ? 4 : 8;
     out.row_vectors = uint32_t(out.row_stride / vector);
@@ -80,26 +86,31 @@ device::Draw<Access> draw(const std::optional<Tensor>& seed, const View& noise, 
           noise.given};
 }
 
-template <bool clamped, class F>
-void dispatch_packed(const Plan& plan, F& f) {
-  using device::Packed;
+template <template <Format, bool> class Access, bool clamped, class F>
+void dispatch_vectors(const Plan& plan, F& f) {
   if (plan.format == Format::f32)
-    f(Packed<Format::f32, clamped>(), std::true_type());
+    f(Access<Format::f32, clamped>(), std::true_type());
   else if (plan.format == Format::bf16)
-    f(Packed<Format::bf16, clamped>(), std::true_type());
+    f(Access<Format::bf16, clamped>(), std::true_type());
   else
-    f(Packed<Format::f16, clamped>(), std::true_type());
+    f(Access<Format::f16, clamped>(), std::true_type());
 }
 
 // Calls f(an access, whether all scales are exponential), both as types. Scales that are not take the strided kernels,
-// exponential ones mostly the packed.
+// exponential ones mostly the packed or flat.
 template <class F>
 void dispatch(const Plan& plan, F&& f) {
+  using device::Flat, device::Packed;
   if (plan.packed) {
     if (plan.clamped)
-      dispatch_packed<true>(plan, f);
+      dispatch_vectors<Packed, true>(plan, f);
     else
-      dispatch_packed<false>(plan, f);
+      dispatch_vectors<Packed, false>(plan, f);
+  } else if (plan.flat) {
+    if (plan.clamped)
+      dispatch_vectors<Flat, true>(plan, f);
+    else
+      dispatch_vectors<Flat, false>(plan, f);
   } else if (plan.dtype == ScalarType::Double) {
     if (plan.exponential)
       f(device::Strided<double>(), std::true_type());

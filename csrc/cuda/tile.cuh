@@ -1,7 +1,8 @@
 // How a kernel reaches its elements. The elements are rows of columns; a thread takes groups of a few consecutive
 // columns.
 //
-// Packed: every row of every operand is whole 16-byte vectors of one storage format. Strided: anything else.
+// Packed: every row of every operand is whole 16-byte vectors of one storage format. Flat: every operand is contiguous
+// and begins with such a vector, whatever its rows. Strided: anything else.
 #pragma once
 
 #include "../common/host.h"
@@ -11,6 +12,7 @@ namespace fastelbo::device {
 
 constexpr int kThreads = 256;   // of a block
 constexpr int kMostSteps = 8;   // groups of a summed row that a thread takes
+constexpr int kHeldTerms = 4096;    // terms of short rows that a block keeps in shared memory until it sums them
 
 // n / divisor for n < 2^31 by a multiplication: a division takes twenty instructions.
 struct Divisor {
@@ -29,9 +31,13 @@ struct Layout {
   int64_t rows = 1, columns = 0;
   int64_t noise_offset = 0;
   bool aligned = false;  // groups start at multiples of four of all elements, where Philox blocks do
-  // For Packed: columns in vectors, and the Philox block of the first element.
+  // For Packed and Flat: columns in vectors, and the Philox block of the first element.
   uint32_t vectors = 0;
   uint64_t first_block = 0;
+  // For Flat: all elements, and those of an event, whose row a kernel may look for; what is a row of `Work` here.
+  uint32_t total = 0, span = 0, events = 1;  // span: `events` events, more than one where they are short and summed
+  int event_lanes_log2 = 0;                  // of the threads that share the sum of one
+  Divisor event;
   // For Strided: the dimensions that make up a row's index, then those that make up a column's.
   int outer = 0, inner = 0;
   int64_t size[kMaxDims] = {};
@@ -169,47 +175,12 @@ struct PlainScale : ScaleKinds {
         clamp_hi(float(scale.clamp_hi)) {}
 };
 
-// Offsets are 32-bit, in vectors: the host sees to it that they fit.
-template <Format format, bool clamped>
-struct Packed {
-  using Value = float;
-  using Index = uint32_t;
-  using Scale = PlainScale<clamped>;
-  static constexpr bool packed = true;
-  static constexpr int blocks = format == Format::f32 ? 4 : 2;  // that a multiprocessor holds at least
+// Vectors of 16 bytes, of elements of a format or of float32 terms.
+template <Format format>
+struct Vectors {
   static constexpr int width = format == Format::f32 ? 4 : 8;
 
-  struct Operand {
-    char* data = nullptr;  // [K, rows, columns]; null where not given
-    uint32_t row_vectors = 0, sample_vectors = 0;  // strides
-    int64_t row_stride = 0;  // in elements, which need not make whole vectors where there is
-    bool repeats = false;    // one value a row
-  };
-
-  struct Place {
-    uint32_t row, group;
-    uint64_t block;
-
-    FASTELBO_INLINE bool inside(int) const { return true; }
-  };
-
-  static FASTELBO_INLINE constexpr bool approximate(bool) { return format != Format::f32; }
-  static FASTELBO_INLINE constexpr uint32_t kept(const Operand&, const Layout&, const Place&) {
-    return ~0u;
-  }  // no mask
-
-  static FASTELBO_INLINE Place place(const Layout& layout, uint32_t row, uint32_t group) {
-    return {row, group, layout.first_block + uint64_t(row * layout.vectors + group) * (width / 4)};
-  }
-
-  static FASTELBO_INLINE char* address(const Operand& operand, const Place& place, int64_t sample) {
-    return operand.data +
-           16 * uint64_t(uint32_t(sample) * operand.sample_vectors + place.row * operand.row_vectors + place.group);
-  }
-
-  static FASTELBO_INLINE void load(const Operand& operand, const Layout&, const Place& place, float (&out)[width],
-                                   int64_t sample = 0) {
-    const char* from = address(operand, place, sample);
+  static FASTELBO_INLINE void load(const char* from, float (&out)[width]) {
     if constexpr (format == Format::f32) {
       float4 v = *reinterpret_cast<const float4*>(from);
       out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
@@ -228,10 +199,7 @@ struct Packed {
       }
     }
   }
-
-  static FASTELBO_INLINE void store(const Operand& operand, const Layout&, const Place& place, const float (&x)[width],
-                                    int64_t sample = 0) {
-    char* to = address(operand, place, sample);
+  static FASTELBO_INLINE void store(char* to, const float (&x)[width]) {
     if constexpr (format == Format::f32) {
       *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
     } else {
@@ -245,6 +213,68 @@ struct Packed {
       }
       *reinterpret_cast<uint4*>(to) = {pair[0], pair[1], pair[2], pair[3]};
     }
+  }
+  static FASTELBO_INLINE void load_terms(const float* from, float (&out)[width]) {
+    FASTELBO_UNROLL
+    for (int i = 0; i < width; i += 4) {
+      float4 v = *reinterpret_cast<const float4*>(from + i);
+      out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
+    }
+  }
+  static FASTELBO_INLINE void store_terms(float* to, const float (&x)[width]) {
+    FASTELBO_UNROLL
+    for (int i = 0; i < width; i += 4) *reinterpret_cast<float4*>(to + i) = {x[i], x[i + 1], x[i + 2], x[i + 3]};
+  }
+};
+
+// Offsets are 32-bit, in vectors: the host sees to it that they fit.
+template <Format format, bool clamped>
+struct Packed {
+  using Value = float;
+  using Index = uint32_t;
+  using Scale = PlainScale<clamped>;
+  static constexpr bool packed = true, flat = false;
+  static constexpr int blocks = format == Format::f32 ? 4 : 2;  // that a multiprocessor holds at least
+  static constexpr int width = Vectors<format>::width;
+
+  struct Operand {
+    char* data = nullptr;  // [K, rows, columns]; null where not given
+    uint32_t row_vectors = 0, sample_vectors = 0;  // strides
+    int64_t row_stride = 0;  // in elements, which need not make whole vectors where there is
+    bool repeats = false;    // one value a row
+  };
+
+  struct Place {
+    uint32_t row, group;
+    uint64_t block;
+
+    FASTELBO_INLINE bool inside(int) const { return true; }
+  };
+
+  static FASTELBO_INLINE uint64_t block(const Layout&, const Place& place) { return place.block; }
+
+  static FASTELBO_INLINE constexpr bool approximate(bool) { return format != Format::f32; }
+  static FASTELBO_INLINE constexpr uint32_t kept(const Operand&, const Layout&, const Place&) {
+    return ~0u;
+  }  // no mask
+
+  static FASTELBO_INLINE Place place(const Layout& layout, uint32_t row, uint32_t group) {
+    return {row, group, layout.first_block + uint64_t(row * layout.vectors + group) * (width / 4)};
+  }
+
+  static FASTELBO_INLINE char* address(const Operand& operand, const Place& place, int64_t sample) {
+    return operand.data +
+           16 * uint64_t(uint32_t(sample) * operand.sample_vectors + place.row * operand.row_vectors + place.group);
+  }
+
+  static FASTELBO_INLINE void load(const Operand& operand, const Layout&, const Place& place, float (&out)[width],
+                                   int64_t sample = 0) {
+    Vectors<format>::load(address(operand, place, sample), out);
+  }
+
+  static FASTELBO_INLINE void store(const Operand& operand, const Layout&, const Place& place, const float (&x)[width],
+                                    int64_t sample = 0) {
+    Vectors<format>::store(address(operand, place, sample), x);
   }
 
   // An operand that may hold one value a row.
@@ -271,18 +301,118 @@ struct Packed {
       for (int i = 0; i < width; ++i) out[i] = *row;
       return;
     }
-    FASTELBO_UNROLL
-    for (int i = 0; i < width; i += 4) {
-      float4 v = *reinterpret_cast<const float4*>(row + place.group * uint64_t(width) + i);
-      out[i] = v.x, out[i + 1] = v.y, out[i + 2] = v.z, out[i + 3] = v.w;
-    }
+    Vectors<format>::load_terms(row + place.group * uint64_t(width), out);
   }
   static FASTELBO_INLINE void store_term(const Operand& operand, const Layout&, const Place& place,
                                          const float (&x)[width]) {
     float* row =
         reinterpret_cast<float*>(operand.data) + place.row * operand.row_stride + place.group * uint64_t(width);
+    Vectors<format>::store_terms(row, x);
+  }
+};
+
+// What of an operand of Flat varies: all, the events, nothing.
+enum class Varies : uint8_t { elements, events, nothing };
+
+template <Format format, bool clamped>
+struct Flat {
+  using Value = float;
+  using Index = uint32_t;
+  using Scale = PlainScale<clamped>;
+  static constexpr bool packed = true, flat = true;
+  static constexpr int blocks = format == Format::f32 ? 3 : 2;  // that a multiprocessor holds at least
+  static constexpr int width = Vectors<format>::width;
+  using Storage = Vectors<format>;
+  using Element = Stored<format>;
+
+  struct Operand {
+    char* data = nullptr;  // [K, total], [total / event] or a single value; null where not given
+    int64_t sample_stride = 0;  // in elements
+    Varies varies = Varies::elements;
+  };
+
+  struct Place {
+    uint32_t vector;  // of all
+    int first, last;  // what of the vector is inside of the thread's row
+    bool whole;       // whether the vector ends inside of the tensors
+
+    FASTELBO_INLINE bool inside(int i) const { return first <= i && i < last; }
+    FASTELBO_INLINE uint32_t index() const { return vector * width; }
+  };
+
+  static FASTELBO_INLINE constexpr bool approximate(bool) { return format != Format::f32; }
+  static FASTELBO_INLINE constexpr uint32_t kept(const Operand&, const Layout&, const Place&) {
+    return ~0u;
+  }  // no mask
+
+  static FASTELBO_INLINE uint32_t first_vector(const Layout& layout, uint32_t row) { return row * layout.span / width; }
+
+  static FASTELBO_INLINE Place place(const Layout& layout, uint32_t row, uint32_t group) {
+    uint32_t start = row * layout.span, left = layout.total - start;
+    uint32_t vector = start / width + group;
+    int before = int(start - vector * width);
+    return {vector, before, before + int(left < layout.span ? left : layout.span),
+            vector * width + width <= layout.total};
+  }
+  static FASTELBO_INLINE uint64_t block(const Layout& layout, const Place& place) {
+    return layout.first_block + uint64_t(place.vector) * (width / 4);
+  }
+
+  static FASTELBO_INLINE void load(const Operand& operand, const Layout& layout, const Place& place,
+                                   float (&out)[width], int64_t sample = 0) {
+    const char* from = operand.data + (sample * operand.sample_stride + place.index()) * sizeof(typename Element::Type);
+    if (place.whole) return Vectors<format>::load(from, out);
     FASTELBO_UNROLL
-    for (int i = 0; i < width; i += 4) *reinterpret_cast<float4*>(row + i) = {x[i], x[i + 1], x[i + 2], x[i + 3]};
+    for (int i = 0; i < width; ++i) out[i] = place.index() + i < layout.total ? Element::read(from, i) : 0.0f;
+  }
+  static FASTELBO_INLINE void store(const Operand& operand, const Layout&, const Place& place, const float (&x)[width],
+                                    int64_t sample = 0) {
+    char* to = operand.data + (sample * operand.sample_stride + place.index()) * sizeof(typename Element::Type);
+    if (place.first <= 0 && place.last >= width) return Vectors<format>::store(to, x);
+    FASTELBO_UNROLL
+    for (int i = 0; i < width; ++i)
+      if (place.inside(i)) Element::write(to, i, x[i]);
+  }
+
+  static FASTELBO_INLINE void load_repeated(const Operand& operand, const Layout& layout, const Place& place,
+                                            float (&out)[width]) {
+    if (operand.varies == Varies::elements) return load(operand, layout, place, out);
+    const float value = Element::read(operand.data, 0);
+    FASTELBO_UNROLL
+    for (int i = 0; i < width; ++i) out[i] = value;
+  }
+
+  static FASTELBO_INLINE void load_term(const Operand& operand, const Layout& layout, const Place& place,
+                                        float (&out)[width]) {
+    const float* data = reinterpret_cast<const float*>(operand.data);
+    if (operand.varies == Varies::elements) {
+      if (place.whole) return Vectors<format>::load_terms(data + place.index(), out);
+      FASTELBO_UNROLL
+      for (int i = 0; i < width; ++i) out[i] = place.index() + i < layout.total ? data[place.index() + i] : 0.0f;
+      return;
+    }
+    uint32_t event = 0, next = ~0u;  // the index, within the vector, at which the next event begins
+    if (operand.varies == Varies::events) {
+      event = layout.event.divide(place.index());
+      next = layout.event.divisor * (event + 1) - place.index();
+    }
+    float value = data[event];
+    FASTELBO_UNROLL
+    for (int i = 0; i < width; ++i) {
+      if (uint32_t(i) == next && place.inside(i)) {
+        value = data[++event];
+        next += layout.event.divisor;
+      }
+      out[i] = value;
+    }
+  }
+  static FASTELBO_INLINE void store_term(const Operand& operand, const Layout&, const Place& place,
+                                         const float (&x)[width]) {
+    float* to = reinterpret_cast<float*>(operand.data) + place.index();
+    if (place.first <= 0 && place.last >= width) return Vectors<format>::store_terms(to, x);
+    FASTELBO_UNROLL
+    for (int i = 0; i < width; ++i)
+      if (place.inside(i)) to[i] = x[i];
   }
 };
 
@@ -291,7 +421,7 @@ struct Strided {
   using Value = T;
   using Index = int64_t;
   using Scale = ScaleOf<T>;
-  static constexpr bool packed = false;
+  static constexpr bool packed = false, flat = false;
   static constexpr int blocks =
       sizeof(T) == 4 ? 2 : 1;  // that a multiprocessor holds at least; without it, registers spill
   static constexpr int width = 4;
@@ -310,6 +440,7 @@ struct Strided {
     FASTELBO_INLINE bool inside(int i) const { return first <= i && i < last; }
   };
 
+  static FASTELBO_INLINE uint64_t block(const Layout&, const Place& place) { return place.block; }
   static FASTELBO_INLINE bool approximate(bool sample_is_half) { return sample_is_half; }
 
   // A bit for each element of the group: whether the mask keeps it.
@@ -401,5 +532,69 @@ FASTELBO_INLINE double sum_inside(const typename Access::Place& place, V (&x)[Ac
   for (int i = 4; i < Access::width; i += 4) total += four(i);
   return total;
 }
+
+// Adds up the terms of a thread's elements, and those of its events with the other threads.
+template <class Access>
+struct RowSums {
+  using V = typename Access::Value;
+  double total = 0;
+
+  static FASTELBO_INLINE float* terms() {
+    __shared__ float4 terms[kHeldTerms / 4 + 2];
+    return reinterpret_cast<float*>(terms);
+  }
+
+  template <class Index>
+  FASTELBO_INLINE void add(const Layout& layout, const Thread<Index>& thread, const typename Access::Place& place,
+                           V (&x)[Access::width]) {
+    if constexpr (Access::flat) {
+      if (layout.events > 1) {
+        uint32_t vector = place.vector - Access::first_vector(layout, thread.row);
+        return Access::Storage::store_terms(terms() + vector * Access::width, x);
+      }
+    }
+    total += sum_inside<Access>(place, x);
+  }
+
+  template <class Index>
+  FASTELBO_INLINE void store(const Sums<V>& sums, const Layout& layout, const Work& work,
+                             const Thread<Index>& thread) const {
+    if constexpr (Access::flat) {
+      if (layout.events > 1) return store_events(sums, layout, thread.row);
+    }
+    sums.store(work, thread, total);
+  }
+
+ private:
+  // A few threads an event.
+  static FASTELBO_INLINE void store_events(const Sums<V>& sums, const Layout& layout, uint32_t row) {
+    __syncthreads();
+    const uint32_t lanes = 1u << layout.event_lanes_log2, size = layout.event.divisor;
+    const uint32_t from = row * layout.span, left = layout.total - from;
+    const uint32_t shift = from % Access::width, lane = threadIdx.x & (lanes - 1);
+    const uint32_t count = (left < layout.span ? left : layout.span) / size;  // events of this block
+    FASTELBO_ROLLED
+    for (uint32_t first = 0; first < count; first += kThreads >> layout.event_lanes_log2) {
+      const uint32_t event = first + (threadIdx.x >> layout.event_lanes_log2);
+      const uint32_t start = shift + event * size, end = start + size;
+      double total = 0;
+      if (event < count) {
+        FASTELBO_ROLLED
+        for (uint32_t four = start / 4 + lane; 4 * four < end; four += lanes) {
+          float x[4];
+          Vectors<Format::f32>::load_terms(terms() + 4 * four, x);
+          FASTELBO_UNROLL
+          for (uint32_t i = 0; i < 4; ++i)
+            if (4 * four + i < start || 4 * four + i >= end) x[i] = 0;
+          total += double((x[0] + x[2]) + (x[1] + x[3]));
+        }
+      }
+      FASTELBO_ROLLED
+      for (uint32_t distance = lanes / 2; distance > 0; distance /= 2)
+        total += __shfl_xor_sync(0xffffffffu, total, distance);
+      if (event < count && lane == 0) sums.out[row * layout.events + event] = V(total);
+    }
+  }
+};
 
 }  // namespace fastelbo::device
