@@ -17,11 +17,12 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # A block has 256 threads and a multiprocessor 65536 registers, so these are 4, 2, 2 and 1 blocks at a time, as
 # csrc/cuda/tile.cuh asks of the compiler. Half-precision kernels have twice the elements of a 16-byte vector at hand.
 MOST_REGISTERS = {"packed f32": 64, "packed half": 128, "strided f32": 128, "strided f64": 255}
+MOST_REGISTERS |= {"flat f32": 80, "flat half": 128}  # 3 blocks at a time, and 2
 # The tiles of a convolution have 128 threads: 3 and 2 blocks at a time. What surrounds them has 256: 4 blocks.
 MOST_REGISTERS |= {"tile": 168, "tile f64": 255, "elementwise": 64}
 MOST_REGISTERS |= {"sampler": 128}  # of 256 threads, one block an image
 # A multiprocessor has 163 KiB of shared memory or more: 3 blocks at a time here too.
-MOST_SHARED = {"tile": 54 * 1024, "tile f64": 81 * 1024}
+MOST_SHARED = {"tile": 54 * 1024, "tile f64": 81 * 1024, "flat f32": 18 * 1024, "flat half": 18 * 1024}
 
 # Per element, of gaussian_rsample_kl's packed forward with a standard normal prior and no clamp: the instructions of
 # the loop over vectors of 16 bytes, less the branches that a sample from a seed with a summed KL does not take. The
@@ -86,14 +87,16 @@ def kind(name):
         return "sampler"
     if "Strided" in name:
         return "strided f64" if "StridedId" in name else "strided f32"
-    if "Packed" in name:
-        return "packed f32" if "FormatE0E" in name else "packed half"
+    for access in ("Packed", "Flat"):
+        if access in name:
+            return f"{access.lower()} {'f32' if 'FormatE0E' in name else 'half'}"
     return "strided f32"  # the sums of partial sums
 
 
 def test_every_kernel_is_there(code):
-    # 3 packed formats, clamped or not, and 4 strided; with and without a prior where there may be one; both directions
-    gaussian = 2 * (2 * (6 * 2 + 4) + 2 * (6 + 4)) + 2
+    # 3 formats, packed or flat, clamped or not, and 4 strided; with and without a prior where there may be one; both
+    # directions
+    gaussian = 2 * (2 * (12 * 2 + 4) + 2 * (12 + 4)) + 2
     # of 4 formats: two widths, the weight gradient and that of the activation; of 2 types: packing and reducing; sums
     convolution = 4 * 4 + 2 * 2 + 1
     sampler = 1

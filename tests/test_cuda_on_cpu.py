@@ -59,6 +59,7 @@ def library(tmp_path_factory):
         ("masked_conv2d", "cpu or opcheck"),
         ("sampling", "cpu"),
         ("memory", "layout_changes and cpu"),
+        ("rows", "cpu"),
     ],
 )
 def test_ops(library, name, chosen):

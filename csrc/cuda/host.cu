@@ -241,8 +241,9 @@ void Plan::flatten(bool summed) {
     work = spread(layout.rows, groups, true);
     return;
   }
-  while (layout.event_lanes_log2 < 5 && (several << layout.event_lanes_log2) < device::kThreads)
-    ++layout.event_lanes_log2;
+  // as many threads an event as there are, if each has eight fours of terms to add up
+  auto room = [&](int log2) { return (several << log2) <= device::kThreads && (event >> log2) >= 32; };
+  while (layout.event_lanes_log2 < 5 && room(layout.event_lanes_log2 + 1)) ++layout.event_lanes_log2;
   work.rows = layout.rows;
   work.groups = groups;
   work.lanes_log2 = 8;

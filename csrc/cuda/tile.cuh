@@ -391,19 +391,19 @@ struct Flat {
       for (int i = 0; i < width; ++i) out[i] = place.index() + i < layout.total ? data[place.index() + i] : 0.0f;
       return;
     }
-    uint32_t event = 0, next = ~0u;  // the index, within the vector, at which the next event begins
-    if (operand.varies == Varies::events) {
-      event = layout.event.divide(place.index());
-      next = layout.event.divisor * (event + 1) - place.index();
-    }
-    float value = data[event];
-    FASTELBO_UNROLL
-    for (int i = 0; i < width; ++i) {
-      if (uint32_t(i) == next && place.inside(i)) {
-        value = data[++event];
-        next += layout.event.divisor;
-      }
-      out[i] = value;
+    const uint32_t most = layout.total - 1;
+    auto event = [&](uint32_t index) { return layout.event.divide(index < most ? index : most); };
+    if (operand.varies == Varies::nothing) {
+      FASTELBO_UNROLL
+      for (int i = 0; i < width; ++i) out[i] = *data;
+    } else if (layout.event.divisor >= width) {  // two at most
+      const uint32_t at = event(place.index()), next = (at + 1) * layout.event.divisor - place.index();
+      const float before = data[at], after = data[event(place.index() + width - 1)];
+      FASTELBO_UNROLL
+      for (int i = 0; i < width; ++i) out[i] = uint32_t(i) < next ? before : after;
+    } else {
+      FASTELBO_UNROLL
+      for (int i = 0; i < width; ++i) out[i] = data[event(place.index() + i)];
     }
   }
   static FASTELBO_INLINE void store_term(const Operand& operand, const Layout&, const Place& place,
@@ -566,6 +566,16 @@ struct RowSums {
   }
 
  private:
+  // Of four terms those from `first` to before `last`, which may lie outside.
+  static FASTELBO_INLINE double sum_four(uint32_t four, int first, int last) {
+    float x[4];
+    Vectors<Format::f32>::load_terms(terms() + 4 * four, x);
+    FASTELBO_UNROLL
+    for (int i = 0; i < 4; ++i)
+      if (i < first || i >= last) x[i] = 0;
+    return double((x[0] + x[2]) + (x[1] + x[3]));
+  }
+
   // A few threads an event.
   static FASTELBO_INLINE void store_events(const Sums<V>& sums, const Layout& layout, uint32_t row) {
     __syncthreads();
@@ -580,13 +590,13 @@ struct RowSums {
       double total = 0;
       if (event < count) {
         FASTELBO_ROLLED
-        for (uint32_t four = start / 4 + lane; 4 * four < end; four += lanes) {
-          float x[4];
-          Vectors<Format::f32>::load_terms(terms() + 4 * four, x);
-          FASTELBO_UNROLL
-          for (uint32_t i = 0; i < 4; ++i)
-            if (4 * four + i < start || 4 * four + i >= end) x[i] = 0;
-          total += double((x[0] + x[2]) + (x[1] + x[3]));
+        for (uint32_t four = (start + 3) / 4 + lane; four < end / 4; four += lanes) total += sum_four(four, 0, 4);
+        // the fours that the event begins and ends in, if it shares them
+        FASTELBO_ROLLED
+        for (uint32_t side = lane; side < 2; side += lanes) {
+          const uint32_t edge = side ? end : start;
+          if (edge % 4 && (side == 0 || start <= edge / 4 * 4))
+            total += sum_four(edge / 4, int(start - edge / 4 * 4), int(end - edge / 4 * 4));
         }
       }
       FASTELBO_ROLLED
