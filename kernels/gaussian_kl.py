@@ -39,7 +39,7 @@ def load_gaussians(
     """mean_q, s_q, the spread of q, and the same of p; again those of q, which nothing uses, where there is no p."""
     mean_q = tile.load(gaussians[0], window, T, VECTOR)
     s_q = tile.load(gaussians[1], window, T, VECTOR)
-    q = scales.spread(s_q, SCALE)
+    q = scales.spread(s_q, SCALE, SCALE_P is None)
     if SCALE_P is None:
         return mean_q, s_q, q, mean_q, s_q, q
     else:

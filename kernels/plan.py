@@ -104,7 +104,9 @@ def tile_size(dtype: torch.dtype, *scales) -> int:
         return _TILE // 4
     scales = [numbers(scale) for scale in scales if scale is not None]
     plain = all(kind <= 1 and min_std == 0 and var_eps == 0 for kind, _, _, _, _, min_std, var_eps, *_ in scales)
-    return _TILE if plain and len(scales) == 1 else _TILE // 2
+    if plain:
+        return _TILE if len(scales) == 1 else _TILE // 2
+    return _TILE // 2 if len(scales) == 1 else _TILE // 4
 
 
 def of_sample(tensor, num_samples):

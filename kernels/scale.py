@@ -87,8 +87,11 @@ def _own(t, SCALE: tl.constexpr):
 
 
 @triton.jit
-def spread(s, SCALE: tl.constexpr):
-    """sigma, ln sigma, d sigma / d s and d ln sigma^2 / d s of raw values."""
+def spread(s, SCALE: tl.constexpr, ALONE: tl.constexpr = False):
+    """sigma, ln sigma, d sigma / d s and d ln sigma^2 / d s of raw values.
+
+    ALONE, against the standard normal, ln sigma keeps its digits near 0.
+    """
     clamped = _clamped(s, SCALE)
     t, slope = _soften(clamped, SCALE)
     own, d_own, log_std = _own(t, SCALE)
@@ -104,8 +107,7 @@ def spread(s, SCALE: tl.constexpr):
                 std = elementary.sqrt(tl.fma(shifted, shifted, tl.full(s.shape, SCALE[6], s.dtype)))
                 d_std *= shifted / std
             log_std = elementary.log(std)
-        if SCALE[8] < _INFINITY:
-            # sigma is 1 at the unit: ln sigma keeps its digits near that through the distance
+        if ALONE and SCALE[8] < _INFINITY:  # through the distance to the unit, where sigma is 1
             high, low = _unit(s, SCALE)
             excess = difference(clamped, tl.full(s.shape, high, s.dtype), low, SCALE)
             if SCALE[6] > 0:
