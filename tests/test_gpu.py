@@ -689,9 +689,11 @@ def over_boxes(monkeypatch):
 
     monkeypatch.setattr(boxes, "launch", recorded)
     monkeypatch.setattr(importlib.import_module("fastelbo.kernels.masked_conv2d"), "boxes", boxes)
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    before = torch.backends.cudnn.conv.fp32_precision  # no attribute that monkeypatch could give back
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     with torch.device(DEVICE):
         yield names
+    torch.backends.cudnn.conv.fp32_precision = before
 
 
 def boxed_layer(n, c, o, size, k, dtype, activation=None):
@@ -728,7 +730,8 @@ def test_error_budget_over_boxes(over_boxes, layer, activation, dtype):
     mask = fastelbo.conv_mask2d(o, c, k, "B").to(DEVICE)
     options = {"mask_type": "B", "activation": activation, "backend": "triton"}
     actual = outputs_and_gradients(fastelbo.masked_conv2d, tensors, **options)
-    gradients = ["weight_shares", "add_shares"] if size != (7, 7) and n * size[0] * size[1] > 4096 else []
+    whole = size != (7, 7) or n == 128  # boxes of one pixel of 64 images
+    gradients = ["weight_shares", "add_shares"] if whole and n * size[0] * size[1] > 4096 else []
     assert [name.removesuffix("_rows") for name in over_boxes] == ["convolve", "convolve", *gradients]
     exact = outputs_and_gradients(lines, [t.double() for t in tensors], mask=mask.double(), activation=activation)
     plain = outputs_and_gradients(lines, tensors, mask=mask.to(dtype), activation=activation)
