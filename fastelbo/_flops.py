@@ -33,13 +33,23 @@ def live_products(weight_shape, mask_type, stack, channel_groups, group_order, g
     return outputs * inputs * (above * columns + left) + own
 
 
+def _reaching(weight_shape, stack, size, dilation):
+    """The shape of the part of a weight whose taps reach into an image of that size from some pixel."""
+    outputs, inputs, rows, columns = weight_shape
+    above, left = rows // 2 if stack == "square" else rows - 1, columns - 1 if stack == "horizontal" else columns // 2
+    above, left = (min(reach, (extent - 1) // dilation) for reach, extent in zip((above, left), size, strict=True))
+    columns = left + 1 if stack == "horizontal" else 2 * left + 1
+    return outputs, inputs, 2 * above + 1 if stack == "square" else above + 1, columns
+
+
 def _forward(
     input, weight, bias, cond, residual, mask_type, stack, dilation, channel_groups, group_order, activation, keep,
     out_shape=None,
 ):  # fmt: skip
     images, _, rows, columns = input
     gated = activation in ("tanh_sigmoid", "glu")
-    return 2 * images * rows * columns * live_products(weight, mask_type, stack, channel_groups, group_order, gated)
+    part = _reaching(weight, stack, (rows, columns), dilation)
+    return 2 * images * rows * columns * live_products(part, mask_type, stack, channel_groups, group_order, gated)
 
 
 def _backward(

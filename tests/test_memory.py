@@ -172,7 +172,7 @@ def test_an_objective_keeps_its_mask(name, objective):
 def run_names(op):
     namespace = "fastelbo_triton" if Op.backend == "triton" else "fastelbo"
     name = f"{namespace}.{op.function.__name__.replace('nll', 'log_prob')}"
-    return f"{name}_fwd", f"{name}_bwd"
+    return f"{name}_fwd.kernel", f"{name}_bwd.kernel"
 
 
 @every_op

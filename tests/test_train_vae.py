@@ -110,11 +110,12 @@ def test_failed_save_leaves_the_last_checkpoint(vae, tmp_path, monkeypatch):
     training.save(path)
     before = contents(tmp_path)
 
-    def break_off(state, file):
-        Path(file).write_bytes(b"half a checkpo")
+    def break_off(path, contents):
+        with path.open("wb") as file:
+            file.write(contents[:14])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", break_off)
+    monkeypatch.setattr(Path, "write_bytes", break_off)
     with pytest.raises(KeyboardInterrupt):
         training.save(path)
     assert contents(tmp_path) == before
@@ -397,10 +398,11 @@ def test_checkpoint_without_a_history_is_refused(vae, tmp_path, idx, capsys, no_
 
 
 FULL = """
-import errno, io, os, resource, runpy, signal, sys
+import os, resource, runpy, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python has it: a write beyond the limit is then an error
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
 sys.argv = sys.argv[2:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as Python does for a script
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
