@@ -1,19 +1,8 @@
 #include "masked_conv2d.h"
 
+#include "checks.h"
+
 namespace fastelbo {
-
-namespace {
-
-// As Python writes a shape.
-template <class Sizes>
-std::string written(const Sizes& sizes) {
-  std::string text = "(";
-  size_t i = 0;
-  for (int64_t size : sizes) text += (i++ ? ", " : "") + std::to_string(size);
-  return text + (i == 1 ? ",)" : ")");
-}
-
-}  // namespace
 
 Activation parse_activation(const std::string& name) {
   if (name.empty()) return Activation::none;
@@ -50,7 +39,7 @@ Tensor allocate_image(int64_t n, int64_t channels, const Tensor& like) {
 void ConvolutionCheck::operand(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) const {
   auto sizes = tensor.sizes();
   STD_TORCH_CHECK(sizes.size() == shape.size() && std::equal(sizes.begin(), sizes.end(), shape.begin()), name,
-                  " must be of shape ", written(shape), "; got ", written(sizes));
+                  " must be of shape ", sizes_text(Shape(shape)), "; got ", sizes_text(tensor));
   STD_TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), name, " must have the dtype of input");
   Device own(tensor), others(input);
   STD_TORCH_CHECK(own.type == others.type && own.index == others.index, name, " must be on the device of input");
@@ -59,16 +48,16 @@ void ConvolutionCheck::operand(const char* name, const Tensor& tensor, std::init
 void ConvolutionCheck::layer() const {
   auto image = input.sizes(), kernel = weight.sizes();
   STD_TORCH_CHECK(image.size() == 4 && image[2] > 0 && image[3] > 0,
-                  "input must be of shape [N, C, H, W] with at least one row and one column; got ", written(image));
+                  "input must be of shape [N, C, H, W] with at least one row and one column; got ", sizes_text(input));
   STD_TORCH_CHECK(format_of(input.scalar_type()) != Format::u8, "input must be float32, float64, bfloat16 or float16");
   STD_TORCH_CHECK(kernel.size() == 4 && weight.numel() > 0,
-                  "weight must be of shape [C_out, C_in, rows, columns]; got ", written(kernel));
+                  "weight must be of shape [C_out, C_in, rows, columns]; got ", sizes_text(weight));
   operand("weight", weight, {kernel[0], image[1], kernel[2], kernel[3]});
   bool square = stack == "square", vertical = stack == "vertical", horizontal = stack == "horizontal";
   STD_TORCH_CHECK(square || vertical || horizontal, "stack must be square, vertical or horizontal; got ", stack);
   STD_TORCH_CHECK((square && kernel[2] == kernel[3] && kernel[3] % 2) || (horizontal && kernel[2] == 1) ||
                       (vertical && kernel[3] % 2 && kernel[2] <= kernel[3] / 2 + 1),
-                  "weight must have a kernel of the ", stack, " stack; got shape ", written(kernel));
+                  "weight must have a kernel of the ", stack, " stack; got shape ", sizes_text(weight));
   STD_TORCH_CHECK(mask_type == "A" || mask_type == "B", "mask_type must be A or B; got ", mask_type);
   STD_TORCH_CHECK(order == "interleaved" || order == "contiguous",
                   "group_order must be interleaved or contiguous; got ", order);
