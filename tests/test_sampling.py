@@ -1160,7 +1160,8 @@ def test_an_image_shape_that_is_no_shape(shape):
 @pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -float("inf"), -0.5])
 @pytest.mark.parametrize("method", ["cached", "naive", "fixed_point"])
 def test_temperatures_that_are_none(sampler, temperature, method):
-    with pytest.raises(ValueError, match="temperature must be (finite|finite and at least 0); got"):
+    rule = "finite and at least 0" if temperature == -0.5 else "finite"
+    with pytest.raises(ValueError, match=f"temperature must be {rule}; got"):
         sampler.sample(1, temperature=temperature, method=method)
 
 
