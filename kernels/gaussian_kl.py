@@ -9,27 +9,47 @@ from fastelbo.kernels import scale as scales
 
 
 @triton.jit
-def _ratio_terms(h):
-    """(exp(2h) - 1) / 2, and that less h without cancellation: what a ratio exp(h) of two sigmas costs in KL."""
+def _excess(e, slope, SCALE: tl.constexpr):
+    """(exp(2h) - 1) / 2 times a slope of ln sigma^2, e = exp(h) - 1; either alone may overflow where that does not."""
+    if scales.is_exponential(SCALE):
+        return tl.fma(0.5 * e, e, e) * slope
+    else:
+        return 0.5 * slope * e * (2.0 + e)
+
+
+@triton.jit
+def _parts(h, q, p, SCALE: tl.constexpr):
+    """e = exp(h) - 1 and e - h of the ratio exp(h) of two sigmas q and p."""
     e, e_minus_h = elementary.expm1_parts(h)
-    half_e = 0.5 * e
-    return tl.fma(half_e, e, e), tl.fma(half_e, e, e_minus_h)
+    if not scales.is_exponential(SCALE):
+        # exp of a large ratio's logarithm has lost digits that the ratio has
+        far = (h > 1.0) & (p > 4 * elementary.smallest(p))
+        e = tl.where(far, q / p - 1.0, e)
+        e_minus_h = tl.where(far, e - h, e_minus_h)
+    return e, e_minus_h
 
 
 @triton.jit
 def kl_terms(mean_q, s_q, q, mean_p, s_p, p, SCALE: tl.constexpr, SCALE_P: tl.constexpr):
-    """KL, and its derivatives by mean_q (that by mean_p is its negative), ln sigma_q^2 and ln sigma_p^2.
+    """KL, and its derivatives by mean_q (that by mean_p is its negative), s_q and s_p inside their clamps.
 
     q and p are spreads; without SCALE_P p is the standard normal.
     """
     if SCALE_P is None:
-        half_expm1, gap = _ratio_terms(q[1])
-        return tl.fma(0.5 * mean_q, mean_q, gap), mean_q, half_expm1, half_expm1
+        e, e_minus_h = _parts(q[1], q[0], tl.full([1, 1], 1.0, q[0].dtype), SCALE)
+        gap = tl.fma(0.5 * e, e, e_minus_h)
+        d_s_q = _excess(e, q[3], SCALE)
+        return tl.fma(0.5 * mean_q, mean_q, gap), mean_q, d_s_q, d_s_q
     else:
-        half_expm1, gap = _ratio_terms(scales.log_ratio(s_q, q, s_p, p, SCALE, SCALE_P))
+        e, e_minus_h = _parts(scales.log_ratio(s_q, q, s_p, p, SCALE, SCALE_P), q[0], p[0], SCALE)
         r = scales.divide(mean_q - mean_p, p, SCALE_P)
         half_square = 0.5 * r * r
-        return gap + half_square, scales.divide(r, p, SCALE_P), half_expm1, -(half_expm1 + half_square)
+        value = tl.fma(0.5 * e, e, e_minus_h) + half_square
+        if scales.is_exponential(SCALE_P):
+            d_s_p = -((tl.fma(0.5 * e, e, e) + half_square) * p[3])
+        else:
+            d_s_p = -(_excess(e, p[3], SCALE_P) + 0.5 * r * (r * p[3]))
+        return value, scales.divide(r, p, SCALE_P), _excess(e, q[3], SCALE), d_s_p
 
 
 @triton.jit
@@ -105,13 +125,13 @@ def _bwd(
     mean_q, s_q, q, mean_p, s_p, p = load_gaussians(gaussians, window, SCALE, SCALE_P, T, VECTOR)
     upstream = tile.load(d_kl, window, T, VECTOR)
     to_q, to_p = shares(upstream, balance, BALANCED)
-    _, d_mean, d_logvar_q, d_logvar_p = kl_terms(mean_q, s_q, q, mean_p, s_p, p, SCALE, SCALE_P)
+    _, d_mean, d_s_q, d_s_p = kl_terms(mean_q, s_q, q, mean_p, s_p, p, SCALE, SCALE_P)
     kept = tile.kept(mask, window, VECTOR)
-    d_s = scales.clamp_gradient(s_q, to_q * (d_logvar_q * q[3]), SCALE)
+    d_s = scales.clamp_gradient(s_q, to_q * d_s_q, SCALE)
     tile.store(gradients[0], window, tl.where(kept, to_q * d_mean, 0.0), VECTOR)
     tile.store(gradients[1], window, tl.where(kept, d_s, 0.0), VECTOR)
     if PRIOR_GRAD:
-        store_prior_gradients(gradients, window, kept, to_p * d_mean, s_p, to_p * (d_logvar_p * p[3]), SCALE_P, VECTOR)
+        store_prior_gradients(gradients, window, kept, to_p * d_mean, s_p, to_p * d_s_p, SCALE_P, VECTOR)
 
 
 def gaussian_kl_fwd(kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask, balance=None):

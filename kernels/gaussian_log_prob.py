@@ -61,7 +61,11 @@ def _bwd(
     if X_GRAD:
         tile.store(d_x, window, d_delta, VECTOR)
     tile.store(d_mean, window, -d_delta, VECTOR)
-    d_raw = scales.clamp_gradient(raw, upstream * (0.5 * tl.fma(-r, r, 1.0) * p[3]), SCALE)
+    if scales.is_exponential(SCALE):
+        d_raw = 0.5 * tl.fma(-r, r, 1.0) * p[3]
+    else:  # r^2 may overflow where that does not
+        d_raw = 0.5 * tl.fma(-r, r * p[3], p[3])
+    d_raw = scales.clamp_gradient(raw, upstream * d_raw, SCALE)
     d_raw = tl.where(kept, d_raw, 0.0)
     if ONE_S:
         tl.store(d_s_sums + tl.program_id(0), tl.sum(tile.inside(d_raw, window).to(tl.float64)))

@@ -66,13 +66,13 @@ def _bwd(
     )  # fmt: skip
     upstream = tile.load(d_kl, window, T, VECTOR)
     to_q, to_p = shares(upstream, balance, BALANCED)
-    _, d_mean, d_logvar_q, d_logvar_p = kl_terms(mean_q, s_q, q, mean_p, s_p, p, SCALE, SCALE_P)
+    _, d_mean, d_s_q, d_s_p = kl_terms(mean_q, s_q, q, mean_p, s_p, p, SCALE, SCALE_P)
     kept = tile.kept(mask, window, VECTOR)
-    d_s = tl.fma(heat(q[2], temperature, HEATED), noisy, to_q * (d_logvar_q * q[3]))
+    d_s = tl.fma(heat(q[2], temperature, HEATED), noisy, to_q * d_s_q)
     tile.store(gradients[0], window, tl.where(kept, tl.fma(to_q, d_mean, sampled), 0.0), VECTOR)
     tile.store(gradients[1], window, tl.where(kept, scales.clamp_gradient(s_q, d_s, SCALE), 0.0), VECTOR)
     if PRIOR_GRAD:
-        store_prior_gradients(gradients, window, kept, to_p * d_mean, s_p, to_p * (d_logvar_p * p[3]), SCALE_P, VECTOR)
+        store_prior_gradients(gradients, window, kept, to_p * d_mean, s_p, to_p * d_s_p, SCALE_P, VECTOR)
 
 
 def gaussian_rsample_kl_fwd(

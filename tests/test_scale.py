@@ -113,6 +113,28 @@ def test_inward_clamp_passes_what_moves_the_value_back(backend, broadcast):
     torch.testing.assert_close(d_s, torch.where(passes, 0.5 * std * upstream * noise.sum(0), 0.0))
 
 
+@pytest.mark.parametrize("prior", [0.55, 0.45, None])
+def test_inward_clamp_sees_the_whole_gradient(backend, prior):
+    """Also where it is a sum of several, of which some have the other sign."""
+    limits = {"clamp": (0.5, math.inf), "clamp_grad": "inward"}
+    for kind, more in (("logvar", {"var_eps": 1e-2}), ("std", {"var_eps": 0.2}), ("softplus", {"min_std": 0.02})):
+        s_q = torch.tensor([-1.0, 0.3, 0.7], dtype=torch.float64, requires_grad=True)
+        s_p = None if prior is None else torch.tensor(prior, dtype=torch.float64)
+        mean_p = None if prior is None else 0.0
+        limited, free = fastelbo.Scale(kind, **limits, **more), fastelbo.Scale(kind, **more)
+        kl = fastelbo.gaussian_kl(
+            0.0, s_q, mean_p, s_p, scale=limited, scale_p=prior and free, event_ndim=0, backend=backend
+        )
+        inside = s_q.detach().clamp(min=0.5).requires_grad_()
+        sigma, of_prior = std_of(free, inside), std_of(free, s_p) if prior else torch.ones(())
+        exact = torch.distributions.kl_divergence(
+            torch.distributions.Normal(0.0, sigma), torch.distributions.Normal(0.0, of_prior)
+        )
+        (whole,) = torch.autograd.grad(exact.sum(), inside)
+        (d_s,) = torch.autograd.grad(kl.sum(), s_q)
+        torch.testing.assert_close(d_s, torch.where((s_q < 0.5) & (whole > 0), 0.0, whole))
+
+
 def test_gaussian_nll_loss_preset_is_the_module():
     mean, target = gaussian((8, 5))
     var = torch.rand(8, 5).mul(1e-5).requires_grad_()
@@ -318,3 +340,42 @@ def test_limits_of_float32_and_what_is_no_number():
         with pytest.raises(error) as caught:
             fastelbo.Scale("softplus", **arguments)
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["std", "softplus"])
+def test_gradients_of_huge_sigmas(backend, kind):
+    """sigma^2 is no float32 there; its slope by sigma is."""
+    s = torch.tensor([1e15, 1e20, 1e25, 1e30], requires_grad=True)
+    kl = fastelbo.gaussian_kl(0.0, s, scale=kind, event_ndim=0, backend=backend)
+    (d_s,) = torch.autograd.grad(kl.sum(), s)
+    torch.testing.assert_close(d_s, s.detach(), rtol=1e-6, atol=0)
+    s_p = torch.tensor([1e5, 1e7, 1e10, 1e15], requires_grad=True)
+    kl = fastelbo.gaussian_kl(0.0, s, 0.0, s_p, scale=kind, event_ndim=0, backend=backend)
+    d_s, d_s_p = torch.autograd.grad(kl.sum(), (s, s_p))
+    k = s.detach().double() / s_p.detach().double()
+    torch.testing.assert_close(d_s.double(), k / s_p.detach().double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(d_s_p.double(), -k * k / s_p.detach().double(), rtol=1e-6, atol=0)
+    x = torch.tensor([1e20, 1e25, 1e27, 1e30])
+    nll = fastelbo.gaussian_nll(x, 0.0, s_p, scale=kind, event_ndim=0, backend=backend)
+    (d_s_p,) = torch.autograd.grad(nll.sum(), s_p)
+    r = x.double() / s_p.detach().double()
+    torch.testing.assert_close(d_s_p.double(), -r * r / s_p.detach().double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("scale", "unit"), CLOSE, ids=lambda value: name(value) if not isinstance(value, float) else ""
+)
+def test_gradients_near_a_learned_prior(backend, scale, unit):
+    """Those by sigma are as small as the distance of the two, and opposite to the first order."""
+    s_p = torch.tensor([unit + 0.1, unit + 1.0, unit + 4.0]).repeat(4)
+    s_q = (s_p * (1 + torch.tensor([1e-6, -1e-5, 1e-4, 1e-2]).repeat_interleave(3))).requires_grad_()
+    s_p.requires_grad_()
+    kl = fastelbo.gaussian_kl(0.0, s_q, 0.0, s_p, scale=scale, event_ndim=0, backend=backend)
+    grads = torch.autograd.grad(kl.sum(), (s_q, s_p))
+    with mpmath.workdps(60):
+        for q, p, d_q, d_p in zip(*(tensor.tolist() for tensor in (s_q, s_p, *grads)), strict=True):
+            q, p = mpmath.mpf(q), mpmath.mpf(p)
+            exact = mpmath.diff(lambda t, p=p: exact_kl(scale, t, p), q)
+            assert abs(d_q - exact) <= 1e-6 * abs(exact), (q, p)
+            exact = mpmath.diff(lambda t, q=q: exact_kl(scale, q, t), p)
+            assert abs(d_p - exact) <= 1e-6 * abs(exact), (q, p)

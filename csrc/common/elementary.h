@@ -43,24 +43,38 @@ FASTELBO_INLINE F32 expm1(F32 x) {
   return half_e + half_e;
 }
 
+// Of a positive normal finite x = (1 + f) 2^e, 1 + f in [1/sqrt2, sqrt2).
+struct LogParts {
+  I32 exponent;
+  F32 e, f;
+
+  FASTELBO_INLINE explicit LogParts(F32 x) {
+    I32 shifted = as_int(x) + (0x3f800000 - 0x3f3504f3);
+    exponent = (shifted >> 23) + -127;
+    e = to_float(exponent);
+    f = as_float((shifted & 0x007fffff) + 0x3f3504f3) - F32(1.0f);
+  }
+  // 2^-e.
+  FASTELBO_INLINE F32 inverse_power() const { return as_float(as_int(F32(1.0f)) - (exponent << 23)); }
+  // ln x = e kLn2High + f + this.
+  FASTELBO_INLINE F32 tail() const {
+    F32 q = fma(f, F32(0.06971611828f), F32(-0.1147973388f));
+    q = fma(q, f, F32(0.1168541983f));
+    q = fma(q, f, F32(-0.1242568716f));
+    q = fma(q, f, F32(0.1424905807f));
+    q = fma(q, f, F32(-0.1666780263f));
+    q = fma(q, f, F32(0.2000071555f));
+    q = fma(q, f, F32(-0.2499999702f));
+    q = fma(q, f, F32(0.3333333135f));
+    F32 square = f * f;
+    return fma(F32(-0.5f), square, fma(q * f, square, e * F32(kLn2Low)));
+  }
+};
+
 // ln of a positive normal finite number.
 FASTELBO_INLINE F32 log_normalised(F32 x) {
-  // x = m 2^e with m in [1/sqrt2, sqrt2)
-  I32 shifted = as_int(x) + (0x3f800000 - 0x3f3504f3);
-  F32 e = to_float((shifted >> 23) + -127);
-  F32 f = as_float((shifted & 0x007fffff) + 0x3f3504f3) - F32(1.0f);
-  F32 q = fma(f, F32(0.06971611828f), F32(-0.1147973388f));
-  q = fma(q, f, F32(0.1168541983f));
-  q = fma(q, f, F32(-0.1242568716f));
-  q = fma(q, f, F32(0.1424905807f));
-  q = fma(q, f, F32(-0.1666780263f));
-  q = fma(q, f, F32(0.2000071555f));
-  q = fma(q, f, F32(-0.2499999702f));
-  q = fma(q, f, F32(0.3333333135f));
-  F32 square = f * f;
-  F32 tail = fma(q * f, square, e * F32(kLn2Low));
-  tail = fma(F32(-0.5f), square, tail);
-  return fma(e, F32(kLn2High), f + tail);
+  LogParts parts(x);
+  return fma(parts.e, F32(kLn2High), parts.f + parts.tail());
 }
 
 FASTELBO_INLINE F32 log(F32 x) {
@@ -76,6 +90,19 @@ FASTELBO_INLINE F32 log(F32 x) {
 FASTELBO_INLINE F32 log1p(F32 x) {
   F32 u = F32(1.0f) + x;
   return log_normalised(u) + (x - (u - F32(1.0f))) / u;
+}
+
+// The same for -1/2 <= x <= 1, where what rounding takes from 1 + x is so little that 1 / u may be 2 - u.
+FASTELBO_INLINE F32 log1p_near(F32 x) {
+  F32 u = F32(1.0f) + x;
+  return log_normalised(u) + (x - (u - F32(1.0f))) * (F32(2.0f) - u);
+}
+
+// x - ln(1 + x) without cancellation near 0, u = 1 + x. Near, x says more than u, else u.
+FASTELBO_INLINE F32 x_minus_log1p(F32 x, F32 u, Mask near) {
+  LogParts parts(u);
+  parts.f = select(near, fma(parts.inverse_power(), x, parts.inverse_power() - F32(1.0f)), parts.f);
+  return fma(parts.e, F32(-kLn2High), x - parts.f) - parts.tail();
 }
 
 FASTELBO_INLINE F32 tanh(F32 x) {
@@ -112,6 +139,7 @@ FASTELBO_INLINE double expm1(double a) { return std::expm1(a); }
 FASTELBO_INLINE double log(double a) { return std::log(a); }
 FASTELBO_INLINE double log_normalised(double a) { return std::log(a); }
 FASTELBO_INLINE double log1p(double a) { return std::log1p(a); }
+FASTELBO_INLINE double log1p_near(double a) { return std::log1p(a); }
 FASTELBO_INLINE double tanh(double a) { return std::tanh(a); }
 FASTELBO_INLINE void expm1_parts(double x, double& half_e, double& e_minus_x) {
   double e = std::expm1(x);
@@ -122,4 +150,10 @@ FASTELBO_INLINE void expm1_parts(double x, double& half_e, double& e_minus_x) {
     for (int k = 15; k >= 3; --k) series = 1 + series * x / k;
     e_minus_x = 0.5 * x * x * series;
   }
+}
+FASTELBO_INLINE double x_minus_log1p(double x, double u, bool near) {
+  if (!near) return x - std::log(u);
+  double half_e, e_minus_h;
+  expm1_parts(std::log1p(x), half_e, e_minus_h);
+  return e_minus_h;
 }

@@ -31,6 +31,8 @@ struct Spread {
   V log_std;  // ln sigma
   V d_std;  // d sigma / d s
   V d_logvar;  // d ln sigma^2 / d s
+  V own, own_slope;  // the kind's own sigma, before min_std and var_eps, and its slope
+  V excess;  // sigma - 1, without cancellation
   bool by_log = false;  // log_std says more than sigma where that runs out of normal numbers
 
   // x / sigma, finite wherever the quotient is.
@@ -81,7 +83,7 @@ FASTELBO_INLINE V own_std(const Scale& scale, V t, typename Scale::Kind kind, V*
     default: {  // softplus(t; beta) = max(t, 0) + log1p(exp(-|beta t|)) / beta
       V x = V(scale.beta) * t, tail = exp(-abs(x));
       *slope = select(x < V(0), tail, V(1)) / (V(1) + tail);
-      return (max(x, V(0)) + log1p(tail)) * V(scale.inv_beta);
+      return (max(x, V(0)) + log1p_near(tail)) * V(scale.inv_beta);
     }
   }
 }
@@ -94,26 +96,27 @@ FASTELBO_INLINE V tanh_difference(V a, V b, V apart) {
   return select(a * b < V(0), tanh(a) - tanh(b), select(apart < V(0), -same, same));
 }
 
-// The kind's own sigma of q less that of p + low, clamped raw values, without cancellation.
+// The kind's own sigma of q less that of p + low, clamped raw values of which that is known, without cancellation.
 template <class V, class Scale>
-FASTELBO_INLINE V difference(const Scale& scale, V q, V p, V low, typename Scale::Kind kind) {
-  V slope, apart = q - p - low, t_p = softened(scale, p, &slope);
+FASTELBO_INLINE V difference(const Scale& scale, V q, V own_q, V p, V low, V own_p, V slope_p,
+                             typename Scale::Kind kind) {
+  V apart = q - p - low;
   if (scale.soft_clamp > 0) {
     V inverse(scale.inv_soft_clamp);
     apart = V(scale.soft_clamp) * tanh_difference(q * inverse, p * inverse, apart * inverse);
   }
   switch (kind) {
     case Scale::logvar:
-    case Scale::log_std: {
-      V c(kind == Scale::logvar ? 0.5f : 1.0f);
-      return exp(c * t_p) * expm1(c * apart);
-    }
+    case Scale::log_std: return own_p * expm1(V(kind == Scale::logvar ? 0.5f : 1.0f) * apart);
     case Scale::std: return apart;
-    case Scale::var: return apart / (sqrt(softened(scale, q, &slope)) + sqrt(t_p));
+    case Scale::var: return apart / (own_q + own_p);
     default: {
-      V x = V(scale.beta) * t_p, u = V(scale.beta) * apart, tail = exp(-abs(x));
-      V grown = log1p(tail / (V(1) + tail) * expm1(min(V(60), select(x < V(0), u, -u))));
-      return (grown + select(x < V(0), V(0), u)) * V(scale.inv_beta);
+      // softplus(x + u) - softplus(x) = log1p(p expm1(u)) = u + log1p((1 - p) expm1(-u)), p the slope at x; 1 - p has
+      // lost its digits where p is near 1, and has little weight there
+      V u = V(scale.beta) * apart;
+      auto left = slope_p < V(0.5f);
+      V grown = log1p_near(min(slope_p, V(1) - slope_p) * expm1(min(V(60), select(left, u, -u))));
+      return (grown + select(left, V(0), u)) * V(scale.inv_beta);
     }
   }
 }
@@ -130,9 +133,9 @@ FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s, typename 
     out.d_logvar = V(2) * c;
     out.d_std = out.std * c;
   } else {
-    V slope, d_own, t = softened(scale, raw, &slope), own = own_std(scale, t, kind, &d_own);
-    const bool shifted = scale.min_std > 0 || scale.var_eps > 0;
-    out.std = own;
+    V slope, t = softened(scale, raw, &slope), own = own_std(scale, t, kind, &out.own_slope), d_own = out.own_slope;
+    const bool shifted = scale.min_std > 0 || scale.var_eps > 0, log_kind = kind <= Scale::log_std && !shifted;
+    out.std = out.own = own;
     if (shifted) {
       V above = own + V(scale.min_std);
       out.std = scale.var_eps > 0 ? sqrt(fma(above, above, V(scale.var_eps))) : above;
@@ -140,23 +143,22 @@ FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s, typename 
     }
     out.d_std = d_own * slope;
     out.d_logvar = V(2) * out.d_std / out.std;
-    V argument = kind == Scale::var && !shifted ? t : out.std, rest = V(0);
-    if (scale.unit < decltype(scale.unit)(__builtin_inff())) {
-      // sigma is 1 at the unit: ln sigma keeps its digits near that through the distance
-      V excess = difference(scale, raw, V(scale.unit), V(scale.unit_low), kind);
-      if (scale.var_eps > 0) excess = excess * (own + V(scale.min_std) + sqrt(V(1 - scale.var_eps))) / (V(1) + out.std);
-      auto near = abs(excess) < V(0.5f);
-      argument = select(near, V(1) + excess, argument);
-      rest = select(near, (excess - (argument - V(1))) / argument, V(0));
-    }
-    if (kind <= Scale::log_std && !shifted) {
+    if (log_kind) {
       V c(kind == Scale::logvar ? 0.5f : 1.0f);
       out.log_std = c * t;
+      out.excess = expm1(out.log_std);
       out.d_logvar = V(2) * c * slope;
       out.by_log = true;
     } else {
-      out.log_std = log(argument) + rest;
-      if (kind == Scale::var && !shifted) out.log_std = V(0.5f) * out.log_std;
+      const bool plain_var = kind == Scale::var && !shifted;
+      out.log_std = plain_var ? V(0.5f) * log(t) : log(out.std);
+      out.excess = plain_var ? (t - V(1)) / (out.std + V(1)) : out.std - V(1);
+      if (scale.unit < decltype(scale.unit)(__builtin_inff())) {
+        out.excess =
+            difference(scale, raw, own, V(scale.unit), V(scale.unit_low), V(scale.unit_own), V(scale.unit_slope), kind);
+        if (scale.var_eps > 0)
+          out.excess = out.excess * (own + V(scale.min_std) + sqrt(V(1 - scale.var_eps))) / (V(1) + out.std);
+      }
     }
     if (kind == Scale::softplus && !shifted) {
       // Far below zero softplus(x) is exp(x), and its logarithm is x long after exp(x) has become 0.
@@ -183,44 +185,4 @@ FASTELBO_INLINE V clamp_gradient(const Scale& scale, V s, V grad) {
     return select(below, passed_below, select(above, passed_above, grad));
   }
   return select(below, V(0), select(above, V(0), grad));
-}
-
-// Of two standard deviations within these bounds log_ratio needs no logarithm.
-constexpr float kTameLowest = 0x1p-60f, kTameHighest = 0x1p60f;
-
-// ln(sigma_q / sigma_p) of raw values and their spreads, by one logarithm of the ratio; near 1 of the difference of the
-// two relative to sigma_p, which comes without cancellation where the scales are the same but for the clamp.
-template <class V, bool exponential, class Scale>
-FASTELBO_INLINE V log_ratio(const Scale& scale, const Scale& scale_p, bool same, V s_q, const Spread<V, exponential>& q,
-                            V s_p, const Spread<V, exponential>& p, typename Scale::Kind kind) {
-  V far = q.log_std - p.log_std;
-  if constexpr (exponential) {
-    return far;
-  } else {
-    V apart = q.std - p.std, t_q = s_q, t_p = s_p;
-    if (same) {
-      t_q = clamped(scale, s_q), t_p = clamped(scale_p, s_p);
-      apart = difference(scale, t_q, t_p, V(0), kind);
-      if (scale.var_eps > 0) {
-        V slope, own_q = own_std(scale, softened(scale, t_q, &slope), kind, &slope);
-        V own_p = own_std(scale, softened(scale, t_p, &slope), kind, &slope);
-        apart = apart * ((own_q + own_p + V(2 * scale.min_std)) / (q.std + p.std));
-      }
-    }
-    V ratio = q.std / p.std, relative = apart / p.std;
-    auto near = abs(relative) < V(0.5f);
-    V u = select(near, V(1) + relative, ratio);
-    V h = log_normalised(u) + select(near, (relative - (u - V(1))) / u, V(0));
-    // what is left is a ratio that overflows or loses bits, and what is no positive number
-    h = select(ratio > V(0x1p-121f), select(ratio < V(0x1p121f), h, far), far);
-    h = select(p.std > V(4 * kSmallest<V>), h, far);
-    if (same && kind == Scale::softplus && !(scale.min_std > 0 || scale.var_eps > 0 || scale.soft_clamp > 0))
-      h = select(in_tail(max(t_q, t_p) * V(scale.beta)), (t_q - t_p) * V(scale.beta), h);
-    return h;
-  }
-}
-template <class V, bool exponential, class Scale>
-FASTELBO_INLINE V log_ratio(const Scale& scale, const Scale& scale_p, bool same, V s_q, const Spread<V, exponential>& q,
-                            V s_p, const Spread<V, exponential>& p) {
-  return log_ratio(scale, scale_p, same, s_q, q, s_p, p, scale.kind);
 }

@@ -19,6 +19,8 @@ struct ScaleOf : ScaleKinds {
   Real min_std = 0, var_eps = 0;
   Real beta = 1, inv_beta = 1, log_beta = 0;
   Real unit = Real(__builtin_inf()), unit_low = 0;  // the raw value whose sigma is 1, as a sum; infinite: none
+  Real unit_own = 1, unit_slope = 1,
+       unit_rest = 0;  // there the kind's own sigma; of softplus its slope, and 1 less that
 
   ScaleOf() = default;
   template <class Other>
@@ -36,7 +38,10 @@ struct ScaleOf : ScaleKinds {
         inv_beta(Real(other.inv_beta)),
         log_beta(Real(other.log_beta)),
         unit(Real(other.unit)),
-        unit_low(Real(other.unit - Other(Real(other.unit)) + other.unit_low)) {}
+        unit_low(Real(other.unit - Other(Real(other.unit)) + other.unit_low)),
+        unit_own(Real(other.unit_own)),
+        unit_slope(Real(other.unit_slope)),
+        unit_rest(Real(other.unit_rest)) {}
 
   // sigma is exp of a multiple of the raw value, so ln sigma needs no logarithm
   bool exponential() const { return kind <= log_std && !shifted() && soft_clamp == 0; }

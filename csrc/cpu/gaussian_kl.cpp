@@ -30,9 +30,9 @@ void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
   const ScaleOf<T> scale(args.scale), scale_p(args.scale_p);  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], kl_tile[kTile];
-  // Of q alone, against N(0, 1), the logarithm is always wanted; beside p only where their ratio is out of bounds.
-  SpreadTile<T, exponential, kLogStd> q_alone;
-  SpreadTile<T, exponential, kLogStdOfWild> q_at, p_at;
+  SpreadTile<T, exponential, kLogStdOfWild | kExcess> q_alone;
+  SpreadTile<T, exponential, kLogStdOfWild | kOwn> q_at;
+  SpreadTile<T, exponential, kLogStdOfWild | kOwn | kOwnSlope> p_at;
   RatioTile<T, exponential> ratio;
   const bool same = args.scale.same(args.scale_p);
   MaskTile<T> kept;
@@ -45,8 +45,10 @@ void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
     T* kl = output_terms(*args.kl, tile, kl_tile);
     if (!args.mean_p) {
       q_alone.read(scale, s_q, n);
+      ratio.read(scale, s_q, q_alone, n);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-        store(kl + i, gaussian_kl(load(mean_q + i, part), q_alone.at(scale, s_q, i, part)).value, part);
+        Spread<V, exponential> q = q_alone.at(scale, s_q, i, part);
+        store(kl + i, gaussian_kl(load(mean_q + i, part), ratio.at(i, part, q), q).value, part);
       });
     } else {
       const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
@@ -57,7 +59,7 @@ void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V delta = load(mean_q + i, part) - load(mean_p + i, part);
         Spread<V, exponential> q = q_at.at(scale, s_q, i, part), p = p_at.at(scale_p, s_p, i, part);
-        store(kl + i, gaussian_kl(delta, ratio.at(q, p, i, part), p).value, part);
+        store(kl + i, gaussian_kl(delta, ratio.at(i, part, q, p), q, p).value, part);
       });
     }
     kept.read(args.mask, start, n);
@@ -72,8 +74,9 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
   const ScaleOf<T> scale(args.scale), scale_p(args.scale_p);  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], d_kl_tile[kTile];
   T d_mean_q_tile[kTile], d_s_q_tile[kTile], d_mean_p_tile[kTile], d_s_p_tile[kTile];
-  SpreadTile<T, exponential, kLogStd | kLogSlope> q_alone;
-  SpreadTile<T, exponential, kLogStdOfWild | kLogSlope> q_at, p_at;
+  SpreadTile<T, exponential, kLogStdOfWild | kLogSlope | kExcess> q_alone;
+  SpreadTile<T, exponential, kLogStdOfWild | kOwn | kLogSlope> q_at;
+  SpreadTile<T, exponential, kLogStdOfWild | kOwn | kOwnSlope | kLogSlope> p_at;
   RatioTile<T, exponential> ratio;
   const bool same = args.scale.same(args.scale_p);
   MaskTile<T> kept;
@@ -89,12 +92,13 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
     kept.read(args.mask, start, n);
     if (!args.mean_p) {
       q_alone.read(scale, s_q, n);
+      ratio.read(scale, s_q, q_alone, n);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw = load(s_q + i, part), upstream = load(d_kl + i, part);
         Spread<V, exponential> q = q_alone.at(scale, s_q, i, part);
-        GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part), q);
+        GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part), ratio.at(i, part, q), q);
         store(d_mean_q + i, upstream * kl.d_mean_q, part);
-        store(d_s_q + i, clamp_gradient(scale, raw, upstream * (kl.d_logvar_q * q.d_logvar)), part);
+        store(d_s_q + i, clamp_gradient(scale, raw, upstream * kl.d_s_q), part);
       });
     } else {
       const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
@@ -109,12 +113,12 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw_q = load(s_q + i, part), raw_p = load(s_p + i, part), upstream = load(d_kl + i, part);
         Spread<V, exponential> q = q_at.at(scale, s_q, i, part), p = p_at.at(scale_p, s_p, i, part);
-        GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part) - load(mean_p + i, part), ratio.at(q, p, i, part), p);
+        GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part) - load(mean_p + i, part), ratio.at(i, part, q, p), q, p);
         V to_q = share_q * upstream, to_p = share_p * upstream;
         store(d_mean_q + i, to_q * kl.d_mean_q, part);
-        store(d_s_q + i, clamp_gradient(scale, raw_q, to_q * (kl.d_logvar_q * q.d_logvar)), part);
+        store(d_s_q + i, clamp_gradient(scale, raw_q, to_q * kl.d_s_q), part);
         store(d_mean_p + i, -to_p * kl.d_mean_q, part);
-        store(d_s_p + i, clamp_gradient(scale_p, raw_p, to_p * (kl.d_logvar_p * p.d_logvar)), part);
+        store(d_s_p + i, clamp_gradient(scale_p, raw_p, to_p * kl.d_s_p), part);
       });
       if (prior) {
         kept.select(n, d_mean_p, d_s_p);

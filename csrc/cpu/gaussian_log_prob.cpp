@@ -99,7 +99,7 @@ void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t e
         V d_delta = upstream * nll.d_x;
         if (x_grad) store(d_x + i, d_delta, part);
         store(d_mean + i, -d_delta, part);
-        store(d_s + i, clamp_gradient(scale, raw, upstream * (nll.d_logvar * p.d_logvar)), part);
+        store(d_s + i, clamp_gradient(scale, raw, upstream * nll.d_s), part);
       });
     });
     kept.read(args.mask, start, n);

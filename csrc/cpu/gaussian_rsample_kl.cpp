@@ -34,9 +34,9 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
   const ScaleOf<T> scale(args.scale), scale_p(args.scale_p);  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], z_tile[kTile], std_tile[kTile],
       kl_tile[kTile];
-  // Of q alone, against N(0, 1), the logarithm is always wanted; beside p only where their ratio is out of bounds.
-  SpreadTile<T, exponential, kLogStd> q_alone;
-  SpreadTile<T, exponential, kLogStdOfWild> q_at, p_at;
+  SpreadTile<T, exponential, kLogStdOfWild | kExcess> q_alone;
+  SpreadTile<T, exponential, kLogStdOfWild | kOwn> q_at;
+  SpreadTile<T, exponential, kLogStdOfWild | kOwn | kOwnSlope> p_at;
   RatioTile<T, exponential> ratio;
   const bool same = args.scale.same(args.scale_p);
   NoiseTile<T> noise_tile;
@@ -53,12 +53,13 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
     V temperature(args.noise.temperature);
     if (!args.mean_p) {
       q_alone.read(scale, s_q, n);
+      ratio.read(scale, s_q, q_alone, n);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         Spread<V, exponential> q = q_alone.at(scale, s_q, i, part);
         V mean = load(mean_q + i, part), std = temperature * q.std;
         store(std_tile + i, std, part);
         store(z + i, fma(std, load(noise + i, part), mean), part);
-        store(kl + i, gaussian_kl(mean, q).value, part);
+        store(kl + i, gaussian_kl(mean, ratio.at(i, part, q), q).value, part);
       });
     } else {
       const T* mean_p = read_tile(args.mean_p, start, n, mean_p_tile);
@@ -71,7 +72,7 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
         V mean = load(mean_q + i, part), std = temperature * q.std;
         store(std_tile + i, std, part);
         store(z + i, fma(std, load(noise + i, part), mean), part);
-        store(kl + i, gaussian_kl(mean - load(mean_p + i, part), ratio.at(q, p, i, part), p).value, part);
+        store(kl + i, gaussian_kl(mean - load(mean_p + i, part), ratio.at(i, part, q, p), q, p).value, part);
       });
     }
     kept.read(args.mask, start, n);
@@ -97,9 +98,9 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
   const ScaleOf<T> scale(args.scale), scale_p(args.scale_p);  // copies, which no store to a tensor can change
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], d_kl_tile[kTile];
   T d_mean_q_tile[kTile], d_s_q_tile[kTile], d_mean_p_tile[kTile], d_s_p_tile[kTile];
-  SpreadTile<T, exponential, kLogStd | kSlope | kLogSlope> q_alone;
-  SpreadTile<T, exponential, kLogStdOfWild | kSlope | kLogSlope> q_at;
-  SpreadTile<T, exponential, kLogStdOfWild | kLogSlope> p_at;
+  SpreadTile<T, exponential, kLogStdOfWild | kSlope | kLogSlope | kExcess> q_alone;
+  SpreadTile<T, exponential, kLogStdOfWild | kOwn | kSlope | kLogSlope> q_at;
+  SpreadTile<T, exponential, kLogStdOfWild | kOwn | kOwnSlope | kLogSlope> p_at;
   RatioTile<T, exponential> ratio;
   const bool same = args.scale.same(args.scale_p);
   SampleGradient<T> sampled;
@@ -116,13 +117,14 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
     V temperature(args.noise.temperature);
     if (!args.mean_p) {
       q_alone.read(scale, s_q, n);
+      ratio.read(scale, s_q, q_alone, n);
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw = load(s_q + i, part), upstream = load(d_kl + i, part);
         Spread<V, exponential> q = q_alone.at(scale, s_q, i, part);
-        GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part), q);
+        GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part), ratio.at(i, part, q), q);
         store(d_mean_q + i, fma(upstream, kl.d_mean_q, load(sampled.d_z + i, part)), part);
         V d_s = fma(temperature * q.d_std, (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part)),
-                    upstream * (kl.d_logvar_q * q.d_logvar));
+                    upstream * kl.d_s_q);
         store(d_s_q + i, clamp_gradient(scale, raw, d_s), part);
       });
     } else {
@@ -138,14 +140,14 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw_q = load(s_q + i, part), raw_p = load(s_p + i, part), upstream = load(d_kl + i, part);
         Spread<V, exponential> q = q_at.at(scale, s_q, i, part), p = p_at.at(scale_p, s_p, i, part);
-        GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part) - load(mean_p + i, part), ratio.at(q, p, i, part), p);
+        GaussianKL<V> kl = gaussian_kl(load(mean_q + i, part) - load(mean_p + i, part), ratio.at(i, part, q, p), q, p);
         V to_q = share_q * upstream, to_p = share_p * upstream;
         store(d_mean_q + i, to_q * kl.d_mean_q + load(sampled.d_z + i, part), part);
         V d_s = fma(temperature * q.d_std, (load(sampled.noisy + i, part) * load(sampled.noisy_factor + i, part)),
-                    to_q * (kl.d_logvar_q * q.d_logvar));
+                    to_q * kl.d_s_q);
         store(d_s_q + i, clamp_gradient(scale, raw_q, d_s), part);
         store(d_mean_p + i, -to_p * kl.d_mean_q, part);
-        store(d_s_p + i, clamp_gradient(scale_p, raw_p, to_p * (kl.d_logvar_p * p.d_logvar)), part);
+        store(d_s_p + i, clamp_gradient(scale_p, raw_p, to_p * kl.d_s_p), part);
       });
       if (prior) {
         kept.select(n, d_mean_p, d_s_p);

@@ -6,17 +6,20 @@
 enum Needs {
   kNoMore = 0,
   kLogStd = 1,
-  kLogStdOfWild = 2,  // where log_ratio asks for it
+  kLogStdOfWild = 2,
   kSlope = 4,  // of sigma
   kLogSlope = 8,  // of ln sigma^2
+  kExcess = 16,
+  kOwn = 32,
+  kOwnSlope = 64,
 };
 
 template <class T, bool exponential, int needs>
 struct SpreadTile {
   using V = typename VectorOf<T>::type;
 
-  T std[kTile], log_std[kTile], d_std[kTile], d_logvar[kTile];
-  bool by_log;
+  T std[kTile], log_std[kTile], d_std[kTile], d_logvar[kTile], excess[kTile], own[kTile], own_slope[kTile];
+  bool by_log, tame;  // tame: no sigma needs its logarithm, and of kLogStdOfWild there is none
 
   void read(const ScaleOf<T>& scale, const T* raw, int n) {
     switch (scale.kind) {
@@ -35,6 +38,9 @@ struct SpreadTile {
     if (needs & (kLogStd | kLogStdOfWild)) out.log_std = load(log_std + i, part);
     if (needs & kSlope) out.d_std = load(d_std + i, part);
     if (needs & kLogSlope) out.d_logvar = load(d_logvar + i, part);
+    if (needs & kExcess) out.excess = load(excess + i, part);
+    if (needs & kOwn) out.own = load(own + i, part);
+    if (needs & kOwnSlope) out.own_slope = load(own_slope + i, part);
     out.by_log = by_log;
     return out;
   }
@@ -50,14 +56,17 @@ struct SpreadTile {
       if (needs & kLogStd) store(log_std + i, out.log_std, part);
       if (needs & kSlope) store(d_std + i, out.d_std, part);
       if (needs & kLogSlope) store(d_logvar + i, out.d_logvar, part);
+      if (needs & kExcess) store(excess + i, out.excess, part);
+      if (needs & kOwn) store(own + i, out.own, part);
+      if (needs & kOwnSlope) store(own_slope + i, out.own_slope, part);
     });
-    if (!(needs & kLogStdOfWild)) return;
+    if (!(needs & (kLogStd | kLogStdOfWild))) return;
     int wild = 0;
     for (int i = 0; i < n; ++i) wild |= (std[i] > kTameLowest) & (std[i] < kTameHighest) ? 0 : 1;
-    if (!wild) {
-      by_log = false;
-      return ::std::fill(log_std, log_std + n, T(0));
-    }
+    tame = !wild;
+    by_log = by_log && wild;
+    if (needs & kLogStd) return;
+    if (tame) return ::std::fill(log_std, log_std + n, T(0));
     for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
       store(log_std + i, spread<false>(scale, load(raw + i, part), kind).log_std, part);
     });
@@ -75,13 +84,22 @@ struct SpreadTile<T, true, needs> {
   }
 };
 
-// ln(sigma_q / sigma_p) of a tile.
+// The RatioTerms of a tile: of a spread that says kExcess against the standard normal, and of two that say kOwn, and p
+// kOwnSlope.
 template <class T, bool exponential>
 struct RatioTile {
   using V = typename VectorOf<T>::type;
 
-  T log_ratio[kTile];
+  T e[kTile], gap[kTile];
 
+  template <class Q>
+  void read(const ScaleOf<T>& scale, const T* s_q, const Q& q, int n) {
+    auto each = [&](auto tame) FASTELBO_LAMBDA {
+      for_each_vector<T>(
+          n, [&](int i, auto part) FASTELBO_LAMBDA { keep(ratio_terms(q.at(scale, s_q, i, part), tame), i, part); });
+    };
+    q.tame ? each(::std::true_type()) : each(::std::false_type());
+  }
   template <class Q, class P>
   void read(const ScaleOf<T>& scale, const ScaleOf<T>& scale_p, bool same, const T* s_q, const Q& q, const T* s_p,
             const P& p, int n) {
@@ -94,9 +112,12 @@ struct RatioTile {
     }
   }
 
-  template <class Count>
-  FASTELBO_INLINE V at(const Spread<V, false>&, const Spread<V, false>&, int i, Count part) const {
-    return load(log_ratio + i, part);
+  template <class Count, class... Spreads>
+  FASTELBO_INLINE RatioTerms<V> at(int i, Count part, const Spreads&...) const {
+    RatioTerms<V> terms;
+    terms.e = load(e + i, part);
+    terms.gap = load(gap + i, part);
+    return terms;
   }
 
  private:
@@ -104,11 +125,19 @@ struct RatioTile {
   void read_kind(const ScaleOf<T>& given, const ScaleOf<T>& given_p, bool same, const T* s_q, const Q& q, const T* s_p,
                  const P& p, int n) {
     const ScaleOf<T> scale = given, scale_p = given_p;  // copies, which no store to a tile can change
-    for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-      V h = FASTELBO_ISA::log_ratio(scale, scale_p, same, load(s_q + i, part), q.at(scale, s_q, i, part),
-                                    load(s_p + i, part), p.at(scale_p, s_p, i, part), kind);
-      store(log_ratio + i, h, part);
-    });
+    auto each = [&](auto tame) FASTELBO_LAMBDA {
+      for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+        keep(ratio_terms(scale, scale_p, same, load(s_q + i, part), q.at(scale, s_q, i, part), load(s_p + i, part),
+                         p.at(scale_p, s_p, i, part), kind, tame),
+             i, part);
+      });
+    };
+    q.tame&& p.tame ? each(::std::true_type()) : each(::std::false_type());
+  }
+  template <class Count>
+  FASTELBO_INLINE void keep(const RatioTerms<V>& terms, int i, Count part) {
+    store(e + i, terms.e, part);
+    store(gap + i, terms.gap, part);
   }
 };
 
@@ -116,10 +145,14 @@ template <class T>
 struct RatioTile<T, true> {
   using V = typename VectorOf<T>::type;
 
-  template <class Q, class P>
-  void read(const ScaleOf<T>&, const ScaleOf<T>&, bool, const T*, const Q&, const T*, const P&, int) {}
+  template <class... Args>
+  void read(const Args&...) {}
   template <class Count>
-  FASTELBO_INLINE V at(const Spread<V, true>& q, const Spread<V, true>& p, int, Count) const {
-    return q.log_std - p.log_std;
+  FASTELBO_INLINE RatioTerms<V> at(int, Count, const Spread<V, true>& q) const {
+    return ratio_terms(q, true);
+  }
+  template <class Count>
+  FASTELBO_INLINE RatioTerms<V> at(int, Count, const Spread<V, true>& q, const Spread<V, true>& p) const {
+    return RatioTerms<V>(q.log_std - p.log_std);
   }
 };

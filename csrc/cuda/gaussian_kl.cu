@@ -35,7 +35,10 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
     Access::load(args.s_q, args.layout, place, s_q);
     if (!has_prior<prior>(args.mean_p)) {
       FASTELBO_UNROLL
-      for (int i = 0; i < n; ++i) kl[i] = gaussian_kl(mean_q[i], spread<exponential>(args.scale, s_q[i])).value;
+      for (int i = 0; i < n; ++i) {
+        auto q = spread<exponential>(args.scale, s_q[i]);
+        kl[i] = gaussian_kl(mean_q[i], ratio_terms(q), q).value;
+      }
     } else {
       V mean_p[n], s_p[n];
       Access::load(args.mean_p, args.layout, place, mean_p);
@@ -43,8 +46,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
       FASTELBO_UNROLL
       for (int i = 0; i < n; ++i) {
         auto q = spread<exponential>(args.scale, s_q[i]), p = spread<exponential>(args.scale_p, s_p[i]);
-        V h = log_ratio(args.scale, args.scale_p, args.same, s_q[i], q, s_p[i], p);
-        kl[i] = gaussian_kl(mean_q[i] - mean_p[i], h, p).value;
+        auto ratio = ratio_terms(args.scale, args.scale_p, args.same, s_q[i], q, s_p[i], p);
+        kl[i] = gaussian_kl(mean_q[i] - mean_p[i], ratio, q, p).value;
       }
     }
     select(Access::kept(args.mask, args.layout, place), kl);
@@ -73,9 +76,9 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
       FASTELBO_UNROLL
       for (int i = 0; i < n; ++i) {
         auto q = spread<exponential>(args.scale, s_q[i]);
-        auto kl = gaussian_kl(mean_q[i], q);
+        auto kl = gaussian_kl(mean_q[i], ratio_terms(q), q);
         mean_q[i] = upstream[i] * kl.d_mean_q;
-        s_q[i] = clamp_gradient(args.scale, s_q[i], upstream[i] * (kl.d_logvar_q * q.d_logvar));
+        s_q[i] = clamp_gradient(args.scale, s_q[i], upstream[i] * kl.d_s_q);
       }
     } else {
       V mean_p[n], s_p[n];
@@ -84,13 +87,13 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
       FASTELBO_UNROLL
       for (int i = 0; i < n; ++i) {
         auto q = spread<exponential>(args.scale, s_q[i]), p = spread<exponential>(args.scale_p, s_p[i]);
-        auto kl =
-            gaussian_kl(mean_q[i] - mean_p[i], log_ratio(args.scale, args.scale_p, args.same, s_q[i], q, s_p[i], p), p);
+        auto ratio = ratio_terms(args.scale, args.scale_p, args.same, s_q[i], q, s_p[i], p);
+        auto kl = gaussian_kl(mean_q[i] - mean_p[i], ratio, q, p);
         V to_q = args.share.q * upstream[i], to_p = args.share.p * upstream[i];
         mean_q[i] = to_q * kl.d_mean_q;
         mean_p[i] = -to_p * kl.d_mean_q;
-        s_q[i] = clamp_gradient(args.scale, s_q[i], to_q * (kl.d_logvar_q * q.d_logvar));
-        s_p[i] = clamp_gradient(args.scale_p, s_p[i], to_p * (kl.d_logvar_p * p.d_logvar));
+        s_q[i] = clamp_gradient(args.scale, s_q[i], to_q * kl.d_s_q);
+        s_p[i] = clamp_gradient(args.scale_p, s_p[i], to_p * kl.d_s_p);
       }
       if (args.d_mean_p.data) {
         select(kept, mean_p);

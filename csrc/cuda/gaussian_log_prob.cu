@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
       V signed_upstream = args.sign * upstream[i];
       x[i] = signed_upstream * nll.d_x;
       mean[i] = -x[i];
-      s[i] = clamp_gradient(args.scale, s[i], signed_upstream * (nll.d_logvar * p.d_logvar));
+      s[i] = clamp_gradient(args.scale, s[i], signed_upstream * nll.d_s);
     }
     select(kept, x);
     select(kept, mean);

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
       FASTELBO_UNROLL
       for (int i = 0; i < n; ++i) {
         auto q = spread<exponential>(args.scale, std[i]);
-        kl[i] = gaussian_kl(mean_q[i], q).value;
+        kl[i] = gaussian_kl(mean_q[i], ratio_terms(q), q).value;
         std[i] = args.draw.temperature * q.std;
       }
     } else {
@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
       FASTELBO_UNROLL
       for (int i = 0; i < n; ++i) {
         auto q = spread<exponential>(args.scale, std[i]), p = spread<exponential>(args.scale_p, s_p[i]);
-        V h = log_ratio(args.scale, args.scale_p, args.same, std[i], q, s_p[i], p);
-        kl[i] = gaussian_kl(mean_q[i] - mean_p[i], h, p).value;
+        auto ratio = ratio_terms(args.scale, args.scale_p, args.same, std[i], q, s_p[i], p);
+        kl[i] = gaussian_kl(mean_q[i] - mean_p[i], ratio, q, p).value;
         std[i] = args.draw.temperature * q.std;
       }
     }
@@ -105,9 +105,9 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
       FASTELBO_UNROLL
       for (int i = 0; i < n; ++i) {
         auto q = spread<exponential>(args.scale, s_q[i]);
-        auto kl = gaussian_kl(mean_q[i], q);
+        auto kl = gaussian_kl(mean_q[i], ratio_terms(q), q);
         mean_q[i] = fma(upstream[i], kl.d_mean_q, sampled[i]);
-        V d_s = fma(args.draw.temperature * q.d_std, noisy[i], upstream[i] * (kl.d_logvar_q * q.d_logvar));
+        V d_s = fma(args.draw.temperature * q.d_std, noisy[i], upstream[i] * kl.d_s_q);
         s_q[i] = clamp_gradient(args.scale, s_q[i], d_s);
       }
     } else {
@@ -117,14 +117,14 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
       FASTELBO_UNROLL
       for (int i = 0; i < n; ++i) {
         auto q = spread<exponential>(args.scale, s_q[i]), p = spread<exponential>(args.scale_p, s_p[i]);
-        auto kl =
-            gaussian_kl(mean_q[i] - mean_p[i], log_ratio(args.scale, args.scale_p, args.same, s_q[i], q, s_p[i], p), p);
+        auto ratio = ratio_terms(args.scale, args.scale_p, args.same, s_q[i], q, s_p[i], p);
+        auto kl = gaussian_kl(mean_q[i] - mean_p[i], ratio, q, p);
         V to_q = args.share.q * upstream[i], to_p = args.share.p * upstream[i];
         mean_q[i] = to_q * kl.d_mean_q + sampled[i];
         mean_p[i] = -to_p * kl.d_mean_q;
-        V d_s = fma(args.draw.temperature * q.d_std, noisy[i], to_q * (kl.d_logvar_q * q.d_logvar));
+        V d_s = fma(args.draw.temperature * q.d_std, noisy[i], to_q * kl.d_s_q);
         s_q[i] = clamp_gradient(args.scale, s_q[i], d_s);
-        s_p[i] = clamp_gradient(args.scale_p, s_p[i], to_p * (kl.d_logvar_p * p.d_logvar));
+        s_p[i] = clamp_gradient(args.scale_p, s_p[i], to_p * kl.d_s_p);
       }
       if (args.d_mean_p.data) {
         select(kept, mean_p);

@@ -18,6 +18,21 @@ FASTELBO_INLINE bool has_prior(const Operand& mean_p) {
     return prior == Prior::given;
 }
 
+// Each thread decides for its own sigmas whether they need a logarithm.
+template <class V, bool exponential>
+FASTELBO_INLINE bool is_tame(const Spread<V, exponential>& q) {
+  return q.std > V(kTameLowest) && q.std < V(kTameHighest);
+}
+template <class V, bool exponential>
+FASTELBO_INLINE RatioTerms<V> ratio_terms(const Spread<V, exponential>& q) {
+  return ratio_terms(q, is_tame(q));
+}
+template <class V, bool exponential, class Scale>
+FASTELBO_INLINE RatioTerms<V> ratio_terms(const Scale& scale, const Scale& scale_p, bool same, V s_q,
+                                          const Spread<V, exponential>& q, V s_p, const Spread<V, exponential>& p) {
+  return ratio_terms(scale, scale_p, same, s_q, q, s_p, p, scale.kind, is_tame(q) && is_tame(p));
+}
+
 }  // namespace device
 
 template <class Access, class F>

@@ -24,8 +24,14 @@ from fastelbo.reference.scale import (
 )
 
 
-def gap(h):
-    """g(2h) to the last digits for every h."""
+def gap(h, ratio=None):
+    """g(2h) to the last digits for every h.
+
+    Args:
+        h: ln(sigma_q / sigma_p).
+        ratio: sigma_q / sigma_p where that is large and no exponential, else 1: exp(h) has lost digits that it has, and
+            its gradient does not overflow where exp(2h) does.
+    """
     d = 2 * h
     small = d.abs() < 0.7
     # where() selects, yet its gradient multiplies both branches: each gets an argument it can stand
@@ -38,14 +44,15 @@ def gap(h):
     # (exp(2h) - 1) / 2 = e (1 + e / 2) with e = exp(h) - 1 does not overflow before its own value does
     # the limit keeps infinity from being subtracted from infinity
     large = e + 0.5 * e * e - h_large.clamp(max=torch.finfo(h.dtype).max)
+    if ratio is not None:
+        large = torch.where(ratio > 1, 0.5 * (ratio - 1) * (ratio + 1) - h_large, large)
     return torch.where(small, 0.25 * d_small * d_small * series, large)
 
 
 def log_ratio(s_q, q, s_p, p, scale, scale_p):
-    """ln(sigma_q / sigma_p) of raw values and what log_std_and_std says of them: near 0 through the difference of the
-    standard deviations, which of one scale comes without cancellation."""
+    """ln(sigma_q / sigma_p) of clamped raw values and what log_std_and_std says of them: near 0 through the difference
+    of the standard deviations, which of one scale comes without cancellation."""
     (log_std_q, std_q), (log_std_p, std_p) = q, p
-    s_q, s_p = clamp(s_q, scale), clamp(s_p, scale_p)
     one = all(getattr(scale, x) == getattr(scale_p, x) for x in ("kind", "soft_clamp", "min_std", "var_eps", "beta"))
     if one and is_exponential(scale) and scale.soft_clamp is None:
         return log_std_q - log_std_p
@@ -110,14 +117,27 @@ def gaussian_kl(
 
 def elementwise_kl(mean_q, s_q, mean_p, s_p, scale, scale_p):
     """KL(q || p) of every element."""
+    s_q, s_p = _clamped(s_q, s_p, scale, scale_p)
     h, r = log_ratio_and_distance(mean_q, s_q, mean_p, s_p, scale, scale_p)
-    return gap(h) + 0.5 * r * r
+    ratio = None
+    if not is_exponential(scale):
+        std_q = log_std_and_std(s_q, scale)[1]
+        std_p = torch.ones_like(std_q) if s_p is None else log_std_and_std(s_p, scale_p)[1]
+        far = (h > 1) & (std_p > 4 * torch.finfo(std_p.dtype).tiny)
+        ratio = torch.where(far, std_q, 1.0) / torch.where(far, std_p, 1.0)
+    return gap(h, ratio) + 0.5 * r * r
 
 
 def log_ratio_and_distance(mean_q, s_q, mean_p, s_p, scale, scale_p):
     """ln(sigma_q / sigma_p) and (mean_q - mean_p) / sigma_p of every element."""
+    s_q, s_p = _clamped(s_q, s_p, scale, scale_p)
     q = log_std_and_std(s_q, scale)
     if mean_p is None:
         return q[0], mean_q
     p = log_std_and_std(s_p, scale_p)
     return log_ratio(s_q, q, s_p, p, scale, scale_p), standardise(mean_q - mean_p, *p, scale_p)
+
+
+def _clamped(s_q, s_p, scale, scale_p):
+    """Once, so that the inward clamp sees the whole gradient; what is clamped already stays as it is."""
+    return clamp(s_q, scale), None if s_p is None else clamp(s_p, scale_p)
