@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from ops import FILES, PLAIN
 
 import fastelbo
 import fastelbo.testing
 
 ROOT = Path(__file__).parent.parent
-OPS = sorted(path.stem for path in (ROOT / "fastelbo" / "ops").glob("*.py") if path.stem != "__init__")
+OPS = sorted(path.stem for path in (ROOT / "fastelbo" / "ops").glob("[!_]*.py"))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -27,6 +28,15 @@ def test_an_op_is_files_of_one_name(op):
     ):
         assert (ROOT / place.format(op)).exists(), place.format(op)
     assert op in fastelbo.__all__
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_an_entry_in_the_table_of_ops(op):
+    """tests/ops.py, which the tests and benchmarks of every op read."""
+    assert op in FILES
+    functions = [getattr(fastelbo, name) for name in fastelbo.__all__]
+    functions = {f.__name__ for f in functions if getattr(f, "__module__", "") == f"fastelbo.ops.{op}"}
+    assert functions - {"conv_mask2d"} == {name for name, entry in PLAIN.items() if entry.file == op}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "fastelbo" / "reference").glob("*.py")), ids=lambda path: path.stem)
