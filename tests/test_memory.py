@@ -1,8 +1,8 @@
 """What the ops keep, allocate and copy."""
 
 import ctypes
-from typing import NamedTuple
 
+import ops
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,27 +12,18 @@ from fastelbo import Scale
 from fastelbo.testing import gaussian
 
 
-class Op(NamedTuple):
-    """A public op on the backend under test with its number of tensors; a call returns a tuple."""
-
-    function: object
-    arity: int
-
-    @property
-    def draws(self):
-        return "rsample" in self.function.__name__
+class Op(ops.Gaussian):
+    """An op on the backend under test, with a seed that is there already."""
 
     def __call__(self, *inputs, **keywords):
-        if self.draws and not {"seed", "noise"} & keywords.keys():
-            keywords["seed"] = Op.seed
-        out = self.function(*inputs, backend=Op.backend, **keywords)
-        return out if isinstance(out, tuple) else (out,)
+        if "noise" not in keywords:
+            keywords.setdefault("seed", Op.seed)
+        return super().__call__(*inputs, backend=Op.backend, **keywords)
 
     def inputs(self, lay_out=lambda x: [x[:, 0], x[:, 1]], shape=(2, 3, 16, 40), dtype=torch.float32):
         """Mean and scale of each Gaussian from one tensor [B, 2, C, H, W], by a function of it."""
         q, p = (lay_out(torch.stack(gaussian(shape, seed=seed, dtype=dtype), 1)) for seed in (0, 1))
-        tensors = {2: q, 3: (p[0], *q), 4: (*q, *p)}[self.arity]
-        return [x.detach().requires_grad_() for x in tensors]
+        return [x.detach().requires_grad_() for x in self.of(q, p)]
 
 
 @pytest.fixture(autouse=True)
@@ -40,16 +31,8 @@ def on_kernels(kernels):
     Op.backend, Op.seed = kernels, torch.tensor([7])
 
 
-OPS = {
-    "rsample": Op(fastelbo.gaussian_rsample, 2),
-    "kl": Op(fastelbo.gaussian_kl, 2),
-    "kl-prior": Op(fastelbo.gaussian_kl, 4),
-    "rsample_kl": Op(fastelbo.gaussian_rsample_kl, 2),
-    "rsample_kl-prior": Op(fastelbo.gaussian_rsample_kl, 4),
-    "log_prob": Op(fastelbo.gaussian_log_prob, 3),
-    "nll": Op(fastelbo.gaussian_nll, 3),
-}
-DRAWING = {name: op for name, op in OPS.items() if op.draws}
+OPS = {name: Op(*op) for name, op in ops.GAUSSIAN.items()}
+DRAWING = {name: op for name, op in OPS.items() if op.drawn}
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 every_drawing_op = pytest.mark.parametrize("op", DRAWING.values(), ids=DRAWING)
 
@@ -114,9 +97,9 @@ def saved(op, inputs, **keywords):
 def test_nothing_kept_but_inputs_and_seed(op, layout, dtype):
     inputs = op.inputs(LAYOUTS[layout], dtype=dtype)
     variants = [{}, {"scale": Scale.softplus()}, {"scale": Scale.diffusers()}]
-    if op.function is not fastelbo.gaussian_rsample:
+    if op.terms:
         variants += [{"event_ndim": 0}, {"reduction": "mean"}]
-    if op.draws:
+    if op.drawn:
         variants += [{"num_samples": 3}, {"out_dtype": torch.float32}]
     for keywords in variants:
         kept, outputs = saved(op, inputs, **keywords)
@@ -171,7 +154,7 @@ def test_an_objective_keeps_its_mask(name, objective):
 
 def run_names(op):
     namespace = "fastelbo_triton" if Op.backend == "triton" else "fastelbo"
-    name = f"{namespace}.{op.function.__name__.replace('nll', 'log_prob')}"
+    name = f"{namespace}.{op.file}"
     return f"{name}_fwd.kernel", f"{name}_bwd.kernel"
 
 
@@ -264,7 +247,7 @@ def test_layout_changes_no_number_of_the_gradient_of_one_sigma(layout, columns):
 def test_results_lie_in_memory_as_the_inputs_do(op, layout):
     """As torch.empty_like would have them: dense, dimensions in the same order."""
     inputs = op.inputs(LAYOUTS[layout])
-    keywords = {} if op.function is fastelbo.gaussian_rsample else {"event_ndim": 0}
+    keywords = {"event_ndim": 0} if op.terms else {}
     outputs = op(*inputs, **keywords)
     for out in outputs:
         assert out.stride() == torch.empty_like(inputs[0]).stride()

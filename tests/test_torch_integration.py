@@ -4,10 +4,10 @@ import copy
 import functools
 import io
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import pytest
 import torch
+from ops import GAUSSIAN as OPS
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -17,43 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fastelbo
 from fastelbo import Scale
-from fastelbo.testing import gaussian
 
 assert fastelbo.backends.usable("cpu") is None  # and loads the library
 
 
-class Op(NamedTuple):
-    """A public op with its number of tensors; a call returns a tuple, and has a fixed seed unless told otherwise."""
-
-    function: object
-    arity: int
-
-    @property
-    def draws(self):
-        return "rsample" in self.function.__name__
-
-    def __call__(self, *inputs, seed=7, num_samples=None, **keywords):
-        if self.draws:
-            keywords |= {"seed": seed, "num_samples": num_samples}
-        out = self.function(*inputs, **keywords)
-        return out if isinstance(out, tuple) else (out,)
-
-    def inputs(self, shape=(4, 6), lay_out=lambda index, x: x, requires_grad=True, **keywords):
-        q, p = (gaussian(shape, seed=seed, **keywords) for seed in (0, 1))
-        tensors = {2: q, 3: (p[0], *q), 4: (*q, *p)}[self.arity]
-        return [lay_out(i, x).detach().requires_grad_(requires_grad) for i, x in enumerate(tensors)]
-
-
-OPS = {
-    "rsample": Op(fastelbo.gaussian_rsample, 2),
-    "kl": Op(fastelbo.gaussian_kl, 2),
-    "kl-prior": Op(fastelbo.gaussian_kl, 4),
-    "rsample_kl": Op(fastelbo.gaussian_rsample_kl, 2),
-    "rsample_kl-prior": Op(fastelbo.gaussian_rsample_kl, 4),
-    "log_prob": Op(fastelbo.gaussian_log_prob, 3),
-    "nll": Op(fastelbo.gaussian_nll, 3),
-}
-DRAWING = {name: op for name, op in OPS.items() if op.draws}
+DRAWING = {name: op for name, op in OPS.items() if op.drawn}
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 every_drawing_op = pytest.mark.parametrize("op", DRAWING.values(), ids=DRAWING)
 
@@ -133,7 +101,7 @@ every_op_and_variant = pytest.mark.parametrize(
         pytest.param(op, variant, id=f"{name}-{variant}")
         for name, op in OPS.items()
         for variant in VARIANTS
-        if (name, variant) != ("rsample", "elementwise")  # it has no events
+        if op.terms or variant != "elementwise"  # else it has no events
     ],
 )
 
@@ -156,7 +124,7 @@ def raw_calls(op, layout, variant, backend):
     """The forward's call and the backward's, as the public op makes them."""
     keywords = {**VARIANTS[variant], "backend": backend}
     dtype = keywords.pop("dtype", torch.float32)
-    inputs = op.inputs(IMAGE, LAYOUTS[layout], dtype=dtype)
+    inputs = op.inputs(IMAGE, lay_out=LAYOUTS[layout], dtype=dtype)
     with Recorder() as recorder:
         results(lambda *inputs: op(*inputs, **keywords), inputs)
     assert len(recorder.calls) == 2
@@ -204,7 +172,7 @@ def compiled(function, backend="aot_eager", **keywords):
 @every_op_and_variant
 def test_compile_equals_eager(op, variant):
     keywords = dict(VARIANTS[variant])
-    inputs = op.inputs(IMAGE, LAYOUTS["packed"], dtype=keywords.pop("dtype", torch.float32))
+    inputs = op.inputs(IMAGE, lay_out=LAYOUTS["packed"], dtype=keywords.pop("dtype", torch.float32))
 
     def function(*inputs):
         return op(*inputs, **keywords)
@@ -215,7 +183,7 @@ def test_compile_equals_eager(op, variant):
 @every_op
 @pytest.mark.parametrize("layout", ["transposed", "channels_last", "broadcast", "expanded"])
 def test_compile_layout(op, layout):
-    inputs = op.inputs(IMAGE, LAYOUTS[layout])
+    inputs = op.inputs(IMAGE, lay_out=LAYOUTS[layout])
     assert_equal(results(compiled(op), inputs), results(op, inputs))
 
 
@@ -223,7 +191,7 @@ def test_compile_layout(op, layout):
 @pytest.mark.parametrize("name", ["rsample_kl-prior", "nll"])
 def test_inductor_equals_eager(name):
     op = OPS[name]
-    inputs = op.inputs(IMAGE, LAYOUTS["channels_last"])
+    inputs = op.inputs(IMAGE, lay_out=LAYOUTS["channels_last"])
     assert_equal(results(compiled(op, backend="inductor"), inputs), results(op, inputs))
 
 
@@ -354,7 +322,7 @@ def test_compile_inward_clamp(op):
     """Its gradient is known only once a broadcast scale's gradient is summed, so plain torch has a part in it."""
     scale = Scale("logvar", clamp=(-0.5, 0.5), clamp_grad="inward")
     for layout in ("contiguous", "broadcast"):
-        inputs = op.inputs(IMAGE, LAYOUTS[layout])
+        inputs = op.inputs(IMAGE, lay_out=LAYOUTS[layout])
 
         def function(*inputs):
             return op(*inputs, scale=scale)
@@ -507,7 +475,7 @@ def test_autocast_leaves_dtypes_alone(op, dtype):
             assert_equal(results(way, inputs), want)
     z_and_rest = want[: len(op(*inputs))]
     for position, out in enumerate(z_and_rest):
-        assert out.dtype == (dtype if op.draws and position == 0 else torch.float32)
+        assert out.dtype == (dtype if position in op.drawn else torch.float32)
 
 
 # torch.func and forward-mode
@@ -627,7 +595,7 @@ OPS_AND_CALLS = [
     pytest.param(op, call, id=f"{name}-{call}")
     for name, op in OPS.items()
     for call in CALLS
-    if (call == "num_samples" if name == "rsample" else call != "num_samples" or op.draws)
+    if (call == "num_samples" if not op.terms else call != "num_samples" or op.drawn)
 ]
 both_orders = pytest.mark.parametrize(
     "checker", [torch.autograd.gradcheck, torch.autograd.gradgradcheck], ids=["first", "second"]
@@ -635,7 +603,7 @@ both_orders = pytest.mark.parametrize(
 
 
 def check(checker, op, shape, lay_out=lambda i, x: x, scale=SCALES["logvar"], **keywords):
-    inputs = op.inputs(shape, lay_out, dtype=torch.float64, kind=scale.kind)
+    inputs = op.inputs(shape, lay_out=lay_out, dtype=torch.float64, kind=scale.kind)
     assert checker(lambda *inputs: op(*inputs, scale=scale, **keywords), inputs)
 
 
@@ -683,13 +651,13 @@ def test_second_derivatives_by_formula(backend):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_differentiable_backward_gives_the_same_gradient(op, layout, dtype):
-    for num_samples in (None, 3) if op.draws else (None,):
-        inputs = op.inputs(IMAGE, LAYOUTS[layout], dtype=dtype)
+    for num_samples in (None, 3) if op.drawn else (None,):
+        inputs = op.inputs(IMAGE, lay_out=LAYOUTS[layout], dtype=dtype)
         outputs = op(*inputs, num_samples=num_samples)
         want = gradients(outputs, inputs, retain_graph=True)
         got = gradients(outputs, inputs, create_graph=True)
         for a, b in zip(got, want, strict=True):
-            assert a.requires_grad or op.function is fastelbo.gaussian_rsample
+            assert a.requires_grad or not op.terms
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
             # both are right to a few roundings, of each term where a broadcast input's gradient is their sum
             scale = max(1.0, b.abs().max().item()) * max(1, outputs[0].numel() // a.numel())
@@ -750,7 +718,7 @@ def test_annealing_compiles_once():
 def test_objectives_under_vmap(op, keywords):
     """With noise that is given: drawn in float32, it may differ in the last bit from shape to shape."""
     inputs = op.inputs((5, 4, 6), dtype=torch.float64)
-    if op.draws:
+    if op.drawn:
         keywords = {**keywords, "noise": torch.randn(4, 6, dtype=torch.float64), "seed": None}
     masks = torch.stack([keywords["mask"].roll(i, 0) for i in range(5)]) if "mask" in keywords else None
 
@@ -834,7 +802,7 @@ def exported(op, inputs, strict, **keywords):
 both_exports = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
 EXPORTED_CALLS = {
     **{f"plain-{name}": (op, {}) for name, op in OPS.items()},
-    **{f"mean-{name}": (op, {"reduction": "mean"}) for name, op in OPS.items() if name != "rsample"},
+    **{f"mean-{name}": (op, {"reduction": "mean"}) for name, op in OPS.items() if op.terms},
     **{f"samples-{name}": (op, {"num_samples": 3, "temperature": 0.7}) for name, op in DRAWING.items()},
     **{name: (OPS[op], keywords) for name, (op, keywords) in OBJECTIVES.items()},
     "noise": (OPS["rsample_kl-prior"], {"noise": torch.arange(24.0).reshape(4, 6).sin(), "seed": None}),
@@ -863,7 +831,7 @@ def test_gradients_through_exported_programs(call, strict):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", ["broadcast", "packed-channels_last"])
 def test_gradients_through_exported_programs_of_layouts(op, dtype, layout):
-    inputs = op.inputs(IMAGE, LAYOUTS[layout], dtype=dtype)
+    inputs = op.inputs(IMAGE, lay_out=LAYOUTS[layout], dtype=dtype)
     assert_equal(results(exported(op, inputs, False).module(), inputs), results(op, inputs))
 
 
