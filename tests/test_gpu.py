@@ -4,10 +4,11 @@ import contextlib
 import gc
 import importlib
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
+from ops import CONVOLUTIONS
+from ops import GAUSSIAN as OPS
 from test_masked_conv2d import NAMES, lines, operands, outputs_and_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +17,7 @@ import fastelbo
 from fastelbo import Scale
 from fastelbo.reference.noise import philox_normal
 from fastelbo.sampling import IncrementalSampler
-from fastelbo.testing import assert_within_budget, gaussian
+from fastelbo.testing import assert_within_budget
 
 if not torch.cuda.is_available():
     pytest.skip("these tests need a GPU, and torch finds none", allow_module_level=True)
@@ -41,56 +42,13 @@ def installed():
     return [name for name in BACKENDS if fastelbo.backends.why_not(name, DEVICE) is None]
 
 
-class Op(NamedTuple):
-    """A public op with its number of tensors; a call returns a tuple."""
-
-    function: object
-    arity: int
-
-    @property
-    def draws(self):
-        return "rsample" in self.function.__name__
-
-    def __call__(self, *inputs, **keywords):
-        if not self.draws:
-            keywords = {name: value for name, value in keywords.items() if name not in ("seed", "noise_offset")}
-        out = self.function(*inputs, **keywords)
-        return out if isinstance(out, tuple) else (out,)
-
-    def inputs(self, shape, dtype=torch.float32, device=None):
-        q, p = (gaussian(shape, seed=seed, dtype=dtype) for seed in (0, 1))
-        tensors = {2: q, 3: (p[0], *q), 4: (*q, *p)}[self.arity]
-        return [x.to(device or DEVICE).requires_grad_() for x in tensors]
+def inputs_of(op, shape, dtype=torch.float32, device=DEVICE):
+    """Leaves on the GPU; of a convolution whose images have that shape."""
+    return op.inputs(shape, dtype, device=device)
 
 
-OPS = {
-    "rsample": Op(fastelbo.gaussian_rsample, 2),
-    "kl": Op(fastelbo.gaussian_kl, 2),
-    "kl-prior": Op(fastelbo.gaussian_kl, 4),
-    "rsample_kl": Op(fastelbo.gaussian_rsample_kl, 2),
-    "rsample_kl-prior": Op(fastelbo.gaussian_rsample_kl, 4),
-    "log_prob": Op(fastelbo.gaussian_log_prob, 3),
-    "nll": Op(fastelbo.gaussian_nll, 3),
-}
-
-
-class Convolution:
-    """A masked convolution of images [2, 3, rows, columns], for the tests of how ops are launched."""
-
-    draws = False
-    function = staticmethod(fastelbo.masked_conv2d)
-
-    def __call__(self, x, weight, bias, *, backend, **_):
-        return (self.function(x, weight, bias, mask_type="B", activation="tanh_sigmoid", backend=backend),)
-
-    def inputs(self, shape, dtype=torch.float32, device=None):
-        rows, columns = shape
-        shapes = (2, 3, rows, columns), (8, 3, 3, 3), (8,)
-        return [gaussian(s, seed=k, dtype=dtype)[0].to(device or DEVICE).requires_grad_() for k, s in enumerate(shapes)]
-
-
-LAUNCHED = {**OPS, "masked_conv2d": Convolution()}
-DRAWING = {name: op for name, op in OPS.items() if op.draws}
+LAUNCHED = {**OPS, "masked_conv2d": CONVOLUTIONS["masked_conv2d-gate"]}
+DRAWING = {name: op for name, op in OPS.items() if op.drawn}
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 every_launched_op = pytest.mark.parametrize("op", LAUNCHED.values(), ids=LAUNCHED)
 every_drawing_op = pytest.mark.parametrize("op", DRAWING.values(), ids=DRAWING)
@@ -152,14 +110,14 @@ def needs_memory(gib):
 @halves_too
 @pytest.mark.parametrize("columns", [1, 3, 31, 257, 100_000])
 def test_rows_of_any_length(op, dtype, columns, backend):
-    inputs = op.inputs((3 if columns > 1000 else 70, columns), dtype)
+    inputs = inputs_of(op, (3 if columns > 1000 else 70, columns), dtype)
     assert_right(op, results(op, inputs, seed=7, backend=backend), inputs, 7)
 
 
 @every_op
 @pytest.mark.parametrize("shape", [(1, 1), (4096, 1), (1, 4099), (2, 3, 16, 40), (0, 5), (3, 0), (0, 0)], ids=str)
 def test_shapes(op, shape, backend):
-    inputs = op.inputs(shape)
+    inputs = inputs_of(op, shape)
     assert_right(op, results(op, inputs, seed=7, noise_offset=5, backend=backend), inputs, 7, noise_offset=5)
 
 
@@ -168,7 +126,7 @@ def test_shapes(op, shape, backend):
 def test_backends_agree_on_one_tensor(op, dtype, installed):
     if len(installed) < 2:
         pytest.skip(f"only {', '.join(installed) or 'none'} of {', '.join(BACKENDS)} can run here")
-    inputs = op.inputs((37, 1030), dtype)
+    inputs = inputs_of(op, (37, 1030), dtype)
     first, second = (results(op, inputs, seed=seed_tensor(7), backend=name) for name in installed)
     for a, b in zip(first, second, strict=True):
         unit = 2**-7 if a.dtype == torch.bfloat16 else 4e-6
@@ -185,7 +143,7 @@ def test_unaligned_views(op, dtype, backend):
     want = None
     for offset in range(8):
         inputs, buffers = [], []
-        for k, x in enumerate(op.inputs(shape, dtype)):
+        for k, x in enumerate(inputs_of(op, shape, dtype)):
             buffer = torch.full((count + 2 * pad,), math.nan, dtype=dtype, device=DEVICE)
             start = pad + (offset + k) % 8
             buffer[start : start + count] = x.detach().flatten()
@@ -246,7 +204,7 @@ def sleep():
 @every_launched_op
 def test_runs_on_the_current_stream(op, backend):
     """What a stream writes late is what the op reads, forward and backward; it would read zeros on any other stream."""
-    values = op.inputs((64, 300))
+    values = inputs_of(op, (64, 300))
     seed = seed_tensor(7)
     want = results(op, values, seed=seed, backend=backend)  # and compiles what has to be
     weights = upstream(op(*values, seed=seed, backend=backend))
@@ -271,7 +229,7 @@ def test_runs_on_the_current_stream(op, backend):
 @every_launched_op
 def test_streams_at_the_same_time(op, backend):
     """Long rows too: their partial sums must not be shared between launches."""
-    cases = [op.inputs(shape) for shape in ((300, 257), (3, 100_000), (5000, 3), (2, 65_536))]
+    cases = [inputs_of(op, shape) for shape in ((300, 257), (3, 100_000), (5000, 3), (2, 65_536))]
     want = [results(op, inputs, seed=k, backend=backend) for k, inputs in enumerate(cases)]
     streams = [torch.cuda.Stream() for _ in cases]
     torch.cuda.synchronize()
@@ -291,8 +249,8 @@ def test_other_than_the_current_device(op, backend):
         pytest.skip(f"needs two GPUs, there is {torch.cuda.device_count()}")
     other = torch.device("cuda", 1)
     assert torch.cuda.current_device() == 0
-    want = results(op, op.inputs((37, 129)), seed=7, backend=backend)
-    got = results(op, op.inputs((37, 129), device=other), seed=7, backend=backend)
+    want = results(op, inputs_of(op, (37, 129)), seed=7, backend=backend)
+    got = results(op, inputs_of(op, (37, 129), device=other), seed=7, backend=backend)
     assert all(x.device == other for x in got)
     assert torch.cuda.current_device() == 0
     assert_same([x.cpu() for x in got], [x.cpu() for x in want])
@@ -323,12 +281,12 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_never_waits_for_the_gpu(op, variant, backend):
     keywords = {"seed": seed_tensor(7), "backend": backend, **VARIANTS[variant]}
-    if op.function is fastelbo.gaussian_rsample:
+    if not op.terms:
         keywords.pop("reduction", None)
-    if not op.draws:
-        keywords.pop("num_samples", None)
+    if op not in OPS.values():
+        keywords.pop("scale", None)
     for shape in ((64, 300), (2, 65_536), (5, 3)):
-        inputs = op.inputs(shape)
+        inputs = inputs_of(op, shape)
         weights = upstream(op(*inputs, **keywords))
         results(op, inputs, weights, **keywords)  # what is compiled and loaded once
         with no_synchronisation():
@@ -336,7 +294,7 @@ def test_never_waits_for_the_gpu(op, variant, backend):
 
 
 def test_numbers_as_arguments_do_not_wait(backend):
-    mean, s = OPS["kl"].inputs((64, 300))
+    mean, s = inputs_of(OPS["kl"], (64, 300))
     with no_synchronisation():
         fastelbo.gaussian_kl(mean, s, 0.5, 1.0, backend=backend)
         fastelbo.gaussian_log_prob(mean, 0.0, s, backend=backend)
@@ -365,7 +323,7 @@ def captured(op, inputs, weights, before=None, **keywords):
 @pytest.mark.parametrize("shape", [(64, 300), (2, 65_536)], ids=str)
 def test_graph_of_both_passes(op, shape, backend):
     """A replay computes from what the inputs and the seed hold then."""
-    inputs, seed = op.inputs(shape), seed_tensor(0)
+    inputs, seed = inputs_of(op, shape), seed_tensor(0)
     weights = upstream(op(*inputs, seed=seed, backend=backend))
     graph, found = captured(op, inputs, weights, seed=seed, backend=backend)
     for value in (1, 2, 1):
@@ -433,7 +391,7 @@ def compiled():
 @every_op
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled(op, mode, compiled, backend):
-    inputs, seed = op.inputs((64, 300)), seed_tensor(7)
+    inputs, seed = inputs_of(op, (64, 300)), seed_tensor(7)
     weights = upstream(op(*inputs, seed=seed, backend=backend))
     want = results(op, inputs, weights, seed=seed, backend=backend)
 
@@ -504,7 +462,7 @@ class OnTheGPU(TorchDispatchMode):
 @pytest.mark.parametrize("seed", [None, 7], ids=["drawn", "int"])
 def test_a_seed_launches_nothing(op, seed):
     """CUDA C++ takes its value; second derivatives, by plain torch, want it on the GPU."""
-    inputs = op.inputs((64, 300))
+    inputs = inputs_of(op, (64, 300))
     with OnTheGPU() as ran:
         outputs = op(*inputs, seed=seed, backend="cuda")
     assert len(ran.names) == 1, ran.names
@@ -528,14 +486,14 @@ def test_backends_draw_the_same_seeds(installed):
 @every_op
 @halves_too
 def test_keeps_nothing_but_inputs_and_seed(op, dtype, backend):
-    inputs = op.inputs((64, 300), dtype)
+    inputs = inputs_of(op, (64, 300), dtype)
     for seed in (seed_tensor(7), None):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
             op(*inputs, seed=seed, backend=backend)
         mine = {x.data_ptr() for x in inputs}
         others = [x for x in kept if x.data_ptr() not in mine]
-        assert [(x.numel(), x.dtype) for x in others] == ([(1, torch.int64)] if op.draws else [])
+        assert [(x.numel(), x.dtype) for x in others] == ([(1, torch.int64)] if op.drawn else [])
 
 
 def peak_of(function):
@@ -552,7 +510,7 @@ def peak_of(function):
 @every_op
 @halves_too
 def test_peak_memory_is_the_results(op, dtype, backend):
-    inputs, seed = op.inputs((4096, 1024), dtype), seed_tensor(7)
+    inputs, seed = inputs_of(op, (4096, 1024), dtype), seed_tensor(7)
     weights = upstream(op(*inputs, seed=seed, backend=backend))
     results(op, inputs, weights, seed=seed, backend=backend)
     outputs, forward = peak_of(lambda: op(*inputs, seed=seed, backend=backend))
