@@ -18,29 +18,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 os.environ["TRITON_INTERPRET"] = "1"  # lets the backend take CPU tensors ...
+import ops
+
 import fastelbo
 from fastelbo import _library
-from fastelbo.testing import gaussian
 
 del os.environ["TRITON_INTERPRET"]  # ... but the kernels, imported at the first call, are those of a GPU
 _library.INTERPRETED = False
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-OPS = {
-    "gaussian_rsample": (fastelbo.gaussian_rsample, 2),
-    "gaussian_kl": (fastelbo.gaussian_kl, 2),
-    "gaussian_kl-prior": (fastelbo.gaussian_kl, 4),
-    "gaussian_rsample_kl": (fastelbo.gaussian_rsample_kl, 2),
-    "gaussian_rsample_kl-prior": (fastelbo.gaussian_rsample_kl, 4),
-    "gaussian_log_prob": (fastelbo.gaussian_log_prob, 3),
-}
-WIDEST = ("gaussian_rsample_kl-prior", "gaussian_log_prob")  # between them they call all there is
+WIDEST = ("rsample_kl-prior", "log_prob")  # between them they call all there is
 
 # keywords of the public op, shape, dtype, and the ops it is compiled for
 CASES = {
-    "float32": ({}, (4096, 256), torch.float32, OPS),
-    "bfloat16": ({}, (4096, 256), torch.bfloat16, OPS),
+    "float32": ({}, (4096, 256), torch.float32, ops.KERNELS),
+    "bfloat16": ({}, (4096, 256), torch.bfloat16, ops.KERNELS),
     "float16": ({}, (4096, 256), torch.float16, WIDEST),
     "float64": ({}, (64, 256), torch.float64, WIDEST),
     "softplus": ({"scale": fastelbo.Scale.softplus()}, (4096, 256), torch.float32, WIDEST),
@@ -120,13 +113,13 @@ def compile_for(capability: int) -> list:
 def main(capability: int) -> None:
     compiled = compile_for(capability)
     found = {}
-    for case, (keywords, shape, dtype, ops) in CASES.items():
-        for op in ops:
+    for case, (keywords, shape, dtype, names) in CASES.items():
+        for op in names:
             compiled.clear()
-            run(*OPS[op], keywords, shape, dtype)
+            run(ops.KERNELS[op], keywords, shape, dtype)
             for name, kernel, options in compiled:
                 elements = options["R"] * options["C"] // (32 * options["num_warps"])
-                found[f"{op}{name}-{case}"] = {**resources(kernel), "elements": elements}
+                found[f"gaussian_{op}{name}-{case}"] = {**resources(kernel), "elements": elements}
     layers = {**LAYERS, **LAYERS_OVER_BOXES} if capability == 90 else {case: LAYERS[case] for case in LAYERS_EVERYWHERE}
     for case, layer in layers.items():
         compiled.clear()
@@ -147,13 +140,9 @@ def over_boxes(wanted):
     masked_conv2d_tma._multiprocessors = lambda tensor: 132
 
 
-def run(function, arity, keywords, shape, dtype):
-    q, p = gaussian(shape, dtype=dtype), gaussian(shape, dtype=dtype, seed=1)
-    inputs = [tensor.requires_grad_() for tensor in {2: q, 3: (p[0], *q), 4: (*q, *p)}[arity]]
-    if "rsample" in function.__name__:
-        keywords = {**keywords, "seed": 0}
-    outputs = function(*inputs, **keywords, backend="triton")
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+def run(op, keywords, shape, dtype):
+    inputs = op.inputs(shape, dtype)
+    outputs = op(*inputs, **keywords, backend="triton")
     torch.autograd.grad(outputs, inputs, [torch.ones_like(out) for out in outputs])
 
 

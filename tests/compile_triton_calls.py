@@ -16,6 +16,8 @@ import triton
 
 if __name__ == "__main__":
     import compile_triton  # before fastelbo: it has the kernels compiled
+from ops import GAUSSIAN, PLAIN
+
 import fastelbo
 from fastelbo.testing import gaussian
 
@@ -39,14 +41,17 @@ DRAWN = {
 SUMMED = {"mask": ("none", "full", "row", "column", "one"), "event_ndim": (None, 0, 2)}
 PRIOR = {"prior": ("none", "shared scale", "own scale", "balanced", "numbers", "without gradient")}
 
-# What calls of an op may be given; the first of each is what most give.
-OPTIONS = {
-    "gaussian_rsample": {**TENSORS, **SCALES, **DRAWN},
-    "gaussian_kl": {**TENSORS, **SCALES, **PRIOR, **SUMMED},
-    "gaussian_rsample_kl": {**TENSORS, **SCALES, **PRIOR, **SUMMED, **DRAWN},
-    "gaussian_log_prob": {**TENSORS, **SCALES, **SUMMED, "x_grad": (True, False)},
-    "gaussian_nll": {**TENSORS, **SUMMED},
-}
+
+def options(op):
+    """What calls of an op may be given; the first of each is what most give."""
+    found = {**TENSORS}
+    if op.name == op.file:  # else its kernels are another's, which calls of that compile
+        found |= SCALES | (PRIOR if "mean_q" in op.tensors else {})
+    found |= (SUMMED if op.terms else {}) | (DRAWN if op.drawn else {})
+    return found | ({"x_grad": (True, False)} if "x" in op.tensors and op.name == op.file else {})
+
+
+OPTIONS = {name: options(op) for name, op in PLAIN.items() if op in GAUSSIAN.values()}
 SHAPES = {"uneven": (61, 256), "odd": (64, 31), "one column": (64, 1), "long": (2, 100_000)}
 
 
@@ -108,7 +113,7 @@ def run(op, layout, dtype, s="full", prior="none", mask="none", noise="drawn", x
 
     mean, raw = tensor(shapes["full"], narrow), tensor(shapes[s], wide)
     inputs = [mean.requires_grad_(), raw.requires_grad_()]
-    if op in ("gaussian_log_prob", "gaussian_nll"):
+    if "x" in PLAIN[op].tensors:
         inputs.insert(0, tensor(shapes["full"], wide).requires_grad_(x_grad))
     if prior == "numbers":
         inputs += [0.5, 0.5]
@@ -125,10 +130,7 @@ def run(op, layout, dtype, s="full", prior="none", mask="none", noise="drawn", x
         samples = keywords.get("num_samples")
         sampled = (samples,) if samples and noise != "one" else ()
         keywords["noise"] = torch.zeros((*sampled, *((1,) * (2 - len(shapes[noise]))), *shapes[noise]), dtype=wide)
-    elif "rsample" in op:
-        keywords["seed"] = 0
-    outputs = getattr(fastelbo, op)(*inputs, **keywords, backend="triton")
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = PLAIN[op](*inputs, **keywords, backend="triton")
     wanted = [value for value in inputs if isinstance(value, torch.Tensor) and value.requires_grad]
     torch.autograd.grad(outputs, wanted, [torch.ones_like(out) for out in outputs])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import train_vae
+from ops import GAUSSIAN
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
@@ -24,8 +25,21 @@ from fastelbo.testing import gaussian
 ONE = [(placement,) for placement in (Replicate(), Shard(0), Shard(1), Shard(2), Partial())]
 TWO = [(Shard(0), Shard(1)), (Shard(1), Shard(0)), (Replicate(), Shard(2)), (Shard(0), Partial())]
 SHAPE = (5, 3, 4)  # uneven on 2 and 4 ranks, and of the 4 some have nothing
-OPS, CASES = {}, {}
+CASES = {}
 CPU = torch.device("cpu")
+
+
+def plain(name, op):
+    """The plain call of an op, from mean and raw scale of q, and x and p."""
+
+    def function(mean, s, x, p):
+        return op(*op.of((mean, s), (x, p)))
+
+    function.__name__ = name
+    return function
+
+
+OPS = {name: plain(name, op) for name, op in GAUSSIAN.items()}  # and further calls, below
 
 
 def op(function):
@@ -62,11 +76,6 @@ def rsample_inward(mean, s, x, p):
 @op
 def rsample_noise(mean, s, x, p):
     return fastelbo.gaussian_rsample(mean, s, noise=x.detach())
-
-
-@op
-def kl(mean, s, x, p):
-    return fastelbo.gaussian_kl(mean, s)
 
 
 @op
@@ -107,11 +116,6 @@ def rsample_kl(mean, s, x, p):
 @op
 def rsample_kl_elementwise(mean, s, x, p):
     return fastelbo.gaussian_rsample_kl(mean, s, seed=11, event_ndim=0, num_samples=2)
-
-
-@op
-def log_prob(mean, s, x, p):
-    return fastelbo.gaussian_log_prob(x, mean, s)
 
 
 @op

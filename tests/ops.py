@@ -1,8 +1,9 @@
 """The one table of ops: what tests, and benchmarks, of every op call, and with what. It needs torch and fastelbo alone.
 
 An op has an entry for each way to call it that kernels tell apart, the plainest first. GAUSSIAN and CONVOLUTIONS have
-those of a kind, by short names; OPS has both. PLAIN has the first of each function, by the function's name, and FILES
-the files' names. tests/test_layout.py fails for a function of fastelbo/ops/ that has no entry.
+those of a kind, by short names; OPS has both. KERNELS has the Gaussian ones but for what another op's kernels compute,
+PLAIN the first of each function, by the function's name, FILES the files' names. tests/test_layout.py fails for a
+function of fastelbo/ops/ that has no entry.
 """
 
 from collections.abc import Callable
@@ -63,7 +64,7 @@ class Gaussian(NamedTuple):
     def __call__(self, *inputs, **keywords):
         return _call(self, inputs, keywords)
 
-    def shapes(self, shape):
+    def shapes(self, shape=(4, 6)):
         """Of each tensor, by name."""
         return dict.fromkeys(self.tensors, shape)
 
@@ -109,7 +110,7 @@ class Convolution(NamedTuple):
     def __call__(self, *inputs, **keywords):
         return _call(self, inputs, {**self.keywords, **keywords})
 
-    def shapes(self, size, *, images=2, channels=3, outputs=8):
+    def shapes(self, size=(5, 4), *, images=2, channels=3, outputs=8):
         """Of each tensor, by name.
 
         Args:
@@ -144,6 +145,7 @@ CONVOLUTIONS = {
     "causal_conv2d-horizontal": Convolution(fastelbo.causal_conv2d, (1, 2), {"stack": "horizontal"}),
 }
 OPS = {**GAUSSIAN, **CONVOLUTIONS}
+KERNELS = {name: op for name, op in GAUSSIAN.items() if op.name == op.file}
 PLAIN: "dict[str, Gaussian | Convolution]" = {}
 for _op in OPS.values():
     PLAIN.setdefault(_op.name, _op)

@@ -1,4 +1,4 @@
-"""Tries an installed fastelbo: python smoke.py, in an environment of torch, fastelbo and nothing else.
+"""Tries an installed fastelbo: python smoke.py, beside ops.py, in an environment of torch, fastelbo and nothing else.
 
 Every op on every backend that runs here against the reference, the compiler, a network with its sampler, and the report
 of python -m fastelbo. `make wheel-test` runs it; the test suite tests the same in depth.
@@ -15,46 +15,23 @@ from torch import nn
 if not torch.cuda.is_available():  # Triton's interpreter runs the kernels on the CPU; read when they are imported
     os.environ["TRITON_INTERPRET"] = "1"
 
+from ops import CONVOLUTIONS, OPS
+
 import fastelbo
 from fastelbo.testing import assert_within_budget, gaussian
 
-IMAGE, GATED = (3, 24, 9, 8), {"activation": "tanh_sigmoid"}
 
-# Name: the op, the shapes of its tensors, and its keywords; the tensor called noise takes no gradient.
-CASES = {
-    "gaussian_rsample": ("gaussian_rsample", {"mean": (5, 37), "s": (5, 37), "noise": (5, 37)}, {}),
-    "gaussian_kl": ("gaussian_kl", {name: (5, 37) for name in ("mean_q", "s_q", "mean_p", "s_p")}, {}),
-    "gaussian_rsample_kl": ("gaussian_rsample_kl", {"mean_q": (5, 37), "s_q": (5, 37), "noise": (5, 37)}, {}),
-    "gaussian_log_prob": ("gaussian_log_prob", {"x": (5, 37), "mean": (5, 37), "s": (5, 37)}, {}),
-    "gaussian_nll": ("gaussian_nll", {"x": (5, 37), "mean": (5, 37), "s": (5, 37)}, {}),
-    "masked_conv2d": ("masked_conv2d", {"input": IMAGE, "weight": (16, 24, 5, 5), "bias": (16,)}, {"mask_type": "A"}),
-    "masked_conv2d, gated": (
-        "masked_conv2d",
-        {"input": IMAGE, "weight": (16, 24, 3, 3), "bias": (16,)},
-        {"mask_type": "B", **GATED},
-    ),
-    "causal_conv2d, vertical": (
-        "causal_conv2d",
-        {"input": IMAGE, "weight": (16, 24, 2, 3), "bias": (16,)},
-        {"stack": "vertical", **GATED},
-    ),
-    "causal_conv2d, horizontal": (
-        "causal_conv2d",
-        {"input": IMAGE, "weight": (16, 24, 1, 2), "bias": (16,)},
-        {"stack": "horizontal"},
-    ),
-}
-
-
-def run(case, dtype, inputs_dtype, backend, device):
+def run(op, dtype, inputs_dtype, backend, device):
     """The op's results and gradients by name, for values of inputs_dtype computed in dtype."""
-    op, shapes, keywords = CASES[case]
+    convolved = {"size": (9, 8), "images": 3, "channels": 24, "outputs": 16}
+    shapes = op.shapes(**convolved) if op in CONVOLUTIONS.values() else op.shapes((5, 37))
+    if op.drawn:
+        shapes["noise"] = (5, 37)
     inputs = {
         name: gaussian(shape, seed=seed)[0].to(device, inputs_dtype).to(dtype).requires_grad_(name != "noise")
         for seed, (name, shape) in enumerate(shapes.items())
     }
-    results = getattr(fastelbo, op)(**inputs, **keywords, backend=backend)
-    results = results if isinstance(results, tuple) else (results,)
+    results = op(**inputs, backend=backend)
     wanted = {name: tensor for name, tensor in inputs.items() if name != "noise"}
     upstream = [gaussian(result.shape, seed=9)[0].to(result) for result in results]
     gradients = torch.autograd.grad(results, list(wanted.values()), upstream)
@@ -63,11 +40,11 @@ def run(case, dtype, inputs_dtype, backend, device):
 
 
 def try_ops(backend, device):
-    for case in CASES:
+    for case, op in OPS.items():
         for dtype in (torch.float32, torch.bfloat16):
-            exact = run(case, torch.float64, dtype, "reference", device)
-            plain = run(case, dtype, dtype, "reference", device)
-            for name, actual in run(case, dtype, dtype, backend, device).items():
+            exact = run(op, torch.float64, dtype, "reference", device)
+            plain = run(op, dtype, dtype, "reference", device)
+            for name, actual in run(op, dtype, dtype, backend, device).items():
                 assert actual.dtype == plain[name].dtype, (case, name)
                 assert_within_budget(actual, exact[name], plain[name], f"{case} on {backend}, {dtype}, {name}")
 
@@ -149,7 +126,7 @@ def main():
         device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
         try_ops(backend, device)
         try_noise(backend, device)
-        print(f"{backend}: {len(CASES)} ops in float32 and bfloat16, with gradients, and the noise: as the reference")
+        print(f"{backend}: {len(OPS)} calls in float32 and bfloat16, with gradients, and the noise: as the reference")
     try_compiler()
     print("torch.compile, aot_eager, fullgraph: as eager")
     try_network()

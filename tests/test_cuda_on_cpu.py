@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ops import FILES
 
 ROOT = Path(__file__).parent.parent
 CXX = os.environ.get("CXX", "c++")
@@ -52,11 +53,7 @@ def library(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "chosen"),
     [
-        ("gaussian_rsample", "cpu"),
-        ("gaussian_kl", "cpu"),
-        ("gaussian_rsample_kl", "cpu"),
-        ("gaussian_log_prob", "cpu"),
-        ("masked_conv2d", "cpu or opcheck"),
+        *((name, "cpu or opcheck" if name == "masked_conv2d" else "cpu") for name in FILES),
         ("sampling", "cpu"),
         ("memory", "layout_changes and cpu"),
         ("rows", "cpu"),

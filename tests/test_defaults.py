@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from ops import GAUSSIAN
 from torch import nn
 
 import common
@@ -72,14 +73,20 @@ def assert_same(got, want):
 
 
 MASK, NOISE, K_NOISE, SEED = values(9, 4, 6) > -0.5, values(8, 4, 6), values(8, 3, 4, 6), torch.tensor([5])
-q_and_p = functools.partial(tensors, 4)
-q = functools.partial(tensors, 2)
-x_and_q = functools.partial(tensors, 3)
-half_q = functools.partial(tensors, 2, dtype=torch.bfloat16)
 IMAGE = (2, 6, 5, 4)
-
+KEYWORDS = {  # of the plain call of each op
+    "kl-prior": {"balance": 0.8, "mask": MASK, "scale_p": Scale.nvae()},
+    "rsample_kl": {"num_samples": 2},
+    "rsample_kl-prior": {"mask": MASK, "balance": 0.5, "noise": NOISE},
+    "log_prob": {"mask": MASK},
+    "nll": {"beta_nll": 0.5, "mask": MASK, "reduction": "mean"},
+}
 OPS = {
-    "rsample": (fastelbo.gaussian_rsample, q, {}),
+    name: (op.function, functools.partial(tensors, op.arity), KEYWORDS.get(name, {})) for name, op in GAUSSIAN.items()
+}
+q, q_and_p, x_and_q = (OPS[name][1] for name in ("kl", "kl-prior", "log_prob"))
+half_q = functools.partial(q, dtype=torch.bfloat16)
+OPS |= {
     "rsample-half": (fastelbo.gaussian_rsample, half_q, {"num_samples": 3}),
     "rsample-seed": (fastelbo.gaussian_rsample, q, {"seed": 2**63 + 1, "noise_offset": 3, "temperature": 0.7}),
     "rsample-noise": (fastelbo.gaussian_rsample, q, {"noise": K_NOISE, "num_samples": 3, "out_dtype": torch.float16}),
@@ -89,22 +96,16 @@ OPS = {
         q,
         {"scale": Scale("logvar", clamp=(-0.5, 0.5), clamp_grad="inward")},
     ),
-    "kl": (fastelbo.gaussian_kl, q, {}),
     "kl-half": (fastelbo.gaussian_kl, half_q, {"scale": Scale.softplus(), "reduction": "mean"}),
-    "kl-prior": (fastelbo.gaussian_kl, q_and_p, {"balance": 0.8, "mask": MASK, "scale_p": Scale.nvae()}),
     "kl-numbers": (lambda m, s, **k: fastelbo.gaussian_kl(m, s, 0.1, 0.3, **k), q, {"scale_p": "var"}),
     **{
         f"kl-{per}": (fastelbo.gaussian_kl, q_and_p, {"free_bits": 0.1, "free_bits_per": per, "mask": MASK})
         for per in ("dim", "example", "batch")
     },
     "kl-mean": (fastelbo.gaussian_kl, q, {"mask": MASK, "reduction": "mean", "event_ndim": 0}),
-    "rsample_kl": (fastelbo.gaussian_rsample_kl, q, {"num_samples": 2}),
     "rsample_kl-z": (lambda *x, **k: fastelbo.gaussian_rsample_kl(*x, **k)[0], q_and_p, {"seed": SEED}),
     "rsample_kl-kl": (lambda *x, **k: fastelbo.gaussian_rsample_kl(*x, **k)[1], q_and_p, {"free_bits": 1.0}),
-    "rsample_kl-prior": (fastelbo.gaussian_rsample_kl, q_and_p, {"mask": MASK, "balance": 0.5, "noise": NOISE}),
-    "log_prob": (fastelbo.gaussian_log_prob, x_and_q, {"mask": MASK}),
     "log_prob-one_s": (lambda x, m, s, **k: fastelbo.gaussian_log_prob(x, m, s[0, 0], **k), x_and_q, {}),
-    "nll": (fastelbo.gaussian_nll, x_and_q, {"beta_nll": 0.5, "mask": MASK, "reduction": "mean"}),
     "nll-numbers": (lambda x, **k: fastelbo.gaussian_nll(x, 0.1, 0.2, **k), lambda: tensors(1), {}),
 }
 GROUPS = {"channel_groups": 3, "group_order": "interleaved"}

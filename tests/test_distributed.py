@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ops import GAUSSIAN
 from torch import distributed as dist
 
 import fastelbo
@@ -34,7 +35,7 @@ def case_names():
     for line, following in itertools.pairwise(lines):
         if line in names:
             names[line].append(following.split("(")[0].removeprefix("def "))
-    return [f"gaussian_{name}" for name in names["@op"]] + names["@case"]
+    return [*(f"gaussian_{name}" for name in dict.fromkeys((*GAUSSIAN, *names["@op"]))), *names["@case"]]
 
 
 TRAINING = ["vae_trains_as_one_process", "pixelcnn_trains_as_one_process", "compiled_replicas_and_shards"]

@@ -116,5 +116,5 @@ def test_quotes_are_verbatim():
         assert quote in file, f"{named} has no\n{fence['text']}"
         quoted.add(named)
     places = ("fastelbo/reference/{}.py", "tests/test_{}.py", "fastelbo/ops/{}.py", "kernels/{}.py")
-    places += ("csrc/cpu/{}.cpp", "csrc/cuda/{}.cu", "fastelbo/__init__.py", "benchmarks/cases.py")
+    places += ("csrc/cpu/{}.cpp", "csrc/cuda/{}.cu", "fastelbo/__init__.py", "benchmarks/cases.py", "tests/ops.py")
     assert quoted == {place.format("gaussian_log_prob") for place in places}

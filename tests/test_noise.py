@@ -11,6 +11,7 @@ import numpy
 import pytest
 import scipy.stats
 import torch
+from ops import PLAIN
 from tqdm import tqdm
 
 import fastelbo
@@ -22,8 +23,14 @@ MASK = 0xFFFFFFFF
 SEEDS = [0, 1, 42, -1, -(2**63), 2**63 - 1, 2**63, 2**64 - 1, 0x0123456789ABCDEF]
 OFFSETS = [0, 1, 2, 3, 4, 1021, 2**33 + 7, 2**34 - 4098, 2**34 - 2, 2**34 + 5, 2**40 + 3, 2**62 + 1]
 
-# The two ops that draw, as functions that return z.
-SAMPLERS = [fastelbo.gaussian_rsample, lambda *args, **keywords: fastelbo.gaussian_rsample_kl(*args, **keywords)[0]]
+
+def sampler(op):
+    """An op as a function that returns z."""
+    (position,) = op.drawn
+    return lambda *tensors, seed=None, **keywords: op(*tensors, seed=seed, **keywords)[position]
+
+
+SAMPLERS = {name: sampler(op) for name, op in PLAIN.items() if op.drawn}
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 
@@ -180,7 +187,7 @@ def inputs(shape=(3, 5, 6, 37), dtype=torch.float32):
 def test_layout(backend, dtype, layout, of):
     mean, s = inputs(dtype=dtype)
     laid_out = [LAYOUTS[layout](x) if of in (name, "both") else x for name, x in (("mean", mean), ("s", s))]
-    for op in SAMPLERS:
+    for op in SAMPLERS.values():
         want = op(mean, s, seed=9, noise_offset=3, backend=backend)
         assert torch.equal(op(*laid_out, seed=9, noise_offset=3, backend=backend), want)
 
@@ -334,7 +341,7 @@ def test_portable_agrees_with_vectors(run_on_isa):
 def test_backward_draws_the_same_noise(backend, dtype, size):
     """With sigma 1 and upstream 1 the gradient of sigma is the noise, bit by bit."""
     mean, std = torch.zeros(size, dtype=dtype), torch.ones(size, dtype=dtype, requires_grad=True)
-    for op in SAMPLERS:
+    for op in SAMPLERS.values():
         z = op(mean, std, scale="std", seed=8, noise_offset=1, backend=backend)
         (d_std,) = torch.autograd.grad(z.sum(), std)
         assert torch.equal(d_std, z)
@@ -381,7 +388,7 @@ def test_given_noise_is_used_and_nothing_drawn(backend, num_samples):
     mean, s = (tensor.requires_grad_() for tensor in inputs())
     noise = draw(tuple(mean.shape), 6, num_samples=num_samples, backend=backend)
     state = rng_state()
-    for op in SAMPLERS:
+    for op in SAMPLERS.values():
         results = []
         for way in ({"noise": noise}, {"noise": LAYOUTS["channels-last"](noise)} if num_samples is None else {}, {}):
             z = op(mean, s, num_samples=num_samples, backend=backend, **(way or {"seed": 6}))
@@ -391,11 +398,9 @@ def test_given_noise_is_used_and_nothing_drawn(backend, num_samples):
     assert torch.equal(rng_state(), state)
 
 
-@pytest.mark.parametrize("op", ["gaussian_rsample", "gaussian_rsample_kl"])
+@pytest.mark.parametrize("op", SAMPLERS)
 def test_seed_from_torch_generator(backend, op):
-    def call(**keywords):
-        out = getattr(fastelbo, op)(*inputs(), backend=backend, **keywords)
-        return out if isinstance(out, torch.Tensor) else out[0]
+    call = functools.partial(SAMPLERS[op], *inputs(), backend=backend)
 
     torch.manual_seed(1)
     first, second = call(), call()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from ops import KERNELS, OPS
 from rounding import convolution_errors
 
 import fastelbo
@@ -283,14 +284,12 @@ def test_log_prob_agrees_with_the_reference(data):
 
 
 def some_gaussian_op(data):
-    """A function of tensors, the kinds of these, and the op's name."""
+    """A function of tensors, the kinds of these, and the op."""
     scale, draw = scales(data), draws(data)
-    op = data.draw(st.sampled_from(["gaussian_rsample", "gaussian_kl", "gaussian_rsample_kl", "gaussian_log_prob"]))
-    kinds = [None, None, scale.kind] if op == "gaussian_log_prob" else [None, scale.kind]
-    if op in ("gaussian_kl", "gaussian_rsample_kl") and data.draw(st.booleans(), "prior"):
-        kinds += kinds
-    options = draw if "rsample" in op else {}
-    return lambda *x, **more: getattr(fastelbo, op)(*x, scale=scale, **options, **more, backend="cpu"), kinds, op
+    op = data.draw(st.sampled_from(list(KERNELS.values())), "op")
+    kinds = [scale.kind if name.startswith("s") else None for name in op.tensors]
+    options = draw if op.drawn else {}
+    return lambda *x, **more: op.function(*x, scale=scale, **options, **more, backend="cpu"), kinds, op
 
 
 @cases(250)
@@ -299,7 +298,7 @@ def test_neither_layout_nor_dtype_changes_a_bit_of_the_arithmetic(data):
     call, kinds, op = some_gaussian_op(data)
     tensors = operands(data, kinds, data.draw(st.sampled_from([DTYPES[:1], DTYPES[2:], DTYPES]), "dtypes"))
     shape = shape_of(tensors)
-    options = {} if op == "gaussian_rsample" else reductions(data, shape)
+    options = reductions(data, shape) if op.terms else {}
     given = [x for x in tensors if isinstance(x, torch.Tensor)]
     dtypes = {x.dtype for x in given if x.dim() > 0} or {x.dtype for x in given}
     arithmetic = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -342,7 +341,7 @@ def test_kl_is_never_negative_and_nothing_to_itself(data):
 @cases(80)
 def test_masked_elements_are_nothing_whatever_they_hold(data):
     call, kinds, op = some_gaussian_op(data)
-    if op == "gaussian_rsample":
+    if not op.terms:
         return
     tensors = operands(data, kinds, [data.draw(st.sampled_from(DTYPES), "dtype")], numbers=False, whole=True)
     shape = shape_of(tensors)
@@ -364,7 +363,7 @@ def test_masked_elements_are_nothing_whatever_they_hold(data):
 def test_sums_add_up(data):
     """What is reduced is the sum of what is not."""
     call, kinds, op = some_gaussian_op(data)
-    if op == "gaussian_rsample":
+    if not op.terms:
         return
     tensors = operands(data, kinds, [data.draw(st.sampled_from(DTYPES), "dtype")])
     shape = shape_of(tensors)
@@ -546,18 +545,9 @@ def test_nothing_reads_the_future_nor_a_dead_tap(data):
 
 # Arguments that make no sense
 
-M, S = torch.zeros(4, 6), torch.zeros(4, 6)
-IMAGE, WEIGHT = torch.zeros(2, 3, 5, 4), torch.zeros(6, 3, 3, 3)
-CALLS = {
-    "gaussian_rsample": ((M, S), {}),
-    "gaussian_kl": ((M, S, M, S), {}),
-    "gaussian_rsample_kl": ((M, S, M, S), {}),
-    "gaussian_log_prob": ((M, M, S), {}),
-    "gaussian_nll": ((M, M, S), {}),
-    "masked_conv2d": ((IMAGE, WEIGHT, torch.zeros(6)), {"mask_type": "A"}),
-    "causal_conv2d": ((IMAGE, WEIGHT[:, :, :2], torch.zeros(6)), {"stack": "vertical"}),
-    "conv_mask2d": ((6, 3, 3, "A"), {}),
-}
+M, IMAGE, WEIGHT = torch.zeros(4, 6), torch.zeros(2, 3, 5, 4), torch.zeros(6, 3, 3, 3)
+CALLS = {op.name: (tuple(map(torch.zeros, op.shapes().values())), op.keywords) for op in OPS.values()}
+CALLS |= {"conv_mask2d": ((6, 3, 3, "A"), {})}
 JUNK = [
     None,
     True,

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from ops import GAUSSIAN
 
 import fastelbo
 from fastelbo import Scale, sampling
@@ -55,6 +56,7 @@ GOOD = {
         "x_grad": True,
     },
 }  # fmt: skip
+assert {op.rpartition("_")[0] for op in GOOD} == {op.file for op in GAUSSIAN.values()}
 KL, RSAMPLE, LOG_PROB = ([op for op in GOOD if name in op] for name in ("kl", "rsample_fwd", "log_prob"))
 DRAWS = [op for op in GOOD if "rsample" in op]
 KL_BWD = [op for op in KL if "bwd" in op]

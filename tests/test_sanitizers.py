@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ops import FILES
 
 import fastelbo
 
@@ -18,8 +19,7 @@ BUILD = ROOT / "build" / f"sanitized-{torch.__version__}"  # kept: the next run 
 BEST = {"portable": "portable", "AVX2": "avx2", "AVX-512": "avx512"}[fastelbo.backends.cpu_isa()]
 QUICKLY = [BEST] if BEST == "portable" else [BEST, pytest.param("portable", marks=pytest.mark.slow)]
 PROPERTIES = str(ROOT / "tests" / "test_properties.py")
-OPS = [f"test_{op}.py" for op in ("gaussian_kl", "gaussian_log_prob", "gaussian_rsample", "gaussian_rsample_kl")]
-OPS += ["test_masked_conv2d.py", "test_scale.py", "test_sampling.py"]
+OPS = [f"test_{name}.py" for name in (*FILES, "scale", "sampling")]
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="Apple's compiler is not the one that setup.py asks")
 

@@ -30,7 +30,8 @@ def try_in(folder: Path, python: str, torch: str, wheel: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     bin = folder / "environment" / "bin"
     torch = "torch" if torch == "newest" else f"torch=={torch}"
-    shutil.copy(ROOT / "tests" / "smoke.py", folder)
+    for name in ("smoke.py", "ops.py"):
+        shutil.copy(ROOT / "tests" / name, folder)
     for command in (
         [python, "-m", "venv", folder / "environment"],
         [bin / "pip", "install", "--quiet", "--disable-pip-version-check", torch, wheel],
