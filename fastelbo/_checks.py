@@ -11,7 +11,8 @@ import torch
 
 from fastelbo import _library, _seed
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOATS = "float32, float64, bfloat16 or float16"
 _MAX_DIMS = 15
 _OPTIONAL = ("mean_p", "s_p")
 
@@ -67,7 +68,7 @@ def operands(
                 and value.shape == shape
             ):
                 return _mixed_operands(named, event_ndim, event_name)
-        if dtype in _DTYPES and len(shape) <= _MAX_DIMS and first.layout is torch.strided:
+        if dtype in DTYPES and len(shape) <= _MAX_DIMS and first.layout is torch.strided:
             return values, shape, dtype
     return _mixed_operands(named, event_ndim, event_name)
 
@@ -83,9 +84,8 @@ def _mixed_operands(named, event_ndim, event_name):
             continue
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a tensor or a number; got {type(value).__name__}")
-        if value.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16; got {value.dtype}")
-        dense(name, value)
+        check_dtype(name, value.dtype)
+        check_dense(name, value)
         if value.device != device:
             raise ValueError(f"{name} must be on the device of {anchor_name}, {device}; got {value.device}")
         if value.dim() == 0:
@@ -120,7 +120,40 @@ def _mixed_operands(named, event_ndim, event_name):
     return tuple(made), shape, dtype
 
 
-def dense(name, tensor):
+def check_dtype(name, dtype):
+    """One that the ops compute with."""
+    if dtype not in DTYPES:
+        raise TypeError(f"{name} must be {_FLOATS}; got {dtype}")
+
+
+def check_one_of(name, value, allowed):
+    """A choice among names, or None."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+def check_int(name, value, rule="an int", symbolic=False):
+    """An int, and no bool; symbolic: or what stands for one where sizes are not yet known."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt) if symbolic else int):
+        raise TypeError(f"{name} must be {rule}; got {type(value).__name__}")
+
+
+def check_positive_int(name, value):
+    """A number of things, of which there is at least one, as compiled code holds it."""
+    check_int(name, value, symbolic=True)
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+    if value >= 2**31:
+        raise ValueError(f"{name} must be below 2**31; got {value}")
+
+
+def check_number(name, value, rule="a number"):
+    """A number, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {rule}; got {type(value).__name__}")
+
+
+def check_dense(name, tensor):
     """No kernel reads sparse or nested tensors."""
     if tensor.is_nested or tensor.layout is not torch.strided:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
@@ -163,23 +196,21 @@ def broadcast(a, b):
     return torch.Size(sizes)
 
 
-def event_ndim(value, shape, name="event_ndim"):
+def check_event_ndim(value, shape, name="event_ndim"):
     """The number of trailing dimensions to sum: all but the first where None came."""
     rank = len(shape)
     if value is None:
         return max(rank - 1, 0)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int or None; got {type(value).__name__}")
+    check_int(name, value, "an int or None")
     if not 0 <= value <= rank:
         raise ValueError(f"{name} must be between 0 and {rank} for shape {tuple(shape)}; got {value}")
     return value
 
 
-def sample_dim(value, shape):
+def check_sample_dim(value, shape):
     """The dimension of the samples, of which there must be one."""
     rank = len(shape)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"dim must be an int; got {type(value).__name__}")
+    check_int("dim", value)
     if not -rank <= value < rank:
         raise ValueError(f"dim must be between {-rank} and {rank - 1} for shape {tuple(shape)}; got {value}")
     if shape[value] == 0:
@@ -187,12 +218,12 @@ def sample_dim(value, shape):
     return value
 
 
-def reduction(value):
+def check_reduction(value):
     if value not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be none, sum or mean; got {value!r}")
 
 
-def prior(mean_p, s_p, scale_p):
+def check_prior(mean_p, s_p, scale_p):
     """A prior has a mean and a scale, or neither."""
     if (mean_p is None) != (s_p is None):
         missing = "mean_p" if mean_p is None else "s_p"
@@ -201,64 +232,65 @@ def prior(mean_p, s_p, scale_p):
         raise ValueError("scale_p must come with mean_p and s_p; got it alone")
 
 
-def mask(name, value, shape, device):
+def check_mask(mask, shape, device, name="mask"):
     """A mask says which elements count."""
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
-        kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be a tensor of bool; got {kind}")
-    dense(name, value)
-    if value.device != device:
-        raise ValueError(f"{name} must be on the device of the other tensors, {device}; got {value.device}")
-    if broadcast(value.shape, shape) != shape:
-        raise ValueError(f"{name} must broadcast to shape {tuple(shape)}; got {tuple(value.shape)}")
+    check_dense(name, mask)
+    check_device(name, mask, device)
+    if broadcast(mask.shape, shape) != shape:
+        raise ValueError(f"{name} must broadcast to shape {tuple(shape)}; got {tuple(mask.shape)}")
 
 
-def scalar(name, value, device, at_least=-math.inf):
+def check_device(name, tensor, device):
+    """Of a tensor that comes with others."""
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the device of the other tensors, {device}; got {tensor.device}")
+
+
+def check_scalar(name, value, device, at_least=-math.inf):
     """A number that training may change: as a 0-d tensor, which no traced function is compiled again for."""
     if isinstance(value, torch.Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a number or a floating-point tensor; got {value.dtype}")
         if value.dim() > 0:
             raise ValueError(f"{name} must be a number or 0-d; got shape {tuple(value.shape)}")
-        if value.device != device:
-            raise ValueError(f"{name} must be on the device of the other tensors, {device}; got {value.device}")
+        check_device(name, value, device)
         if at_least > -math.inf and readable(value) and not value.detach() >= at_least:
             raise ValueError(f"{name} must be at least {at_least}; got {value.item()}")
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a 0-d tensor; got {type(value).__name__}")
+    check_number(name, value, "a number or a 0-d tensor")
     if not value >= at_least:
         raise ValueError(f"{name} must be at least {at_least}; got {value}")
 
 
-def fraction(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+def check_fraction(name, value):
+    check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be between 0 and 1; got {value}")
 
 
-def kl_objective(free_bits, free_bits_per, balance, mask_, shape, event_ndim, device, mean_p):
+def check_kl_objective(free_bits, free_bits_per, balance, mask, shape, event_ndim, device, mean_p):
     """What turns a KL divergence into an objective."""
     if free_bits_per not in ("dim", "example", "batch"):
         raise ValueError(f"free_bits_per must be dim, example or batch; got {free_bits_per!r}")
     if free_bits is not None:
-        scalar("free_bits", free_bits, device, at_least=0)
+        check_scalar("free_bits", free_bits, device, at_least=0)
         if free_bits_per == "dim" and event_ndim == 0:
             raise ValueError("event_ndim must be at least 1 for free_bits_per='dim'; got 0")
     if balance is not None:
         if mean_p is None:
             raise ValueError("balance must come with mean_p and s_p; got it alone")
-        fraction("balance", balance)
-    if mask_ is not None:
-        mask("mask", mask_, shape, device)
+        check_fraction("balance", balance)
+    if mask is not None:
+        check_mask(mask, shape, device)
 
 
 def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperature, shape, device):
     """Checks what decides a draw, but for the seed's own value."""
     if num_samples is not None:
-        if isinstance(num_samples, bool) or not isinstance(num_samples, (int, torch.SymInt)):
-            raise TypeError(f"num_samples must be an int or None; got {type(num_samples).__name__}")
+        check_int("num_samples", num_samples, "an int or None", symbolic=True)
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1; got {num_samples}")
         if num_samples >= 2**32:
@@ -268,12 +300,10 @@ def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperatu
                 f"num_samples must make no more than {_MAX_DIMS} dimensions; got {num_samples} in front of {len(shape)}"
             )
         shape = torch.Size((num_samples, *shape))
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a number; got {type(temperature).__name__}")
+    check_number("temperature", temperature)
     if not abs(temperature) <= sys.float_info.max:
         raise ValueError(f"temperature must be finite; got {temperature}")
-    if isinstance(noise_offset, bool) or not isinstance(noise_offset, (int, torch.SymInt)):
-        raise TypeError(f"noise_offset must be an int; got {type(noise_offset).__name__}")
+    check_int("noise_offset", noise_offset, symbolic=True)
     if noise_offset < 0:
         raise ValueError(f"noise_offset must be at least 0; got {noise_offset}")
     if noise_offset >= 2**63:
@@ -284,19 +314,19 @@ def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperatu
         return
     if seed is not None or generator is not None:
         raise ValueError("noise must not be given together with seed or generator")
-    if not isinstance(noise, torch.Tensor) or noise.dtype not in _DTYPES:
+    if not isinstance(noise, torch.Tensor) or noise.dtype not in DTYPES:
         kind = noise.dtype if isinstance(noise, torch.Tensor) else type(noise).__name__
-        raise TypeError(f"noise must be a tensor of float32, float64, bfloat16 or float16; got {kind}")
-    dense("noise", noise)
+        raise TypeError(f"noise must be a tensor of {_FLOATS}; got {kind}")
+    check_dense("noise", noise)
     if noise.device != device:
         raise ValueError(f"noise must be on the device of mean, {device}; got {noise.device}")
     if broadcast(noise.shape, shape) != shape:
         raise ValueError(f"noise must broadcast to the sample's shape {tuple(shape)}; got {tuple(noise.shape)}")
 
 
-def out_dtype(value):
-    if value is not None and value not in _DTYPES:
-        raise TypeError(f"out_dtype must be float32, float64, bfloat16 or float16; got {value}")
+def check_out_dtype(value):
+    if value is not None:
+        check_dtype("out_dtype", value)
 
 
 def readable(tensor):
@@ -304,7 +334,7 @@ def readable(tensor):
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not _library.transformed()
 
 
-def values(valid, message):
+def check_values(valid, message):
     """Checks values: a ValueError where Python can look at them; elsewhere the device asserts it and nobody waits.
 
     Args:
@@ -322,7 +352,7 @@ def values(valid, message):
 # where nothing but metadata is there.
 
 
-def scale_numbers(values):
+def check_scale_numbers(values):
     """The numbers of a Scale, as the ops' schemas carry them."""
     if not 1 <= len(values) <= 10:
         raise ValueError(f"scale must be of 1 to 10 numbers; got {len(values)}")
@@ -346,21 +376,21 @@ def scale_numbers(values):
 _SCALE_DEFAULTS = (0.0, 0.0, -math.inf, math.inf, 0.0, 0.0, 0.0, 1.0)
 
 
-def raw_prior(mean_p, s_p, scale, scale_p, prior_grad=False, balance=None):
+def check_raw_prior(mean_p, s_p, scale, scale_p, prior_grad=False, balance=None):
     """The prior of a raw op, what the scales are, and what of the gradient reaches the prior."""
-    prior(mean_p, s_p, None)
+    check_prior(mean_p, s_p, None)
     if (mean_p is None) != (scale_p is None):
         raise ValueError(f"scale_p must come with mean_p and s_p; got {'it alone' if mean_p is None else 'none'}")
     if prior_grad and mean_p is None:
         raise ValueError("prior_grad must come with mean_p and s_p; got it alone")
     for values in (scale, scale_p):
         if values is not None:
-            scale_numbers(values)
+            check_scale_numbers(values)
     if balance is not None:
-        fraction("balance", balance)
+        check_fraction("balance", balance)
 
 
-def raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, device):
+def check_raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, device):
     """What decides a raw op's draw; the samples' shape."""
     if (seed is None) == (noise is None):
         raise ValueError(f"seed or noise must be given, and not both; got {'neither' if seed is None else 'both'}")
@@ -372,18 +402,16 @@ def raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, device)
     return shape if num_samples is None else (num_samples, *shape)
 
 
-def upstream(name, tensor, shape, device):
+def check_upstream(name, tensor, shape, device):
     """The gradient of a result of the shape."""
-    if tensor.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16; got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on the device of the other tensors, {device}; got {tensor.device}")
+    check_dtype(name, tensor.dtype)
+    check_device(name, tensor, device)
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must be of shape {tuple(shape)}; got {tuple(tensor.shape)}")
 
 
-def raw_event(event_ndim_, mask_, shape, device):
+def check_raw_event(event_ndim, mask, shape, device):
     """The events of a raw op, and its mask."""
-    event_ndim(event_ndim_, shape)
-    if mask_ is not None:
-        mask("mask", mask_, shape, device)
+    check_event_ndim(event_ndim, shape)
+    if mask is not None:
+        check_mask(mask, shape, device)

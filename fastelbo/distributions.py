@@ -60,7 +60,7 @@ class Normal(torch.distributions.Normal):
         if validate and not readable:
             for name, constraint in self.arg_constraints.items():
                 valid = constraint.check(getattr(self, name))
-                _checks.values(valid, f"Expected parameter {name} to satisfy the constraint {constraint!r}")
+                _checks.check_values(valid, f"Expected parameter {name} to satisfy the constraint {constraint!r}")
 
     def expand(self, batch_shape: "Sequence[int]", _instance: Any = None) -> "Normal":
         """The same distribution with its batch dimensions expanded to batch_shape; _instance as in torch."""
@@ -102,7 +102,7 @@ class Normal(torch.distributions.Normal):
 
     def _validate_sample(self, value):
         if isinstance(value, torch.Tensor) and not _checks.readable(value):
-            _checks.values(self.support.check(value), f"Expected value to be within the support {self.support!r}")
+            _checks.check_values(self.support.check(value), f"Expected value to be within the support {self.support!r}")
         else:
             super()._validate_sample(value)
 

@@ -103,15 +103,15 @@ def gaussian_elbo(
         tensor([-5.3447, -5.3447])
     """
     (x, x_mean, x_s), x_shape, _ = _checks.operands(x_event_ndim, "x_event_ndim", x=x, x_mean=x_mean, x_s=x_s)
-    _checks.scalar("beta", beta, x.device)
+    _checks.check_scalar("beta", beta, x.device)
     if x_event_ndim is None and 0 < x.dim() < len(x_shape):
         raise ValueError(
             f"x_event_ndim must be given where x_mean and x_s, of shape {tuple(x_shape)}, have more dimensions than x, "
             f"of shape {tuple(x.shape)}; got None"
         )
-    x_event_ndim = _checks.event_ndim(x_event_ndim, x_shape, "x_event_ndim")
+    x_event_ndim = _checks.check_event_ndim(x_event_ndim, x_shape, "x_event_ndim")
     if x_mask is not None:
-        _checks.mask("x_mask", x_mask, x_shape, x.device)
+        _checks.check_mask(x_mask, x_shape, x.device, "x_mask")
     options: dict[str, Any] = {"event_ndim": x_event_ndim, "mask": x_mask, "backend": backend}
     nll = _x_term(x, x_mean, x_s, scale=x_scale, **options)
     kl = _z_term(
@@ -197,10 +197,9 @@ def iwae_bound(
         >>> fastelbo.iwae_bound(log_p_x, log_p_z, log_q_z, estimator="dreg", z=z).shape
         torch.Size([2])
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {estimator!r}")
+    _checks.check_one_of("estimator", estimator, ESTIMATORS)
     (log_p_x, log_p_z, log_q_z), shape, _ = _checks.operands(log_p_x=log_p_x, log_p_z=log_p_z, log_q_z=log_q_z)
-    dim = _checks.sample_dim(dim, shape)
+    dim = _checks.check_sample_dim(dim, shape)
     wide_p_x, wide_p_z, wide_q_z = arithmetic(log_p_x, log_p_z, log_q_z)
     log_w = wide_p_x + wide_p_z - wide_q_z
     if estimator != "iwae":
@@ -291,7 +290,7 @@ def importance_weighted_log_likelihood(
     with torch.no_grad():
         for chunk in (log_weights,) if isinstance(log_weights, torch.Tensor) else log_weights:
             (chunk,), shape, _ = _checks.operands(log_weights=chunk)
-            part = torch.logsumexp(arithmetic(chunk)[0], _checks.sample_dim(dim, shape))
+            part = torch.logsumexp(arithmetic(chunk)[0], _checks.check_sample_dim(dim, shape))
             if total is not None and part.shape != total.shape:
                 raise ValueError(f"log_weights must be of one batch, {tuple(total.shape)}; got {tuple(part.shape)}")
             total = part if total is None else torch.logaddexp(total, part)
@@ -345,7 +344,7 @@ def gaussian_rsample_log_prob(
     """
     scale = as_scale(scale)
     (mean, s), shape, _ = _checks.operands(event_ndim, mean=mean, s=s)
-    event_ndim = _checks.event_ndim(event_ndim, shape)
+    event_ndim = _checks.check_event_ndim(event_ndim, shape)
     draw = num_samples, noise, seed, generator, noise_offset, out_dtype, backend
     z, noise = _draw_and_noise(mean, s, scale, shape, *draw)
     log_std, _ = log_std_and_std(arithmetic(s)[0], scale)
@@ -413,10 +412,10 @@ def gaussian_one_sample_kl(
         (torch.Size([5, 2]), tensor(True))
     """
     scale = as_scale(scale)
-    _checks.prior(mean_p, s_p, scale_p)
+    _checks.check_prior(mean_p, s_p, scale_p)
     scale_p = scale if scale_p is None else as_scale(scale_p, "scale_p")
     (mean_q, s_q, mean_p, s_p), shape, _ = _checks.operands(event_ndim, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)
-    event_ndim = _checks.event_ndim(event_ndim, shape)
+    event_ndim = _checks.check_event_ndim(event_ndim, shape)
     out_dtype = out_dtype or _checks.promoted(mean_q, s_q)
     draw = num_samples, noise, seed, generator, noise_offset, out_dtype, backend
     z, noise = _draw_and_noise(mean_q.expand(shape), s_q, scale, shape, *draw)
@@ -469,7 +468,7 @@ def optimal_sigma(
     apart = torch.sub(*arithmetic(x.detach(), mean.detach()))
     over: dict[str, Any] = {"dim": dim, "keepdim": dim is not None}
     if mask is not None:
-        _checks.mask("mask", mask, shape, x.device)
+        _checks.check_mask(mask, shape, x.device)
         apart = torch.where(mask, apart, 0.0)
     # in float64 no square of a float32 number is out of range
     squared = apart.double().square().mean(**over)

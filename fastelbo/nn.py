@@ -41,7 +41,7 @@ class _CausalConv2d(nn.Conv2d):
     ):
         op.check_options(dilation, activation)
         if backend is not None:
-            op.one_of("backend", backend, backends.BACKENDS)
+            _checks.check_one_of("backend", backend, backends.BACKENDS)
         self._mask_options = None  # nn.Conv2d's constructor resets the parameters before there is a mask
         super().__init__(
             in_channels, out_channels, stored_size, dilation=dilation, bias=bias, device=device, dtype=dtype
@@ -521,9 +521,9 @@ class GatedMaskedConv2d(nn.Module):
         dtype: "torch.dtype | None" = None,
     ) -> None:
         super().__init__()
-        op.one_of("mask_type", mask_type, op.MASK_TYPES)
-        op.one_of("link", link, ("shift", "mask-first-layer"))
-        op.one_of("activation", activation, op.GATES)
+        _checks.check_one_of("mask_type", mask_type, op.MASK_TYPES)
+        _checks.check_one_of("link", link, ("shift", "mask-first-layer"))
+        _checks.check_one_of("activation", activation, op.GATES)
         can_add = mask_type == "B" and in_channels == out_channels
         if residual and not can_add:
             raise ValueError(
@@ -623,7 +623,7 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
         """
         negative = "var has negative entry/entries"
         if isinstance(var, torch.Tensor):
-            _checks.values((var < 0).logical_not(), negative)  # NaN passes
+            _checks.check_values((var < 0).logical_not(), negative)  # NaN passes
             if input.shape[:-1] == var.shape != input.shape:
                 var = var.unsqueeze(-1)
             elif var.shape != input.shape and not _one_is_1(input.shape, var.shape):
@@ -651,6 +651,5 @@ def _square(name: str, value: Any) -> int:
         if len(set(value)) != 1:
             raise ValueError(f"{name} must be the same in both directions; got {tuple(value)}")
         value = value[0]
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+    _checks.check_int(name, value)
     return value

@@ -97,10 +97,8 @@ class Scale:
     beta: float = 1.0
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"scale must be one of {', '.join(KINDS)}; got {self.kind!r}")
-        if self.clamp_grad not in CLAMP_GRADS:
-            raise ValueError(f"clamp_grad must be one of {', '.join(CLAMP_GRADS)}; got {self.clamp_grad!r}")
+        _checks.check_one_of("scale", self.kind, KINDS)
+        _checks.check_one_of("clamp_grad", self.clamp_grad, CLAMP_GRADS)
         lo, hi = -math.inf, math.inf
         if self.clamp is not None:
             try:
@@ -114,8 +112,7 @@ class Scale:
             value = getattr(self, name)
             if value is None and name == "soft_clamp":
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+            _checks.check_number(name, value)
             if not least <= value <= _HUGE:  # in float32, too, as its inverse where it has one
                 rule = "at least 0 and finite" if least == 0 else "positive and finite"
                 where = " in float32" if 0 < value < math.inf else ""
@@ -194,7 +191,7 @@ def numbers(scale: "Scale | None") -> "list[float] | None":
 
 @functools.lru_cache(maxsize=1024)
 def _of_numbers(values):
-    kind, clamp_grad, lo, hi, soft_clamp, min_std, var_eps, beta = _checks.scale_numbers(values)
+    kind, clamp_grad, lo, hi, soft_clamp, min_std, var_eps, beta = _checks.check_scale_numbers(values)
     limits: dict[str, Any] = {"clamp": (lo, hi), "clamp_grad": CLAMP_GRADS[int(clamp_grad)]}
     limits = {} if (lo, hi) == (-math.inf, math.inf) else limits
     return Scale(KINDS[int(kind)], **limits, soft_clamp=soft_clamp or None, min_std=min_std, var_eps=var_eps, beta=beta)
@@ -214,7 +211,6 @@ def as_scale(scale: "str | Scale", name: str = "scale") -> Scale:
         return scale
     if not isinstance(scale, str):
         raise TypeError(f"{name} must be a Scale or one of {', '.join(KINDS)}; got {type(scale).__name__}")
-    found = _SCALES.get(scale)
-    if found is None:
-        raise ValueError(f"{name} must be one of {', '.join(KINDS)}; got {scale!r}")
-    return found
+    if scale not in _SCALES:
+        _checks.check_one_of(name, scale, KINDS)
+    return _SCALES[scale]

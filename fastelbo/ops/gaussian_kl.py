@@ -81,15 +81,15 @@ def gaussian_kl(
         tensor([3.0000, 4.5000])
     """
     scale = as_scale(scale)
-    _checks.prior(mean_p, s_p, scale_p)
+    _checks.check_prior(mean_p, s_p, scale_p)
     scale_p = prior_scale(scale, mean_p, scale_p)
     (mean_q, s_q, mean_p, s_p), shape, dtype = _checks.operands(
         event_ndim, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p
     )
-    event_ndim = _checks.event_ndim(event_ndim, shape)
-    _checks.reduction(reduction)
+    event_ndim = _checks.check_event_ndim(event_ndim, shape)
+    _checks.check_reduction(reduction)
     if free_bits is not None or balance is not None or mask is not None or free_bits_per != "dim":
-        _checks.kl_objective(free_bits, free_bits_per, balance, mask, shape, event_ndim, mean_q.device, mean_p)
+        _checks.check_kl_objective(free_bits, free_bits_per, balance, mask, shape, event_ndim, mean_q.device, mean_p)
     backend = backends.choose(mean_q.device, backend, backends.only_reference())
     s_q, scale = clamp_before_broadcast(s_q, shape, scale, dtype)
     if s_p is not None and scale_p is not None:
@@ -207,16 +207,16 @@ def _differentiable(backend, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndi
 
 
 def _fwd_check(mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask, balance=None):
-    _checks.raw_prior(mean_p, s_p, scale, scale_p, balance=balance)
+    _checks.check_raw_prior(mean_p, s_p, scale, scale_p, balance=balance)
     shape = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)[1]
-    _checks.raw_event(event_ndim, mask, shape, mean_q.device)
+    _checks.check_raw_event(event_ndim, mask, shape, mean_q.device)
 
 
 def _bwd_check(d_kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, balance, mask, prior_grad):
-    _checks.raw_prior(mean_p, s_p, scale, scale_p, prior_grad, balance)
+    _checks.check_raw_prior(mean_p, s_p, scale, scale_p, prior_grad, balance)
     shape = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)[1]
-    _checks.raw_event(event_ndim, mask, shape, mean_q.device)
-    _checks.upstream("d_kl", d_kl, shape[: len(shape) - event_ndim], mean_q.device)
+    _checks.check_raw_event(event_ndim, mask, shape, mean_q.device)
+    _checks.check_upstream("d_kl", d_kl, shape[: len(shape) - event_ndim], mean_q.device)
 
 
 def _fwd_fake(mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask, balance=None):

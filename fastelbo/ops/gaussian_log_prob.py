@@ -97,13 +97,13 @@ def gaussian_nll(
         >>> fastelbo.gaussian_nll(torch.zeros(2, 3), 0.0, 4.0, scale="var", beta_nll=0.5)
         tensor([9.6725, 9.6725])
     """
-    _checks.fraction("beta_nll", beta_nll)
+    _checks.check_fraction("beta_nll", beta_nll)
     if beta_nll == 0:
         return log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative=True)
     scale = as_scale(scale)
     (x, mean, s), shape, _ = _checks.operands(event_ndim, x=x, mean=mean, s=s)
-    event_ndim = _checks.event_ndim(event_ndim, shape)
-    _checks.reduction(reduction)
+    event_ndim = _checks.check_event_ndim(event_ndim, shape)
+    _checks.check_reduction(reduction)
     nll = log_prob(x, mean, s, scale, 0, "none", mask, backend, negative=True)
     weight = (2 * beta_nll * log_std_and_std(arithmetic(s.detach())[0], scale)[0]).exp()
     if mask is not None:
@@ -115,10 +115,10 @@ def log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative, 
     """The log-density, or its negative; without ln(2 pi) / 2, unless it is to be in full."""
     scale = as_scale(scale)
     (x, mean, s), shape, dtype = _checks.operands(event_ndim, x=x, mean=mean, s=s)
-    event_ndim = _checks.event_ndim(event_ndim, shape)
-    _checks.reduction(reduction)
+    event_ndim = _checks.check_event_ndim(event_ndim, shape)
+    _checks.check_reduction(reduction)
     if mask is not None:
-        _checks.mask("mask", mask, shape, x.device)
+        _checks.check_mask(mask, shape, x.device)
     backend = backends.choose(x.device, backend, backends.only_reference())
     s, scale = clamp_before_broadcast(s, shape, scale, dtype)
     kernel_ndim = _library.kernel_event_ndim(event_ndim, reduction, shape)
@@ -174,16 +174,16 @@ def _differentiable(backend, x, mean, s, scale, event_ndim, negative, mask, full
 
 
 def _fwd_check(x, mean, s, scale, event_ndim, negative, mask, full=True):
-    _checks.scale_numbers(scale)
+    _checks.check_scale_numbers(scale)
     shape = _checks.operands(x=x, mean=mean, s=s)[1]
-    _checks.raw_event(event_ndim, mask, shape, x.device)
+    _checks.check_raw_event(event_ndim, mask, shape, x.device)
 
 
 def _bwd_check(d_out, x, mean, s, scale, event_ndim, negative, mask, x_grad):
-    _checks.scale_numbers(scale)
+    _checks.check_scale_numbers(scale)
     shape = _checks.operands(x=x, mean=mean, s=s)[1]
-    _checks.raw_event(event_ndim, mask, shape, x.device)
-    _checks.upstream("d_out", d_out, shape[: len(shape) - event_ndim], x.device)
+    _checks.check_raw_event(event_ndim, mask, shape, x.device)
+    _checks.check_upstream("d_out", d_out, shape[: len(shape) - event_ndim], x.device)
 
 
 def _fwd_fake(x, mean, s, scale, event_ndim, negative, mask, full=True):

@@ -65,7 +65,7 @@ def gaussian_rsample(
     (mean, s), shape, dtype = _checks.operands(mean=mean, s=s)
     device = mean.device
     _checks.noise_arguments(noise, seed, generator, noise_offset, num_samples, temperature, shape, device)
-    _checks.out_dtype(out_dtype)
+    _checks.check_out_dtype(out_dtype)
     out_dtype = out_dtype or dtype
     backend = backends.choose(device, backend, backends.only_reference(noise))
     if noise is None:
@@ -183,22 +183,22 @@ def check_noise(noise):
 
 
 def _fwd_check(mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype):
-    _checks.scale_numbers(scale)
+    _checks.check_scale_numbers(scale)
     shape = _checks.operands(mean=mean, s=s)[1]
-    _checks.raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, mean.device)
-    _checks.out_dtype(out_dtype)
+    _checks.check_raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, mean.device)
+    _checks.check_out_dtype(out_dtype)
 
 
 def _bwd_check(d_z, s, seed, noise, noise_offset, num_samples, temperature, scale):
-    _checks.scale_numbers(scale)
+    _checks.check_scale_numbers(scale)
     if num_samples is not None and tuple(d_z.shape[:1]) != (num_samples,):
         raise ValueError(f"d_z must have num_samples in front, {num_samples}; got shape {tuple(d_z.shape)}")
     shape = d_z.shape if num_samples is None else d_z.shape[1:]
     _checks.operands(s=s)
     if _checks.broadcast(s.shape, shape) != shape:
         raise ValueError(f"s must broadcast to shape {tuple(shape)}; got {tuple(s.shape)}")
-    out = _checks.raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, s.device)
-    _checks.upstream("d_z", d_z, out, s.device)
+    out = _checks.check_raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, s.device)
+    _checks.check_upstream("d_z", d_z, out, s.device)
 
 
 def _fwd_fake(mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype):

@@ -73,20 +73,20 @@ def gaussian_rsample_kl(
         (torch.Size([2, 3]), tensor([1.5000, 1.5000]))
     """
     scale = as_scale(scale)
-    _checks.prior(mean_p, s_p, scale_p)
+    _checks.check_prior(mean_p, s_p, scale_p)
     scale_p = prior_scale(scale, mean_p, scale_p)
     (mean_q, s_q, mean_p, s_p), shape, dtype = _checks.operands(
         event_ndim, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p
     )
     device = mean_q.device
     _checks.noise_arguments(noise, seed, generator, noise_offset, num_samples, temperature, shape, device)
-    _checks.out_dtype(out_dtype)
+    _checks.check_out_dtype(out_dtype)
     if out_dtype is None:
         out_dtype = dtype if mean_p is None else _checks.promoted(mean_q, s_q)
-    event_ndim = _checks.event_ndim(event_ndim, shape)
-    _checks.reduction(reduction)
+    event_ndim = _checks.check_event_ndim(event_ndim, shape)
+    _checks.check_reduction(reduction)
     if free_bits is not None or balance is not None or mask is not None or free_bits_per != "dim":
-        _checks.kl_objective(free_bits, free_bits_per, balance, mask, shape, event_ndim, device, mean_p)
+        _checks.check_kl_objective(free_bits, free_bits_per, balance, mask, shape, event_ndim, device, mean_p)
     backend = backends.choose(device, backend, backends.only_reference(noise))
     if noise is None:
         on_cpu = (
@@ -225,23 +225,23 @@ def _fwd_check(
     mean_q, s_q, mean_p, s_p, seed, noise, noise_offset, num_samples, temperature, scale, scale_p, event_ndim, mask,
     out_dtype, balance=None,
 ):  # fmt: skip
-    _checks.raw_prior(mean_p, s_p, scale, scale_p, balance=balance)
+    _checks.check_raw_prior(mean_p, s_p, scale, scale_p, balance=balance)
     shape = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)[1]
-    _checks.raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, mean_q.device)
-    _checks.raw_event(event_ndim, mask, shape, mean_q.device)
-    _checks.out_dtype(out_dtype)
+    _checks.check_raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, mean_q.device)
+    _checks.check_raw_event(event_ndim, mask, shape, mean_q.device)
+    _checks.check_out_dtype(out_dtype)
 
 
 def _bwd_check(
     d_z, d_kl, mean_q, s_q, mean_p, s_p, seed, noise, noise_offset, num_samples, temperature, scale, scale_p,
     event_ndim, balance, mask, prior_grad,
 ):  # fmt: skip
-    _checks.raw_prior(mean_p, s_p, scale, scale_p, prior_grad, balance)
+    _checks.check_raw_prior(mean_p, s_p, scale, scale_p, prior_grad, balance)
     shape = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)[1]
-    out = _checks.raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, mean_q.device)
-    _checks.raw_event(event_ndim, mask, shape, mean_q.device)
-    _checks.upstream("d_z", d_z, out, mean_q.device)
-    _checks.upstream("d_kl", d_kl, shape[: len(shape) - event_ndim], mean_q.device)
+    out = _checks.check_raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, mean_q.device)
+    _checks.check_raw_event(event_ndim, mask, shape, mean_q.device)
+    _checks.check_upstream("d_z", d_z, out, mean_q.device)
+    _checks.check_upstream("d_kl", d_kl, shape[: len(shape) - event_ndim], mean_q.device)
 
 
 def _fwd_fake(

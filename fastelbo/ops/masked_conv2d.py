@@ -2,9 +2,8 @@
 
 import torch
 
-from fastelbo import _flops, _library, backends, distributed, reference
+from fastelbo import _checks, _flops, _library, backends, distributed, reference
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASK_TYPES = ("A", "B")
 STACKS = ("vertical", "horizontal")
 GROUP_ORDERS = ("interleaved", "contiguous")
@@ -78,7 +77,7 @@ def masked_conv2d(
         tensor([[[[0., 1., 1.],
                   [2., 4., 3.]]]])
     """
-    one_of("mask_type", mask_type, MASK_TYPES)
+    _checks.check_one_of("mask_type", mask_type, MASK_TYPES)
     _check_tensors(input, weight, bias, cond, residual)
     if weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
         raise ValueError(f"weight must have a square kernel of odd size; got shape {tuple(weight.shape)}")
@@ -145,8 +144,8 @@ def causal_conv2d(
         tensor([[[[1., 2., 2.],
                   [1., 2., 2.]]]])
     """
-    one_of("stack", stack, STACKS)
-    one_of("mask_type", mask_type, MASK_TYPES)
+    _checks.check_one_of("stack", stack, STACKS)
+    _checks.check_one_of("mask_type", mask_type, MASK_TYPES)
     _check_tensors(input, weight, bias, cond)
     rows, columns = weight.shape[2:]
     if stack == "horizontal" and rows != 1:
@@ -156,7 +155,7 @@ def causal_conv2d(
             "weight must have an odd number k of columns and at most k//2 + 1 rows for the vertical stack; "
             f"got shape {tuple(weight.shape)}"
         )
-    _positive_int("channel_groups", channel_groups)
+    _checks.check_positive_int("channel_groups", channel_groups)
     if stack == "vertical" and channel_groups != 1:
         raise ValueError(f"channel_groups must be 1 for the vertical stack; got {channel_groups}")
     return _run(
@@ -205,9 +204,9 @@ def conv_mask2d(
                 [1, 1, 0],
                 [0, 0, 0]], dtype=torch.int32)
     """
-    one_of("mask_type", mask_type, MASK_TYPES)
+    _checks.check_one_of("mask_type", mask_type, MASK_TYPES)
     for name, value in (("out_channels", out_channels), ("in_channels", in_channels), ("kernel_size", kernel_size)):
-        _positive_int(name, value)
+        _checks.check_positive_int(name, value)
     if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd; got {kernel_size}")
     if not isinstance(gated, bool):
@@ -228,28 +227,13 @@ def conv_mask2d(
 
 def check_options(dilation, activation):
     """What a layer, too, can be asked before it sees an image."""
-    one_of("activation", activation, (None, *ACTIVATIONS))
-    _positive_int("dilation", dilation)
-
-
-def one_of(name, value, allowed):
-    """A choice among names, or None."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
-
-
-def _positive_int(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}")
-    if value >= 2**31:
-        raise ValueError(f"{name} must be below 2**31; got {value}")
+    _checks.check_one_of("activation", activation, (None, *ACTIVATIONS))
+    _checks.check_positive_int("dilation", dilation)
 
 
 def _check_groups(groups, order, in_channels, out_channels):
-    _positive_int("channel_groups", groups)
-    one_of("group_order", order, GROUP_ORDERS)
+    _checks.check_positive_int("channel_groups", groups)
+    _checks.check_one_of("group_order", order, GROUP_ORDERS)
     if order == "contiguous" and (in_channels % groups or out_channels % groups):
         # projects round such groups differently, so one's network leaks in another's layers
         raise ValueError(
@@ -266,8 +250,7 @@ def _check_tensors(input, weight, bias, cond, residual=None):
             continue
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-        if value.dtype not in _DTYPES:
-            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16; got {value.dtype}")
+        _checks.check_dtype(name, value.dtype)
         if value.dtype != input.dtype and not autocast:
             raise TypeError(f"{name} must have the dtype of input, {input.dtype}; got {value.dtype}")
         if value.device != input.device:
