@@ -8,7 +8,7 @@ from collections import Counter
 
 import torch
 
-from fastelbo.reference.masked_conv2d import channel_groups_of
+from fastelbo.reference.masked_conv2d import GATES, channel_groups_of
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -47,7 +47,7 @@ def _forward(
     out_shape=None,
 ):  # fmt: skip
     images, _, rows, columns = input
-    gated = activation in ("tanh_sigmoid", "glu")
+    gated = activation in GATES
     part = _reaching(weight, stack, (rows, columns), dilation)
     return 2 * images * rows * columns * live_products(part, mask_type, stack, channel_groups, group_order, gated)
 

@@ -7,6 +7,8 @@ import os
 
 import torch
 
+from fastelbo.reference.scale import arithmetic_dtype
+
 _OLDEST_TORCH = (2, 10)
 
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
@@ -148,7 +150,7 @@ def empty(shape, dtype, like):
 def empty_gradient(shape, like, *inputs):
     """A fake gradient of `like`: in the arithmetic's precision where it has yet to be summed (allocate_gradient)."""
     same = like.numel() == math.prod(shape)
-    return empty(shape, like.dtype if same else arithmetic(*inputs), like)
+    return empty(shape, like.dtype if same else arithmetic_dtype(*inputs), like)
 
 
 def empty_sample(mean, shape, num_samples, dtype):
@@ -158,15 +160,9 @@ def empty_sample(mean, shape, num_samples, dtype):
     return mean.new_empty((num_samples, *shape), dtype=dtype)
 
 
-def arithmetic(*inputs):
-    """The precision that the ops compute in, and return KL and log-densities in."""
-    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in inputs)
-    return torch.float64 if double else torch.float32
-
-
 def empty_terms(shape, event_ndim, like, inputs):
     """A fake KL or log-density."""
-    dtype = arithmetic(*inputs)
+    dtype = arithmetic_dtype(*inputs)
     if event_ndim == 0:
         return empty(shape, dtype, like)
     return like.new_empty(shape[: len(shape) - event_ndim], dtype=dtype)

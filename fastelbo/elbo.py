@@ -11,7 +11,7 @@ from fastelbo.ops.gaussian_kl import gaussian_kl
 from fastelbo.ops.gaussian_log_prob import gaussian_log_prob, gaussian_nll
 from fastelbo.ops.gaussian_rsample import gaussian_rsample
 from fastelbo.reference.gaussian_kl import event_sum, log_ratio_and_distance
-from fastelbo.reference.scale import arithmetic, log_std_and_std
+from fastelbo.reference.scale import arithmetic, arithmetic_dtype, log_std_and_std
 from fastelbo.scale import Scale, as_scale
 
 _x_term = _checks.calls(mean="x_mean", s="x_s", scale="x_scale")(gaussian_nll)
@@ -358,7 +358,7 @@ def _draw_and_noise(mean, s, scale, shape, num_samples, noise, seed, generator, 
     if noise is None:
         draw["seed"] = _seed.as_seed(seed, generator, mean.device)
         z = gaussian_rsample(mean, s, scale=scale, out_dtype=out_dtype, **draw)
-        zeros = mean.new_zeros((), dtype=_library.arithmetic(mean, s)).expand(shape)
+        zeros = mean.new_zeros((), dtype=arithmetic_dtype(mean, s)).expand(shape)
         return z, gaussian_rsample(zeros, 1.0, scale="std", **draw)
     draw |= {"noise": noise, "seed": seed, "generator": generator}
     z = gaussian_rsample(mean, s, scale=scale, out_dtype=out_dtype, **draw)

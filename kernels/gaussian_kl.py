@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from fastelbo import _library
 from fastelbo.kernels import elementary, plan, tile
 from fastelbo.kernels import scale as scales
+from fastelbo.reference.scale import arithmetic_dtype
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def gaussian_kl_fwd(kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, ma
 def gaussian_kl_bwd(gradients, d_kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, balance, mask, prior_grad):
     """Fills d_mean_q, d_s_q and, with prior_grad, d_mean_p and d_s_p; the arguments of the op's schema."""
     wanted = gradients if prior_grad else (*gradients[:2], None, None)
-    dtype = _library.arithmetic(mean_q, s_q, mean_p, s_p)
+    dtype = arithmetic_dtype(mean_q, s_q, mean_p, s_p)
     found = plan.plan(
         0, plan.of_event(d_kl, event_ndim), mean_q, s_q, mean_p, s_p, mask, *wanted,
         tile=plan.tile_size(dtype, scale, scale_p),

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from fastelbo import _library
 from fastelbo.kernels import plan, tile
 from fastelbo.kernels import scale as scales
+from fastelbo.reference.scale import arithmetic_dtype
 
 
 @triton.jit(do_not_specialize=plan.PLAIN)
@@ -93,7 +93,7 @@ def gaussian_log_prob_bwd(gradients, d_out, x, mean, s, scale, event_ndim, negat
     """Fills d_x with x_grad, d_mean and d_s, that of a single s summed; the arguments of the op's schema."""
     d_x, d_mean, d_s = gradients
     one_s = s.numel() == 1
-    dtype = _library.arithmetic(x, mean, s)
+    dtype = arithmetic_dtype(x, mean, s)
     found = plan.plan(
         0, plan.of_event(d_out, event_ndim), x, mean, s, mask, d_x if x_grad else None, d_mean,
         None if one_s else d_s, tile=plan.tile_size(dtype, scale),

@@ -7,6 +7,7 @@ import triton.language as tl
 from fastelbo import _library
 from fastelbo.kernels import plan, tile
 from fastelbo.kernels import scale as scales
+from fastelbo.reference.scale import arithmetic_dtype
 
 
 def approximate(dtype: torch.dtype) -> bool:
@@ -106,7 +107,7 @@ def _bwd(
 def gaussian_rsample_fwd(z, mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype):
     """Fills z; the arguments of the op's schema."""
     samples = [plan.of_sample(tensor, num_samples) for tensor in (z, noise)]
-    dtype = _library.arithmetic(mean, s)
+    dtype = arithmetic_dtype(mean, s)
     found = plan.plan(0, mean, s, *samples, tile=plan.tile_size(dtype, scale), noise_offset=noise_offset)
     if found is None:
         return
@@ -122,7 +123,7 @@ def gaussian_rsample_fwd(z, mean, s, seed, noise, noise_offset, num_samples, tem
 def gaussian_rsample_bwd(d_s, d_z, s, seed, noise, noise_offset, num_samples, temperature, scale):
     """Fills d_s; the arguments of the op's schema."""
     samples = [plan.of_sample(tensor, num_samples) for tensor in (d_z, noise)]
-    dtype = _library.arithmetic(s, d_z)
+    dtype = arithmetic_dtype(s, d_z)
     found = plan.plan(0, s, d_s, *samples, tile=plan.tile_size(dtype, scale), noise_offset=noise_offset)
     if found is None:
         return

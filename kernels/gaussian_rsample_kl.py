@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
-from fastelbo import _library
 from fastelbo.kernels import plan, tile
 from fastelbo.kernels import scale as scales
 from fastelbo.kernels.gaussian_kl import kl_terms, load_gaussians, shares, store_prior_gradients
 from fastelbo.kernels.gaussian_rsample import approximate, heat, sample_gradients, store_samples
+from fastelbo.reference.scale import arithmetic_dtype
 
 
 @triton.jit(do_not_specialize=plan.PLAIN)
@@ -107,7 +107,7 @@ def gaussian_rsample_kl_bwd(
     """Fills d_mean_q, d_s_q and, with prior_grad, d_mean_p and d_s_p; the arguments of the op's schema."""
     wanted = gradients if prior_grad else (*gradients[:2], None, None)
     samples = [plan.of_sample(tensor, num_samples) for tensor in (d_z, noise)]
-    dtype = _library.arithmetic(mean_q, s_q, mean_p, s_p)
+    dtype = arithmetic_dtype(mean_q, s_q, mean_p, s_p)
     found = plan.plan(
         0, plan.of_event(d_kl, event_ndim), mean_q, s_q, mean_p, s_p, mask, *wanted, *samples,
         tile=plan.tile_size(dtype, scale, scale_p), noise_offset=noise_offset,

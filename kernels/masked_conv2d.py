@@ -18,14 +18,14 @@ import triton.language as tl
 
 from fastelbo import _library, backends
 from fastelbo.kernels import elementary, plan, tile, tune
-from fastelbo.reference.masked_conv2d import activate, channel_groups_of
+from fastelbo.reference.masked_conv2d import GATES, activate, channel_groups_of
+from fastelbo.reference.scale import arithmetic_dtype
 
 boxes = None  # the kernels over TMA boxes, where the environment asks for them
 if backends.CONVOLUTIONS == "tma" and not _library.INTERPRETED:
     from fastelbo.kernels import masked_conv2d_tma as boxes
 
 _INTERPRETED: tl.constexpr = tl.constexpr(_library.INTERPRETED)
-_GATES = ("tanh_sigmoid", "glu")
 
 # Programs that share a weight gradient, and the fewest pixels worth one. Of no GPU in particular: the sums, and so
 # their rounding, are the same on all.
@@ -494,7 +494,7 @@ def _convolve_tiled(x, weight, bias, cond, residual, y, kept, dilation, sign, ha
             *_image(cond), *_image(residual), *_image(y), *_image(kept),
             images, rows, columns, dilation,
             SIGN=sign, INPUTS=inputs, INPUT_HALF=inputs // halves[0], OUTPUTS=outputs, ACTIVATION=activation,
-            KERNEL=taps, KERNEL_ROWS=weight.shape[2], T=plan.TYPES[_library.arithmetic(x)], PRECISION=precision,
+            KERNEL=taps, KERNEL_ROWS=weight.shape[2], T=plan.TYPES[arithmetic_dtype(x)], PRECISION=precision,
             IN_PART=_steps_of_a_part(dtype, precision, tiles.K), **tiles._asdict(), enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -508,10 +508,10 @@ def _gradient_before_activation(d_y, kept, d_z, activation, summed):
     if d_z is None and not summed:
         return None
     images, outputs, rows, columns = d_y.shape
-    dtype = _library.arithmetic(d_y)
+    dtype = arithmetic_dtype(d_y)
     m, n = 32, _power_of_two(outputs, 1, 32)
     chunks = triton.cdiv(rows * columns, _CHUNK)
-    channels = outputs * (2 if activation in _GATES else 1)
+    channels = outputs * (2 if activation in GATES else 1)
     sums = d_y.new_empty((images, chunks, channels), dtype=dtype) if summed else None
     _before_activation[(triton.cdiv(outputs, n) * images * chunks,)](
         *_image(d_y), *_image(kept), *_image(d_z), sums,
@@ -539,7 +539,7 @@ def _weight_gradient_tiled(d_z, x, d_weight, dilation, halves, taps, exact):
         pixels = max(_LEAST_PIXELS, triton.cdiv(images * rows * columns * programs, _WEIGHT_PROGRAMS))
         steps = triton.cdiv(pixels, tiles.K)
         splits = triton.cdiv(images * rows * columns, steps * tiles.K)
-        shares = x.new_empty((splits, outputs, live, inputs), dtype=_library.arithmetic(x))
+        shares = x.new_empty((splits, outputs, live, inputs), dtype=arithmetic_dtype(x))
         _weight_gradient[(programs * splits,)](
             *_image(d_z), *_image(x), shares,
             images, rows, columns, dilation, steps,
@@ -585,7 +585,7 @@ def masked_conv2d_fwd(
         return
     weight = _reaching(weight, stack, input.shape[2:], dilation)
     taps = taps_of(weight, mask_type, stack, channel_groups, group_order)
-    halves = 2 if activation in _GATES else 1
+    halves = 2 if activation in GATES else 1
     kept = kept if keep else None
     if boxes and stack == "square":
         extras = activation, bias, cond, residual, kept
@@ -631,7 +631,7 @@ def masked_conv2d_bwd(
         d_weight = _reaching(d_weight.zero_(), stack, input.shape[2:], dilation)
     weight = part
     taps = taps_of(weight, mask_type, stack, channel_groups, group_order)
-    halves = 2 if activation in _GATES else 1
+    halves = 2 if activation in GATES else 1
     if cond_ndim == 4:
         d_z = d_cond
     elif activation and (want_input or want_weight):

@@ -5,7 +5,7 @@ import torch
 from fastelbo import _checks, _library, backends, distributed, reference
 from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
 from fastelbo.reference.gaussian_kl import event_sum
-from fastelbo.reference.scale import arithmetic, log_std_and_std
+from fastelbo.reference.scale import arithmetic, arithmetic_dtype, log_std_and_std
 from fastelbo.scale import Scale, as_scale, numbers, of_numbers
 
 
@@ -196,7 +196,7 @@ def _bwd_fake(d_out, x, mean, s, scale, event_ndim, negative, mask, x_grad):
     inputs = x, mean, s
     d_x = _library.empty_gradient(shape, x, *inputs) if x_grad else x.new_empty((0,), dtype=torch.float32)
     if s.numel() == 1:
-        d_s = s.new_empty(s.shape, dtype=_library.arithmetic(*inputs))
+        d_s = s.new_empty(s.shape, dtype=arithmetic_dtype(*inputs))
     else:
         d_s = _library.empty_gradient(shape, s, *inputs)
     return d_x, _library.empty_gradient(shape, mean, *inputs), d_s

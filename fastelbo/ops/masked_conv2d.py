@@ -3,11 +3,11 @@
 import torch
 
 from fastelbo import _checks, _flops, _library, backends, distributed, reference
+from fastelbo.reference.masked_conv2d import GATES
 
 MASK_TYPES = ("A", "B")
 STACKS = ("vertical", "horizontal")
 GROUP_ORDERS = ("interleaved", "contiguous")
-GATES = ("tanh_sigmoid", "glu")
 ACTIVATIONS = ("relu", "elu", *GATES)
 
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F  # noqa: N812
 
 from fastelbo.reference.scale import arithmetic
 
+GATES = ("tanh_sigmoid", "glu")
+
 
 def channel_groups_of(channels, groups, order, gated=False):
     """The group of every channel: "interleaved" c % G, "contiguous" c * G // C; per half where a gate halves them."""
@@ -110,7 +112,7 @@ def _convolve(x, weight, bias, mask_type, stack, dilation, groups, order, activa
         if left:
             parts.append(_rectangle(x, weight[:, :, above : above + 1, :left], 0, left, dilation))
         if mask_type == "B" or groups > 1:
-            gated = activation in ("tanh_sigmoid", "glu")
+            gated = activation in GATES
             parts.append(_centre(x, weight[:, :, above, left], mask_type, groups, order, gated))
     z = sum(parts[1:], parts[0]) if parts else _nothing(x, weight, weight.shape[0])
     if bias is not None:

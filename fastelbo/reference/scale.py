@@ -8,10 +8,15 @@ import math
 import torch
 
 
-def arithmetic(*tensors):
-    """The tensors in the precision of the arithmetic: float64 if any is float64, else float32."""
+def arithmetic_dtype(*tensors):
+    """The precision that ops compute in, and return KL and log-densities in: float64 if a tensor is, else float32."""
     double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    dtype = torch.float64 if double else torch.float32
+    return torch.float64 if double else torch.float32
+
+
+def arithmetic(*tensors):
+    """The tensors in the precision of the arithmetic."""
+    dtype = arithmetic_dtype(*tensors)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
