@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastelbo import _library, _seed
+from fastelbo import _autograd
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOATS = "float32, float64, bfloat16 or float16"
@@ -331,7 +331,7 @@ def check_out_dtype(value):
 
 def readable(tensor):
     """Whether Python can look at a tensor's values: they lie in host memory, and nothing is being traced."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not _library.transformed()
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not _autograd.transformed()
 
 
 def check_values(valid, message):
@@ -344,12 +344,11 @@ def check_values(valid, message):
     if readable(valid):
         if not valid.all():
             raise ValueError(message)
-    elif not _library.transformed():  # whose tensors stand for others'
+    elif not _autograd.transformed():  # whose tensors stand for others'
         torch._assert_async(valid.all(), message)
 
 
-# Of what a raw op is called with: what csrc/common/checks.h does for compiled ops, in the same words, for Triton's and
-# where nothing but metadata is there.
+# Of what a raw op is called with
 
 
 def check_scale_numbers(values):
@@ -376,7 +375,7 @@ def check_scale_numbers(values):
 _SCALE_DEFAULTS = (0.0, 0.0, -math.inf, math.inf, 0.0, 0.0, 0.0, 1.0)
 
 
-def check_raw_prior(mean_p, s_p, scale, scale_p, prior_grad=False, balance=None):
+def check_raw_prior(mean_p, s_p, scale, scale_p, balance, prior_grad):
     """The prior of a raw op, what the scales are, and what of the gradient reaches the prior."""
     check_prior(mean_p, s_p, None)
     if (mean_p is None) != (scale_p is None):
@@ -390,28 +389,9 @@ def check_raw_prior(mean_p, s_p, scale, scale_p, prior_grad=False, balance=None)
         check_fraction("balance", balance)
 
 
-def check_raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, device):
-    """What decides a raw op's draw; the samples' shape."""
-    if (seed is None) == (noise is None):
-        raise ValueError(f"seed or noise must be given, and not both; got {'neither' if seed is None else 'both'}")
-    noise_arguments(noise, None, None, noise_offset, num_samples, temperature, shape, device)
-    if not math.isfinite(temperature):
-        raise ValueError(f"temperature must be finite; got {temperature}")
-    if seed is not None:
-        _seed.as_seed(seed, None, seed.device if seed.is_cpu else device)  # kernels may take its value on the host
-    return shape if num_samples is None else (num_samples, *shape)
-
-
 def check_upstream(name, tensor, shape, device):
     """The gradient of a result of the shape."""
     check_dtype(name, tensor.dtype)
     check_device(name, tensor, device)
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must be of shape {tuple(shape)}; got {tuple(tensor.shape)}")
-
-
-def check_raw_event(event_ndim, mask, shape, device):
-    """The events of a raw op, and its mask."""
-    check_event_ndim(event_ndim, shape)
-    if mask is not None:
-        check_mask(mask, shape, device)

@@ -42,22 +42,17 @@ def _reaching(weight_shape, stack, size, dilation):
     return outputs, inputs, 2 * above + 1 if stack == "square" else above + 1, columns
 
 
-def _forward(
-    input, weight, bias, cond, residual, mask_type, stack, dilation, channel_groups, group_order, activation, keep,
-    out_shape=None,
-):  # fmt: skip
+def _forward(input, weight, *arguments, out_shape=None):
+    *_, mask_type, stack, dilation, channel_groups, group_order, activation, _ = arguments
     images, _, rows, columns = input
     gated = activation in GATES
     part = _reaching(weight, stack, (rows, columns), dilation)
     return 2 * images * rows * columns * live_products(part, mask_type, stack, channel_groups, group_order, gated)
 
 
-def _backward(
-    d_y, input, weight, kept, mask_type, stack, dilation, channel_groups, group_order, activation,
-    want_input, want_weight, want_bias, cond_ndim, out_shape=None,
-):  # fmt: skip
-    mask = mask_type, stack, dilation, channel_groups, group_order, activation
-    return (want_input + want_weight) * _forward(input, weight, None, None, None, *mask, False)
+def _backward(d_y, input, weight, kept, *arguments, out_shape=None):
+    *options, want_input, want_weight, _, _ = arguments
+    return (want_input + want_weight) * _forward(input, weight, *options, False)
 
 
 def _register(counter):

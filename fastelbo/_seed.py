@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastelbo import _library
+from fastelbo import _autograd, _checks, _library
 
 _LOW, _HIGH = -(2**63), 2**63 - 1
 
@@ -39,7 +39,7 @@ def by_value(device: torch.device) -> bool:
     return (
         device.type == "cuda"
         and not torch.compiler.is_compiling()
-        and not _library.transformed()
+        and not _autograd.transformed()
         and not torch.cuda.is_current_stream_capturing()
         and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
     )
@@ -69,9 +69,9 @@ _DRAW = _library.define_helper(
     "draw_seed",
     "(Tensor fresh) -> Tensor",
     lambda fresh: fresh.new_empty((1,), dtype=torch.int64),
-    tags=(torch.Tag.nondeterministic_seeded,),
+    lambda fresh: _draw(fresh.device),
+    (torch.Tag.nondeterministic_seeded,),
 )
-_library.implement("draw_seed", lambda fresh: _draw(fresh.device))
 
 
 def at(seed: "torch.Tensor | None", device: torch.device) -> "torch.Tensor | None":
@@ -94,7 +94,7 @@ def as_seed(seed: Any, generator: Any, device: torch.device, on_cpu: bool = Fals
     """
     if seed is None:
         if generator is None:
-            if torch.compiler.is_compiling() and not _library.transformed():
+            if torch.compiler.is_compiling() and not _autograd.transformed():
                 return _DRAW(torch.empty((), device=device))
             return _draw(device, None, on_cpu)
         if not isinstance(generator, torch.Generator):
@@ -110,8 +110,7 @@ def as_seed(seed: Any, generator: Any, device: torch.device, on_cpu: bool = Fals
         if seed.device != device:
             raise ValueError(f"seed must be on the device of mean, {device}; got {seed.device}")
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
-        raise TypeError(f"seed must be an int or an int64 tensor; got {type(seed).__name__}")
+    _checks.check_int("seed", seed, "an int or an int64 tensor", symbolic=True)
     if not _LOW <= seed < 2**64:
         raise ValueError(f"seed must fit in 64 bits; got {seed}")
     return _filled(seed, torch.device("cpu") if on_cpu else device)

@@ -8,7 +8,7 @@ import warnings
 
 import torch
 
-from fastelbo import _extension, _library
+from fastelbo import _autograd, _extension, _library
 
 _CPU_ISA = _library.define_helper("cpu_isa", "() -> int", lambda: 0)
 _CPU_ISA_NAMES = ("portable", "AVX2", "AVX-512")
@@ -240,7 +240,7 @@ def _say_why_slow(device):
     _warn_once(f"fastelbo runs in plain torch, slowly, on tensors of {device}, because its kernels cannot: {reasons}")
 
 
-# As in _library.transformed: a function that is being traced says it while it is.
+# As in _autograd.transformed: a function that is being traced says it while it is.
 _say_why_slow._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -259,7 +259,7 @@ def only_reference(noise: "torch.Tensor | None" = None) -> "str | None":
     """
     if noise is not None and noise.requires_grad:
         return "only the reference passes a gradient to noise"
-    if _library.transformed():
+    if _autograd.transformed():
         return "torch.func transforms run on the reference"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation runs on the reference"

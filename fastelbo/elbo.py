@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastelbo import _checks, _library, _seed
+from fastelbo import _autograd, _checks, _seed
 from fastelbo.ops.gaussian_kl import gaussian_kl
 from fastelbo.ops.gaussian_log_prob import gaussian_log_prob, gaussian_nll
 from fastelbo.ops.gaussian_rsample import gaussian_rsample
@@ -209,7 +209,7 @@ def iwae_bound(
                 "estimator must not be 'dreg' in an exported program, which keeps no gradient's weights"
             )
         if z is not None and torch.is_grad_enabled() and z.requires_grad:
-            if not torch.compiler.is_compiling() and not _library.transformed():
+            if not torch.compiler.is_compiling() and not _autograd.transformed():
                 _check_paths(z, log_p_x, log_p_z, log_q_z, estimator)
             if estimator == "dreg":
                 weights = torch.softmax(log_w.detach(), dim).reshape(*shape, *(1,) * (z.dim() - len(shape)))

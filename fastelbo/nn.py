@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastelbo import _checks, _library, backends, distributed
+from fastelbo import _autograd, _checks, backends, distributed
 from fastelbo.ops import masked_conv2d as op
 from fastelbo.ops.gaussian_log_prob import log_prob
 from fastelbo.reference.masked_conv2d import activate
@@ -76,7 +76,7 @@ class _CausalConv2d(nn.Conv2d):
         return {name: value for name, value in self.__dict__.items() if name != "_dead_taps"}
 
     def _clear_dead_taps(self):
-        if self.__dict__.get("_mask_options") is None or _library.traced():
+        if self.__dict__.get("_mask_options") is None or _autograd.traced():
             return
         for name in ("weight", "weight_orig"):  # the latter under torch.nn.utils.prune
             weight = self.__dict__["_parameters"].get(name)

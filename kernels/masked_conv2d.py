@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 import triton
 import triton.language as tl
 
-from fastelbo import _library, backends
+from fastelbo import _autograd, _library, backends
 from fastelbo.kernels import elementary, plan, tile, tune
 from fastelbo.reference.masked_conv2d import GATES, activate, channel_groups_of
 from fastelbo.reference.scale import arithmetic_dtype
@@ -650,7 +650,7 @@ def masked_conv2d_bwd(
 
     def exact(operand):
         wanted = [tensor is operand for tensor in (input, weight)]
-        found = _library.reference_gradients(
+        found = _autograd.reference_gradients(
             lambda x, w: _plain(x, w, taps, dilation, halves), (input, weight), wanted, (d_z,)
         )
         return found[wanted.index(True)]

@@ -51,6 +51,22 @@ def test_reference_imports_torch_and_nothing_of_ours(path):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_no_op_imports_another(op):
+    """What ops share is in files of fastelbo/ops/ whose names begin with an underscore."""
+    for node in ast.walk(ast.parse((ROOT / "fastelbo" / "ops" / f"{op}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("fastelbo.ops"):
+            assert node.module == "fastelbo.ops" and all(alias.name.startswith("_") for alias in node.names)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_the_parts_that_every_op_has(op):
+    parts = ast.parse((ROOT / "fastelbo" / "ops" / f"{op}.py").read_text()).body
+    names = [part.name for part in parts if isinstance(part, (ast.FunctionDef, ast.ClassDef))]
+    names += [part.targets[0].id for part in parts if isinstance(part, ast.Assign)]
+    assert {op, "_local", "_reference", "_arguments", "_fwd_fake", "_bwd_fake", "_FWD", "_BWD"} <= set(names)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_reference_takes_the_arguments_in_the_same_order(op):
     public = inspect.signature(getattr(fastelbo, op)).parameters
     reference = inspect.signature(getattr(fastelbo.reference, op)).parameters

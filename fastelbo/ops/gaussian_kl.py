@@ -1,13 +1,10 @@
 """KL divergence of diagonal Gaussians."""
 
-from typing import Any
-
 import torch
 
-from fastelbo import _checks, _library, backends, distributed, reference
-from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
-from fastelbo.reference.gaussian_kl import event_sum
-from fastelbo.scale import Scale, as_scale, numbers, of_numbers
+from fastelbo import _autograd, _checks, _library, backends, distributed, reference
+from fastelbo.ops import _gaussian
+from fastelbo.scale import Scale, as_scale, numbers
 
 
 def gaussian_kl(
@@ -82,7 +79,7 @@ def gaussian_kl(
     """
     scale = as_scale(scale)
     _checks.check_prior(mean_p, s_p, scale_p)
-    scale_p = prior_scale(scale, mean_p, scale_p)
+    scale_p = _gaussian.prior_scale(scale, mean_p, scale_p)
     (mean_q, s_q, mean_p, s_p), shape, dtype = _checks.operands(
         event_ndim, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p
     )
@@ -91,141 +88,73 @@ def gaussian_kl(
     if free_bits is not None or balance is not None or mask is not None or free_bits_per != "dim":
         _checks.check_kl_objective(free_bits, free_bits_per, balance, mask, shape, event_ndim, mean_q.device, mean_p)
     backend = backends.choose(mean_q.device, backend, backends.only_reference())
-    s_q, scale = clamp_before_broadcast(s_q, shape, scale, dtype)
-    if s_p is not None and scale_p is not None:
-        s_p, scale_p = clamp_before_broadcast(s_p, shape, scale_p, dtype)
-    inputs = mean_q, s_q, mean_p, s_p
-    kernel_ndim = computed_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
-    options: tuple[Any, ...] = scale, scale_p, balance, kernel_ndim, backend
-    if distributed.sharded(*inputs, mask):
+    s_q, scale = _gaussian.clamp_before_broadcast(s_q, shape, scale, dtype)
+    s_p, scale_p = _gaussian.clamp_before_broadcast(s_p, shape, scale_p, dtype)
+    tensors = mean_q, s_q, mean_p, s_p, mask
+    kernel_ndim = _gaussian.kernel_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
+    options = scale, scale_p, kernel_ndim, balance
+    if distributed.sharded(*tensors):
         layout = distributed.Gaussian(shape, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p, mask=mask)
-        kl = layout.terms(_kl(*layout.shards(), *options), kernel_ndim)
+        kl = layout.terms(_local(layout.shards(), options, backend), kernel_ndim)
     else:
-        kl = _kl(*inputs, mask, *options)
+        kl = _local(tensors, options, backend)
     if free_bits is not None:
-        kl = floored(kl, shape, event_ndim, free_bits, free_bits_per, mask)
-    return _library.reduce(kl, reduction, shape, event_ndim, mask)
+        kl = _gaussian.floored(kl, shape, event_ndim, free_bits, free_bits_per, mask)
+    return _gaussian.reduce(kl, reduction, shape, event_ndim, mask)
 
 
-def _kl(mean_q, s_q, mean_p, s_p, mask, scale, scale_p, balance, event_ndim, backend):
-    inputs = _library.distinct(mean_q, s_q, mean_p, s_p)
+def _local(tensors, options, backend):
     if backend == "reference":
-        options = {"scale": scale, "scale_p": scale_p, "event_ndim": event_ndim, "balance": balance, "mask": mask}
-        return reference.gaussian_kl(*inputs, **options)
+        return _reference(*tensors, options)
     if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
-        return _library.by_name(_FWD[backend])(*inputs, numbers(scale), numbers(scale_p), event_ndim, mask, balance)
-    return _GaussianKL.apply(*inputs, mask, scale, scale_p, balance, event_ndim, backend)
+        return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))
+    return _GaussianKL.apply(*_autograd.distinct(tensors), options, backend)
 
 
-def computed_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per):
-    """How many dimensions are summed before the floor of free bits."""
-    if free_bits is None:
-        return _library.kernel_event_ndim(event_ndim, reduction, shape)
-    return 0 if free_bits_per == "dim" else event_ndim
+def _reference(mean_q, s_q, mean_p, s_p, mask, options):
+    scale, scale_p, event_ndim, balance = options
+    keywords = {"scale": scale, "scale_p": scale_p, "event_ndim": event_ndim, "balance": balance, "mask": mask}
+    return reference.gaussian_kl(mean_q, s_q, mean_p, s_p, **keywords)
 
 
-def floored(kl, shape, event_ndim, free_bits, free_bits_per, mask):
-    """The KL of each event with the floor of free bits.
-
-    Args:
-        kl: summed over the dimensions that computed_event_ndim says.
-        shape, event_ndim: of the elementwise KL.
-    """
-    counted = mask
-    if mask is not None and free_bits_per != "dim":
-        counted = _library.counted_events(mask, shape, event_ndim)
-    judged = kl.detach()
-    if free_bits_per != "example":
-        batch_dims = tuple(range(len(shape) - event_ndim + 1))
-        judged = judged[None]  # a mean over no dimensions would be one over all
-        if counted is None:
-            judged = judged.mean(dim=batch_dims)
-        else:
-            judged = judged.sum(dim=batch_dims) / counted.expand(kl.shape)[None].sum(dim=batch_dims)
-    free_bits = free_bits.to(kl.dtype) if isinstance(free_bits, torch.Tensor) else float(free_bits)
-    kl = torch.where(judged <= free_bits, free_bits, kl)  # a NaN is not at the floor
-    if counted is not None:
-        kl = torch.where(counted, kl, 0.0)
-    return event_sum(kl, event_ndim) if free_bits_per == "dim" else kl
-
-
-def prior_scale(scale: Scale, mean_p: Any, scale_p: "str | Scale | None") -> "Scale | None":
-    """The Scale of the prior; None for the standard normal."""
-    if mean_p is None:
-        return None
-    return scale if scale_p is None else as_scale(scale_p, "scale_p")
+def _arguments(mean_q, s_q, mean_p, s_p, mask, options):
+    """As the forward's schema has them."""
+    scale, scale_p, event_ndim, balance = options
+    return mean_q, s_q, mean_p, s_p, numbers(scale), numbers(scale_p), event_ndim, mask, balance
 
 
 class _GaussianKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mean_q, s_q, mean_p, s_p, mask, scale, scale_p, balance, event_ndim, backend):
+    def forward(ctx, mean_q, s_q, mean_p, s_p, mask, options, backend):
         ctx.save_for_backward(mean_q, s_q, mean_p, s_p, mask)
         ctx.set_materialize_grads(False)
-        ctx.scale, ctx.scale_p, ctx.balance = scale, scale_p, balance
-        ctx.event_ndim, ctx.backend = event_ndim, backend
-        return _FWD[backend](mean_q, s_q, mean_p, s_p, numbers(scale), numbers(scale_p), event_ndim, mask, balance)
+        ctx.options, ctx.backend = options, backend
+        return _FWD[backend](*_arguments(mean_q, s_q, mean_p, s_p, mask, options))
 
     @staticmethod
     def backward(ctx, d_kl):
         if d_kl is None:
-            return (None,) * 10
+            return (None,) * 7
         *inputs, mask = ctx.saved_tensors
-        if _library.differentiable_backward():
-
-            def kl(*inputs):
-                options = {"event_ndim": ctx.event_ndim, "balance": ctx.balance, "mask": mask}
-                return reference.gaussian_kl(*inputs, scale=ctx.scale, scale_p=ctx.scale_p, **options)
-
-            grads = _library.reference_gradients(kl, inputs, ctx.needs_input_grad[:4], (d_kl,))
+        wanted = ctx.needs_input_grad[:4]
+        if _autograd.differentiable_backward():
+            grads = _autograd.reference_gradients(
+                lambda *inputs: _reference(*inputs, mask, ctx.options), inputs, wanted, (d_kl,)
+            )
         else:
-            prior_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-            scales = numbers(ctx.scale), numbers(ctx.scale_p)
-            grads = _BWD[ctx.backend](d_kl, *inputs, *scales, ctx.event_ndim, ctx.balance, mask, prior_grad)
-            grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad)
-        return *grads, None, None, None, None, None, None
+            scale, scale_p, event_ndim, balance = ctx.options
+            options = numbers(scale), numbers(scale_p), event_ndim, balance, mask, wanted[2] or wanted[3]
+            grads = _autograd.input_gradients(_BWD[ctx.backend](d_kl, *inputs, *options), inputs, wanted)
+        return *grads, None, None, None
 
 
-def prior_shape(mean_q, s_q, mean_p, s_p):
-    """The shape to which q and p broadcast."""
-    if mean_p is None:
-        return torch.broadcast_shapes(mean_q.shape, s_q.shape)
-    return torch.broadcast_shapes(mean_q.shape, s_q.shape, mean_p.shape, s_p.shape)
-
-
-def gradients_fake(shape, mean_q, s_q, mean_p, s_p, prior_grad):
-    """The fake gradients of q and p."""
+def _fwd_fake(mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, *_):
     inputs = mean_q, s_q, mean_p, s_p
-    grads = tuple(_library.empty_gradient(shape, of, *inputs) for of in (inputs if prior_grad else inputs[:2]))
-    if prior_grad:
-        return grads
-    return *grads, mean_q.new_empty((0,), dtype=torch.float32), mean_q.new_empty((0,), dtype=torch.float32)
+    return _gaussian.empty_terms(_gaussian.joint_shape(*inputs), event_ndim, mean_q, inputs)
 
 
-def _differentiable(backend, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask, balance=None):
-    scales = of_numbers(scale), of_numbers(scale_p)
-    return _GaussianKL.apply(mean_q, s_q, mean_p, s_p, mask, *scales, balance, event_ndim, backend)
-
-
-def _fwd_check(mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask, balance=None):
-    _checks.check_raw_prior(mean_p, s_p, scale, scale_p, balance=balance)
-    shape = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)[1]
-    _checks.check_raw_event(event_ndim, mask, shape, mean_q.device)
-
-
-def _bwd_check(d_kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, balance, mask, prior_grad):
-    _checks.check_raw_prior(mean_p, s_p, scale, scale_p, prior_grad, balance)
-    shape = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)[1]
-    _checks.check_raw_event(event_ndim, mask, shape, mean_q.device)
-    _checks.check_upstream("d_kl", d_kl, shape[: len(shape) - event_ndim], mean_q.device)
-
-
-def _fwd_fake(mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask, balance=None):
-    shape = prior_shape(mean_q, s_q, mean_p, s_p)
-    return _library.empty_terms(shape, event_ndim, mean_q, (mean_q, s_q, mean_p, s_p))
-
-
-def _bwd_fake(d_kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, balance, mask, prior_grad):
-    return gradients_fake(prior_shape(mean_q, s_q, mean_p, s_p), mean_q, s_q, mean_p, s_p, prior_grad)
+def _bwd_fake(d_kl, mean_q, s_q, mean_p, s_p, *options):
+    return _gaussian.empty_prior_gradients(mean_q, s_q, mean_p, s_p, prior_grad=options[-1])
 
 
 # balance is what the backward alone takes.
@@ -234,13 +163,13 @@ _FWD = _library.define(
     "(Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, float[] scale, float[]? scale_p, int event_ndim,"
     " Tensor? mask, float? balance=None) -> Tensor",
     _fwd_fake,
-    _fwd_check,
-    _differentiable,
+    _gaussian.check,
+    _gaussian.differentiable(_GaussianKL),
 )
 _BWD = _library.define(
     "gaussian_kl_bwd",
     "(Tensor d_kl, Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, float[] scale, float[]? scale_p,"
     " int event_ndim, float? balance, Tensor? mask, bool prior_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
-    _bwd_check,
+    _gaussian.check,
 )

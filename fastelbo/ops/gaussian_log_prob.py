@@ -2,11 +2,11 @@
 
 import torch
 
-from fastelbo import _checks, _library, backends, distributed, reference
-from fastelbo.ops.gaussian_rsample import clamp_before_broadcast
+from fastelbo import _autograd, _checks, _library, backends, distributed, reference
+from fastelbo.ops import _gaussian
 from fastelbo.reference.gaussian_kl import event_sum
 from fastelbo.reference.scale import arithmetic, arithmetic_dtype, log_std_and_std
-from fastelbo.scale import Scale, as_scale, numbers, of_numbers
+from fastelbo.scale import Scale, as_scale, numbers
 
 
 def gaussian_log_prob(
@@ -108,7 +108,7 @@ def gaussian_nll(
     weight = (2 * beta_nll * log_std_and_std(arithmetic(s.detach())[0], scale)[0]).exp()
     if mask is not None:
         weight = torch.where(mask, weight, 0.0)
-    return _library.reduce(event_sum(weight * nll, event_ndim), reduction, shape, event_ndim, mask)
+    return _gaussian.reduce(event_sum(weight * nll, event_ndim), reduction, shape, event_ndim, mask)
 
 
 def log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative, full=True):
@@ -120,86 +120,76 @@ def log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative, 
     if mask is not None:
         _checks.check_mask(mask, shape, x.device)
     backend = backends.choose(x.device, backend, backends.only_reference())
-    s, scale = clamp_before_broadcast(s, shape, scale, dtype)
-    kernel_ndim = _library.kernel_event_ndim(event_ndim, reduction, shape)
-    options = scale, kernel_ndim, negative, full, backend
-    if distributed.sharded(x, mean, s, mask):
+    s, scale = _gaussian.clamp_before_broadcast(s, shape, scale, dtype)
+    tensors = x, mean, s, mask
+    kernel_ndim = _gaussian.kernel_event_ndim(event_ndim, reduction, shape)
+    options = scale, kernel_ndim, negative, full
+    if distributed.sharded(*tensors):
         layout = distributed.Gaussian(shape, x=x, mean=mean, s=s, mask=mask)
-        out = layout.terms(_terms(*layout.shards(), *options), kernel_ndim)
+        out = layout.terms(_local(layout.shards(), options, backend), kernel_ndim)
     else:
-        out = _terms(x, mean, s, mask, *options)
-    return _library.reduce(out, reduction, shape, event_ndim, mask)
+        out = _local(tensors, options, backend)
+    return _gaussian.reduce(out, reduction, shape, event_ndim, mask)
 
 
-def _terms(x, mean, s, mask, scale, event_ndim, negative, full, backend):
-    inputs = _library.distinct(x, mean, s)
+def _local(tensors, options, backend):
     if backend == "reference":
-        function = reference.gaussian_nll if negative else reference.gaussian_log_prob
-        return function(*inputs, scale=scale, event_ndim=event_ndim, mask=mask, full=full)
+        return _reference(*tensors, options)
     if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
-        return _library.by_name(_FWD[backend])(*inputs, numbers(scale), event_ndim, negative, mask, full)
-    return _GaussianLogProb.apply(*inputs, mask, scale, event_ndim, negative, full, backend)
+        return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))
+    return _GaussianLogProb.apply(*_autograd.distinct(tensors), options, backend)
+
+
+def _reference(x, mean, s, mask, options):
+    scale, event_ndim, negative, full = options
+    function = reference.gaussian_nll if negative else reference.gaussian_log_prob
+    return function(x, mean, s, scale=scale, event_ndim=event_ndim, mask=mask, full=full)
+
+
+def _arguments(x, mean, s, mask, options):
+    """As the forward's schema has them."""
+    scale, event_ndim, negative, full = options
+    return x, mean, s, numbers(scale), event_ndim, negative, mask, full
 
 
 class _GaussianLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, mean, s, mask, scale, event_ndim, negative, full, backend):
+    def forward(ctx, x, mean, s, mask, options, backend):
         ctx.save_for_backward(x, mean, s, mask)
         ctx.set_materialize_grads(False)
-        ctx.scale, ctx.event_ndim, ctx.negative, ctx.backend = scale, event_ndim, negative, backend
-        return _FWD[backend](x, mean, s, numbers(scale), event_ndim, negative, mask, full)
+        ctx.options, ctx.backend = options, backend
+        return _FWD[backend](*_arguments(x, mean, s, mask, options))
 
     @staticmethod
     def backward(ctx, d_out):
         if d_out is None:
-            return (None,) * 9
+            return (None,) * 6
         *inputs, mask = ctx.saved_tensors
-        if _library.differentiable_backward():
-            function = reference.gaussian_nll if ctx.negative else reference.gaussian_log_prob
-
-            def log_prob(*inputs):
-                return function(*inputs, scale=ctx.scale, event_ndim=ctx.event_ndim, mask=mask)
-
-            grads = _library.reference_gradients(log_prob, inputs, ctx.needs_input_grad[:3], (d_out,))
-        else:
-            grads = _BWD[ctx.backend](
-                d_out, *inputs, numbers(ctx.scale), ctx.event_ndim, ctx.negative, mask, ctx.needs_input_grad[0]
+        wanted = ctx.needs_input_grad[:3]
+        if _autograd.differentiable_backward():
+            grads = _autograd.reference_gradients(
+                lambda *inputs: _reference(*inputs, mask, ctx.options), inputs, wanted, (d_out,)
             )
-            grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad)
-        return *grads, None, None, None, None, None, None
+        else:
+            scale, event_ndim, negative, _ = ctx.options
+            options = numbers(scale), event_ndim, negative, mask, wanted[0]
+            grads = _autograd.input_gradients(_BWD[ctx.backend](d_out, *inputs, *options), inputs, wanted)
+        return *grads, None, None, None
 
 
-def _differentiable(backend, x, mean, s, scale, event_ndim, negative, mask, full=True):
-    return _GaussianLogProb.apply(x, mean, s, mask, of_numbers(scale), event_ndim, negative, full, backend)
+def _fwd_fake(x, mean, s, scale, event_ndim, *_):
+    return _gaussian.empty_terms(_gaussian.joint_shape(x, mean, s), event_ndim, mean, (x, mean, s))
 
 
-def _fwd_check(x, mean, s, scale, event_ndim, negative, mask, full=True):
-    _checks.check_scale_numbers(scale)
-    shape = _checks.operands(x=x, mean=mean, s=s)[1]
-    _checks.check_raw_event(event_ndim, mask, shape, x.device)
-
-
-def _bwd_check(d_out, x, mean, s, scale, event_ndim, negative, mask, x_grad):
-    _checks.check_scale_numbers(scale)
-    shape = _checks.operands(x=x, mean=mean, s=s)[1]
-    _checks.check_raw_event(event_ndim, mask, shape, x.device)
-    _checks.check_upstream("d_out", d_out, shape[: len(shape) - event_ndim], x.device)
-
-
-def _fwd_fake(x, mean, s, scale, event_ndim, negative, mask, full=True):
-    shape = torch.broadcast_shapes(x.shape, mean.shape, s.shape)
-    return _library.empty_terms(shape, event_ndim, mean, (x, mean, s))
-
-
-def _bwd_fake(d_out, x, mean, s, scale, event_ndim, negative, mask, x_grad):
-    shape = torch.broadcast_shapes(x.shape, mean.shape, s.shape)
-    inputs = x, mean, s
-    d_x = _library.empty_gradient(shape, x, *inputs) if x_grad else x.new_empty((0,), dtype=torch.float32)
+def _bwd_fake(d_out, x, mean, s, *options):
+    inputs, shape = (x, mean, s), _gaussian.joint_shape(x, mean, s)
+    x_grad = options[-1]
+    d_x = _gaussian.empty_gradient(shape, x, inputs) if x_grad else x.new_empty((0,), dtype=torch.float32)
     if s.numel() == 1:
         d_s = s.new_empty(s.shape, dtype=arithmetic_dtype(*inputs))
     else:
-        d_s = _library.empty_gradient(shape, s, *inputs)
-    return d_x, _library.empty_gradient(shape, mean, *inputs), d_s
+        d_s = _gaussian.empty_gradient(shape, s, inputs)
+    return d_x, _gaussian.empty_gradient(shape, mean, inputs), d_s
 
 
 _FWD = _library.define(
@@ -207,13 +197,13 @@ _FWD = _library.define(
     "(Tensor x, Tensor mean, Tensor s, float[] scale, int event_ndim, bool negative, Tensor? mask,"
     " bool full=True) -> Tensor",
     _fwd_fake,
-    _fwd_check,
-    _differentiable,
+    _gaussian.check,
+    _gaussian.differentiable(_GaussianLogProb),
 )
 _BWD = _library.define(
     "gaussian_log_prob_bwd",
     "(Tensor d_out, Tensor x, Tensor mean, Tensor s, float[] scale, int event_ndim, bool negative, Tensor? mask,"
     " bool x_grad) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
-    _bwd_check,
+    _gaussian.check,
 )

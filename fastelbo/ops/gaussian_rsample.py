@@ -1,12 +1,10 @@
 """Reparameterised Gaussian sampling."""
 
-import dataclasses
-from typing import Any
-
 import torch
 
-from fastelbo import _checks, _library, _seed, backends, distributed, reference
-from fastelbo.scale import Scale, as_scale, numbers, of_numbers
+from fastelbo import _autograd, _checks, _library, _seed, backends, distributed, reference
+from fastelbo.ops import _gaussian
+from fastelbo.scale import Scale, as_scale, numbers
 
 
 def gaussian_rsample(
@@ -66,127 +64,68 @@ def gaussian_rsample(
     device = mean.device
     _checks.noise_arguments(noise, seed, generator, noise_offset, num_samples, temperature, shape, device)
     _checks.check_out_dtype(out_dtype)
-    out_dtype = out_dtype or dtype
     backend = backends.choose(device, backend, backends.only_reference(noise))
     if noise is None:
         on_cpu = backend == "cuda" and _seed.by_value(device) and not distributed.sharded(mean, s)
         seed = _seed.as_seed(seed, generator, device, on_cpu)
-    s, scale = clamp_before_broadcast(s, shape, scale, dtype)
-    options: tuple[Any, ...] = num_samples, temperature, scale, out_dtype, backend
+    s, scale = _gaussian.clamp_before_broadcast(s, shape, scale, dtype)
+    options = num_samples, temperature, scale, out_dtype or dtype
     if distributed.sharded(mean, s, noise):
         layout = distributed.Gaussian(shape, mean=mean, s=s)
-        z = _sample(*layout.shards(), *layout.draw(seed, noise, noise_offset, num_samples, backend), *options)
+        seed, noise, noise_offset = layout.draw(seed, noise, noise_offset, num_samples, backend)
+        z = _local((*layout.shards(), seed, noise), (noise_offset, *options), backend)
         return layout.sample(z, num_samples)
-    return _sample(mean, s, seed, noise, noise_offset, *options)
+    return _local((mean, s, seed, noise), (noise_offset, *options), backend)
 
 
-def _sample(mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype, backend):
+def _local(tensors, options, backend):
     if backend == "reference":
-        return reference.gaussian_rsample(
-            mean,
-            s,
-            scale=scale,
-            num_samples=num_samples,
-            temperature=temperature,
-            noise=noise,
-            seed=seed,
-            noise_offset=noise_offset,
-            out_dtype=out_dtype,
-        )
+        return _reference(*tensors, options)
     if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
-        return _library.by_name(_FWD[backend])(
-            mean, s, seed, noise, noise_offset, num_samples, temperature, numbers(scale), out_dtype
-        )
-    return _GaussianRsample.apply(
-        *_library.distinct(mean, s), seed, noise, noise_offset, num_samples, temperature, scale, out_dtype, backend
-    )
+        return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))
+    return _GaussianRsample.apply(*_autograd.distinct(tensors), options, backend)
 
 
-def clamp_before_broadcast(
-    s: torch.Tensor, shape: torch.Size, scale: Scale, dtype: torch.dtype
-) -> "tuple[torch.Tensor, Scale]":
-    """The inward clamp looks at the sign of a value's whole gradient, which a broadcast value has only before it is
-    broadcast: it is then applied here rather than in the kernel. dtype: that the op's tensors promote to."""
-    if scale.clamp is None or scale.clamp_grad != "inward":
-        return s, scale
-    exporting = torch.compiler.is_exporting()  # to a program that keeps no Function, of the reference neither
-    if s.shape == shape and not exporting:
-        return s, scale
-    s = s.to(torch.float64 if dtype == torch.float64 else torch.float32)  # half precision would round the limits
-    s = _CLAMP_INWARD(s, *scale.clamp) if exporting else reference.scale.clamp(s, scale)
-    return s, dataclasses.replace(scale, clamp=None)
+def _reference(mean, s, seed, noise, options):
+    noise_offset, num_samples, temperature, scale, out_dtype = options
+    draw = {"noise": noise, "seed": _seed.at(seed, mean.device), "noise_offset": noise_offset}
+    keywords = {"scale": scale, "num_samples": num_samples, "temperature": temperature, "out_dtype": out_dtype}
+    return reference.gaussian_rsample(mean, s, **keywords, **draw)
 
 
-_CLAMP_INWARD = _library.define_helper(
-    "clamp_inward", "(Tensor s, float lo, float hi) -> Tensor", lambda s, lo, hi: torch.empty_like(s)
-)
-_library.implement("clamp_inward", torch.clamp)
-_library.differentiate(_CLAMP_INWARD, reference.scale.ClampInward.apply)
+def _arguments(mean, s, seed, noise, options):
+    """As the forward's schema has them."""
+    noise_offset, num_samples, temperature, scale, out_dtype = options
+    return mean, s, seed, noise, noise_offset, num_samples, temperature, numbers(scale), out_dtype
 
 
 class _GaussianRsample(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype, backend):
+    def forward(ctx, mean, s, seed, noise, options, backend):
         ctx.save_for_backward(s, seed, noise)
         ctx.set_materialize_grads(False)
         ctx.mean_shape, ctx.mean_dtype = mean.shape, mean.dtype
-        ctx.draw = (noise_offset, num_samples, temperature)
-        ctx.scale, ctx.backend = scale, backend
-        return _FWD[backend](mean, s, seed, noise, noise_offset, num_samples, temperature, numbers(scale), out_dtype)
+        ctx.options, ctx.backend = options, backend
+        return _FWD[backend](*_arguments(mean, s, seed, noise, options))
 
     @staticmethod
     def backward(ctx, d_z):
         if d_z is None:
-            return (None,) * 10
+            return (None,) * 6
         s, seed, noise = ctx.saved_tensors
-        noise_offset, num_samples, temperature = ctx.draw
+        noise_offset, num_samples, temperature, scale, _ = ctx.options
         d_mean = d_s = None
         if ctx.needs_input_grad[0]:
-            d_mean = _library.summed(d_z, ctx.mean_shape, ctx.mean_dtype)
-        if ctx.needs_input_grad[1]:
-            if _library.differentiable_backward():
-                shape = d_z.shape if num_samples is None else d_z.shape[1:]
-
-                def sample(s):
-                    return reference.gaussian_rsample(
-                        s.new_zeros(()).expand(shape),
-                        s,
-                        scale=ctx.scale,
-                        num_samples=num_samples,
-                        temperature=temperature,
-                        noise=noise,
-                        seed=_seed.at(seed, s.device),
-                        noise_offset=noise_offset,
-                        out_dtype=d_z.dtype,
-                    )
-
-                (d_s,) = _library.reference_gradients(sample, (s,), (True,), (d_z,))
-            else:
-                d_s = _library.sum_to(_BWD[ctx.backend](d_z, s, seed, noise, *ctx.draw, numbers(ctx.scale)), s)
-        return d_mean, d_s, None, None, None, None, None, None, None, None
-
-
-def _differentiable(backend, mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype):
-    check_noise(noise)
-    scale = of_numbers(scale)
-    return _GaussianRsample.apply(
-        mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype, backend
-    )
-
-
-def check_noise(noise):
-    """Of an op that is called with tensors that want a gradient: no kernel passes one to the noise."""
-    if noise is not None and noise.requires_grad:
-        raise NotImplementedError(
-            "noise must not want a gradient, which only the reference passes on; got one that does"
-        )
-
-
-def _fwd_check(mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype):
-    _checks.check_scale_numbers(scale)
-    shape = _checks.operands(mean=mean, s=s)[1]
-    _checks.check_raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, mean.device)
-    _checks.check_out_dtype(out_dtype)
+            d_mean = _autograd.summed(d_z, ctx.mean_shape, ctx.mean_dtype)
+        if ctx.needs_input_grad[1] and _autograd.differentiable_backward():
+            mean = s.new_zeros(()).expand(d_z.shape if num_samples is None else d_z.shape[1:])
+            (d_s,) = _autograd.reference_gradients(
+                lambda s: _reference(mean, s, seed, noise, ctx.options), (s,), (True,), (d_z,)
+            )
+        elif ctx.needs_input_grad[1]:
+            draw = seed, noise, noise_offset, num_samples, temperature
+            d_s = _autograd.summed(_BWD[ctx.backend](d_z, s, *draw, numbers(scale)), s.shape, s.dtype)
+        return d_mean, d_s, None, None, None, None
 
 
 def _bwd_check(d_z, s, seed, noise, noise_offset, num_samples, temperature, scale):
@@ -197,18 +136,16 @@ def _bwd_check(d_z, s, seed, noise, noise_offset, num_samples, temperature, scal
     _checks.operands(s=s)
     if _checks.broadcast(s.shape, shape) != shape:
         raise ValueError(f"s must broadcast to shape {tuple(shape)}; got {tuple(s.shape)}")
-    out = _checks.check_raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, s.device)
+    out = _gaussian.check_draw(seed, noise, noise_offset, num_samples, temperature, shape, s.device)
     _checks.check_upstream("d_z", d_z, out, s.device)
 
 
-def _fwd_fake(mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype):
-    shape = torch.broadcast_shapes(mean.shape, s.shape)
-    return _library.empty_sample(mean, shape, num_samples, out_dtype)
+def _fwd_fake(mean, s, seed, noise, noise_offset, num_samples, *options):
+    return _gaussian.empty_sample(mean, _gaussian.joint_shape(mean, s), num_samples, options[-1])
 
 
-def _bwd_fake(d_z, s, seed, noise, noise_offset, num_samples, temperature, scale):
-    shape = d_z.shape if num_samples is None else d_z.shape[1:]
-    return _library.empty_gradient(shape, s, d_z, s)
+def _bwd_fake(d_z, s, seed, noise, noise_offset, num_samples, *_):
+    return _gaussian.empty_gradient(d_z.shape if num_samples is None else d_z.shape[1:], s, (d_z, s))
 
 
 _FWD = _library.define(
@@ -216,8 +153,8 @@ _FWD = _library.define(
     "(Tensor mean, Tensor s, Tensor? seed, Tensor? noise, SymInt noise_offset, SymInt? num_samples, float temperature,"
     " float[] scale, ScalarType out_dtype) -> Tensor",
     _fwd_fake,
-    _fwd_check,
-    _differentiable,
+    _gaussian.check,
+    _gaussian.differentiable(_GaussianRsample),
 )
 _BWD = _library.define(
     "gaussian_rsample_bwd",

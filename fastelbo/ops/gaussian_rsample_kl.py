@@ -2,16 +2,9 @@
 
 import torch
 
-from fastelbo import _checks, _library, _seed, backends, distributed, reference
-from fastelbo.ops.gaussian_kl import (
-    computed_event_ndim,
-    floored,
-    gradients_fake,
-    prior_scale,
-    prior_shape,
-)
-from fastelbo.ops.gaussian_rsample import check_noise, clamp_before_broadcast
-from fastelbo.scale import Scale, as_scale, numbers, of_numbers
+from fastelbo import _autograd, _checks, _library, _seed, backends, distributed, reference
+from fastelbo.ops import _gaussian
+from fastelbo.scale import Scale, as_scale, numbers
 
 
 def gaussian_rsample_kl(
@@ -74,7 +67,7 @@ def gaussian_rsample_kl(
     """
     scale = as_scale(scale)
     _checks.check_prior(mean_p, s_p, scale_p)
-    scale_p = prior_scale(scale, mean_p, scale_p)
+    scale_p = _gaussian.prior_scale(scale, mean_p, scale_p)
     (mean_q, s_q, mean_p, s_p), shape, dtype = _checks.operands(
         event_ndim, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p
     )
@@ -93,201 +86,89 @@ def gaussian_rsample_kl(
             backend == "cuda" and _seed.by_value(device) and not distributed.sharded(mean_q, s_q, mean_p, s_p, mask)
         )
         seed = _seed.as_seed(seed, generator, device, on_cpu)
-    s_q, scale = clamp_before_broadcast(s_q, shape, scale, dtype)
-    if s_p is not None and scale_p is not None:
-        s_p, scale_p = clamp_before_broadcast(s_p, shape, scale_p, dtype)
-    inputs = mean_q, s_q, mean_p, s_p
-    kernel_ndim = computed_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
-    options = num_samples, temperature, scale, scale_p, balance, kernel_ndim, out_dtype, backend
-    if distributed.sharded(*inputs, noise, mask):
+    s_q, scale = _gaussian.clamp_before_broadcast(s_q, shape, scale, dtype)
+    s_p, scale_p = _gaussian.clamp_before_broadcast(s_p, shape, scale_p, dtype)
+    kernel_ndim = _gaussian.kernel_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
+    options = num_samples, temperature, scale, scale_p, kernel_ndim, out_dtype, balance
+    if distributed.sharded(mean_q, s_q, mean_p, s_p, noise, mask):
         layout = distributed.Gaussian(shape, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p, mask=mask)
-        z, kl = _sample_kl(layout.shards(), layout.draw(seed, noise, noise_offset, num_samples, backend), options)
+        seed, noise, noise_offset = layout.draw(seed, noise, noise_offset, num_samples, backend)
+        *inputs, local_mask = layout.shards()
+        z, kl = _local((*inputs, seed, noise, local_mask), (noise_offset, *options), backend)
         z, kl = layout.sample(z, num_samples), layout.terms(kl, kernel_ndim)
     else:
-        z, kl = _sample_kl((*inputs, mask), (seed, noise, noise_offset), options)
+        z, kl = _local((mean_q, s_q, mean_p, s_p, seed, noise, mask), (noise_offset, *options), backend)
     if free_bits is not None:
-        kl = floored(kl, shape, event_ndim, free_bits, free_bits_per, mask)
-    return z, _library.reduce(kl, reduction, shape, event_ndim, mask)
+        kl = _gaussian.floored(kl, shape, event_ndim, free_bits, free_bits_per, mask)
+    return z, _gaussian.reduce(kl, reduction, shape, event_ndim, mask)
 
 
-def _sample_kl(tensors, draw, options):
-    """Of plain tensors: q, p and mask; seed, noise and noise_offset; and what is the same on all ranks."""
-    *inputs, mask = tensors
-    seed, noise, noise_offset = draw
-    num_samples, temperature, scale, scale_p, balance, event_ndim, out_dtype, backend = options
-    inputs = _library.distinct(*inputs)
+def _local(tensors, options, backend):
     if backend == "reference":
-        return reference.gaussian_rsample_kl(
-            *inputs,
-            scale=scale,
-            scale_p=scale_p,
-            num_samples=num_samples,
-            temperature=temperature,
-            noise=noise,
-            seed=seed,
-            noise_offset=noise_offset,
-            out_dtype=out_dtype,
-            event_ndim=event_ndim,
-            balance=balance,
-            mask=mask,
-        )
-    draw = noise_offset, num_samples, temperature
+        return _reference(*tensors, options)
     if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
-        scales = numbers(scale), numbers(scale_p)
-        return _library.by_name(_FWD[backend])(
-            *inputs, seed, noise, *draw, *scales, event_ndim, mask, out_dtype, balance
-        )
-    return _GaussianRsampleKL.apply(
-        *inputs, seed, noise, mask, draw, scale, scale_p, balance, event_ndim, out_dtype, backend
-    )
+        return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))
+    return _GaussianRsampleKL.apply(*_autograd.distinct(tensors), options, backend)
+
+
+def _reference(mean_q, s_q, mean_p, s_p, seed, noise, mask, options):
+    noise_offset, num_samples, temperature, scale, scale_p, event_ndim, out_dtype, balance = options
+    draw = {"noise": noise, "seed": _seed.at(seed, mean_q.device), "noise_offset": noise_offset}
+    draw |= {"num_samples": num_samples, "temperature": temperature, "out_dtype": out_dtype}
+    keywords = {"scale": scale, "scale_p": scale_p, "event_ndim": event_ndim, "balance": balance, "mask": mask}
+    return reference.gaussian_rsample_kl(mean_q, s_q, mean_p, s_p, **keywords, **draw)
+
+
+def _arguments(mean_q, s_q, mean_p, s_p, seed, noise, mask, options):
+    """As the forward's schema has them."""
+    *draw, scale, scale_p, event_ndim, out_dtype, balance = options
+    scales = numbers(scale), numbers(scale_p)
+    return mean_q, s_q, mean_p, s_p, seed, noise, *draw, *scales, event_ndim, mask, out_dtype, balance
 
 
 class _GaussianRsampleKL(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, mean_q, s_q, mean_p, s_p, seed, noise, mask, draw, scale, scale_p, balance, event_ndim, out_dtype, backend
-    ):
+    def forward(ctx, mean_q, s_q, mean_p, s_p, seed, noise, mask, options, backend):
         ctx.save_for_backward(mean_q, s_q, mean_p, s_p, seed, noise, mask)
         ctx.set_materialize_grads(False)
-        ctx.draw, ctx.scale, ctx.scale_p, ctx.balance = draw, scale, scale_p, balance
-        ctx.event_ndim, ctx.out_dtype, ctx.backend = event_ndim, out_dtype, backend
-        scales = numbers(scale), numbers(scale_p)
-        return _FWD[backend](
-            mean_q, s_q, mean_p, s_p, seed, noise, *draw, *scales, event_ndim, mask, out_dtype, balance
-        )
+        ctx.options, ctx.backend = options, backend
+        return _FWD[backend](*_arguments(mean_q, s_q, mean_p, s_p, seed, noise, mask, options))
 
     @staticmethod
     def backward(ctx, d_z, d_kl):
         if d_z is None and d_kl is None:
-            return (None,) * 14
+            return (None,) * 9
         *inputs, seed, noise, mask = ctx.saved_tensors
-        noise_offset, num_samples, temperature = ctx.draw
-        if _library.differentiable_backward():
-
-            def sample_kl(*inputs):
-                return reference.gaussian_rsample_kl(
-                    *inputs,
-                    scale=ctx.scale,
-                    scale_p=ctx.scale_p,
-                    num_samples=num_samples,
-                    temperature=temperature,
-                    noise=noise,
-                    seed=_seed.at(seed, inputs[0].device),
-                    noise_offset=noise_offset,
-                    out_dtype=ctx.out_dtype,
-                    event_ndim=ctx.event_ndim,
-                    balance=ctx.balance,
-                    mask=mask,
-                )
-
-            grads = _library.reference_gradients(sample_kl, inputs, ctx.needs_input_grad[:4], (d_z, d_kl))
+        wanted = ctx.needs_input_grad[:4]
+        if _autograd.differentiable_backward():
+            grads = _autograd.reference_gradients(
+                lambda *inputs: _reference(*inputs, seed, noise, mask, ctx.options), inputs, wanted, (d_z, d_kl)
+            )
         else:
+            *draw, scale, scale_p, event_ndim, _, balance = ctx.options
             if d_z is None or d_kl is None:
-                shape = prior_shape(*inputs)
+                shape, num_samples = _gaussian.joint_shape(*inputs), draw[1]
                 zero = inputs[0].new_zeros(())
                 if d_z is None:
                     d_z = zero.expand(shape if num_samples is None else (num_samples, *shape))
                 else:
-                    d_kl = zero.expand(shape[: len(shape) - ctx.event_ndim])
-            prior_grad = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-            scales = numbers(ctx.scale), numbers(ctx.scale_p)
-            objective = ctx.event_ndim, ctx.balance, mask, prior_grad
-            grads = _BWD[ctx.backend](d_z, d_kl, *inputs, seed, noise, *ctx.draw, *scales, *objective)
-            grads = _library.input_gradients(grads, inputs, ctx.needs_input_grad)
-        return *grads, None, None, None, None, None, None, None, None, None, None
+                    d_kl = zero.expand(shape[: len(shape) - event_ndim])
+            options = numbers(scale), numbers(scale_p), event_ndim, balance, mask, wanted[2] or wanted[3]
+            grads = _BWD[ctx.backend](d_z, d_kl, *inputs, seed, noise, *draw, *options)
+            grads = _autograd.input_gradients(grads, inputs, wanted)
+        return *grads, None, None, None, None, None
 
 
-def _differentiable(
-    backend,
-    mean_q,
-    s_q,
-    mean_p,
-    s_p,
-    seed,
-    noise,
-    noise_offset,
-    num_samples,
-    temperature,
-    scale,
-    scale_p,
-    event_ndim,
-    mask,
-    out_dtype,
-    balance=None,
-):
-    check_noise(noise)
-    tensors, draw = (mean_q, s_q, mean_p, s_p, seed, noise, mask), (noise_offset, num_samples, temperature)
-    scales = of_numbers(scale), of_numbers(scale_p)
-    return _GaussianRsampleKL.apply(*tensors, draw, *scales, balance, event_ndim, out_dtype, backend)
+def _fwd_fake(mean_q, s_q, mean_p, s_p, seed, noise, noise_offset, num_samples, *options):
+    _, _, _, event_ndim, _, out_dtype, *_ = options
+    inputs = mean_q, s_q, mean_p, s_p
+    shape = _gaussian.joint_shape(*inputs)
+    z = _gaussian.empty_sample(mean_q, shape, num_samples, out_dtype)
+    return z, _gaussian.empty_terms(shape, event_ndim, mean_q, inputs)
 
 
-def _fwd_check(
-    mean_q, s_q, mean_p, s_p, seed, noise, noise_offset, num_samples, temperature, scale, scale_p, event_ndim, mask,
-    out_dtype, balance=None,
-):  # fmt: skip
-    _checks.check_raw_prior(mean_p, s_p, scale, scale_p, balance=balance)
-    shape = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)[1]
-    _checks.check_raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, mean_q.device)
-    _checks.check_raw_event(event_ndim, mask, shape, mean_q.device)
-    _checks.check_out_dtype(out_dtype)
-
-
-def _bwd_check(
-    d_z, d_kl, mean_q, s_q, mean_p, s_p, seed, noise, noise_offset, num_samples, temperature, scale, scale_p,
-    event_ndim, balance, mask, prior_grad,
-):  # fmt: skip
-    _checks.check_raw_prior(mean_p, s_p, scale, scale_p, prior_grad, balance)
-    shape = _checks.operands(mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)[1]
-    out = _checks.check_raw_draw(seed, noise, noise_offset, num_samples, temperature, shape, mean_q.device)
-    _checks.check_raw_event(event_ndim, mask, shape, mean_q.device)
-    _checks.check_upstream("d_z", d_z, out, mean_q.device)
-    _checks.check_upstream("d_kl", d_kl, shape[: len(shape) - event_ndim], mean_q.device)
-
-
-def _fwd_fake(
-    mean_q,
-    s_q,
-    mean_p,
-    s_p,
-    seed,
-    noise,
-    noise_offset,
-    num_samples,
-    temperature,
-    scale,
-    scale_p,
-    event_ndim,
-    mask,
-    out_dtype,
-    balance=None,
-):
-    shape = prior_shape(mean_q, s_q, mean_p, s_p)
-    return (
-        _library.empty_sample(mean_q, shape, num_samples, out_dtype),
-        _library.empty_terms(shape, event_ndim, mean_q, (mean_q, s_q, mean_p, s_p)),
-    )
-
-
-def _bwd_fake(
-    d_z,
-    d_kl,
-    mean_q,
-    s_q,
-    mean_p,
-    s_p,
-    seed,
-    noise,
-    noise_offset,
-    num_samples,
-    temperature,
-    scale,
-    scale_p,
-    event_ndim,
-    balance,
-    mask,
-    prior_grad,
-):
-    return gradients_fake(prior_shape(mean_q, s_q, mean_p, s_p), mean_q, s_q, mean_p, s_p, prior_grad)
+def _bwd_fake(d_z, d_kl, mean_q, s_q, mean_p, s_p, *options):
+    return _gaussian.empty_prior_gradients(mean_q, s_q, mean_p, s_p, prior_grad=options[-1])
 
 
 # balance is what the backward alone takes.
@@ -297,8 +178,8 @@ _FWD = _library.define(
     " SymInt? num_samples, float temperature, float[] scale, float[]? scale_p, int event_ndim, Tensor? mask,"
     " ScalarType out_dtype, float? balance=None) -> (Tensor, Tensor)",
     _fwd_fake,
-    _fwd_check,
-    _differentiable,
+    _gaussian.check,
+    _gaussian.differentiable(_GaussianRsampleKL),
 )
 _BWD = _library.define(
     "gaussian_rsample_kl_bwd",
@@ -306,5 +187,5 @@ _BWD = _library.define(
     " SymInt noise_offset, SymInt? num_samples, float temperature, float[] scale, float[]? scale_p, int event_ndim,"
     " float? balance, Tensor? mask, bool prior_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     _bwd_fake,
-    _bwd_check,
+    _gaussian.check,
 )

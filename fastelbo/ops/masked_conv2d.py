@@ -2,7 +2,7 @@
 
 import torch
 
-from fastelbo import _checks, _flops, _library, backends, distributed, reference
+from fastelbo import _autograd, _checks, _flops, _library, backends, distributed, reference
 from fastelbo.reference.masked_conv2d import GATES
 
 MASK_TYPES = ("A", "B")
@@ -81,15 +81,8 @@ def masked_conv2d(
     _check_tensors(input, weight, bias, cond, residual)
     if weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
         raise ValueError(f"weight must have a square kernel of odd size; got shape {tuple(weight.shape)}")
-    return _run(
-        input,
-        weight,
-        bias,
-        cond,
-        residual,
-        (mask_type, "square", dilation, channel_groups, group_order, activation),
-        backend,
-    )
+    options = mask_type, "square", dilation, channel_groups, group_order, activation
+    return _run((input, weight, bias, cond, residual), options, backend)
 
 
 def causal_conv2d(
@@ -158,15 +151,8 @@ def causal_conv2d(
     _checks.check_positive_int("channel_groups", channel_groups)
     if stack == "vertical" and channel_groups != 1:
         raise ValueError(f"channel_groups must be 1 for the vertical stack; got {channel_groups}")
-    return _run(
-        input,
-        weight,
-        bias,
-        cond,
-        None,
-        (mask_type, stack, dilation, channel_groups, group_order, activation),
-        backend,
-    )
+    options = mask_type, stack, dilation, channel_groups, group_order, activation
+    return _run((input, weight, bias, cond, None), options, backend)
 
 
 def conv_mask2d(
@@ -214,15 +200,8 @@ def conv_mask2d(
     if gated and out_channels % 2:
         raise ValueError(f"out_channels must be even under a gate; got {out_channels}")
     _check_groups(channel_groups, group_order, in_channels, out_channels // 2 if gated else out_channels)
-    return reference.conv_mask2d(
-        out_channels,
-        in_channels,
-        kernel_size,
-        mask_type,
-        channel_groups=channel_groups,
-        group_order=group_order,
-        gated=gated,
-    )
+    options = {"channel_groups": channel_groups, "group_order": group_order, "gated": gated}
+    return reference.conv_mask2d(out_channels, in_channels, kernel_size, mask_type, **options)
 
 
 def check_options(dilation, activation):
@@ -265,7 +244,9 @@ def _check_tensors(input, weight, bias, cond, residual=None):
         raise ValueError(f"input must have at least one row and one column; got shape {tuple(input.shape)}")
 
 
-def _run(input, weight, bias, cond, residual, options, backend):
+def _check_sizes(tensors, options):
+    """What must fit the kernel; the output's shape."""
+    input, weight, bias, cond, residual = tensors
     _, _, dilation, groups, order, activation = options
     gated = activation in GATES
     check_options(dilation, activation)
@@ -286,41 +267,39 @@ def _run(input, weight, bias, cond, residual, options, backend):
     shape = (*leading, z_channels // 2 if gated else z_channels, *size)
     if residual is not None and residual.shape != shape:
         raise ValueError(f"residual must be of the output's shape {shape}; got {tuple(residual.shape)}")
+    return shape
 
-    tensors = input, weight, bias, cond, residual
-    if autocast := _autocast(input):
+
+def _run(tensors, options, backend):
+    shape, input = _check_sizes(tensors, options), tensors[0]
+    if _autocast(input):
         dtype = torch.get_autocast_dtype(input.device.type)
         tensors = tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
     unbatched = input.dim() == 3
     if unbatched:
         input, weight, bias, cond, residual = tensors
         tensors = (input[None], weight, bias, *(t if t is None else t[None] for t in (cond, residual)))
-    first_layer = input.shape[1] <= 4  # too few channels for tensor cores
+    images, channels = tensors[0].shape[:2]
+    first_layer = channels <= 4  # too few channels for tensor cores
     backend = backends.choose(input.device, backend, backends.only_reference(), convolution=not first_layer)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    keep = wanted and not torch.compiler.is_exporting()
     if not distributed.sharded(*tensors):
-        y = _convolve(tensors, options, autocast, backend)
+        y = _local(tensors, (*options, keep), backend)
     else:
-        _, stack, *_ = options
-        layout = distributed.Convolution(
-            tensors, 1 if stack == "vertical" else groups, order, activation if gated else None
-        )
-        n = tensors[0].shape[0]
-        y = layout.image(_convolve(layout.shards(), options, autocast, backend), (n, *shape[-3:]))
+        _, stack, _, groups, order, activation = options
+        gate = activation if activation in GATES else None
+        layout = distributed.Convolution(tensors, 1 if stack == "vertical" else groups, order, gate)
+        y = layout.image(_local(layout.shards(), (*options, keep), backend), (images, *shape[-3:]))
     return y[0] if unbatched else y
 
 
-def _convolve(tensors, options, autocast, backend):
-    """Plain tensors, as _reference and _MaskedConv2d take them."""
+def _local(tensors, options, backend):
     if backend == "reference":
-        if autocast:  # its arithmetic is float32, whatever autocast wants convolutions to be
-            with torch.autocast(tensors[0].device.type, enabled=False):
-                return _reference(*tensors, *options)
-        return _reference(*tensors, *options)
+        return _reference(*tensors, options)
     if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
-        *others, activation = options
-        return _library.by_name(_FWD[backend])(*tensors, *others, activation or "", False)[0]
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return _MaskedConv2d.apply(*_library.distinct(*tensors), *options, keep, backend)
+        return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))[0]
+    return _MaskedConv2d.apply(*_autograd.distinct(tensors), options, backend)
 
 
 def _autocast(input):
@@ -329,7 +308,11 @@ def _autocast(input):
     return kind != "meta" and torch.is_autocast_enabled(kind) and input.dtype != torch.float64
 
 
-def _reference(input, weight, bias, cond, residual, mask_type, stack, dilation, groups, order, activation):
+def _reference(input, weight, bias, cond, residual, options):
+    if _autocast(input):  # its arithmetic is float32, whatever autocast wants convolutions to be
+        with torch.autocast(input.device.type, enabled=False):
+            return _reference(input, weight, bias, cond, residual, options)
+    mask_type, stack, dilation, groups, order, activation, _ = options
     keywords = {"mask_type": mask_type, "dilation": dilation, "channel_groups": groups, "group_order": order}
     keywords |= {"activation": activation, "cond": cond}
     if stack == "square":
@@ -337,32 +320,21 @@ def _reference(input, weight, bias, cond, residual, mask_type, stack, dilation, 
     return reference.causal_conv2d(input, weight, bias, stack=stack, **keywords)
 
 
+def _arguments(input, weight, bias, cond, residual, options):
+    """As the forward's schema has them."""
+    *others, activation, keep = options
+    return input, weight, bias, cond, residual, *others, activation or "", keep
+
+
 class _MaskedConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        input,
-        weight,
-        bias,
-        cond,
-        residual,
-        mask_type,
-        stack,
-        dilation,
-        groups,
-        order,
-        activation,
-        keep,
-        backend,
-    ):
+    def forward(ctx, input, weight, bias, cond, residual, options, backend):
         ctx.set_materialize_grads(False)
-        ctx.options = mask_type, stack, dilation, groups, order, activation
-        ctx.backend = backend
+        ctx.options, ctx.backend = options, backend
+        *others, activation, keep = options
         # an output that is the activation itself tells its derivative; else what is before a gate or a residual must
         keep_z = keep and activation is not None and (activation in GATES or residual is not None)
-        y, kept = _FWD[backend](
-            input, weight, bias, cond, residual, mask_type, stack, dilation, groups, order, activation or "", keep_z
-        )
+        y, kept = _FWD[backend](*_arguments(input, weight, bias, cond, residual, (*others, activation, keep_z)))
         if activation is None:
             kept = None
         elif not keep_z:
@@ -372,18 +344,17 @@ class _MaskedConv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_y):
-        nothing = (None,) * 8
         if d_y is None:
-            return (None,) * 5 + nothing
+            return (None,) * 7
         *inputs, kept = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:5]
-        if _library.differentiable_backward():
-            grads = _library.reference_gradients(
-                lambda *inputs: _reference(*inputs, *ctx.options), inputs, wanted, (d_y,)
+        if _autograd.differentiable_backward():
+            grads = _autograd.reference_gradients(
+                lambda *inputs: _reference(*inputs, ctx.options), inputs, wanted, (d_y,)
             )
-            return *grads, *nothing
+            return *grads, None, None
         input, weight, _, cond, _ = inputs
-        mask_type, stack, dilation, groups, order, activation = ctx.options
+        *options, activation, _ = ctx.options
         want_input, want_weight, want_bias, want_cond, want_residual = wanted
         d_input = d_weight = d_bias = d_cond = None
         if want_cond and activation is None and cond.dim() == 4:
@@ -392,40 +363,33 @@ class _MaskedConv2d(torch.autograd.Function):
             # the sum over the pixels is what bias and a class get, the gradient before it what an image gets
             cond_ndim = cond.dim() if want_cond else 0
             flags = want_input, want_weight, want_bias, cond_ndim
-            found = _BWD[ctx.backend](
-                d_y, input, weight, kept, mask_type, stack, dilation, groups, order, activation or "", *flags
-            )
+            found = _BWD[ctx.backend](d_y, input, weight, kept, *options, activation or "", *flags)
             d_input, d_weight, d_bias = (g if want else None for g, want in zip(found[:3], wanted, strict=False))
             if want_cond:
                 d_cond = found[3]
-        return d_input, d_weight, d_bias, d_cond, d_y if want_residual else None, *nothing
+        return d_input, d_weight, d_bias, d_cond, d_y if want_residual else None, None, None
 
 
-def _differentiable(backend, *arguments):
-    *arguments, activation, keep = arguments
-    y = _MaskedConv2d.apply(*arguments, activation or None, True, backend)
+def _differentiable(backend, activation, keep, **given):
+    tensors, options = list(given.values())[:5], list(given.values())[5:]
+    y = _MaskedConv2d.apply(*tensors, (*options, activation or None, True), backend)
     if not keep:
         return y, y.new_empty((0,))
     with (
         torch.no_grad()
     ):  # for who calls the op by name: exported programs keep nothing, and Functions do not come here
-        return y, _FWD[backend](*arguments, activation, keep)[1]
-
-
-def is_channels_last(tensor):
-    """Whether an image lies in memory with its channels innermost."""
-    return tensor.shape[1] > 1 and tensor.stride(1) == 1 and tensor.stride(3) > 1
+        return y, _FWD[backend](*tensors, *options, activation, keep)[1]
 
 
 def _empty_image(shape, like):
     """A fake image in the memory format of another."""
-    memory_format = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    channels_last = like.shape[1] > 1 and like.stride(1) == 1 and like.stride(3) > 1
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
-def _fwd_fake(
-    input, weight, bias, cond, residual, mask_type, stack, dilation, channel_groups, group_order, activation, keep
-):
+def _fwd_fake(input, weight, bias, cond, residual, *options):
+    *_, activation, keep = options
     n, _, rows, columns = input.shape
     z = (n, weight.shape[0], rows, columns)
     shape = (n, weight.shape[0] // 2, rows, columns) if activation in GATES else z
@@ -433,22 +397,8 @@ def _fwd_fake(
     return _empty_image(shape, input), kept
 
 
-def _bwd_fake(
-    d_y,
-    input,
-    weight,
-    kept,
-    mask_type,
-    stack,
-    dilation,
-    channel_groups,
-    group_order,
-    activation,
-    want_input,
-    want_weight,
-    want_bias,
-    cond_ndim,
-):
+def _bwd_fake(d_y, input, weight, kept, *options):
+    *_, want_input, want_weight, want_bias, cond_ndim = options
     n, _, rows, columns = input.shape
     channels = weight.shape[0]
     if cond_ndim == 4:

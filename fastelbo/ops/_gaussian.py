@@ -1,0 +1,209 @@
+"""What the Gaussian ops share: priors and limits of raw scales, sums over events, fakes, and the raw ops' checks."""
+
+import dataclasses
+import math
+
+import torch
+
+from fastelbo import _checks, _library, _seed, reference
+from fastelbo.reference.gaussian_kl import event_sum
+from fastelbo.reference.scale import arithmetic_dtype
+from fastelbo.scale import as_scale, of_numbers
+
+
+def prior_scale(scale, mean_p, scale_p):
+    """The Scale of the prior; None for the standard normal."""
+    if mean_p is None:
+        return None
+    return scale if scale_p is None else as_scale(scale_p, "scale_p")
+
+
+def clamp_before_broadcast(s, shape, scale, dtype):
+    """A raw scale and its Scale as the op takes them, or None for both.
+
+    The inward clamp looks at the sign of a value's whole gradient, which a broadcast value has only before it is
+    broadcast: it is then applied here rather than in the kernel.
+
+    Args:
+        s, scale: the caller's.
+        shape, dtype: to which the op's tensors broadcast and promote.
+    """
+    if scale is None or scale.clamp is None or scale.clamp_grad != "inward":
+        return s, scale
+    exporting = torch.compiler.is_exporting()  # to a program that keeps no Function, of the reference neither
+    if s.shape == shape and not exporting:
+        return s, scale
+    s = s.to(torch.float64 if dtype == torch.float64 else torch.float32)  # half precision would round the limits
+    s = _CLAMP_INWARD(s, *scale.clamp) if exporting else reference.scale.clamp(s, scale)
+    return s, dataclasses.replace(scale, clamp=None)
+
+
+_CLAMP_INWARD = _library.define_helper(
+    "clamp_inward", "(Tensor s, float lo, float hi) -> Tensor", lambda s, lo, hi: torch.empty_like(s), torch.clamp
+)
+_library.differentiate(_CLAMP_INWARD, reference.scale.ClampInward.apply)
+
+
+# Events
+
+
+def kernel_event_ndim(event_ndim, reduction, shape, free_bits=None, free_bits_per="dim"):
+    """How many dimensions a kernel sums: those of an event, or those before the floor of free bits. An elementwise term
+    that is reduced afterwards is summed in the kernel, which then need not write it out."""
+    if free_bits is not None:
+        return 0 if free_bits_per == "dim" else event_ndim
+    return len(shape) if event_ndim == 0 and reduction != "none" else event_ndim
+
+
+def floored(kl, shape, event_ndim, free_bits, free_bits_per, mask):
+    """The KL of each event with the floor of free bits.
+
+    Args:
+        kl: summed over the dimensions that kernel_event_ndim says.
+        shape, event_ndim: of the elementwise KL.
+    """
+    counted = mask
+    if mask is not None and free_bits_per != "dim":
+        counted = _counted_events(mask, shape, event_ndim)
+    judged = kl.detach()
+    if free_bits_per != "example":
+        batch_dims = tuple(range(len(shape) - event_ndim + 1))
+        judged = judged[None]  # a mean over no dimensions would be one over all
+        if counted is None:
+            judged = judged.mean(dim=batch_dims)
+        else:
+            judged = judged.sum(dim=batch_dims) / counted.expand(kl.shape)[None].sum(dim=batch_dims)
+    free_bits = free_bits.to(kl.dtype) if isinstance(free_bits, torch.Tensor) else float(free_bits)
+    kl = torch.where(judged <= free_bits, free_bits, kl)  # a NaN is not at the floor
+    if counted is not None:
+        kl = torch.where(counted, kl, 0.0)
+    return event_sum(kl, event_ndim) if free_bits_per == "dim" else kl
+
+
+def reduce(value, reduction, shape, event_ndim, mask):
+    """Reduces what the kernel returned for kernel_event_ndim; a mean is over the events that count."""
+    if reduction == "none":
+        return value
+    total = value.sum()
+    if reduction == "sum":
+        return total
+    if mask is not None:
+        return total / _counted_events(mask, shape, event_ndim).sum()
+    return total / math.prod(shape[: len(shape) - event_ndim])
+
+
+def _counted_events(mask, shape, event_ndim):
+    """The events of which the mask lets an element count: bool, of the shape less the event's dimensions."""
+    mask = mask.reshape((1,) * (len(shape) - mask.dim()) + mask.shape)
+    if event_ndim > 0:
+        if 0 in shape[len(shape) - event_ndim :]:
+            mask = mask.expand(shape)  # a mask that broadcasts has elements where the event has none
+        mask = mask.sum(dim=tuple(range(-event_ndim, 0))) > 0  # any() of a DTensor is wrong over a sharded dimension
+    return mask.expand(shape[: len(shape) - event_ndim])
+
+
+# Fakes, which lie in memory as csrc/common/host.h allocates results
+
+
+def joint_shape(*tensors):
+    """The shape to which tensors broadcast; None is none."""
+    return torch.broadcast_shapes(*[tensor.shape for tensor in tensors if tensor is not None])
+
+
+def _empty(shape, dtype, like):
+    """In the memory order of `like` where that has the full shape, else contiguous."""
+    if like.shape == shape:
+        return torch.empty_like(like, dtype=dtype)
+    return like.new_empty(shape, dtype=dtype)
+
+
+def empty_sample(mean, shape, num_samples, dtype):
+    """A sample."""
+    if num_samples is None:
+        return _empty(shape, dtype, mean)
+    return mean.new_empty((num_samples, *shape), dtype=dtype)
+
+
+def empty_terms(shape, event_ndim, like, inputs):
+    """KL or log-densities."""
+    dtype = arithmetic_dtype(*inputs)
+    if event_ndim == 0:
+        return _empty(shape, dtype, like)
+    return like.new_empty(shape[: len(shape) - event_ndim], dtype=dtype)
+
+
+def empty_gradient(shape, like, inputs):
+    """A gradient of `like`: in the arithmetic's precision where it has yet to be summed."""
+    same = like.numel() == math.prod(shape)
+    return _empty(shape, like.dtype if same else arithmetic_dtype(*inputs), like)
+
+
+def empty_prior_gradients(mean_q, s_q, mean_p, s_p, prior_grad):
+    """Gradients of q and p, those of p empty where they are not wanted."""
+    inputs = mean_q, s_q, mean_p, s_p
+    shape = joint_shape(*inputs)
+    if prior_grad:
+        return tuple(empty_gradient(shape, x, inputs) for x in inputs)
+    nothing = (mean_q.new_empty((0,), dtype=torch.float32) for _ in range(2))
+    return *(empty_gradient(shape, x, inputs) for x in inputs[:2]), *nothing
+
+
+# The raw ops, by whose names exported programs and other languages call them
+
+_OPERANDS = ("x", "mean", "s", "mean_q", "s_q", "mean_p", "s_p")
+_TENSORS = (*_OPERANDS, "seed", "noise", "mask")
+
+
+def check(**given):
+    """Raises for arguments of an op that no kernel can take: as csrc/common/checks.h does for compiled kernels, in the
+    same words, for Triton's and where nothing but metadata is there."""
+    if "scale_p" in given:
+        names = ("mean_p", "s_p", "scale", "scale_p", "balance")
+        _checks.check_raw_prior(*(given[name] for name in names), given.get("prior_grad", False))
+    else:
+        _checks.check_scale_numbers(given["scale"])
+    operands = {name: given[name] for name in _OPERANDS if name in given}
+    shape, device = _checks.operands(**operands)[1], next(iter(operands.values())).device
+    upstream = {"d_z": shape}
+    if "temperature" in given:
+        names = ("seed", "noise", "noise_offset", "num_samples", "temperature")
+        upstream["d_z"] = check_draw(*(given[name] for name in names), shape, device)
+    if "event_ndim" in given:
+        _checks.check_event_ndim(given["event_ndim"], shape)
+        if given["mask"] is not None:
+            _checks.check_mask(given["mask"], shape, device)
+        upstream["d_kl"] = upstream["d_out"] = shape[: len(shape) - given["event_ndim"]]
+    _checks.check_out_dtype(given.get("out_dtype"))
+    for name in ("d_z", "d_kl", "d_out"):
+        if name in given:
+            _checks.check_upstream(name, given[name], upstream[name], device)
+
+
+def check_draw(seed, noise, noise_offset, num_samples, temperature, shape, device):
+    """What decides an op's draw; the samples' shape."""
+    if (seed is None) == (noise is None):
+        raise ValueError(f"seed or noise must be given, and not both; got {'neither' if seed is None else 'both'}")
+    _checks.noise_arguments(noise, None, None, noise_offset, num_samples, temperature, shape, device)
+    if seed is not None:
+        _seed.as_seed(seed, None, seed.device if seed.is_cpu else device)  # kernels may take its value on the host
+    return shape if num_samples is None else (num_samples, *shape)
+
+
+def differentiable(function):
+    """What computes an op, so that gradients pass, from the arguments of its schema.
+
+    Args:
+        function: the op's autograd.Function: it takes the schema's tensors, and all else as a tuple, in its order.
+    """
+
+    def call(backend, **given):
+        if given.get("noise") is not None and given["noise"].requires_grad:
+            raise NotImplementedError(
+                "noise must not want a gradient, which only the reference passes on; got one that does"
+            )
+        options = (
+            of_numbers(x) if name.startswith("scale") else x for name, x in given.items() if name not in _TENSORS
+        )
+        return function.apply(*(x for name, x in given.items() if name in _TENSORS), tuple(options), backend)
+
+    return call
