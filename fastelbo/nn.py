@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastelbo import _autograd, _checks, backends, distributed
+from fastelbo import _autograd, _checks, _sharding, backends
 from fastelbo.ops import masked_conv2d as op
 from fastelbo.ops.gaussian_log_prob import log_prob
 from fastelbo.reference.masked_conv2d import activate
@@ -86,8 +86,8 @@ class _CausalConv2d(nn.Conv2d):
                 if place != weight.device:
                     dead = ~self._live_taps(weight.device)
                     self.__dict__["_dead_taps"] = weight.device, dead
-                if distributed.sharded(weight):
-                    dead = distributed.placed_as(weight, dead)
+                if _sharding.sharded(weight):
+                    dead = _sharding.placed_as(weight, dead)
                 with torch.inference_mode():  # parameters may be of inference mode
                     weight.data.masked_fill_(dead, 0)  # .data: no backward that waits reads a dead tap
 
@@ -119,10 +119,10 @@ class _CausalConv2d(nn.Conv2d):
         """Takes weights of nn.Conv2d and of masked convolutions of other projects, which hold a `mask` buffer."""
         mask, name = state_dict.pop(prefix + "mask", None), prefix + "weight"
         weight = state_dict.get(name)
-        if weight is not None and distributed.sharded(weight):  # of a module like this one, as FSDP loads it
+        if weight is not None and _sharding.sharded(weight):  # of a module like this one, as FSDP loads it
             live = self._live_taps(weight.device)
             if weight.shape == live.shape:
-                state_dict[name] = torch.where(distributed.placed_as(weight, live), weight, 0)
+                state_dict[name] = torch.where(_sharding.placed_as(weight, live), weight, 0)
             weight = None
         mask, weight = (t if t is None or t.dim() != 4 else self._full(t) for t in (mask, weight))
         if mask is not None and (reason := self._reject(mask)):

@@ -50,6 +50,51 @@ def test_reference_imports_torch_and_nothing_of_ours(path):
             assert ours or name.split(".")[0] in ("torch", "math"), f"{path.name} imports {name}"
 
 
+def modules():
+    """All files of the package by their modules' names."""
+    found = {}
+    for folder, package in ((ROOT / "fastelbo", "fastelbo"), (ROOT / "kernels", "fastelbo.kernels")):
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join((package, *(part for part in parts if part != "__init__")))] = path
+    return found
+
+
+def imported(path, names):
+    """The modules of ours that a file imports, at its head or within a function; not the packages that hold these."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in names)
+        if isinstance(node, ast.ImportFrom) and node.module in names:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in names else node.module
+
+
+def circle(edges):
+    """A circle of imports, or None."""
+    done = set()
+
+    def follow(module, path):
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return None
+        found = next(filter(None, (follow(other, [*path, module]) for other in edges[module])), None)
+        done.add(module)
+        return found
+
+    return next(filter(None, (follow(module, []) for module in edges)), None)
+
+
+def test_no_circle_of_imports():
+    names = modules()
+    edges = {name: sorted(set(imported(path, names))) for name, path in names.items()}
+    assert "fastelbo.scale" in edges["fastelbo.ops.gaussian_kl"] and "fastelbo.kernels.philox" in names
+    assert circle({"a": ["b"], "b": ["c", "d"], "c": [], "d": ["b"]}) == ["b", "d", "b"]
+    assert circle(edges) is None
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_no_op_imports_another(op):
     """What ops share is in files of fastelbo/ops/ whose names begin with an underscore."""

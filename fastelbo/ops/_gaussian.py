@@ -8,7 +8,7 @@ import torch
 from fastelbo import _checks, _library, _seed, reference
 from fastelbo.reference.gaussian_kl import event_sum
 from fastelbo.reference.scale import arithmetic_dtype
-from fastelbo.scale import as_scale, of_numbers
+from fastelbo.scale import as_scale, numbers, of_numbers
 
 
 def prior_scale(scale, mean_p, scale_p):
@@ -42,6 +42,20 @@ _CLAMP_INWARD = _library.define_helper(
     "clamp_inward", "(Tensor s, float lo, float hi) -> Tensor", lambda s, lo, hi: torch.empty_like(s), torch.clamp
 )
 _library.differentiate(_CLAMP_INWARD, reference.scale.ClampInward.apply)
+
+
+def normals(backend, num_samples):
+    """What draws standard normals as the sample's kernels do: takes their shape, a seed on their device, an offset."""
+
+    def draw(shape, seed, noise_offset):
+        if backend == "reference":
+            return reference.noise.philox_normal(seed, shape, num_samples=num_samples, noise_offset=noise_offset)
+        mean, std = (torch.full((), x, dtype=torch.float32, device=seed.device).expand(shape) for x in (0.0, 1.0))
+        draw = seed, None, noise_offset, num_samples, 1.0
+        op = (torch.ops.fastelbo_triton if backend == "triton" else torch.ops.fastelbo).gaussian_rsample_fwd
+        return op.kernel(mean, std, *draw, numbers(as_scale("std")), torch.float32)
+
+    return draw
 
 
 # Events

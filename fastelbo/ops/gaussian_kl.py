@@ -2,7 +2,7 @@
 
 import torch
 
-from fastelbo import _autograd, _checks, _library, backends, distributed, reference
+from fastelbo import _autograd, _checks, _library, _sharding, backends, reference
 from fastelbo.ops import _gaussian
 from fastelbo.scale import Scale, as_scale, numbers
 
@@ -93,8 +93,8 @@ def gaussian_kl(
     tensors = mean_q, s_q, mean_p, s_p, mask
     kernel_ndim = _gaussian.kernel_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
     options = scale, scale_p, kernel_ndim, balance
-    if distributed.sharded(*tensors):
-        layout = distributed.Gaussian(shape, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p, mask=mask)
+    if _sharding.sharded(*tensors):
+        layout = _sharding.Gaussian(shape, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p, mask=mask)
         kl = layout.terms(_local(layout.shards(), options, backend), kernel_ndim)
     else:
         kl = _local(tensors, options, backend)

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastelbo import _autograd, _checks, _library, backends, distributed, reference
+from fastelbo import _autograd, _checks, _library, _sharding, backends, reference
 from fastelbo.ops import _gaussian
 from fastelbo.reference.gaussian_kl import event_sum
 from fastelbo.reference.scale import arithmetic, arithmetic_dtype, log_std_and_std
@@ -124,8 +124,8 @@ def log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative, 
     tensors = x, mean, s, mask
     kernel_ndim = _gaussian.kernel_event_ndim(event_ndim, reduction, shape)
     options = scale, kernel_ndim, negative, full
-    if distributed.sharded(*tensors):
-        layout = distributed.Gaussian(shape, x=x, mean=mean, s=s, mask=mask)
+    if _sharding.sharded(*tensors):
+        layout = _sharding.Gaussian(shape, x=x, mean=mean, s=s, mask=mask)
         out = layout.terms(_local(layout.shards(), options, backend), kernel_ndim)
     else:
         out = _local(tensors, options, backend)

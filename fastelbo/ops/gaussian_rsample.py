@@ -2,7 +2,7 @@
 
 import torch
 
-from fastelbo import _autograd, _checks, _library, _seed, backends, distributed, reference
+from fastelbo import _autograd, _checks, _library, _seed, _sharding, backends, reference
 from fastelbo.ops import _gaussian
 from fastelbo.scale import Scale, as_scale, numbers
 
@@ -66,13 +66,13 @@ def gaussian_rsample(
     _checks.check_out_dtype(out_dtype)
     backend = backends.choose(device, backend, backends.only_reference(noise))
     if noise is None:
-        on_cpu = backend == "cuda" and _seed.by_value(device) and not distributed.sharded(mean, s)
+        on_cpu = backend == "cuda" and _seed.by_value(device) and not _sharding.sharded(mean, s)
         seed = _seed.as_seed(seed, generator, device, on_cpu)
     s, scale = _gaussian.clamp_before_broadcast(s, shape, scale, dtype)
     options = num_samples, temperature, scale, out_dtype or dtype
-    if distributed.sharded(mean, s, noise):
-        layout = distributed.Gaussian(shape, mean=mean, s=s)
-        seed, noise, noise_offset = layout.draw(seed, noise, noise_offset, num_samples, backend)
+    if _sharding.sharded(mean, s, noise):
+        layout = _sharding.Gaussian(shape, mean=mean, s=s)
+        seed, noise, noise_offset = layout.draw(seed, noise, noise_offset, _gaussian.normals(backend, num_samples))
         z = _local((*layout.shards(), seed, noise), (noise_offset, *options), backend)
         return layout.sample(z, num_samples)
     return _local((mean, s, seed, noise), (noise_offset, *options), backend)

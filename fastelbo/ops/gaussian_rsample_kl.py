@@ -2,7 +2,7 @@
 
 import torch
 
-from fastelbo import _autograd, _checks, _library, _seed, backends, distributed, reference
+from fastelbo import _autograd, _checks, _library, _seed, _sharding, backends, reference
 from fastelbo.ops import _gaussian
 from fastelbo.scale import Scale, as_scale, numbers
 
@@ -82,17 +82,15 @@ def gaussian_rsample_kl(
         _checks.check_kl_objective(free_bits, free_bits_per, balance, mask, shape, event_ndim, device, mean_p)
     backend = backends.choose(device, backend, backends.only_reference(noise))
     if noise is None:
-        on_cpu = (
-            backend == "cuda" and _seed.by_value(device) and not distributed.sharded(mean_q, s_q, mean_p, s_p, mask)
-        )
+        on_cpu = backend == "cuda" and _seed.by_value(device) and not _sharding.sharded(mean_q, s_q, mean_p, s_p, mask)
         seed = _seed.as_seed(seed, generator, device, on_cpu)
     s_q, scale = _gaussian.clamp_before_broadcast(s_q, shape, scale, dtype)
     s_p, scale_p = _gaussian.clamp_before_broadcast(s_p, shape, scale_p, dtype)
     kernel_ndim = _gaussian.kernel_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
     options = num_samples, temperature, scale, scale_p, kernel_ndim, out_dtype, balance
-    if distributed.sharded(mean_q, s_q, mean_p, s_p, noise, mask):
-        layout = distributed.Gaussian(shape, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p, mask=mask)
-        seed, noise, noise_offset = layout.draw(seed, noise, noise_offset, num_samples, backend)
+    if _sharding.sharded(mean_q, s_q, mean_p, s_p, noise, mask):
+        layout = _sharding.Gaussian(shape, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p, mask=mask)
+        seed, noise, noise_offset = layout.draw(seed, noise, noise_offset, _gaussian.normals(backend, num_samples))
         *inputs, local_mask = layout.shards()
         z, kl = _local((*inputs, seed, noise, local_mask), (noise_offset, *options), backend)
         z, kl = layout.sample(z, num_samples), layout.terms(kl, kernel_ndim)

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastelbo import _autograd, _checks, _flops, _library, backends, distributed, reference
+from fastelbo import _autograd, _checks, _flops, _library, _sharding, backends, reference
 from fastelbo.reference.masked_conv2d import GATES
 
 MASK_TYPES = ("A", "B")
@@ -284,12 +284,12 @@ def _run(tensors, options, backend):
     backend = backends.choose(input.device, backend, backends.only_reference(), convolution=not first_layer)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     keep = wanted and not torch.compiler.is_exporting()
-    if not distributed.sharded(*tensors):
+    if not _sharding.sharded(*tensors):
         y = _local(tensors, (*options, keep), backend)
     else:
         _, stack, _, groups, order, activation = options
         gate = activation if activation in GATES else None
-        layout = distributed.Convolution(tensors, 1 if stack == "vertical" else groups, order, gate)
+        layout = _sharding.Convolution(tensors, 1 if stack == "vertical" else groups, order, gate)
         y = layout.image(_local(layout.shards(), (*options, keep), backend), (images, *shape[-3:]))
     return y[0] if unbatched else y
 
