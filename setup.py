@@ -217,7 +217,7 @@ class Wheel(bdist_wheel):
 NVCC = find_nvcc()
 
 setup(
-    packages=["fastelbo", "fastelbo.compat", "fastelbo.ops", "fastelbo.reference", "fastelbo.kernels"],
+    packages=["fastelbo", *(f"fastelbo.{name}" for name in ("compat", "kernels", "ops", "reference", "sampling"))],
     package_dir={"fastelbo.kernels": "kernels"},
     ext_modules=[cpu_library(), *([cuda_library()] if NVCC else [])],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},

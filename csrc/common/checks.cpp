@@ -1,6 +1,6 @@
 #include "checks.h"
 
-#include "sampler.h"
+#include "sampling.h"
 
 namespace fastelbo {
 

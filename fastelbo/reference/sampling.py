@@ -1,4 +1,4 @@
-"""The instructions of a sampler's program (fastelbo/_program.py) in plain torch, and the draw of a level."""
+"""The instructions of a sampler's program (fastelbo/sampling/program.py) in plain torch, and the draw of a level."""
 
 import torch
 import torch.nn.functional as F  # noqa: N812

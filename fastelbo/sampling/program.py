@@ -7,7 +7,7 @@ which they are known, those of each level (after so many stages of the pixel) pa
 
 An instruction computes some channels of a feature at one pixel, from runs of numbers relative to it. The instructions
 come in sections: those at the start of a row, those of a pixel's levels, and those at the end of a row. Weights are
-packed in panels of 16 outputs. csrc/common/sampler.h reads the same numbers.
+packed in panels of 16 outputs. csrc/common/sampling.h reads the same numbers.
 """
 
 import itertools
@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastelbo._trace import ABOVE, PIXEL, ROW, Const, Conv, Join, Network, Point, Value, View
 from fastelbo.ops.masked_conv2d import GATES
+from fastelbo.sampling.trace import ABOVE, PIXEL, ROW, Const, Conv, Join, Network, Point, Value, View
 
 PANEL = 16
 
-# The order is that of sampler.h.
+# The order is that of sampling.h.
 FUNCTIONS = (
     *("none", "relu", "elu", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "softplus", "exp", "abs"),
     *("clamp", "affine", "add", "sub", "mul", "div", "prelu", "tanh_sigmoid", "glu"),
@@ -321,7 +321,7 @@ class Program:
         return [self.start, *self.levels, self.end]
 
     def encode(self) -> Tensor:
-        """All of it but the weights as int64 numbers; sampler.h describes them."""
+        """All of it but the weights as int64 numbers; sampling.h describes them."""
         instructions, runs, bounds = [], [], [0]
         for section in self.sections:
             for i in section:

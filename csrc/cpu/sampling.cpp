@@ -1,11 +1,11 @@
-// Draws images of a causal network a pixel at a time (fastelbo/sampling.py): runs a program over many pixels at once,
+// Draws images of a causal network a pixel at a time (fastelbo/sampling): runs a program over many pixels at once,
 // which are those of a row, or those of the same place in several images.
 //
 // Every output is one chain of multiply-adds in the order of the weights, whichever pixels share a tile with it, so
 // that an image does not depend on the others of its batch.
 #ifndef FASTELBO_ISA
 #include "../common/checks.h"
-#include "../common/sampler.h"
+#include "../common/sampling.h"
 #include "host.h"
 
 namespace fastelbo {
@@ -32,7 +32,7 @@ struct SamplerArgs {
 
 }  // namespace fastelbo
 
-#define FASTELBO_LOOPS "sampler.cpp"
+#define FASTELBO_LOOPS "sampling.cpp"
 #include "per_isa.h"
 #endif
 
@@ -61,7 +61,7 @@ inline F32 gelu(F32 x) {
   return load(lanes, Whole{});
 }
 
-#include "../common/sampler_functions.h"
+#include "../common/sampling_functions.h"
 
 // Of few calls, so that it is not inlined for each.
 inline F32 evaluate(int64_t function, F32 a, F32 b, float p, float q) { return apply(function, a, b, p, q); }

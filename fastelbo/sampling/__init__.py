@@ -14,10 +14,10 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fastelbo import _checks, _library, _seed, backends
-from fastelbo._program import Program
-from fastelbo._trace import PIXEL, Const, Conv, trace
 from fastelbo.reference.noise import philox_uniform
-from fastelbo.reference.sampler import Line, Scattered, Section, draw
+from fastelbo.reference.sampling import Line, Scattered, Section, draw
+from fastelbo.sampling.program import Program
+from fastelbo.sampling.trace import PIXEL, Const, Conv, trace
 
 __all__ = ["IncrementalSampler"]
 

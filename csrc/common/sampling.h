@@ -1,4 +1,4 @@
-// The program of a sampler (fastelbo/_program.py): a flat array of int64, the same for every device.
+// The program of a sampler (fastelbo/sampling/program.py): a flat array of int64, the same for every device.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ constexpr int kPanel = 16;
 
 enum Op : int64_t { kConv, kPoint, kCopy };
 
-// The order is that of FUNCTIONS in _program.py.
+// The order is that of FUNCTIONS in sampling/program.py.
 enum Function : int64_t {
   kNone,
   kRelu,

@@ -1,10 +1,10 @@
-// Draws images of a causal network a pixel at a time (fastelbo/sampling.py): a block of threads takes an image through
+// Draws images of a causal network a pixel at a time (fastelbo/sampling): a block of threads takes an image through
 // all steps of a launch, and meets after each instruction of the program. Weights come from the second-level cache.
 //
 // Outputs are spread over the threads, and where these are more, the inputs of an output too: sums are in an order that
 // the program alone decides, so that an image does not depend on the others of its batch.
 #include "../common/checks.h"
-#include "../common/sampler.h"
+#include "../common/sampling.h"
 #include "host.cuh"
 
 namespace fastelbo::device {
@@ -15,7 +15,7 @@ using namespace sampler;
 
 FASTELBO_INLINE float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
 
-#include "../common/sampler_functions.h"
+#include "../common/sampling_functions.h"
 
 struct SamplerArgs {
   Program program;
