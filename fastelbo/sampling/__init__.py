@@ -16,8 +16,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 from fastelbo import _checks, _library, _seed, backends
 from fastelbo.reference.noise import philox_uniform
 from fastelbo.reference.sampling import Line, Scattered, Section, draw
+from fastelbo.sampling.network import PIXEL, Const, Conv
 from fastelbo.sampling.program import Program
-from fastelbo.sampling.trace import PIXEL, Const, Conv, trace
+from fastelbo.sampling.trace import trace
 
 __all__ = ["IncrementalSampler"]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastelbo.ops.masked_conv2d import GATES
-from fastelbo.sampling.trace import ABOVE, PIXEL, ROW, Const, Conv, Join, Network, Point, Value, View
+from fastelbo.sampling.network import ABOVE, PIXEL, ROW, Const, Conv, Join, Network, Point, Value, View
 
 PANEL = 16
 
