@@ -372,7 +372,7 @@ def _assert_rounding(made, sampler, drawn, naive, seed, what):
     sums = logits[1].softmax(1).cumsum(1)
     for image in range(len(drawn)):
         for step in range(sampler.steps):
-            (_, colours, rows, columns) = sampler._where(step)
+            (_, colours, rows, columns) = sampler._plan.where(step)
             one, other = (t[image][colours, rows, columns] for t in (drawn, naive))
             if torch.equal(one, other):
                 continue

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastelbo
 from fastelbo.nn import GatedMaskedConv2d, HorizontalStackConv2d, MaskedConv2d, VerticalStackConv2d
-from fastelbo.sampling import IncrementalSampler
+from fastelbo.sampling import IncrementalSampler, check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -947,7 +947,7 @@ def test_the_check_runs_once_and_disturbs_nothing(backend, monkeypatch):
     model = lively(Gated())
     sampler = IncrementalSampler(model, (1, 4, 5), levels=4, backend=backend)
     runs = []
-    monkeypatch.setattr(sampler, "_compare", lambda cond, own=sampler._compare: runs.append(own(cond)))
+    monkeypatch.setattr(check, "compare", lambda *given, own=check.compare: runs.append(own(*given)))
     torch.manual_seed(1)
     first = sampler.sample(2)
     state = torch.get_rng_state()
@@ -1231,11 +1231,9 @@ def test_settings_of_precision_come_back():
 @pytest.mark.parametrize("order", ["raster", "wavefront"])
 def test_large_images_are_checked_in_their_first_rows(order, backend, monkeypatch):
     seen = []
-    compare = IncrementalSampler._compare
-    monkeypatch.setattr(
-        IncrementalSampler, "_compare", lambda self, cond: seen.append(self.image_shape) or compare(self, cond)
-    )
-    monkeypatch.setattr(fastelbo.sampling, "_SEEN", 40)
+    compare = check.compare
+    monkeypatch.setattr(check, "compare", lambda plan, *given: seen.append(plan.image_shape) or compare(plan, *given))
+    monkeypatch.setattr(check, "SEEN", 40)
     model = lively(nn.Sequential(MaskedConv2d(1, 6, 5, mask_type="A"), nn.ReLU(), nn.Conv2d(6, 4, 1)))
     sampler = IncrementalSampler(model, (1, 30, 7), levels=4, backend=backend, order=order)
     assert torch.equal(sampler.sample(2, seed=0), sampler.sample(2, seed=0, method="naive"))

@@ -75,7 +75,7 @@ class _Conditional(_Plain):
         return self.model(image, cond)
 
 
-def trace(model: nn.Module, colours: int, conditional: bool, bernoulli: bool = False) -> Network:
+def network_of(model: nn.Module, colours: int, conditional: bool, bernoulli: bool = False) -> Network:
     """The steps of a network in evaluation mode.
 
     Args:

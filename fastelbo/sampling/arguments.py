@@ -1,0 +1,125 @@
+"""What a sampler is given: checks of it, and what it means."""
+
+import copy
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from fastelbo import backends
+
+
+def checked_shape(image_shape: Any) -> tuple[int, int, int]:
+    """(C, H, W)."""
+    if not isinstance(image_shape, Sequence):
+        raise TypeError(f"image_shape must be (C, H, W), all at least 1; got {image_shape!r}")
+    shape = tuple(image_shape)
+    if len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
+        raise ValueError(f"image_shape must be (C, H, W), all at least 1; got {shape}")
+    return shape
+
+
+def checked_levels(levels: Any) -> int | None:
+    """An int, or None."""
+    if levels is None:
+        return None
+    if isinstance(levels, bool) or not hasattr(levels, "__index__"):
+        raise TypeError(f"levels must be an int or None; got {type(levels).__name__}")
+    levels = operator.index(levels)
+    if levels < 2:
+        raise ValueError(f"levels must be at least 2 (a network with one output for each colour has 2); got {levels}")
+    return levels
+
+
+def checked_values(values: Any, levels: int | None, outputs: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What the network takes for each level: [outputs]."""
+    if levels is None and values is not None:
+        raise ValueError("values must come with levels; got them alone")
+    found = torch.as_tensor(range(outputs) if values is None else values, dtype=dtype, device=device)
+    if found.shape != (outputs,):
+        raise ValueError(f"values must be one number for each of {outputs} levels; got shape {tuple(found.shape)}")
+    return found
+
+
+def check_count(name: str, value: Any) -> None:
+    """That a number is an int, and at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+def completion(
+    init: Any, mask: Any, shape: tuple[int, ...], levels: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """The image to draw into, and which of it is known."""
+    if (init is None) != (mask is None):
+        raise ValueError(f"init and mask must both be given, or neither; got no {'init' if init is None else 'mask'}")
+    if init is None:
+        return torch.zeros(shape, dtype=torch.int64, device=device), None
+    if not isinstance(init, Tensor) or init.is_floating_point() or init.dtype == torch.bool:
+        raise TypeError(f"init must be a tensor of integers; got {getattr(init, 'dtype', type(init).__name__)}")
+    if init.shape != shape:
+        raise ValueError(f"init must be of shape {shape}; got {tuple(init.shape)}")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a tensor of bool; got {getattr(mask, 'dtype', type(mask).__name__)}")
+    try:
+        known = mask.to(device).expand(shape).contiguous()
+    except RuntimeError:
+        raise ValueError(f"mask must broadcast to shape {shape}; got {tuple(mask.shape)}") from None
+    image = torch.where(known, init.to(device, torch.int64), 0).contiguous()
+    if bool(((image < 0) | (image >= levels)).any()):
+        raise ValueError(f"init must be between 0 and {levels - 1} where mask is True")
+    return image, known
+
+
+def condition(cond: Any, conditional: bool, n: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """The condition of n images, on the network's device and in its dtype."""
+    if (cond is not None) != conditional:
+        raise ValueError(f"cond must {'' if conditional else 'not '}be given: conditional={conditional}")
+    if cond is None:
+        return None
+    if not isinstance(cond, Tensor):
+        raise TypeError(f"cond must be a tensor; got {type(cond).__name__}")
+    if cond.dim() == 0 or len(cond) != n:
+        raise ValueError(f"cond must be of {n} images; got shape {tuple(cond.shape)}")
+    return cond.to(device, dtype) if cond.is_floating_point() else cond.to(device)
+
+
+def choose(device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
+    """The backend; the fastest that can run a model of this dtype where None."""
+    wanted = backends.OVERRIDE if backend is None else backend
+    reasons: dict[str, str | None] = {"reference": None, "triton": "it has no sampler"}
+    for name in ("cpu", "cuda"):
+        reasons[name] = backends.why_not(name, device)
+        if reasons[name] is None and dtype != torch.float32:
+            reasons[name] = f"it computes in float32, and the model is in {dtype}"
+    if wanted is None:
+        return next(name for name in ("cpu", "cuda", "reference") if reasons[name] is None)
+    if not isinstance(wanted, str) or wanted not in backends.BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}; got {wanted!r}")
+    if reasons[wanted] is None:
+        return wanted
+    why = "; ".join(f"{name}: {reason or 'can run it'}" for name, reason in reasons.items())
+    raise NotImplementedError(f"backend {wanted!r} cannot run this sampler ({why})")
+
+
+def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a module for evaluation, without the hooks that only set a weight."""
+    # of tensors in a graph, as those hooks leave them, there is no deepcopy
+    held = [t for part in model.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
+    try:
+        own = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held})
+        for part in own.modules():
+            for key, hook in list(part._forward_pre_hooks.items()):
+                if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
+                    hook.remove(part)
+                    del part._forward_pre_hooks[key]
+        return own.to(dtype).eval().requires_grad_(False)
+    except Exception as error:  # of any kind: it is the user's code
+        raise TypeError(f"model must be one that copy.deepcopy copies; got {type(model).__name__}: {error}") from error
