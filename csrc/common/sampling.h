@@ -15,7 +15,7 @@ constexpr int kPanel = 16;
 
 enum Op : int64_t { kConv, kPoint, kCopy };
 
-// The order is that of FUNCTIONS in sampling/program.py.
+// The order is that of FUNCTIONS in fastelbo/reference/sampling.py.
 enum Function : int64_t {
   kNone,
   kRelu,

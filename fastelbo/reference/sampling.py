@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-_PANEL = 16
+PANEL = 16  # channels that are packed, computed and kept together
 
 
 def draw(logits, uniforms, temperature):
@@ -30,35 +30,28 @@ def draw(logits, uniforms, temperature):
     return torch.where(total[:, 0].isnan(), -1, torch.minimum(found, last))
 
 
-def function(name, a, b, parameters):
-    """A pointwise function of one operand or two."""
-    if name in _UNARY:
-        return _UNARY[name](a, *parameters)
-    return _BINARY[name](a, b)
-
-
-_UNARY = {
-    "none": lambda a, *_: a,
-    "relu": lambda a, *_: torch.relu(a),
-    "elu": lambda a, alpha: F.elu(a, alpha),
-    "leaky_relu": F.leaky_relu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda a: F.gelu(a, approximate="tanh"),
-    "softplus": F.softplus,
-    "exp": torch.exp,
-    "abs": torch.abs,
-    "clamp": torch.clamp,
-    "affine": lambda a, scale, shift: a * scale + shift,
-}
-_BINARY = {
-    "add": torch.add,
-    "sub": torch.sub,
-    "mul": torch.mul,
-    "div": torch.div,
-    "prelu": lambda a, b: torch.where(a > 0, a, b * a),
+#: The pointwise functions of one operand or two, and parameters. Their order is that of Function in
+#: csrc/common/sampling.h; gates are the last.
+FUNCTIONS = {
+    "none": lambda a, _: a,
+    "relu": lambda a, _: torch.relu(a),
+    "elu": lambda a, _, alpha: F.elu(a, alpha),
+    "leaky_relu": lambda a, _, slope: F.leaky_relu(a, slope),
+    "sigmoid": lambda a, _: torch.sigmoid(a),
+    "tanh": lambda a, _: torch.tanh(a),
+    "silu": lambda a, _: F.silu(a),
+    "gelu": lambda a, _: F.gelu(a),
+    "gelu_tanh": lambda a, _: F.gelu(a, approximate="tanh"),
+    "softplus": lambda a, _, beta, threshold: F.softplus(a, beta, threshold),
+    "exp": lambda a, _: torch.exp(a),
+    "abs": lambda a, _: torch.abs(a),
+    "clamp": lambda a, _, low, high: torch.clamp(a, low, high),
+    "affine": lambda a, _, scale, shift: a * scale + shift,
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "prelu": lambda a, slope: torch.where(a > 0, a, slope * a),
     "tanh_sigmoid": lambda a, b: torch.tanh(a) * torch.sigmoid(b),
     "glu": lambda a, b: a * torch.sigmoid(b),
 }
@@ -121,24 +114,24 @@ class Section:
     def _matrices(i, weights):
         if i.op != "conv":
             return None, None
-        outputs = i.panels * (2 if i.function in ("tanh_sigmoid", "glu") else 1) * _PANEL
+        outputs = i.panels * i.halves * PANEL
         packed = weights[i.weight : i.weight + outputs * i.inputs]
-        matrix = packed.reshape(outputs // _PANEL, i.inputs, _PANEL).transpose(1, 2).reshape(outputs, i.inputs)
+        matrix = packed.reshape(outputs // PANEL, i.inputs, PANEL).transpose(1, 2).reshape(outputs, i.inputs)
         return matrix.contiguous(), weights[i.bias : i.bias + outputs]
 
     def run(self, pixels):
         """Computes the features of pixels."""
         for i, weight, bias in self.instructions:
-            width = i.panels * _PANEL
+            width = i.panels * PANEL
             if i.op == "copy":
                 for run in i.runs:
-                    pixels.write(i.out, pixels.read(i.a, run.count, offset=run.offset), run.to)
+                    pixels.write(i.out, pixels.read(i.a, run.length, offset=run.offset), run.to)
                 continue
             if i.op == "point":
                 b = pixels.read(i.b, width) if i.b.offset >= 0 else None
-                pixels.write(i.out, function(i.function, pixels.read(i.a, width), b, i.parameters))
+                pixels.write(i.out, FUNCTIONS[i.function](pixels.read(i.a, width), b, *i.parameters))
                 continue
-            inputs = [pixels.read(i.a, run.count, run.down, run.offset) for run in i.runs]
+            inputs = [pixels.read(i.a, run.length, run.down, run.offset) for run in i.runs]
             if inputs:
                 z = F.linear(inputs[0] if len(inputs) == 1 else torch.cat(inputs, 2), weight, bias)
             else:
@@ -148,7 +141,7 @@ class Section:
                 a = a + pixels.read(i.b, width)
             if i.c.offset >= 0:
                 b = b + pixels.read(i.c, width)
-            y = function(i.function, a, b, (1.0,) if i.function == "elu" else ())
+            y = FUNCTIONS[i.function](a, b, *i.parameters)
             if i.d.offset >= 0:
                 y = y + pixels.read(i.d, width)
             pixels.write(i.out, y)

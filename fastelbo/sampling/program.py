@@ -18,15 +18,11 @@ import torch
 from torch import Tensor
 
 from fastelbo.ops.masked_conv2d import GATES
+from fastelbo.reference import sampling as reference
+from fastelbo.reference.sampling import PANEL
 from fastelbo.sampling.network import ABOVE, PIXEL, ROW, Const, Conv, Join, Network, Point, Value, View
 
-PANEL = 16
-
-# The order is that of sampling.h.
-FUNCTIONS = (
-    *("none", "relu", "elu", "leaky_relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "softplus", "exp", "abs"),
-    *("clamp", "affine", "add", "sub", "mul", "div", "prelu", "tanh_sigmoid", "glu"),
-)
+FUNCTIONS = tuple(reference.FUNCTIONS)  # encoded by their places here, and so are these
 OPS = ("conv", "point", "copy")
 INSTRUCTION = 35  # numbers of an encoded one
 
@@ -41,6 +37,7 @@ class Ref(NamedTuple):
     down: int = 0
 
     def plus(self, offset: int) -> "Ref":
+        """The place of numbers so far behind these."""
         return self._replace(offset=self.offset + offset)
 
 
@@ -52,7 +49,7 @@ class Run(NamedTuple):
 
     down: int
     offset: int
-    count: int
+    length: int
     to: int = 0
 
 
@@ -74,6 +71,11 @@ class Instruction:
     inputs: int = 0
     parameters: tuple[float, ...] = ()
 
+    @property
+    def halves(self) -> int:
+        """How many sums make an output: two under a gate."""
+        return 2 if self.function in GATES else 1
+
 
 @dataclass(eq=False)
 class Buffer:
@@ -83,9 +85,6 @@ class Buffer:
     ranges: list[tuple[int, int, list[int]]]  # of each level: first position, panels, channels
     width: int  # of a pixel
     ref: Ref
-
-    def at(self, first: int = 0) -> Ref:
-        return self.ref.plus(first)
 
 
 @dataclass
@@ -122,14 +121,19 @@ class Program:
         self.weights_size = 0
         self.constants: dict[tuple, tuple[Const, list[int], Buffer]] = {}
         self.buffers: dict[Value, Buffer] = {}
-        self.reads = self.find_reads()
-        self.place(network.image)
+        self.reads = self._find_reads()
+        self._place(network.image)
         for step in network.steps:
-            self.place(step.out)
+            self._place(step.out)
         for step in network.steps:
-            {Conv: self.conv, Point: self.point, Join: self.join}[type(step)](step)
+            if isinstance(step, Conv):
+                self._conv(step)
+            elif isinstance(step, Point):
+                self._point(step)
+            else:
+                self._join(step)
         logits = network.logits
-        self.logits = self.view_ref(logits)
+        self.logits = self._view_ref(logits)
         self.logit_positions = [self.buffers[logits.value].positions[channel] for channel in logits.channels]
         self.image = self.buffers[network.image]
         self.size = (self.size + 2 * PANEL) // PANEL * PANEL  # reads of a last, incomplete panel end inside
@@ -140,7 +144,7 @@ class Program:
 
     # Places
 
-    def find_reads(self) -> dict[Value, Reads]:
+    def _find_reads(self) -> dict[Value, Reads]:
         found = {value: Reads() for value in (self.network.image, *(step.out for step in self.network.steps))}
 
         def read(view, rowwise, taps=((0, 0),)):
@@ -168,12 +172,12 @@ class Program:
         read(self.network.logits, False)
         return found
 
-    def place(self, value: Value) -> None:
+    def _place(self, value: Value) -> None:
         reads = self.reads[value]
         levels = [self.network.level(c) if value.phase == PIXEL else 0 for c in value.colours]
-        self.buffers[value] = self.buffer(levels, reads, reads.kept or value.phase != PIXEL)
+        self.buffers[value] = self._buffer(levels, reads, reads.kept or value.phase != PIXEL)
 
-    def buffer(self, levels, reads: Reads, kept: bool) -> Buffer:
+    def _buffer(self, levels, reads: Reads, kept: bool) -> Buffer:
         positions, ranges, width = [0] * len(levels), [], 0
         for level in range(len(self.levels)):
             members = [channel for channel, own in enumerate(levels) if own == level]
@@ -185,52 +189,52 @@ class Program:
         if kept or self.wavefront:
             depth = reads.up + (self.rows if self.wavefront else 1)
             row_stride = (reads.left + self.columns + reads.right) * width
-            ref = Ref(self.take(depth * row_stride) + reads.left * width, row_stride, width, depth)
+            ref = Ref(self._take(depth * row_stride) + reads.left * width, row_stride, width, depth)
         else:
-            ref = Ref(self.take(width))
+            ref = Ref(self._take(width))
         return Buffer(positions, ranges, width, ref)
 
-    def take(self, count: int) -> int:
+    def _take(self, count: int) -> int:
         self.size += count
         return self.size - count
 
-    def view_ref(self, view: View) -> Ref:
+    def _view_ref(self, view: View) -> Ref:
         ref = self.buffers[view.value].ref
         return ref._replace(offset=ref.offset - view.right * ref.column_stride, down=view.down)
 
-    def constant(self, const: Const, channels, layout: Buffer) -> Ref:
+    def _constant(self, const: Const, channels, layout: Buffer) -> Ref:
         """A constant's place, its channels as the layout has them."""
         key = const, tuple(channels), tuple(layout.positions)
         if key not in self.constants:
             if self.spatial[const]:
                 row_stride = self.columns * layout.width
-                ref = Ref(self.take(self.rows * row_stride), row_stride, layout.width, self.rows)
+                ref = Ref(self._take(self.rows * row_stride), row_stride, layout.width, self.rows)
             else:
-                ref = Ref(self.take(layout.width))
+                ref = Ref(self._take(layout.width))
             buffer = Buffer(layout.positions, layout.ranges, layout.width, ref)
             self.constants[key] = const, list(channels), buffer
         return self.constants[key][2].ref
 
-    def aligned(self, operand, channels, layout: Buffer, phase: int) -> Ref:
+    def _aligned(self, operand, channels, layout: Buffer, phase: int) -> Ref:
         """Channels of an operand as the layout has them: in place where they lie so, else copied."""
         if isinstance(operand, Const):
-            return self.constant(operand, channels, layout)
+            return self._constant(operand, channels, layout)
         source = self.buffers[operand.value]
         positions = [source.positions[operand.channels[channel]] for channel in channels]
         shifts = {a - b for a, b in zip(positions, layout.positions, strict=True)}
         if len(shifts) == 1:
-            return self.view_ref(operand).plus(shifts.pop())
+            return self._view_ref(operand).plus(shifts.pop())
         if operand.phase == ABOVE and not self.wavefront:  # which has no start of a row
             phase = ABOVE
         levels = [0] * len(channels)
         for level, (_, _, members) in enumerate(layout.ranges):
             for channel in members:
                 levels[channel] = level
-        copied = self.buffer(levels, Reads(), phase != PIXEL)
-        self.copy(operand, positions, copied, phase)
+        copied = self._buffer(levels, Reads(), phase != PIXEL)
+        self._copy(operand, positions, copied, phase)
         return copied.ref
 
-    def copy(self, view: View, positions, to: Buffer, phase: int, channels=None) -> None:
+    def _copy(self, view: View, positions, to: Buffer, phase: int, channels=None) -> None:
         """Adds copies of a view's positions to the channels of a buffer."""
         channels = range(len(positions)) if channels is None else channels
         wanted = dict(zip(channels, positions, strict=True))
@@ -238,28 +242,28 @@ class Program:
             pairs = [(wanted[channel], to.positions[channel]) for channel in members if channel in wanted]
             runs = [Run(0, *run) for run in _merge(pairs)]
             if runs:
-                self.add(phase, level, Instruction("copy", 0, to.ref, self.view_ref(view), runs=runs))
+                self._add(phase, level, Instruction("copy", 0, to.ref, self._view_ref(view), runs=runs))
 
     # Instructions
 
-    def add(self, phase: int, level: int, instruction: Instruction) -> None:
+    def _add(self, phase: int, level: int, instruction: Instruction) -> None:
         {ABOVE: self.start, PIXEL: self.levels[level], ROW: self.end}[phase].append(instruction)
 
-    def keep(self, piece: Tensor) -> int:
+    def _keep(self, piece: Tensor) -> int:
         self.pieces.append(piece)
         self.weights_size += piece.numel()
         return self.weights_size - piece.numel()
 
-    def conv(self, step: Conv) -> None:
+    def _conv(self, step: Conv) -> None:
         out, phase = self.buffers[step.out], step.out.phase
-        source, ref = self.buffers[step.x.value], self.view_ref(step.x)
+        source, ref = self.buffers[step.x.value], self._view_ref(step.x)
         half = len(out.positions)
         halves = 2 if step.activation in GATES else 1
         cond = [NOWHERE, NOWHERE]
         if step.cond is not None:
             for h in range(halves):
-                cond[h] = self.aligned(step.cond, range(h * half, (h + 1) * half), out, phase)
-        residual = NOWHERE if step.residual is None else self.aligned(step.residual, range(half), out, phase)
+                cond[h] = self._aligned(step.cond, range(h * half, (h + 1) * half), out, phase)
+        residual = NOWHERE if step.residual is None else self._aligned(step.residual, range(half), out, phase)
         positions = [source.positions[channel] for channel in step.x.channels]
         for level, (first, panels, members) in enumerate(out.ranges):
             if not members:
@@ -280,49 +284,55 @@ class Program:
                 weight = torch.where(step.live, step.weight, 0)[rows][:, channels, taps]  # [outputs, reads]
                 packed.append(_panels(weight.T, panels))
             bias = step.weight.new_zeros(len(step.weight)) if step.bias is None else step.bias
-            bias = [_panels(bias[rows][None], panels) for rows in outputs]
+            packed_bias = [_panels(bias[rows][None], panels) for rows in outputs]
+            b, c, d = (place.plus(first) if place.offset >= 0 else place for place in (*cond, residual))
             instruction = Instruction(
                 "conv",
                 panels,
-                out.at(first),
+                out.ref.plus(first),
                 ref,
-                *(r.plus(first) if r.offset >= 0 else r for r in (*cond, residual)),
+                b,
+                c,
+                d,
                 function=step.activation or "none",
                 runs=runs,
-                weight=self.keep(torch.cat(packed)),
-                bias=self.keep(torch.cat(bias)),
+                weight=self._keep(torch.cat(packed)),
+                bias=self._keep(torch.cat(packed_bias)),
                 inputs=len(reads),
-                parameters=(1.0,),
+                parameters=(1.0,) if step.activation == "elu" else (),
             )
-            self.add(phase, level, instruction)
+            self._add(phase, level, instruction)
 
-    def point(self, step: Point) -> None:
+    def _point(self, step: Point) -> None:
         out, phase = self.buffers[step.out], step.out.phase
-        refs = [self.aligned(operand, range(len(out.positions)), out, phase) for operand in step.operands]
+        refs = [self._aligned(operand, range(len(out.positions)), out, phase) for operand in step.operands]
         for level, (first, panels, members) in enumerate(out.ranges):
             if members:
                 a, b = ([ref.plus(first) for ref in refs] + [NOWHERE])[:2]
                 instruction = Instruction(
-                    "point", panels, out.at(first), a, b, function=step.function, parameters=step.parameters
+                    "point", panels, out.ref.plus(first), a, b, function=step.function, parameters=step.parameters
                 )
-                self.add(phase, level, instruction)
+                self._add(phase, level, instruction)
 
-    def join(self, step: Join) -> None:
+    def _join(self, step: Join) -> None:
         out, start = self.buffers[step.out], 0
         for part in step.parts:
             positions = [self.buffers[part.value].positions[channel] for channel in part.channels]
-            self.copy(part, positions, out, step.out.phase, range(start, start + len(positions)))
+            self._copy(part, positions, out, step.out.phase, range(start, start + len(positions)))
             start += len(positions)
 
     # What runs it
 
     @property
     def sections(self) -> list[list[Instruction]]:
+        """Those at the start of a row, those of each level of a pixel, and those at the end of a row."""
         return [self.start, *self.levels, self.end]
 
     def encode(self) -> Tensor:
-        """All of it but the weights as int64 numbers; sampling.h describes them."""
-        instructions, runs, bounds = [], [], [0]
+        """All of it but the weights as int64 numbers; csrc/common/sampling.h describes them."""
+        instructions: list[int] = []
+        runs: list[int] = []
+        bounds = [0]
         for section in self.sections:
             for i in section:
                 instructions += [OPS.index(i.op), i.panels, FUNCTIONS.index(i.function), len(runs) // 4, len(i.runs)]
