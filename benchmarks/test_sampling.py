@@ -4,7 +4,8 @@ import sampling
 
 
 def test_sampling(batch, device, passing, measure, save, request):
-    passing("sampling")
+    for name in ("sampling", "sampling_networks", "sampling_check"):
+        passing(name)
     option = request.config.option
     calls = sampling.contestants(batch, option.rival or sampling.RIVALS)
     samples = measure(calls, option.rounds or (3 if option.quick else 5))

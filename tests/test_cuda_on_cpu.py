@@ -55,6 +55,8 @@ def library(tmp_path_factory):
     [
         *((name, "cpu or opcheck" if name == "masked_conv2d" else "cpu") for name in FILES),
         ("sampling", "cpu"),
+        ("sampling_networks", "cpu"),
+        ("sampling_check", "cpu"),
         ("memory", "layout_changes and cpu"),
         ("rows", "cpu"),
     ],

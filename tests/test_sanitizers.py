@@ -19,7 +19,7 @@ BUILD = ROOT / "build" / f"sanitized-{torch.__version__}"  # kept: the next run 
 BEST = {"portable": "portable", "AVX2": "avx2", "AVX-512": "avx512"}[fastelbo.backends.cpu_isa()]
 QUICKLY = [BEST] if BEST == "portable" else [BEST, pytest.param("portable", marks=pytest.mark.slow)]
 PROPERTIES = str(ROOT / "tests" / "test_properties.py")
-OPS = [f"test_{name}.py" for name in (*FILES, "scale", "sampling")]
+OPS = [f"test_{name}.py" for name in (*FILES, "scale", "sampling", "sampling_networks", "sampling_check")]
 
 pytestmark = pytest.mark.skipif(sys.platform == "darwin", reason="Apple's compiler is not the one that setup.py asks")
 
