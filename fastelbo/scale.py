@@ -123,7 +123,7 @@ class Scale:
         object.__setattr__(self, "text", " ".join(map(repr, self.numbers)))
 
     def _numbers(self, lo: float, hi: float, unit: "tuple[float, float] | None") -> "list[float]":
-        """The parameters as the compiled ops take them (csrc/cpu/host.cpp, parse_scale), trailing defaults left out:
+        """The parameters as the compiled ops take them (csrc/common/host.cpp, parse_scale), trailing defaults left out:
         every number costs a call 50 ns."""
         numbers = [KINDS.index(self.kind), CLAMP_GRADS.index(self.clamp_grad), lo, hi]
         numbers += [self.soft_clamp or 0.0, self.min_std, self.var_eps, self.beta, *(unit or (math.inf, 0.0))]

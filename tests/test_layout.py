@@ -3,7 +3,9 @@
 import ast
 import doctest
 import inspect
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,59 @@ def test_no_circle_of_imports():
     assert "fastelbo.scale" in edges["fastelbo.ops.gaussian_kl"] and "fastelbo.kernels.philox" in names
     assert circle({"a": ["b"], "b": ["c", "d"], "c": [], "d": ["b"]}) == ["b", "d", "b"]
     assert circle(edges) is None
+
+
+HOUSE = ("fastelbo", "kernels", "csrc", "tests", "benchmarks", "tools")
+ENDINGS = (".py", ".h", ".cuh", ".cpp", ".cu", ".sh")
+FILES = [path for folder in (*HOUSE, "docs", "examples") for path in (ROOT / folder).rglob("*.*") if path.is_file()]
+NAMES = {path.name for path in FILES}
+# Of other projects, whose files our docstrings cite, and of a user.
+OTHERS = re.compile(r"(torch|diffusers|pyro|pythae|bayesian_torch|torchbnn|guided_diffusion)/|[A-Z]+/")
+CITED = {"fastelbo/compat/vdvae.py": {"vae_helpers.py"}, "fastelbo/compat/vits.py": {"losses.py", "models.py"}}
+
+
+def remarks(path):
+    """The comments and docstrings of a file, each with its first line."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        for found in re.finditer(r"(?:^|\s)# .*" if path.suffix == ".sh" else r"(?<!:)//.*", text):
+            yield text.count("\n", 0, found.start()) + 1, found[0]
+        return
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            yield node.body[0].lineno, ast.get_docstring(node)
+
+
+def named_paths(text):
+    """The paths in a text, with directories or without."""
+    endings = "py|h|cuh|cpp|cu|md|sh|csv|toml|txt|in"
+    yield from re.findall(rf"(?<![\w/.<*{{~-])(?:[\w.-]+/)*[\w.-]+\.(?:{endings})\b(?![\w(])", text)
+    yield from re.findall(rf"(?<![\w/.])(?:{'|'.join(HOUSE)})/[\w/.-]*\w(?![\w<{{*/.-])", text)
+
+
+def stale(path):
+    """What a file's comments and docstrings say of paths that are not there, or of names that these do not have."""
+    cited = CITED.get(str(path.relative_to(ROOT)), ())
+    for line, text in remarks(path):
+        for name in named_paths(text):
+            places = [base / name for base in (ROOT, path.parent, path.parent.parent)]
+            known = name in NAMES or name in cited or OTHERS.match(name)
+            if not known and not any(place.exists() for place in places):
+                yield f"{path.relative_to(ROOT)}:{line} {name}"
+        for name, thing in re.findall(r"\(([\w./]+\.\w+), (\w+)\)", text):
+            if (ROOT / name).exists() and not re.search(rf"\b{thing}\b", (ROOT / name).read_text()):
+                yield f"{path.relative_to(ROOT)}:{line} {thing} in {name}"
+
+
+def test_comments_name_paths_that_exist():
+    files = [path for path in FILES if path.relative_to(ROOT).parts[0] in HOUSE and path.suffix in ENDINGS]
+    assert len(files) > 100
+    assert [remark for path in files for remark in stale(path)] == []
+    for remark in ("# as in csrc/common/nothing.h", "# of nothing.cuh", '"""csrc/cuda/none has it."""'):
+        assert list(named_paths(remark)), remark
 
 
 @pytest.mark.parametrize("op", OPS)

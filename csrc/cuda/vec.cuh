@@ -1,5 +1,5 @@
 // What common/ needs of one value on the GPU: a float, or a double. Device code is plain C++ but for this file's
-// instructions, so that the tests can run the kernels on a CPU, thread by thread (tests/cuda_on_cpu.h).
+// instructions, so that the tests can run the kernels on a CPU, thread by thread (tests/cuda_on_cpu).
 #pragma once
 
 #include <cmath>
