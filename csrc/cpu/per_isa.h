@@ -1,5 +1,6 @@
-// Compiles a source's loops once per instruction set. A source defines FASTELBO_LOOPS as its own name, includes this
-// file, and puts its loops under #ifdef FASTELBO_ISA; FASTELBO_RUN then runs the best one for this processor.
+// Compiles a source's loops once per instruction set. A source declares what they take, defines FASTELBO_LOOPS as the
+// file that has them (or its own name, where they stand under #ifdef FASTELBO_ISA) and includes this file; FASTELBO_RUN
+// then runs the best one for this processor.
 //
 // Everything that is not ours is included before the first target pragma, so that no shared inline function is ever
 // compiled for a machine that cannot run it.
