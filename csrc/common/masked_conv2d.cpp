@@ -102,8 +102,8 @@ Channels::Channels(int64_t channels, int64_t groups, const std::string& order, b
       each(half / this->groups),
       rest(half % this->groups) {}
 
-Mask::Mask(const Tensor& weight, const Tensor& input, const std::string& type, const std::string& stack,
-           int64_t dilation, int64_t groups, const std::string& order, bool gated)
+LiveTaps::LiveTaps(const Tensor& weight, const Tensor& input, const std::string& type, const std::string& stack,
+                   int64_t dilation, int64_t groups, const std::string& order, bool gated)
     : strict(type == "A"),
       out(weight.sizes()[0], groups, order, gated),
       in(weight.sizes()[1], groups, order, false),

@@ -83,7 +83,7 @@ struct Tap {
 };
 
 // Which taps are live, and for which channels. Those that reach into the image from no pixel are as if they were dead.
-struct Mask {
+struct LiveTaps {
   int first_row = 0, first_column = 0, end_column = 0;  // the part of the weight that reaches into the image
   std::vector<Tap> taps;  // those live for every pair of channels: the first of that part, in raster order
   bool centre = false;    // whether there is a further one, live for some pairs at least: that of the pixel itself
@@ -94,9 +94,9 @@ struct Mask {
   int groups = 1;
   int64_t up = 0, left = 0, right = 0;  // how far the taps reach
 
-  Mask() = default;
-  Mask(const Tensor& weight, const Tensor& input, const std::string& type, const std::string& stack, int64_t dilation,
-       int64_t groups, const std::string& order, bool gated);
+  LiveTaps() = default;
+  LiveTaps(const Tensor& weight, const Tensor& input, const std::string& type, const std::string& stack,
+           int64_t dilation, int64_t groups, const std::string& order, bool gated);
   bool live(int64_t out, int64_t in) const {
     return strict ? group_in[in] < group_out[out] : group_in[in] <= group_out[out];
   }

@@ -50,13 +50,13 @@ struct Planes {
 };
 
 // An input channel and one of its taps, by index; -1 is the centre.
-struct Pair {
+struct ChannelTap {
   int32_t channel, tap;
 };
 
-// One direction of the convolution. Its output channels come in blocks of `block`, none of which spans two groups;
-// under a gate a unit is a block of the first half and that of the second, else it is a block.
-struct Direction {
+// One side of the convolution, its output or its input gradient. The output channels come in blocks of `block`, none of
+// which spans two groups; under a gate a unit is a block of the first half and that of the second, else it is a block.
+struct Side {
   int block = 0, halves = 1;
   int64_t half = 0;     // channels from one half to the other
   int64_t weights = 0;  // elements, once packed
@@ -64,13 +64,13 @@ struct Direction {
   std::vector<int> group;         // [units]
   std::vector<int64_t> start;     // [units] of its packed weights: [halves][pairs][block]
   std::vector<std::vector<int32_t>> group_offsets;  // [groups][pairs]
-  std::vector<std::vector<Pair>> group_pairs;       // [groups][pairs]
+  std::vector<std::vector<ChannelTap>> group_pairs;       // [groups][pairs]
 
   int64_t units() const { return int64_t(group.size()); }
   int channel(int64_t unit, int m) const { return channels[unit * block + m]; }
   int64_t pairs(int64_t unit) const { return int64_t(group_pairs[group[unit]].size()); }
   const int32_t* offsets(int64_t unit) const { return group_offsets[group[unit]].data(); }
-  Pair pair(int64_t unit, int64_t k) const { return group_pairs[group[unit]][k]; }
+  ChannelTap pair(int64_t unit, int64_t k) const { return group_pairs[group[unit]][k]; }
   int64_t weights_of(int64_t unit, int half) const { return start[unit] + half * pairs(unit) * block; }
 };
 
@@ -88,20 +88,20 @@ struct Scratch {
 struct ConvArgs {
   int64_t n, in_channels, z_channels, y_channels, rows, columns;
   Activation activation;
-  Mask mask;
+  LiveTaps mask;
   int64_t band, bands;  // rows in a band, bands in an image
   Image input, bias, cond, residual, y, kept;
   int64_t cond_ndim = 0;  // 2 for a class, 4 for an image
   Image weight;         // strides of out, in, row, column
   Planes planes;        // of the input
-  Direction forward;
+  Side forward;
   void* packed = nullptr;  // forward's weights
 
   // backward
   Image d_y, d_input, d_weight, d_cond;  // d_cond: an image
   bool sums_wanted = false;
   Planes d_planes;  // of the gradient before the activation
-  Direction backward;
+  Side backward;
   void* d_packed = nullptr;
   int64_t chunks = 0, pairs = 0;  // pairs: rows of a partial weight gradient, channels times taps
   std::vector<int32_t> pair_offset;
@@ -141,23 +141,23 @@ void run_tasks(Loop loop, const ConvArgs& args, int64_t tasks) {
 }
 
 // sign: 1 for the convolution, -1 for its input gradient, whose outputs are the convolution's inputs.
-Direction direction_of(const Mask& mask, int64_t outputs, int64_t inputs, const Planes& planes, int block, bool gated,
-                       int sign) {
-  Direction direction;
-  direction.block = block;
-  direction.halves = gated ? 2 : 1;
-  direction.half = outputs / direction.halves;
+Side side_of(const LiveTaps& mask, int64_t outputs, int64_t inputs, const Planes& planes, int block, bool gated,
+             int sign) {
+  Side side;
+  side.block = block;
+  side.halves = gated ? 2 : 1;
+  side.half = outputs / side.halves;
   const std::vector<int>& group = sign > 0 ? mask.group_out : mask.group_in;
-  direction.group_offsets.resize(mask.groups);
-  direction.group_pairs.resize(mask.groups);
+  side.group_offsets.resize(mask.groups);
+  side.group_pairs.resize(mask.groups);
   for (int g = 0; g < mask.groups; ++g) {
     std::vector<int32_t> members;
-    for (int64_t c = 0; c < direction.half; ++c)
+    for (int64_t c = 0; c < side.half; ++c)
       if (group[c] == g) members.push_back(int32_t(c));
     if (members.empty()) continue;
     auto add = [&](int64_t c, int32_t t, int64_t offset) {
-      direction.group_offsets[g].push_back(int32_t(c * planes.size + sign * offset));
-      direction.group_pairs[g].push_back({int32_t(c), t});
+      side.group_offsets[g].push_back(int32_t(c * planes.size + sign * offset));
+      side.group_pairs[g].push_back({int32_t(c), t});
     };
     for (int64_t c = 0; c < inputs; ++c) {
       for (size_t t = 0; t < mask.taps.size(); ++t)
@@ -165,13 +165,13 @@ Direction direction_of(const Mask& mask, int64_t outputs, int64_t inputs, const 
       if (mask.centre && (sign > 0 ? mask.live(members[0], c) : mask.live(c, members[0]))) add(c, -1, 0);
     }
     for (size_t at = 0; at < members.size(); at += block) {
-      for (int m = 0; m < block; ++m) direction.channels.push_back(at + m < members.size() ? members[at + m] : -1);
-      direction.group.push_back(g);
-      direction.start.push_back(direction.weights);
-      direction.weights += direction.halves * int64_t(direction.group_pairs[g].size()) * block;
+      for (int m = 0; m < block; ++m) side.channels.push_back(at + m < members.size() ? members[at + m] : -1);
+      side.group.push_back(g);
+      side.start.push_back(side.weights);
+      side.weights += side.halves * int64_t(side.group_pairs[g].size()) * block;
     }
   }
-  return direction;
+  return side;
 }
 
 struct Constants {
@@ -204,7 +204,7 @@ ConvArgs arguments(const Tensor& input, const Tensor& weight, const std::string&
   args.activation = parse_activation(activation);
   args.z_channels = weight.sizes()[0];
   args.y_channels = args.gated() ? args.z_channels / 2 : args.z_channels;
-  args.mask = Mask(weight, input, mask_type, stack, dilation, groups, order, args.gated());
+  args.mask = LiveTaps(weight, input, mask_type, stack, dilation, groups, order, args.gated());
   args.input = image_of(input);
   args.weight = image_of(weight);
   int64_t gap = std::max(args.mask.left, args.mask.right);
@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::o
   if (cond) args.cond_ndim = int64_t(cond->sizes().size());
   args.bias = image_of(bias);
   args.forward =
-      direction_of(args.mask, args.z_channels, args.in_channels, args.planes, int(constants.block), args.gated(), 1);
+      side_of(args.mask, args.z_channels, args.in_channels, args.planes, int(constants.block), args.gated(), 1);
   Tensor packed = allocate(Shape{args.forward.weights}, dtype, Device(input));
   args.packed = packed.data_ptr();
   run_tasks(FASTELBO_CONV_LOOP(conv_pack_forward, dtype), args, args.forward.units());
@@ -256,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   Constants constants(dtype);
   ConvArgs args =
       arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, constants);
-  const Mask& mask = args.mask;
+  const LiveTaps& mask = args.mask;
   Device device(input);
   args.d_y = image_of(d_y);
   args.kept = image_of(kept);
@@ -277,8 +277,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   std::optional<Tensor> d_packed, partial;
   if (want_input) {
     args.d_input = image_of(d_input);
-    args.backward =
-        direction_of(mask, args.in_channels, args.z_channels, args.d_planes, int(constants.block), false, -1);
+    args.backward = side_of(mask, args.in_channels, args.z_channels, args.d_planes, int(constants.block), false, -1);
     d_packed = allocate(Shape{args.backward.weights}, dtype, device);
     args.d_packed = d_packed->data_ptr();
     run_tasks(FASTELBO_CONV_LOOP(conv_pack_backward, dtype), args, args.backward.units());

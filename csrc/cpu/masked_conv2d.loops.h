@@ -190,24 +190,23 @@ inline void conv_band(const T* in, const int32_t* offsets, int64_t pairs, const 
 
 // The weights of units begin .. end - 1 in the order in which conv_tile reads them.
 template <class T>
-inline void pack_weights(const ConvArgs& args, const Direction& direction, bool transposed, T* to, int64_t begin,
-                         int64_t end) {
+inline void pack_weights(const ConvArgs& args, const Side& side, bool transposed, T* to, int64_t begin, int64_t end) {
   const Image& weight = args.weight;
   int64_t own_stride = weight.stride[transposed ? 1 : 0], pair_stride = weight.stride[transposed ? 0 : 1];
   with_format(weight.format, [&](auto format) {
     for (int64_t u = begin; u < end; ++u) {
-      for (int h = 0; h < direction.halves; ++h) {
-        T* at = to + direction.weights_of(u, h);
-        for (int64_t k = 0; k < direction.pairs(u); ++k) {
-          Pair pair = direction.pair(u, k);
+      for (int h = 0; h < side.halves; ++h) {
+        T* at = to + side.weights_of(u, h);
+        for (int64_t k = 0; k < side.pairs(u); ++k) {
+          ChannelTap pair = side.pair(u, k);
           const Tap& tap = args.tap(pair.tap);
           int64_t offset = pair.channel * pair_stride + tap.row * weight.stride[2] + tap.column * weight.stride[3];
           for (int m = 0; m < kBlock; ++m, ++at) {
-            int own = direction.channel(u, m);
+            int own = side.channel(u, m);
             if (own < 0)
               *at = 0;
             else
-              gather<decltype(format)>(weight.data, offset + (own + h * direction.half) * own_stride, 0, 1, at);
+              gather<decltype(format)>(weight.data, offset + (own + h * side.half) * own_stride, 0, 1, at);
           }
         }
       }
@@ -302,7 +301,7 @@ struct ScratchOf : Scratch {
 template <class T, bool>
 void masked_conv2d_fwd(const ConvArgs& args, int64_t begin, int64_t end) {
   const Planes& planes = args.planes;
-  const Direction& forward = args.forward;
+  const Side& forward = args.forward;
   int64_t pitch = planes.positions(args.band) + kVectors * WideOf<T>::lanes;
   ScratchOf<T> in(args.in_channels * planes.size), z(forward.halves * kBlock * pitch),
       row_scratch(args.columns + kVectors * WideOf<T>::lanes);
@@ -478,7 +477,7 @@ template <class T, bool>
 void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
   constexpr int lanes = kChannelVectors * WideOf<T>::lanes;
   const Planes &planes = args.planes, &d_planes = args.d_planes;
-  const Direction& backward = args.backward;
+  const Side& backward = args.backward;
   int64_t pitch = d_planes.positions(args.band) + kVectors * WideOf<T>::lanes;
   int64_t blocks = (args.z_channels + lanes - 1) / lanes;
   int64_t rows_at_once = std::max<int64_t>(1, std::min(kWeightPositions / args.columns, args.band));

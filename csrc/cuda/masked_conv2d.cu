@@ -51,7 +51,7 @@ void with_format(Format format, F&& f) {
 struct Problem {
   int64_t n, rows, columns, z_channels;
   Activation activation;
-  Mask mask;
+  LiveTaps mask;
   device::Raster raster;
   device::Kernel kernel;
   Image weight;
