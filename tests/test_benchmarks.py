@@ -1,4 +1,4 @@
-"""The benchmarks' own tools, as far as a machine without a GPU can tell: gpu.sh, options, rows, comparison, figures."""
+"""The benchmarks' own tools, as far as a machine without a GPU can tell: options, rows, comparison, figures."""
 
 import csv
 import dataclasses
@@ -67,79 +67,6 @@ def modules(monkeypatch):
     for name in set(sys.modules) - before:
         if BENCHMARKS in Path(getattr(sys.modules[name], "__file__", None) or ROOT).parents or name == "figures":
             del sys.modules[name]
-
-
-@pytest.fixture
-def results(tmp_path):
-    """A folder of results that holds something."""
-    folder = tmp_path / "results"
-    folder.mkdir()
-    (folder / "cuda.csv").write_text("what was measured before\n")
-    return folder
-
-
-# gpu.sh
-
-
-def assert_refused(done, sentence, folder, before):
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stdout == ""
-    assert done.stderr.startswith("gpu.sh: ") and done.stderr.count("\n") == 1
-    assert sentence in done.stderr
-    assert contents(folder) == before
-
-
-def test_gpu_script_explains_itself():
-    done = run("bash", BENCHMARKS / "gpu.sh", "--help")
-    assert done.returncode == 0
-    for option in ("--quick", "--skip-build", "--skip-tests", "--skip-benchmarks", "--wheel", "--out", "Exit status"):
-        assert option in done.stdout
-
-
-def test_gpu_script_without_a_gpu(results, tmp_path):
-    """From any folder, and where the folder of results does not exist yet."""
-    before = contents(results)
-    for out in (results, tmp_path / "none"):
-        done = run("bash", BENCHMARKS / "gpu.sh", "--out", out, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
-        assert_refused(done, "no GPU", results, before)
-    assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize("arguments", [["--fast"], ["--out"], ["--wheel", "none.whl"]], ids=str)
-def test_gpu_script_with_wrong_arguments(arguments, results):
-    done = run("bash", BENCHMARKS / "gpu.sh", *arguments, CUDA_VISIBLE_DEVICES="")
-    assert_refused(done, arguments[-1], results, contents(results))
-
-
-@pytest.fixture
-def pretended_gpu(tmp_path):
-    """A torch that finds a GPU with so much memory free."""
-
-    def make(gib):
-        text = f"""
-class cuda:
-    is_available = staticmethod(lambda: True)
-    mem_get_info = staticmethod(lambda: ({gib} * 2**30, 80 * 2**30))
-"""
-        (tmp_path / "torch.py").write_text(text)
-        return {"PYTHONPATH": str(tmp_path)}
-
-    return make
-
-
-def test_gpu_script_with_too_little_memory(pretended_gpu, results):
-    done = run("bash", BENCHMARKS / "gpu.sh", "--out", results, **pretended_gpu(3))
-    assert_refused(done, "3.0 GiB of 80.0 GiB free", results, contents(results))
-
-
-def test_gpu_script_without_nvcc(pretended_gpu, results, tmp_path):
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    for name in ("bash", "dirname", "basename", "cat"):
-        (tools / name).symlink_to(shutil.which(name))
-    environment = {**pretended_gpu(40), "PATH": str(tools), "CUDA_HOME": ""}
-    done = run("bash", BENCHMARKS / "gpu.sh", "--out", results, **environment)
-    assert_refused(done, "no nvcc", results, contents(results))
 
 
 # Options

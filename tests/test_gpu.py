@@ -29,7 +29,7 @@ GIB = 2**30
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Each backend that is installed; that both are is for `python -m fastelbo` and benchmarks/gpu.sh to say."""
+    """Each backend that is installed; that both are is for `python -m fastelbo` and tools/gpu.sh to say."""
     reason = fastelbo.backends.why_not(request.param, DEVICE)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")

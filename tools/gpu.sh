@@ -5,8 +5,8 @@ set -u -o pipefail
 
 usage() {
     cat <<'HELP'
-usage: benchmarks/gpu.sh [--convolutions] [--quick] [--skip-build] [--skip-tests] [--skip-sanitizer] [--skip-benchmarks]
-                         [--wheel FILE] [--out DIR] [--commit ID]
+usage: tools/gpu.sh [--convolutions] [--quick] [--skip-build] [--skip-tests] [--skip-sanitizer] [--skip-benchmarks]
+                     [--wheel FILE] [--out DIR] [--commit ID]
 
 Installs fastelbo from this checkout into the current Python without network, tests every backend on the GPU, runs
 compute-sanitizer on a short list of calls, counts memory, times every op against its rivals, and prints a short table
@@ -265,7 +265,7 @@ if [ -n "$sanitizer" ] && [ -z "$quick" ]; then
         fi
         failed_before=$failed
         if stage "$tool" 60 10 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-            compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" benchmarks/sanitize.py; then
+            compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tools/sanitize.py; then
             continue
         fi
         if grep -qiE "device not supported|failed to initialize|LibraryNotLoaded" "$scratch/output"; then
