@@ -9,11 +9,13 @@ and torch.compile, whose code is the same. It marks 7 of them as slower; a ratio
 """
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import rows
+import tables
+from ratios import compared, form_of
 
 NOISE = 1.1  # nine of ten ratios of those rows are smaller
 
@@ -58,21 +60,17 @@ def baseline(where: str, results: Path) -> list[rows.Row]:
         OSError: for a file that cannot be read.
     """
     path = Path(where)
-    if path.is_dir():
-        found = of_files(rows.result_files(path))
-    elif path.exists():
+    if path.is_file():
         found = rows.read(path)
     else:
-        found = [row for row in of_files(rows.result_files(results)) if row.commit.startswith(where)]
-        if not found:
-            raise ValueError(f"--compare {where}: there is no such file, and no row of such a commit in {results}")
-    if not found:
+        folder, commit = (path, "") if path.is_dir() else (results, where)
+        of_times = (file for file in rows.result_files(folder) if rows.kind_of(file) is rows.Row)
+        found = [row for file in of_times for row in rows.read(file) if row.commit.startswith(commit)]
+    if found:
+        return found
+    if path.exists():
         raise ValueError(f"--compare {where}: there are no rows of times in it")
-    return found
-
-
-def of_files(paths: Iterable[Path]) -> list[rows.Row]:
-    return [row for path in paths if rows.kind_of(path) is rows.Row for row in rows.read(path)]
+    raise ValueError(f"--compare {where}: there is no such file, and no row of such a commit in {results}")
 
 
 def changes(now: Sequence[rows.Row], then: Sequence[rows.Row]) -> list[Change]:
@@ -80,12 +78,12 @@ def changes(now: Sequence[rows.Row], then: Sequence[rows.Row]) -> list[Change]:
     ratios: dict[tuple, list[float]] = {}
     found = [(row, newest(row, then)) for row in now]
     for row, older in found:
-        if older and rows.form_of(row.contestant) not in rows.OURS:
-            ratios.setdefault(rows.compared(row), []).append(row.typical_us / older.typical_us)
+        if older and form_of(row.contestant) not in rows.OURS:
+            ratios.setdefault(compared(row), []).append(row.typical_us / older.typical_us)
     return [
-        Change(row, older, statistics.median(ratios.get(rows.compared(row), [1])))
+        Change(row, older, statistics.median(ratios.get(compared(row), [1])))
         for row, older in found
-        if rows.form_of(row.contestant) in rows.OURS
+        if form_of(row.contestant) in rows.OURS
     ]
 
 
@@ -107,14 +105,14 @@ def table(found: Sequence[Change], limit: float | None = None) -> str:
     """A line for each of ours, the summary last."""
     known = [change for change in found if change.then]
     places = {place(change.then): change.then for change in known}
-    lines = [f"now:  {describe(found[0].now)}"] if found else []
+    lines = [f"now:  {found[0].now.origin}"] if found else []
     for where, row in places.items():
         other = "" if where == place(found[0].now) else "; ANOTHER MACHINE: its ratios say nothing of the code"
-        lines.append(f"then: {describe(row)}{other}")
-    cells = [("op", "pass", "shape", "dtype", "ours", "then us", "now us", "ratio", "rivals", "")]
+        lines.append(f"then: {row.origin}{other}")
+    cells = [(*tables.CASE, "then us", "now us", "ratio", "rivals", "")]
     cells += [line(change) for change in sorted(found, key=lambda change: not change.slower)]
     if found:
-        lines += ["", rows.aligned(cells), ""]
+        lines += ["", tables.aligned(cells), ""]
     slower, faster = sum(c.slower for c in found), sum(c.faster for c in found)
     judged = sum(c.judged for c in found)
     counts = f"{slower} slower, {faster} faster, {judged - slower - faster} neither"
@@ -130,15 +128,8 @@ def table(found: Sequence[Change], limit: float | None = None) -> str:
 
 def line(change: Change) -> tuple[str, ...]:
     now, then = change.now, change.then
-    pass_ = rows.PASS_NAMES.get(now.pass_, now.pass_) + (" in a graph" if now.timing == "graph" else "")
-    case = (f"{now.op} {now.case}".strip(), pass_, now.shape, now.dtype, now.contestant)
     if then is None:
-        return (*case, "", f"{now.typical_us:.4g}", "", "", "no older row")
+        return (*tables.case(now), "", f"{now.typical_us:.4g}", "", "", "no older row")
     mark = "SLOWER" if change.slower else "faster" if change.faster else "" if change.judged else "another machine"
     times = (f"{then.typical_us:.4g}", f"{now.typical_us:.4g}")
-    return (*case, *times, f"{change.ratio:.2f}x", f"{change.rivals:.2f}x", mark)
-
-
-def describe(row: rows.Row) -> str:
-    where = row.machine if row.on_gpu else f"{row.machine}, {row.threads} threads, {row.isa}"
-    return f"{where}; torch {row.torch}, commit {row.commit}, {row.timestamp}"
+    return (*tables.case(now), *times, f"{change.ratio:.2f}x", f"{change.rivals:.2f}x", mark)

@@ -4,17 +4,11 @@ import argparse
 import gc
 import os
 import re
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode adds nothing to it
 
 import cases
 import compare
@@ -22,16 +16,18 @@ import convolutions
 import dropins
 import host_clock
 import machine
+import pytest
 import rows
 import sampling
+import tables
+import torch
 
 SAMPLE_SECONDS = 2e-3  # a sample is as many calls as last this long, or one
 # The most telling first; Pyro, at the drop-ins' end, puts a KL of its own in the place of torch's.
 ORDER = ("test_speed", "test_convolutions", "test_sampling", "test_memory", "test_dropins")
 OPS = {case.op for case in cases.CASES} | {"masked_conv2d", "sampling"} | {one.op for one in dropins.DROP_INS}
 RIVALS = tuple(dict.fromkeys((*cases.RIVALS, *convolutions.RIVALS, *sampling.RIVALS)))
-ROWS, MEMORY_ROWS, BASELINE = pytest.StashKey[list](), pytest.StashKey[list](), pytest.StashKey[list]()
-COMPARED = pytest.StashKey[list]()
+ROWS, BASELINE, COMPARED = pytest.StashKey[list](), pytest.StashKey[list](), pytest.StashKey[list]()
 STARTED, DONE = pytest.StashKey[float](), pytest.StashKey[set]()
 
 
@@ -107,7 +103,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     option = config.option
-    config.stash[ROWS], config.stash[MEMORY_ROWS], config.stash[COMPARED] = [], [], []
+    config.stash[ROWS], config.stash[COMPARED] = [], []
     config.stash[STARTED], config.stash[DONE] = time.monotonic(), set()
     option.benchmark_quiet = True  # our table replaces pytest-benchmark's; --benchmark-verbose brings it back
     option.verbose = option.verbose or 1  # a line for each case
@@ -122,8 +118,7 @@ def pytest_configure(config):
             ElementTree.parse(option.verdict)
         if not option.no_save:
             refuse_unwritable(option.results)
-            for name in ("", "conv_", "sampling_", "dropins_", "memory_"):
-                kind = rows.MemoryRow if name == "memory_" else rows.Row
+            for name, kind in rows.FILES.items():
                 rows.columns_to_extend(option.results / f"{name}{option.device}.csv", kind)
         config.stash[BASELINE] = compare.baseline(option.compare, option.results) if option.compare else []
     except ElementTree.ParseError as error:
@@ -156,34 +151,22 @@ def backends(device) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def session(device) -> dict:
-    return machine.session(device)
-
-
-@pytest.fixture(scope="session")
-def save(request, device, session, backends) -> Callable[[str, list[dict]], None]:
-    """Keeps the rows of a case: on disk at once, in the file of that name and device, and for the table."""
-    option = request.config.option
-    speed = machine.threads() | {"verified": "no" if option.unverified else "yes"}
+def save(request, device, backends) -> Callable[[str, list[dict]], None]:
+    """Keeps the rows of a case: for the table, and on disk at once, in the file whose name begins so."""
+    option, kept = request.config.option, request.config.stash[ROWS]
+    session = machine.session(device) | {"verified": "no" if option.unverified else "yes"}
 
     def append(name: str, found: list[dict]) -> None:
-        made = [rows.Row(**session, **speed, timestamp=machine.now(), **row) for row in found]
-        request.config.stash[ROWS].extend(made)
+        kind = rows.FILES[name]
+        common = session | {"timestamp": machine.now()}
+        common = {name: value for name, value in common.items() if name in rows.columns_of(kind)}
+        made = [kind(**common, **row) for row in found]
+        kept.extend(made)
         if not option.no_save:
-            rows.append(option.results / f"{name}{device.type}.csv", made)
-
-    return append
-
-
-@pytest.fixture(scope="session")
-def save_memory(request, device, session):
-    option = request.config.option
-
-    def append(found: list[dict]) -> None:
-        made = [rows.MemoryRow(**session, timestamp=machine.now(), **row) for row in found]
-        request.config.stash[MEMORY_ROWS].extend(made)
-        if not option.no_save:
-            rows.append(option.results / f"memory_{device.type}.csv", made)
+            try:
+                rows.append(option.results / f"{name}{device.type}.csv", made)
+            except OSError as error:
+                pytest.exit(f"rows cannot be kept: {error}", returncode=pytest.ExitCode.TESTS_FAILED)
 
     return append
 
@@ -316,7 +299,8 @@ def pytest_sessionfinish(session, exitstatus):
     config = session.config
     if not config.option.compare or exitstatus == pytest.ExitCode.USAGE_ERROR:
         return
-    found = config.stash[COMPARED] = compare.changes(config.stash[ROWS], config.stash[BASELINE])
+    timed = [row for row in config.stash[ROWS] if isinstance(row, rows.Row)]
+    found = config.stash[COMPARED] = compare.changes(timed, config.stash[BASELINE])
     limit = config.option.fail_slower
     if limit and exitstatus == pytest.ExitCode.OK and compare.failure(found, limit):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -324,12 +308,17 @@ def pytest_sessionfinish(session, exitstatus):
 
 def pytest_terminal_summary(terminalreporter, config):
     write = terminalreporter.write_line
-    if found := config.stash[ROWS]:
-        terminalreporter.section("ours, and how many times as long each rival takes")
-        write(rows.table(found))
-    if found := config.stash[MEMORY_ROWS]:
-        terminalreporter.section("bytes per element: kept for the backward, and allocated at most in both passes")
-        write(rows.memory_table(found))
+    for kind, title, table in (
+        (rows.Row, "ours, and how many times as long each rival takes", tables.speed),
+        (
+            rows.MemoryRow,
+            "bytes per element: kept for the backward, and allocated at most in both passes",
+            tables.memory,
+        ),
+    ):
+        if found := [row for row in config.stash[ROWS] if isinstance(row, kind)]:
+            terminalreporter.section(title)
+            write(table(found))
     if config.option.compare:
         terminalreporter.section(f"ours against {config.option.compare}")
         write(compare.table(config.stash[COMPARED], config.option.fail_slower))

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import rows
 import torch
 import torch.nn.functional as F  # noqa: N812
+from ratios import form_of, measured
 
 import fastelbo
 
@@ -28,7 +28,6 @@ class Layer(NamedTuple):
     size: int
     k: int
     mask_type: str
-    used_by: str
 
     @property
     def shape(self):
@@ -44,17 +43,17 @@ class Layer(NamedTuple):
 
 
 LAYERS = [
-    Layer(128, 1, 64, 28, 7, "A", "jzbontar, first"),
-    Layer(16, 3, 256, 32, 7, "A", "pixelcnn_flow, first"),
-    Layer(128, 64, 64, 28, 7, "B", "jzbontar"),
-    Layer(16, 64, 64, 28, 7, "B", "the same, small batch"),
-    Layer(16, 64, 64, 28, 5, "B", "goal"),
-    Layer(16, 128, 128, 28, 7, "B", "goal"),
-    Layer(16, 128, 128, 28, 5, "B", "goal"),
-    Layer(256, 16, 16, 28, 3, "B", "pytorch-generative"),
-    Layer(16, 128, 128, 32, 3, "B", "pixelcnn_flow"),
-    Layer(8, 192, 384, 16, 5, "A", "CompressAI"),
-    Layer(32, 320, 320, 32, 3, "B", "lmconv"),
+    Layer(128, 1, 64, 28, 7, "A"),  # jzbontar, first
+    Layer(16, 3, 256, 32, 7, "A"),  # pixelcnn_flow, first
+    Layer(128, 64, 64, 28, 7, "B"),  # jzbontar
+    Layer(16, 64, 64, 28, 7, "B"),  # the same, small batch
+    Layer(16, 64, 64, 28, 5, "B"),
+    Layer(16, 128, 128, 28, 7, "B"),
+    Layer(16, 128, 128, 28, 5, "B"),
+    Layer(256, 16, 16, 28, 3, "B"),  # pytorch-generative
+    Layer(16, 128, 128, 32, 3, "B"),  # pixelcnn_flow
+    Layer(8, 192, 384, 16, 5, "A"),  # CompressAI
+    Layer(32, 320, 320, 32, 3, "B"),  # lmconv
 ]
 QUICK = (LAYERS[0], LAYERS[3], LAYERS[8])
 
@@ -147,7 +146,7 @@ def calls(case: Timed, device: torch.device, backends: list[str], rivals) -> dic
         name: make_call(*entry, case.layer, dtype, device, case.with_backward)
         for name, entry in contestants(case.layer, dtype, device, backends).items()
     }
-    wanted = [name for name in made if rows.form_of(name) in (*backends, *rivals)]
+    wanted = [name for name in made if form_of(name) in (*backends, *rivals)]
     check({name: made[name]() for name in wanted}, made["eager"](), dtype)
     return {name: made[name] for name in wanted}
 
@@ -170,18 +169,6 @@ def bytes_moved(layer: Layer, dtype, with_backward: bool) -> int:
 
 def fields(case: Timed, samples: dict[str, list[float]], on_gpu: bool) -> list[dict]:
     """The fields of every contestant's row that do not say where it was timed."""
-    typical = {name: rows.typical(values, on_gpu) for name, values in samples.items()}
-    best = {
-        rival: min(time for name, time in typical.items() if rows.form_of(name) == rival)
-        for rival in ("eager", "compile")
-        if rival in typical
-    }
-    moved = bytes_moved(case.layer, getattr(torch, case.dtype), case.with_backward)
     common = {"op": "masked_conv2d", "case": case.layer.name, "shape": case.layer.shape, "dtype": case.dtype}
-    common |= {"pass_": case.pass_, "bytes": moved}
-    found = []
-    for name, values in samples.items():
-        ours = rows.form_of(name) in rows.OURS
-        ratios = {f"over_{rival}": time / typical[name] for rival, time in best.items()} if ours else {}
-        found.append(common | {"contestant": name, "rounds": len(values), **rows.times(values), **ratios})
-    return found
+    moved = bytes_moved(case.layer, getattr(torch, case.dtype), case.with_backward)
+    return measured(common | {"pass_": case.pass_, "bytes": moved}, samples, on_gpu)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def session(device: torch.device) -> dict:
-    """What all rows of a session have in common; each kind of row takes the fields it has."""
+    """What all rows of a session have in common, once the cpu backend is loaded."""
     on_gpu = device.type == "cuda"
     return {
         "machine": torch.cuda.get_device_name() if on_gpu else cpu_model(),
@@ -28,12 +28,9 @@ def session(device: torch.device) -> dict:
         "fastelbo": fastelbo.__version__,
         "python": platform.python_version(),
         "commit": commit(),
+        "threads": torch.get_num_threads(),
+        "isa": instruction_set(),
     }
-
-
-def threads() -> dict:
-    """What rows of times have, too."""
-    return {"threads": torch.get_num_threads(), "isa": instruction_set()}
 
 
 def now() -> str:
@@ -61,7 +58,6 @@ def cpu_model() -> str:
 
 
 def instruction_set() -> str:
-    """Of the cpu backend, once that is loaded."""
     try:
         return fastelbo.backends.cpu_isa()
     except (AttributeError, RuntimeError):

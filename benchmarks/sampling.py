@@ -8,7 +8,7 @@ network, checked against its full forward; "reference" is our sampler in plain t
 
 from collections.abc import Callable
 
-import rows
+import ratios
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
@@ -136,12 +136,9 @@ def fields(batch: int, samples: dict[str, list[float]]) -> list[dict]:
     if "naive" in samples:
         samples = samples | {"naive": [SIZE * SIZE / PIXELS * seconds for seconds in samples["naive"]]}
     common = {"op": "sampling", "case": f"GatedPixelCNN {CHANNELS}x{len(DILATIONS)}", "shape": shape_of(batch)}
-    common |= {"dtype": "float32", "bytes": 8 * batch * SIZE**2}
-    found = []
-    for name, values in samples.items():
-        pass_ = "sample_extrapolated" if name == "naive" else "sample"
-        row = common | {"pass_": pass_, "contestant": name, "rounds": len(values), **rows.times(values)}
-        if name == "cpu" and "naive" in samples:
-            row["over_eager"] = min(samples["naive"]) / min(values)
-        found.append(row)
-    return found
+    common |= {"dtype": "float32", "bytes": 8 * batch * SIZE**2, "pass_": "sample"}
+    found = {row["contestant"]: row for row in ratios.measured(common, samples)}
+    if "naive" in found:
+        found["naive"]["pass_"] = "sample_extrapolated"
+        found["cpu"]["over_eager"] = found["naive"]["min_us"] / found["cpu"]["min_us"]
+    return list(found.values())

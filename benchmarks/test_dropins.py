@@ -2,6 +2,7 @@
 
 import dropins
 import pytest
+import ratios
 
 
 def test_dropins(drop_in, device, passing, measure, save, request):
@@ -13,4 +14,4 @@ def test_dropins(drop_in, device, passing, measure, save, request):
         pytest.skip(f"{error.name} is not installed: pip install fastelbo[dropins]")
     samples = measure(calls, option.rounds or (3 if option.quick else 30))
     if samples:
-        save("dropins_", dropins.fields(drop_in, common, samples))
+        save("dropins_", ratios.measured(common, samples))

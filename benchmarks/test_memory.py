@@ -44,7 +44,7 @@ def peak_bytes(call, inputs, upstream, device) -> int | None:
     return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
 
 
-def test_memory(differentiable, dtype, device, backends, save_memory, request):
+def test_memory(differentiable, dtype, device, backends, save, request):
     case, found = differentiable, []
     torch._dynamo.reset()
     shape = SHAPES[device.type]
@@ -67,7 +67,7 @@ def test_memory(differentiable, dtype, device, backends, save_memory, request):
         )
         del outputs, grads
         found[-1]["peak_bytes"] = peak_bytes(call, inputs, upstream, device)
-    save_memory(found)
+    save("memory_", found)
     ours = [row for row in found if row["contestant"] in backends]
     seed = 8 if case.draws else 0
     assert all(row["saved_bytes"] == seed for row in ours), "ours keep nothing but a seed"

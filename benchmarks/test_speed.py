@@ -2,7 +2,7 @@
 
 import cases
 import gpu_clock
-import rows
+import ratios
 import torch
 
 
@@ -31,17 +31,9 @@ def test_speed(timed, device, backends, passing, measure, benchmark, save, reque
     if samples:
         common = {"op": case.op, "case": case.name, "shape": f"{shape[0]}x{shape[1]}", "dtype": timed.dtype}
         common |= {"pass_": pass_, "bytes": floor, "timing": timing}
-        typical = {name: rows.typical(found, device.type == "cuda") for name, found in samples.items()}
-        save("", [common | row(name, samples, typical, case, backends, elements) for name in calls])
-
-
-def row(name: str, samples, typical, case, backends, elements: int) -> dict:
-    """The fields of one contestant's Row that differ from those of the others."""
-    found = {"contestant": name, "rounds": len(samples[name]), **rows.times(samples[name])}
-    found["fraction_of_copy"] = typical["copy"] / typical[name]
-    if name in backends:
-        rivals = [rival for rival in cases.RIVALS if rival in typical and rival != "copy"]
-        found |= {f"over_{rival}": typical[rival] / typical[name] for rival in rivals}
-    if case.name == "normals" and name != "copy":
-        found["gnormals_per_s"] = elements / typical[name] / 1e9
-    return found
+        on_gpu = device.type == "cuda"
+        found = ratios.measured(common, samples, on_gpu)
+        if case.name == "normals":
+            for row in found[:-1]:  # but the copy
+                row["gnormals_per_s"] = elements / ratios.typical(samples[row["contestant"]], on_gpu) / 1e9
+        save("", found)

@@ -1,5 +1,7 @@
 """Drop-ins against the originals where the package index has them, and against float64 formulas."""
 
+import copy
+import functools
 import importlib
 import inspect
 import math
@@ -8,11 +10,14 @@ import sys
 import types
 
 import diffusers
+import dropins
+import originals
 import pytest
 import torch
 import torchbnn
 import torchbnn.functional
 from diffusers.models.autoencoders import autoencoder_oobleck, vae
+from originals import Reparameterized
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
@@ -49,6 +54,15 @@ def assert_same(actual, expected, *inputs, **options):
 def test_a_file_says_what_it_replaces_and_what_is_wrong(project):
     module = importlib.import_module(f"fastelbo.compat.{project}")
     assert "Replaces" in module.__doc__ and re.search("Where (the )?originals? ", module.__doc__)
+
+
+def test_every_drop_in_agrees_with_the_original():
+    """On the inputs of the benchmarks; all but Pyro's, which changes what torch.distributions does in this process."""
+    for drop_in in dropins.DROP_INS:
+        if drop_in.op != "compat.pyro":
+            torch.manual_seed(0)
+            dropins.check(drop_in, drop_in.inputs())
+    assert {f"compat.{project}" for project in PROJECTS} < {drop_in.op for drop_in in dropins.DROP_INS}
 
 
 # diffusers
@@ -373,11 +387,8 @@ def test_guided_diffusion():
 def test_pythae():
     mu, log_var = FOUR[:2]
 
-    def lines(mu, log_var):
-        return -0.5 * torch.sum(1 + log_var - mu.pow(2) - log_var.exp(), dim=-1)
-
-    assert_same(pythae.kl, lines, mu, log_var)
-    assert_same(lambda *x: pythae.sample_and_kl(*x)[1], lines, mu, log_var)
+    assert_same(pythae.kl, originals.kl, mu, log_var)
+    assert_same(lambda *x: pythae.sample_and_kl(*x)[1], originals.kl, mu, log_var)
     assert pythae.kl(randn(2, 5, 4), randn(2, 5, 4)).shape == (2, 5)
     torch.manual_seed(0)
     z, eps = pythae.sample_gauss(mu, log_var.exp())
@@ -417,9 +428,8 @@ def test_vits():
     inputs = [randn(2, 3, 5, seed=seed) for seed in range(4)]
     mask = torch.tensor([[1.0, 1, 1, 0, 0], [1, 1, 1, 1, 0]])[:, None]
 
-    def lines(z_p, logs_q, m_p, logs_p):
-        kl = logs_p - logs_q - 0.5 + 0.5 * (z_p - m_p) ** 2 * torch.exp(-2 * logs_p)
-        return (kl * mask).sum() / mask.sum()
+    def lines(*x):
+        return originals.vits_kl_loss(*x, mask)
 
     assert_same(lambda *x: vits.kl_loss(*x, mask), lines, *inputs)
     assert vits.kl_loss(*(x.bfloat16() for x in inputs), mask.bfloat16()).dtype == torch.float32
@@ -442,45 +452,21 @@ def test_vits():
 # dreamer
 
 
-def two_kls(mean_q, std_q, mean_p, std_p):
-    def kl(mean_q, std_q, mean_p, std_p):
-        return kl_divergence(Independent(Normal(mean_q, std_q), 1), Independent(Normal(mean_p, std_p), 1))
-
-    return (
-        kl(mean_q.detach(), std_q.detach(), mean_p, std_p),
-        kl(mean_q, std_q, mean_p.detach(), std_p.detach()),
-    )
-
-
 LATENTS = [randn(5, 6, 4), randn(5, 6, 4, seed=1).exp(), randn(5, 6, 4, seed=2), randn(5, 6, 4, seed=3).exp()]
 # between two of them: at one of them, which gradient there is hangs on the last bit of a KL
-FLOOR = two_kls(*LATENTS)[0].flatten().sort().values[14:16].mean().item()
+FLOOR = originals.dreamer_kls(*LATENTS)[0].flatten().sort().values[14:16].mean().item()
 
 
 @pytest.mark.parametrize("free_nats", [0.0, FLOOR, 1e3], ids=["no-floor", "some-below", "all-below"])
 def test_dreamer(free_nats):
-    def v1(*x):
-        kl = kl_divergence(Independent(Normal(*x[:2]), 1), Independent(Normal(*x[2:]), 1))
-        return torch.max(kl.mean(), torch.tensor(free_nats, dtype=torch.float64))
-
-    def v2(*x, free_avg=True):
-        lhs, rhs = (
-            kl.mean().clamp(min=free_nats) if free_avg else kl.clamp(min=free_nats).mean() for kl in two_kls(*x)
-        )
-        return 0.8 * lhs + 0.2 * rhs
-
-    def v3(*x):
-        dyn, rep = (kl.clamp(min=free_nats).mean() for kl in two_kls(*x))
-        return 0.5 * dyn + 0.1 * rep
-
-    assert_same(lambda *x: dreamer.kl_loss_v1(*x, free_nats=free_nats), v1, *LATENTS)
-    assert_same(lambda *x: dreamer.kl_loss_v2(*x, free_nats=free_nats), v2, *LATENTS)
-    assert_same(
-        lambda *x: dreamer.kl_loss_v2(*x, free_nats=free_nats, free_avg=False),
-        lambda *x: v2(*x, free_avg=False),
-        *LATENTS,
-    )
-    assert_same(lambda *x: dreamer.kl_loss_v3(*x, free_nats=free_nats, dyn_scale=0.5), v3, *LATENTS)
+    for mine, theirs, options in (
+        (dreamer.kl_loss_v1, originals.dreamer_v1, {}),
+        (dreamer.kl_loss_v2, originals.dreamer_v2, {}),
+        (dreamer.kl_loss_v2, originals.dreamer_v2, {"free_avg": False}),
+        (dreamer.kl_loss_v3, originals.dreamer_v3, {"dyn_scale": 0.5}),
+    ):
+        both = (functools.partial(f, free_nats=free_nats, **options) for f in (mine, theirs))
+        assert_same(*both, *LATENTS)
 
 
 def test_dreamer_below_the_floor_has_no_gradient():
@@ -541,36 +527,16 @@ def test_torchbnns_last_layer_and_bad_input():
         assert torch.equal(kl_loss(nn.Linear(2, 2)), torch.zeros(1))
 
 
-class Reparameterized(nn.Module):
-    """The parameters of a layer of bayesian-torch."""
-
-    def __init__(self, name, shape, bias=True):
-        super().__init__()
-        self.tensors = {name: shape, **({"bias": shape[:1]} if bias else {})}
-        for name, shape in self.tensors.items():
-            prior = name.replace("kernel", "weight")
-            self.register_parameter(f"mu_{name}", nn.Parameter(torch.randn(shape)))
-            self.register_parameter(f"rho_{name}", nn.Parameter(torch.randn(shape) - 3))
-            self.register_buffer(f"prior_{prior}_mu", torch.full(shape, 0.1))
-            self.register_buffer(f"prior_{prior}_sigma", torch.full(shape, 0.5))
-        if not bias:
-            self.mu_bias = self.rho_bias = None
-
-    def lines(self):
-        for name in self.tensors:
-            mu, rho = getattr(self, f"mu_{name}").double(), getattr(self, f"rho_{name}").double()
-            sigma = torch.log1p(torch.exp(rho))
-            yield (math.log(0.5) - torch.log(sigma) + (sigma**2 + (mu - 0.1) ** 2) / (2 * 0.5**2) - 0.5).mean()
-
-
 def test_bayesian_torch():
-    layers = [Reparameterized("kernel", (3, 2, 3, 3)), Reparameterized("weight", (4, 5), bias=False)]
+    layers = Reparameterized("kernel", (3, 2, 3, 3)), Reparameterized("weight", (4, 5), bias=False)
     model = nn.Sequential(*layers, nn.Linear(2, 2))
-    expected = sum(kl for layer in layers for kl in layer.lines())
-    actual = bayesian.get_kl_loss(model)
-    torch.testing.assert_close(actual, expected.float())
-    parameters = [parameter for layer in layers for parameter in layer.parameters()]
-    torch.testing.assert_close(torch.autograd.grad(actual, parameters), torch.autograd.grad(expected, parameters))
+    exact = copy.deepcopy(model).double()
+    values = bayesian.get_kl_loss(model), originals.get_kl_loss(exact)
+    torch.testing.assert_close(*values, check_dtype=False)
+    gradients = (
+        torch.autograd.grad(kl, list(m[:2].parameters())) for kl, m in zip(values, (model, exact), strict=True)
+    )
+    torch.testing.assert_close(*gradients, check_dtype=False)
     assert bayesian.get_kl_loss(nn.Linear(2, 2)) is None
 
 

@@ -25,8 +25,8 @@ MOST_REGISTERS |= {"sampler": 128}  # of 256 threads, one block an image
 MOST_SHARED = {"tile": 54 * 1024, "tile f64": 81 * 1024, "flat f32": 18 * 1024, "flat half": 18 * 1024}
 
 # Per element, of gaussian_rsample_kl's packed forward with a standard normal prior and no clamp: the instructions of
-# the loop over vectors of 16 bytes, less the branches that a sample from a seed with a summed KL does not take. The
-# goal was 40, from a prototype with an inexact KL and approximate normals.
+# the loop over vectors of 16 bytes, less the branches that a sample from a seed with a summed KL does not take;
+# docs/performance.md says what they cost.
 MOST_INSTRUCTIONS = {"f32": 81, "bf16": 56}
 
 

@@ -62,7 +62,7 @@ def test_whole_rows_are_loaded_16_bytes_at_a_time(compiled, capability):
 @every_capability
 @pytest.mark.parametrize(("dtype", "most"), [("float32", 76), ("bfloat16", 69)])
 def test_instructions_of_a_sample_and_its_kl(compiled, capability, dtype, most):
-    """The goal was 40, from a prototype with an inexact KL; docs/performance.md says what these bounds mean."""
+    """docs/performance.md says what they cost."""
     kernel = compiled[capability][f"gaussian_rsample_kl_fwd-{dtype}"]
     assert len(kernel["code"]) / kernel["elements"] <= most
 

@@ -16,16 +16,9 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from PIL import Image
 
 # Okabe and Ito's palette, which stays apart for every kind of colour vision
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
-    "#1b1b1b",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
-GREY = "#8a8a8a"
+BLACK, ORANGE, SKY, GREEN = "#1b1b1b", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+GREY, FAINT = "#8a8a8a", "#555555"
 SLOWER = "#fbe8dc"  # behind what is slower than a rival
 BAND = "#f7f7f9"
 HEADING = {"fontsize": 11.5, "fontweight": "bold", "x": 0.012, "ha": "left"}
@@ -63,23 +56,20 @@ def save(figure: pyplot.Figure, path: Path) -> None:
     Image.open(drawn).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def head(figure: pyplot.Figure, title: str, row) -> None:
-    """Title, then machine and versions of a row."""
-    versions = f"torch {row.torch}, fastelbo {row.fastelbo} at commit {row.commit}, Python {row.python}"
-    machine = row.machine
-    if row.on_gpu:
-        versions += f", CUDA {row.cuda}, Triton {row.triton}"
-    elif hasattr(row, "threads"):  # what counts bytes has none
-        machine += f", {row.threads} threads, {row.isa}"
+def frame(figure: pyplot.Figure, title: str, row, handles: Sequence) -> None:
+    """Title, machine and versions of a row above, the legend below."""
     figure.get_layout_engine().set(w_pad=0.09)
+    title = f"fastelbo on a {'GPU' if row.on_gpu else 'CPU'}: {title}"
     figure.suptitle(f"{title}\n\n", fontsize=14, fontweight="bold", x=0.012, ha="left")
-    y = 1 - 0.42 / figure.get_figheight()
-    figure.text(0.0125, y, f"{machine}; {versions}; {row.timestamp[:10]}", fontsize=9.5, color="#555555", va="center")
-
-
-def foot(figure: pyplot.Figure, handles: Sequence, columns: int = 8) -> None:
+    figure.text(0.0125, 1 - 0.42 / figure.get_figheight(), row.origin, fontsize=9.5, color=FAINT, va="center")
     options = {"loc": "outside lower center", "frameon": False, "fontsize": 9.5, "handletextpad": 0.4}
-    figure.legend(handles=handles, ncols=columns, **options)
+    figure.legend(handles=handles, ncols=8, **options)
+
+
+def beside(axis, x: float, y: float, text: str, right: bool, **keywords) -> None:
+    """Text on the right or left of a point."""
+    side = {"xytext": (8, 0), "ha": "left"} if right else {"xytext": (-8, 0), "ha": "right"}
+    axis.annotate(text, (x, y), textcoords="offset points", va="center", **side, **keywords)
 
 
 def handle(label: str, **keywords) -> Line2D:

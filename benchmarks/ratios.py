@@ -1,0 +1,62 @@
+"""How many times as long rivals take: as rows hold it, and as it is read off rows."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+
+from rows import OURS, Row
+
+
+def typical(samples: Sequence[float], on_gpu: bool) -> float:
+    """The time that ratios are taken of, as Row.typical_us."""
+    return statistics.median(samples) if on_gpu else min(samples)
+
+
+def form_of(contestant: str) -> str:
+    """A contestant, in whatever memory format and way of cropping."""
+    return contestant.removesuffix("_channels_last").removesuffix("_sliced")
+
+
+def measured(common: dict, samples: dict[str, list[float]], on_gpu: bool = False) -> list[dict]:
+    """The fields of every contestant's Row that do not say where it was timed: what all have in common, and of each its
+    quantiles and its ratios, to rivals in their fastest form."""
+    times = {name: typical(values, on_gpu) for name, values in samples.items()}
+    fastest = {form: min(time for name, time in times.items() if form_of(name) == form) for form in map(form_of, times)}
+    rivals = [form for form in fastest if f"over_{form}" in Row.__dataclass_fields__]
+    found = []
+    for name, values in samples.items():
+        p20, _, _, p80 = statistics.quantiles(2 * list(values) if len(values) == 1 else values, n=5, method="inclusive")
+        quantiles = {"min_us": min(values), "p20_us": p20, "median_us": statistics.median(values), "p80_us": p80}
+        row = common | {"contestant": name, "rounds": len(values)}
+        row |= {quantile: 1e6 * seconds for quantile, seconds in quantiles.items()}
+        if "copy" in times:
+            row["fraction_of_copy"] = times["copy"] / times[name]
+        if form_of(name) in OURS:
+            row |= {f"over_{form}": fastest[form] / times[name] for form in rivals}
+        found.append(row)
+    return found
+
+
+def compared(row: Row) -> tuple:
+    """What rows have in common that are held against each other; a time that is extrapolated is one of the same."""
+    return row.run, row.op, row.case, row.pass_.removesuffix("_extrapolated"), row.shape, row.dtype, row.timing
+
+
+def over(rows: Iterable[Row]) -> list[tuple[Row, dict[str, float]]]:
+    """Ours of every case, on the fastest backend in each memory format, and how many times as long its rivals take, in
+    the fastest form of each."""
+    cases: dict[tuple, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(compared(row), []).append(row)
+    found = []
+    for of_case in cases.values():
+        ours: dict[bool, Row] = {}
+        rivals: dict[str, float] = {}
+        for row in of_case:
+            form, channels_last = form_of(row.contestant), row.contestant.endswith("_channels_last")
+            if form not in OURS:
+                rivals[form] = min(row.typical_us, rivals.get(form, math.inf))
+            elif channels_last not in ours or row.typical_us < ours[channels_last].typical_us:
+                ours[channels_last] = row
+        found += [(row, {name: time / row.typical_us for name, time in rivals.items()}) for row in ours.values()]
+    return found

@@ -1,0 +1,170 @@
+"""Lines of other projects, written out where the package index does not have them: what drop-ins are held against, in
+tests/test_compat.py and in the benchmarks."""
+
+import math
+
+import torch
+from torch import nn
+from torch.distributions import Independent, Normal, kl_divergence
+
+# VDVAE
+
+
+def gaussian_analytical_kl(mu1, mu2, logsigma1, logsigma2):
+    return -0.5 + logsigma2 - logsigma1 + 0.5 * (logsigma1.exp() ** 2 + (mu1 - mu2) ** 2) / (logsigma2.exp() ** 2)
+
+
+def draw_gaussian_diag_samples(mu, logsigma):
+    eps = torch.empty_like(mu).normal_(0.0, 1.0)
+    return torch.exp(logsigma) * eps + mu
+
+
+# NVAE
+
+
+class NVAENormal:
+    def __init__(self, mu, log_sigma):
+        self.mu = 5 * torch.tanh(mu / 5)
+        self.sigma = torch.exp(5 * torch.tanh(log_sigma / 5)) + 0.01
+
+    def sample(self):
+        eps = torch.randn_like(self.mu)
+        return self.mu + self.sigma * eps, eps
+
+    def kl(self, other):
+        difference, ratio = (self.mu - other.mu) / other.sigma, self.sigma / other.sigma
+        return 0.5 * (difference**2 + ratio**2) - 0.5 - torch.log(ratio)
+
+
+# VITS
+
+
+def vits_kl_loss(z_p, logs_q, m_p, logs_p, z_mask):
+    kl = logs_p - logs_q - 0.5
+    kl = kl + 0.5 * ((z_p - m_p) ** 2) * torch.exp(-2.0 * logs_p)
+    return torch.sum(kl * z_mask) / torch.sum(z_mask)
+
+
+def vits_posterior_sample(m, logs, x_mask):
+    return (m + torch.randn_like(m) * torch.exp(logs)) * x_mask
+
+
+# guided-diffusion
+
+
+def normal_kl(mean1, logvar1, mean2, logvar2):
+    return 0.5 * (
+        -1.0 + logvar2 - logvar1 + torch.exp(logvar1 - logvar2) + ((mean1 - mean2) ** 2) * torch.exp(-logvar2)
+    )
+
+
+# pythae, pytorch/examples and most others
+
+
+def sample_gauss(mu, std):
+    eps = torch.randn_like(std)
+    return mu + eps * std, eps
+
+
+def kl(mu, log_var):
+    return -0.5 * torch.sum(1 + log_var - mu.pow(2) - log_var.exp(), dim=-1)
+
+
+def sample_and_kl(mu, log_var):
+    z, _ = sample_gauss(mu, torch.exp(0.5 * log_var))
+    return z, kl(mu, log_var)
+
+
+# bayesian-torch, and what others write for a network's weights
+
+
+def kl_div(mu_q, sigma_q, mu_p, sigma_p):
+    kl = torch.log(sigma_p) - torch.log(sigma_q) + (sigma_q**2 + (mu_q - mu_p) ** 2) / (2 * (sigma_p**2)) - 0.5
+    return kl.mean()
+
+
+class Reparameterized(nn.Module):
+    """The parameters of a layer of bayesian-torch, and its KL."""
+
+    def __init__(self, name, shape, bias=True):
+        super().__init__()
+        self.tensors = {name: shape, **({"bias": shape[:1]} if bias else {})}
+        for name, shape in self.tensors.items():
+            prior = name.replace("kernel", "weight")
+            self.register_parameter(f"mu_{name}", nn.Parameter(torch.randn(shape)))
+            self.register_parameter(f"rho_{name}", nn.Parameter(torch.randn(shape) - 3))
+            self.register_buffer(f"prior_{prior}_mu", torch.full(shape, 0.1))
+            self.register_buffer(f"prior_{prior}_sigma", torch.full(shape, 0.5))
+        if not bias:
+            self.mu_bias = self.rho_bias = None
+
+    def kl_loss(self):
+        kl = 0
+        for name in self.tensors:
+            sigma = torch.log1p(torch.exp(getattr(self, f"rho_{name}")))
+            prior = (getattr(self, f"prior_{name.replace('kernel', 'weight')}_{which}") for which in ("mu", "sigma"))
+            kl = kl + kl_div(getattr(self, f"mu_{name}"), sigma, *prior)
+        return kl
+
+
+def get_kl_loss(model):
+    kl_loss = None
+    for layer in model.modules():
+        if hasattr(layer, "kl_loss"):
+            kl_loss = layer.kl_loss() if kl_loss is None else kl_loss + layer.kl_loss()
+    return kl_loss
+
+
+def sample_weights(means, rhos):
+    weights, kl = [], 0
+    for mu, rho in zip(means, rhos, strict=True):
+        sigma = torch.log1p(torch.exp(rho))
+        weights.append(mu + sigma * torch.randn_like(mu))
+        kl = kl + (-torch.log(sigma) + (sigma**2 + mu**2) / 2 - 0.5).sum()
+    return weights, kl
+
+
+# Dreamer
+
+
+def dreamer_kl(mean_q, std_q, mean_p, std_p):
+    # sheeprl turns validation off
+    q = Independent(Normal(mean_q, std_q, validate_args=False), 1, validate_args=False)
+    return kl_divergence(q, Independent(Normal(mean_p, std_p, validate_args=False), 1, validate_args=False))
+
+
+def dreamer_kls(mean_q, std_q, mean_p, std_p):
+    prior_moves = dreamer_kl(mean_q.detach(), std_q.detach(), mean_p, std_p)
+    return prior_moves, dreamer_kl(mean_q, std_q, mean_p.detach(), std_p.detach())
+
+
+def dreamer_v1(*inputs, free_nats=3.0):
+    return dreamer_kl(*inputs).mean().clamp(min=free_nats)
+
+
+def dreamer_v2(*inputs, free_nats=0.0, free_avg=True, alpha=0.8):
+    prior_moves, posterior_moves = (
+        kl.mean().clamp(min=free_nats) if free_avg else kl.clamp(min=free_nats).mean() for kl in dreamer_kls(*inputs)
+    )
+    return alpha * prior_moves + (1 - alpha) * posterior_moves
+
+
+def dreamer_v3(*inputs, free_nats=1.0, dyn_scale=1.0, rep_scale=0.1):
+    prior_moves, posterior_moves = (kl.clamp(min=free_nats) for kl in dreamer_kls(*inputs))
+    return (dyn_scale * prior_moves + rep_scale * posterior_moves).mean()
+
+
+# Objectives
+
+
+def elbo(x, x_mean, x_logvar, mu, logvar):
+    nll = 0.5 * torch.sum(math.log(2 * math.pi) + x_logvar + (x - x_mean).pow(2) / x_logvar.exp(), dim=1)
+    return -(nll + kl(mu, logvar))
+
+
+def iwae(log_p_x, mu, log_var):
+    mu, log_var = mu.repeat(len(log_p_x), 1, 1), log_var.repeat(len(log_p_x), 1, 1)
+    z, _ = sample_gauss(mu, torch.exp(0.5 * log_var))
+    log_q_z = (-0.5 * (log_var + torch.pow(z - mu, 2) / torch.exp(log_var))).sum(dim=-1)
+    log_p_z = -0.5 * (z**2).sum(dim=-1)
+    return z, torch.logsumexp(log_p_x + log_p_z - log_q_z, dim=0) - math.log(len(log_p_x))

@@ -1,0 +1,147 @@
+"""The figures of benchmarks/figures: that they show what stands in the rows."""
+
+import csv
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import plot
+import pytest
+import rows
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def points(figure):
+    """Values of all markers, from left to right; each lies on its axis."""
+    found = []
+    for axis in figure.axes:
+        values = [float(line.get_xdata()[0]) for line in axis.get_lines() if len(line.get_xdata()) == 1]
+        left, right = axis.get_xlim()
+        assert all(left < value < right for value in values)
+        found += values
+    return sorted(found)
+
+
+def texts(figure):
+    return sorted(text.get_text() for axis in figure.axes for text in axis.texts)
+
+
+@pytest.fixture
+def drawn():
+    """The figure of a stored file, whose heading says where the rows are from, and its lines as text."""
+    figures = []
+
+    def make(name):
+        path = RESULTS / name
+        ((title, found),) = plot.rows_of([path]).items()
+        figures.append(plot.DRAW[title.split("_")[0]](found))
+        with path.open(newline="") as file:
+            lines = list(csv.DictReader(file))
+        newest = max(lines, key=lambda line: line["timestamp"])
+        heading = " ".join(text.get_text() for text in figures[-1].findobj(lambda artist: hasattr(artist, "get_text")))
+        for part in (newest["machine"], f"torch {newest['torch']}", newest["commit"], newest["timestamp"][:10]):
+            assert part in heading
+        return figures[-1], [line for line in lines if line["commit"] == newest["commit"]]
+
+    yield make
+    for figure in figures:
+        plot.style.pyplot.close(figure)
+
+
+def test_figure_of_speed(drawn):
+    figure, lines = drawn("cpu.csv")
+    ours = {}
+    for line in lines:
+        if line["contestant"] == "cpu" and line["case"] != "normals":
+            ours[tuple(line[name] for name in ("op", "case", "pass", "shape", "dtype"))] = line
+    expected = []
+    for line in ours.values():
+        if math.prod(map(int, line["shape"].split("x"))) >= 2**20:
+            expected.append(float(line["fraction_of_copy"]))
+        rivals = ("over_eager", "over_distributions", "over_compile", "over_compile_checkpoint")
+        expected += [float(line[name]) for name in rivals if line[name]]
+    assert points(figure) == pytest.approx(sorted(expected))
+
+
+def test_figure_of_memory(drawn):
+    figure, lines = drawn("memory_cpu.csv")
+    expected = [int(line["saved_bytes"]) / (512 * 256) for line in lines]
+    bars = [bar.get_width() for axis in figure.axes for container in axis.containers for bar in container]
+    assert sorted(bars) == pytest.approx(sorted(expected))
+    pairs = zip(lines, expected, strict=True)
+    assert texts(figure) == sorted("8 bytes in all" if line["saved_bytes"] == "8" else f"{x:.3g}" for line, x in pairs)
+
+
+def test_figure_of_convolutions(drawn):
+    figure, lines = drawn("conv_cpu.csv")
+    times, expected, shown = {}, [], []
+    for line in lines:
+        times.setdefault((line["case"], line["shape"], line["pass"]), {})[line["contestant"]] = float(line["min_us"])
+    for of_case in times.values():
+        for rival in ("eager", "crop", "compile"):
+            best = min(time for name, time in of_case.items() if name.startswith(rival))
+            expected += [best / of_case["cpu"], best / of_case["cpu_channels_last"]]
+            shown.append(f"{best / of_case['cpu']:.2f}{TIMES}")
+    assert points(figure) == pytest.approx(sorted(expected))
+    assert texts(figure) == sorted(shown)
+
+
+def test_figure_of_sampling(drawn):
+    figure, lines = drawn("sampling_cpu.csv")
+    seconds = {(line["shape"], line["contestant"]): 1e-6 * float(line["min_us"]) for line in lines}
+    assert points(figure) == pytest.approx(sorted(seconds.values()))
+    assert "0.0283 s" in texts(figure) and f"569 s, 652{TIMES}" in texts(figure)
+    for axis, shape in zip(figure.axes, dict.fromkeys(shape for shape, _ in seconds), strict=True):
+        (ours,) = (line for line in axis.get_lines() if len(line.get_xdata()) == 2)
+        assert ours.get_xdata()[0] == pytest.approx(seconds[shape, "cpu"])
+
+
+def test_figure_of_drop_ins(drawn):
+    """Those that are slower lie where the axis says so, in another colour."""
+    figure, lines = drawn("dropins_cpu.csv")
+    pairs = list(zip(lines[::2], lines[1::2], strict=True))
+    expected = [float(theirs["min_us"]) / float(ours["min_us"]) for ours, theirs in pairs]
+    (axis,) = figure.axes
+    markers = [line for line in axis.get_lines() if len(line.get_xdata()) == 1]
+    assert [line.get_xdata()[0] for line in markers] == pytest.approx(expected)
+    noisy = [any(float(line["median_us"]) > 1.5 * float(line["min_us"]) for line in pair) for pair in pairs]
+    assert [line.get_markerfacecolor() == "white" for line in markers] == noisy
+    colours = {ratio < 1: line.get_color() for ratio, line in zip(expected, markers, strict=True)}
+    assert len(set(colours.values())) == 2
+    assert all(line.get_color() == colours[ratio < 1] for ratio, line in zip(expected, markers, strict=True))
+    assert {f"{ratio:.2f}{TIMES}" for ratio in expected} < set(texts(figure))
+
+
+def test_all_figures_are_drawn_and_small(tmp_path):
+    command = (sys.executable, ROOT / "benchmarks" / "plot.py", "--output", tmp_path / "figures")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    drawn = {path.name: path.stat().st_size for path in (tmp_path / "figures").iterdir()}
+    kinds = {"": "speed", "memory_": "memory", "conv_": "convolutions", "sampling_": "sampling", "dropins_": "dropins"}
+    stored = {path.name for path in RESULTS.iterdir()}
+    of_rows = {
+        f"{kind}_{device}": f"{prefix}{device}.csv" for prefix, kind in kinds.items() for device in ("cpu", "cuda")
+    }
+    expected = {figure for figure, name in of_rows.items() if name in stored}
+    assert {f"{kind}_cpu" for kind in kinds.values()} <= expected
+    # further ones name an older machine
+    assert {name.removesuffix(".png") for name in drawn if name.count("_") == 1} == expected
+    assert max(drawn.values()) < 150_000
+    assert drawn.keys() == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
+
+
+def test_figures_of_several_machines():
+    """The newest has the plain name."""
+    first = rows.read(RESULTS / "cpu.csv")[0]
+    old = dataclasses.replace(first, machine="An old one", timestamp="2020-01-01T00:00:00Z")
+    gpu = dataclasses.replace(first, machine="A GPU", cuda="13.0", contestant="triton")
+    assert {name: [row.machine for row in found] for name, found in plot.figures_of([old, first, gpu]).items()} == {
+        "speed_cpu": [first.machine],
+        "speed_cpu_an-old-one": ["An old one"],
+        "speed_cuda": ["A GPU"],
+    }
