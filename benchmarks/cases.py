@@ -288,11 +288,17 @@ def backward(outputs, leaves, upstream):
 
 
 def upstream_like(outputs):
-    """Gradients of the outputs, positive so that sums of them do not cancel; the same ones for every contestant."""
+    """Gradients of the outputs, positive so that sums of them do not cancel; the same ones for every contestant, and in
+    memory as the outputs are."""
     if isinstance(outputs, tuple):
         return tuple(upstream_like(output) for output in outputs)
     generator = torch.Generator(outputs.device).manual_seed(1)
-    return torch.rand(outputs.shape, generator=generator, device=outputs.device).to(outputs.dtype)
+    return torch.empty_like(outputs).copy_(torch.rand(outputs.shape, generator=generator, device=outputs.device))
+
+
+def flat(result) -> tuple[torch.Tensor, ...]:
+    """Outputs, then gradients, of what a call that `bind` made returns."""
+    return (result,) if isinstance(result, torch.Tensor) else tuple(one for part in result for one in flat(part))
 
 
 def copy(bytes_moved: int, device) -> Callable:
@@ -312,24 +318,21 @@ def floor_bytes(case: Case, inputs, pass_: str) -> int:
 
 def check(case: Case, name: str, result, inputs, pass_: str) -> None:
     """Raises AssertionError unless a contestant computes what the plain float32 lines do, of its own noise."""
-    with_backward = pass_ != "forward"
-    outputs, grads = result if with_backward else (result, ())
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    found = flat(result)
     exact_inputs = [tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in inputs]
     leaves = [tensor for tensor in exact_inputs if tensor.requires_grad]
     noise = ()
     if case.draws:
         mean, s = (tensor.detach() for tensor in exact_inputs[:2])
-        noise = ((outputs[0].detach().float() - mean) * torch.exp(-0.5 * s),)
+        noise = ((found[0].detach().float() - mean) * torch.exp(-0.5 * s),)
         # six standard errors of the mean and of the standard deviation
         assert abs(noise[0].mean()) < 6 / noise[0].numel() ** 0.5, f"{name}: the noise has mean {noise[0].mean()}"
         assert abs(noise[0].std() - 1) < 4.3 / noise[0].numel() ** 0.5, f"{name}: the noise has std {noise[0].std()}"
     if case.lines is None:
         return
     exact = case.lines(*exact_inputs, *noise)
-    exact_grads = torch.autograd.grad(exact, leaves, upstream_like(exact)) if with_backward else ()
-    exact = exact if isinstance(exact, tuple) else (exact,)
-    compare(name, (*outputs, *grads), (*exact, *exact_grads), TOLERANCE[inputs[0].dtype])
+    grads = () if pass_ == "forward" else torch.autograd.grad(exact, leaves, upstream_like(exact))
+    compare(name, found, (*flat(exact), *grads), TOLERANCE[inputs[0].dtype])
 
 
 def compare(name: str, results, expected, tolerance: float) -> None:

@@ -163,10 +163,11 @@ def save(request, device, backends) -> Callable[[str, list[dict]], None]:
         made = [kind(**common, **row) for row in found]
         kept.extend(made)
         if not option.no_save:
+            path = option.results / f"{name}{device.type}.csv"
             try:
-                rows.append(option.results / f"{name}{device.type}.csv", made)
+                rows.append(path, made)
             except OSError as error:
-                pytest.exit(f"rows cannot be kept: {error}", returncode=pytest.ExitCode.TESTS_FAILED)
+                pytest.exit(f"no rows can be written to {path}: {error.strerror}", returncode=1)
 
     return append
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import cases
 import torch
 import torch.nn.functional as F  # noqa: N812
 from ratios import form_of, measured
@@ -113,26 +114,15 @@ def contestants(layer: Layer, dtype: torch.dtype, device: torch.device, backends
     return found
 
 
-def make_call(function, memory_format, layer: Layer, dtype, device, with_backward: bool) -> Callable:
+def make_inputs(layer: Layer, dtype, device, memory_format, with_backward: bool) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        value = torch.randn(shape, generator=generator).to(device, dtype)
-        return value.contiguous(memory_format=memory_format) if len(shape) == 4 else value
-
-    x = normal(layer.n, layer.c_in, layer.size, layer.size)
-    weight = normal(layer.c_out, layer.c_in, layer.k, layer.k) / (layer.c_in * layer.live) ** 0.5
-    bias, d_y = normal(layer.c_out), normal(layer.n, layer.c_out, layer.size, layer.size)
-    if not with_backward:
-        return lambda: (function(x, weight, bias),)
-    first = layer.c_in <= 4  # data wants no gradient
-    leaves = [t.requires_grad_() for t in ((weight, bias) if first else (x, weight, bias))]
-
-    def step():
-        y = function(x, weight, bias)
-        return y.detach(), *torch.autograd.grad(y, leaves, d_y)
-
-    return step
+    shapes = (layer.n, layer.c_in, layer.size, layer.size), (layer.c_out, layer.c_in, layer.k, layer.k)
+    x, weight = (torch.randn(shape, generator=generator).contiguous(memory_format=memory_format) for shape in shapes)
+    weight /= (layer.c_in * layer.live) ** 0.5
+    inputs = [tensor.to(device, dtype) for tensor in (x, weight, torch.randn(layer.c_out, generator=generator))]
+    for tensor in inputs[layer.c_in <= 4 :]:  # data wants no gradient
+        tensor.requires_grad_(with_backward)
+    return inputs
 
 
 def calls(case: Timed, device: torch.device, backends: list[str], rivals) -> dict[str, Callable]:
@@ -142,21 +132,15 @@ def calls(case: Timed, device: torch.device, backends: list[str], rivals) -> dic
         AssertionError: if some do not.
     """
     dtype = getattr(torch, case.dtype)
-    made = {
-        name: make_call(*entry, case.layer, dtype, device, case.with_backward)
-        for name, entry in contestants(case.layer, dtype, device, backends).items()
-    }
+    made = {}
+    for name, (function, memory_format) in contestants(case.layer, dtype, device, backends).items():
+        inputs = make_inputs(case.layer, dtype, device, memory_format, case.with_backward)
+        made[name] = cases.bind(function, inputs, case.pass_)
     wanted = [name for name in made if form_of(name) in (*backends, *rivals)]
-    check({name: made[name]() for name in wanted}, made["eager"](), dtype)
+    expected = cases.flat(made["eager"]())
+    for name in wanted:
+        cases.compare(name, cases.flat(made[name]()), expected, 1e-3 if dtype == torch.float32 else 0.1)
     return {name: made[name] for name in wanted}
-
-
-def check(results: dict[str, tuple], want: tuple, dtype) -> None:
-    """Raises AssertionError unless all are as wanted."""
-    for name, got in results.items():
-        for a, b in zip(got, want, strict=True):
-            limit = (1e-3 if dtype == torch.float32 else 0.1) * b.abs().max()
-            assert (a - b).abs().max() <= limit, f"{name} computes something else"
 
 
 def bytes_moved(layer: Layer, dtype, with_backward: bool) -> int:

@@ -287,9 +287,7 @@ def results(function: Callable, inputs, noise=None) -> list[torch.Tensor]:
     call = cases.bind(function, inputs, BOTH)
     torch.manual_seed(SEED)
     with noise or nullcontext():
-        outputs, grads = call()
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return [tensor.detach() for tensor in (*outputs, *grads)]
+        return [tensor.detach() for tensor in cases.flat(call())]
 
 
 def check(drop_in: DropIn, inputs) -> list[torch.Tensor]:

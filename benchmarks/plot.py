@@ -11,13 +11,7 @@ import rows
 from figures import convolutions, dropins, memory, sampling, speed, style
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
-DRAW = {
-    "speed": speed.draw,
-    "memory": memory.draw,
-    "convolutions": convolutions.draw,
-    "sampling": sampling.draw,
-    "dropins": dropins.draw,
-}
+DRAW = {kind.__name__.split(".")[1]: kind.draw for kind in (convolutions, dropins, memory, sampling, speed)}
 
 
 def main() -> None:

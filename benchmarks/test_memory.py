@@ -17,28 +17,20 @@ def saved_bytes(call, inputs) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = call(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
-    for tensor in (*inputs, *outputs):
+    for tensor in (*inputs, *cases.flat(outputs)):
         storages.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(storages.values())
 
 
-def both_passes(call, inputs, upstream):
-    leaves = [tensor for tensor in inputs if tensor.requires_grad]
-    outputs = call(*inputs)
-    grads = torch.autograd.grad(outputs, leaves, upstream)
-    return outputs if isinstance(outputs, tuple) else (outputs,), grads
-
-
-def peak_bytes(call, inputs, upstream, device) -> int | None:
+def peak_bytes(both_passes, device) -> int | None:
     """Bytes asked of torch's allocator, beyond what is there before."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-    results = both_passes(call, inputs, upstream)
+    results = both_passes()
     torch.cuda.synchronize()
     del results
     return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
@@ -49,24 +41,14 @@ def test_memory(differentiable, dtype, device, backends, save, request):
     torch._dynamo.reset()
     shape = SHAPES[device.type]
     inputs = cases.make_inputs(case, shape, cases.DTYPES[dtype], device)
+    common = {"op": case.op, "case": case.name, "shape": f"{shape[0]}x{shape[1]}", "dtype": dtype}
     wanted = request.config.option.rival or cases.RIVALS
     for name, call in cases.contestants(case, backends, wanted, "forward_backward").items():
-        upstream = cases.upstream_like(call(*inputs))
-        outputs, grads = both_passes(call, inputs, upstream)  # what is allocated once, and what a compiler measures
-        found.append(
-            {
-                "op": case.op,
-                "case": case.name,
-                "contestant": name,
-                "shape": f"{shape[0]}x{shape[1]}",
-                "dtype": dtype,
-                "saved_bytes": saved_bytes(call, inputs),
-                "result_bytes": sum(tensor.nbytes for tensor in (*outputs, *grads)),
-                "peak_bytes": None,
-            }
-        )
-        del outputs, grads
-        found[-1]["peak_bytes"] = peak_bytes(call, inputs, upstream, device)
+        both_passes = cases.bind(call, inputs, "forward_backward")
+        # its first call allocates what is allocated once, and what a compiler measures
+        counts = {"result_bytes": sum(tensor.nbytes for tensor in cases.flat(both_passes()))}
+        counts |= {"saved_bytes": saved_bytes(call, inputs), "peak_bytes": peak_bytes(both_passes, device)}
+        found.append(common | {"contestant": name} | counts)
     save("memory_", found)
     ours = [row for row in found if row["contestant"] in backends]
     seed = 8 if case.draws else 0
