@@ -1,4 +1,4 @@
-"""The benchmarks' own tools, as far as a machine without a GPU can tell: options, runs, rows, comparison, tables."""
+"""The benchmarks' own tools, as far as a machine without a GPU can tell: options, runs, comparison, rows."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,6 @@ import machine
 import originals
 import pytest
 import rows
-import tables
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -32,10 +31,6 @@ STORED, ON_GPU = BENCHMARKS / "results" / "cpu.csv", BENCHMARKS / "results" / "c
 def run(*command, cwd=ROOT, **environment):
     words, environment = [str(part) for part in command], {**os.environ, **environment}
     return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def tool(name, *arguments):
-    return run(sys.executable, BENCHMARKS / name, *arguments)
 
 
 def sessions(*many, **environment):
@@ -408,35 +403,6 @@ def test_files_with_fewer_columns(tmp_path):
     with pytest.raises(ValueError, match="has other columns"):
         rows.append(path, rows.read(ON_GPU)[:1])
     assert rows.read(path) == rows.read(STORED)
-
-
-# Tables
-
-
-def test_report_of_stored_rows():
-    """A heading for each run, and a line for each case with what its row says."""
-    done = tool("report.py", STORED, ON_GPU)
-    assert done.returncode == 0, done.stderr
-    for heading in ("AMD EPYC, 2 threads, AVX-512; torch 2", "NVIDIA H200, CUDA 13.0, Triton 3.6.0; torch 2"):
-        assert any(line.startswith(heading) and "commit" in line for line in done.stdout.splitlines())
-    assert "forward in a graph" in done.stdout
-    case = ["gaussian_rsample_kl", "fwd+bwd", "4096x256", "float32", "cpu"]
-    (found,) = (line.split() for line in done.stdout.splitlines() if line.split()[:5] == case)
-    row = next(row for row in rows.stored_in([STORED]) if tables.case(row) == tuple(case))
-    ratios = row.over_eager, row.over_distributions, row.over_compile, row.fraction_of_copy, row.over_compile_checkpoint
-    assert found[5:] == [f"{row.min_us:.4g}", *(f"{ratio:.2f}x" for ratio in ratios)]
-
-
-@pytest.mark.parametrize("name", ["report.py", "plot.py"])
-def test_nothing_to_show(name, tmp_path):
-    empty = tmp_path / "cpu.csv"
-    empty.write_text(STORED.read_text().splitlines()[0] + "\n")
-    for path, sentence in ((empty, "no rows in"), (tmp_path / "none.csv", "none.csv")):
-        done = tool(name, path, *(("--output", tmp_path / "figures") if name == "plot.py" else ()))
-        assert done.returncode == 1
-        assert sentence in done.stderr and done.stderr.count("\n") == 1
-    assert not (tmp_path / "figures").exists()
-    assert tool(name, "--help").returncode == 0
 
 
 # What computes something else is not timed

@@ -1,4 +1,4 @@
-"""The figures of benchmarks/figures: that they show what stands in the rows."""
+"""What is made of stored rows: tables and figures show what stands in them."""
 
 import csv
 import dataclasses
@@ -9,11 +9,53 @@ from pathlib import Path
 
 import plot
 import pytest
+import ratios
 import rows
+import tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def tool(name, *arguments):
+    command = [sys.executable, ROOT / "benchmarks" / name, *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+
+
+def test_report_of_stored_rows():
+    """A heading for each run, and a line for each case with what its row says."""
+    done = tool("report.py", RESULTS / "cpu.csv", RESULTS / "cuda.csv")
+    assert done.returncode == 0, done.stderr
+    for heading in ("AMD EPYC, 2 threads, AVX-512; torch 2", "NVIDIA H200, CUDA 13.0, Triton 3.6.0; torch 2"):
+        assert any(line.startswith(heading) and "commit" in line for line in done.stdout.splitlines())
+    assert "forward in a graph" in done.stdout
+    case = ["gaussian_rsample_kl", "fwd+bwd", "4096x256", "float32", "cpu"]
+    (found,) = (line.split() for line in done.stdout.splitlines() if line.split()[:5] == case)
+    row = next(row for row in rows.stored_in([RESULTS / "cpu.csv"]) if tables.case(row) == tuple(case))
+    rivals = row.over_eager, row.over_distributions, row.over_compile, row.fraction_of_copy, row.over_compile_checkpoint
+    assert found[5:] == [f"{row.min_us:.4g}", *(f"{ratio:.2f}x" for ratio in rivals)]
+
+
+def test_the_fastest_backend_stands_for_ours():
+    """In each memory format; a rival has the fastest of its forms."""
+    first = dataclasses.replace(rows.read(RESULTS / "conv_cuda.csv")[0], shape="1x1")
+    times = {"triton": 3.0, "cuda": 2.0, "cuda_channels_last": 4.0, "crop": 8.0, "crop_sliced_channels_last": 6.0}
+    made = [dataclasses.replace(first, contestant=name, median_us=time) for name, time in times.items()]
+    found = {row.contestant: others for row, others in ratios.over(made)}
+    assert found == {"cuda": {"crop": 3.0}, "cuda_channels_last": {"crop": 1.5}}
+
+
+@pytest.mark.parametrize("name", ["report.py", "plot.py"])
+def test_nothing_to_show(name, tmp_path):
+    empty = tmp_path / "cpu.csv"
+    empty.write_text((RESULTS / "cpu.csv").read_text().splitlines()[0] + "\n")
+    for path, sentence in ((empty, "no rows in"), (tmp_path / "none.csv", "none.csv")):
+        done = tool(name, path, *(("--output", tmp_path / "figures") if name == "plot.py" else ()))
+        assert done.returncode == 1
+        assert sentence in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "figures").exists()
+    assert tool(name, "--help").returncode == 0
 
 
 def points(figure):
@@ -118,8 +160,7 @@ def test_figure_of_drop_ins(drawn):
 
 
 def test_all_figures_are_drawn_and_small(tmp_path):
-    command = (sys.executable, ROOT / "benchmarks" / "plot.py", "--output", tmp_path / "figures")
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = tool("plot.py", "--output", tmp_path / "figures")
     assert done.returncode == 0, done.stderr
     drawn = {path.name: path.stat().st_size for path in (tmp_path / "figures").iterdir()}
     kinds = {"": "speed", "memory_": "memory", "conv_": "convolutions", "sampling_": "sampling", "dropins_": "dropins"}
