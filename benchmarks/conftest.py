@@ -296,12 +296,15 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
+def of_kind(kind: type, config) -> list:
+    return [row for row in config.stash[ROWS] if isinstance(row, kind)]
+
+
 def pytest_sessionfinish(session, exitstatus):
     config = session.config
     if not config.option.compare or exitstatus == pytest.ExitCode.USAGE_ERROR:
         return
-    timed = [row for row in config.stash[ROWS] if isinstance(row, rows.Row)]
-    found = config.stash[COMPARED] = compare.changes(timed, config.stash[BASELINE])
+    found = config.stash[COMPARED] = compare.changes(of_kind(rows.Row, config), config.stash[BASELINE])
     limit = config.option.fail_slower
     if limit and exitstatus == pytest.ExitCode.OK and compare.failure(found, limit):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -309,17 +312,12 @@ def pytest_sessionfinish(session, exitstatus):
 
 def pytest_terminal_summary(terminalreporter, config):
     write = terminalreporter.write_line
-    for kind, title, table in (
-        (rows.Row, "ours, and how many times as long each rival takes", tables.speed),
-        (
-            rows.MemoryRow,
-            "bytes per element: kept for the backward, and allocated at most in both passes",
-            tables.memory,
-        ),
-    ):
-        if found := [row for row in config.stash[ROWS] if isinstance(row, kind)]:
-            terminalreporter.section(title)
-            write(table(found))
+    if found := of_kind(rows.Row, config):
+        terminalreporter.section("ours, and how many times as long each rival takes")
+        write(tables.speed(found))
+    if found := of_kind(rows.MemoryRow, config):
+        terminalreporter.section("bytes per element: kept for the backward, and allocated at most in both passes")
+        write(tables.memory(found))
     if config.option.compare:
         terminalreporter.section(f"ours against {config.option.compare}")
         write(compare.table(config.stash[COMPARED], config.option.fail_slower))

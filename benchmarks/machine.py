@@ -14,8 +14,6 @@ import torch
 
 import fastelbo
 
-ROOT = Path(__file__).parent.parent
-
 
 def session(device: torch.device) -> dict:
     """What all rows of a session have in common, once the cpu backend is loaded."""
