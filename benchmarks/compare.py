@@ -1,8 +1,5 @@
 """Holds the rows of a run against older ones: what got slower or faster by more than the noise.
 
-pytest-benchmark's --benchmark-compare would not do: it keeps files of its own with one function a test, has no times by
-a GPU's events, and judges by a ratio alone. Rows have all contestants of a case, and are what is committed.
-
 The rule is not free of false alarms: the two runs in results/cpu.csv share 290 rows of copy, eager lines, distributions
 and torch.compile, whose code is the same. It marks 7 of them as slower; a ratio above 1.1 alone would mark 17, and the
 80th percentile alone 42.

@@ -1,11 +1,9 @@
-"""Options of `pytest benchmarks`, and what its cases share: the tests' verdict, the clock, where rows go."""
+"""Options of `pytest benchmarks`, and what its cases share: the tests' verdict, and where rows go."""
 
 import argparse
-import gc
 import os
 import re
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -22,7 +20,6 @@ import sampling
 import tables
 import torch
 
-SAMPLE_SECONDS = 2e-3  # a sample is as many calls as last this long, or one
 # The most telling first; Pyro, at the drop-ins' end, puts a KL of its own in the place of torch's.
 ORDER = ("test_speed", "test_convolutions", "test_sampling", "test_memory", "test_dropins")
 OPS = {case.op for case in cases.CASES} | {"masked_conv2d", "sampling"} | {one.op for one in dropins.DROP_INS}
@@ -105,7 +102,6 @@ def pytest_configure(config):
     option = config.option
     config.stash[ROWS], config.stash[COMPARED] = [], []
     config.stash[STARTED], config.stash[DONE] = time.monotonic(), set()
-    option.benchmark_quiet = True  # our table replaces pytest-benchmark's; --benchmark-verbose brings it back
     option.verbose = option.verbose or 1  # a line for each case
     known = cases.SIZES[option.device]
     for shape in option.shape or ():
@@ -200,45 +196,6 @@ def passing(request, backends) -> Callable[[str], None]:
     return check
 
 
-@pytest.fixture
-def measure(benchmark) -> Callable[[dict[str, Callable], int], dict[str, list[float]]]:
-    """Samples of every call in seconds, one of each per round; none where --benchmark-disable only checks.
-
-    The first call is pytest-benchmark's own, which times it as host_clock.sample does; all others have their turn
-    between two of its rounds.
-    """
-
-    def samples_of(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-        first, *others = calls
-        order = deque(others)
-        loops = {name: host_clock.loops_for(call, SAMPLE_SECONDS) for name, call in calls.items()}
-        samples: dict[str, list[float]] = {name: [] for name in calls}
-
-        def call_first():
-            calls[first]()  # not returned: pytest-benchmark would free it outside of its timing
-
-        def rest_of_round():
-            if order and len(samples[order[0]]) == rounds:
-                return  # after the last round pytest-benchmark calls once more
-            order.rotate(1)  # nobody always follows the same one
-            for name in order:
-                samples[name].append(host_clock.sample(calls[name], loops[name]))
-            call_first()
-
-        call_first()
-        benchmark.pedantic(call_first, rounds=rounds, iterations=loops[first], teardown=rest_of_round)
-        if not benchmark.stats:
-            return {}
-        samples[first] = benchmark.stats.stats.data
-        benchmark.extra_info.update({f"{name}_us": 1e6 * min(found) for name, found in samples.items()})
-        return samples
-
-    gc.collect()
-    gc.disable()
-    yield samples_of
-    gc.enable()
-
-
 def pytest_generate_tests(metafunc):
     option = metafunc.config.option
     chosen = (option.device, option.shape, option.op, option.dtype)
@@ -267,11 +224,7 @@ def pytest_collection_modifyitems(config, items):
     kept = [item for item in items if item not in none]
     items[:] = sorted(kept, key=lambda item: ORDER.index(item.path.stem) if item.path.stem in ORDER else len(ORDER))
     for item in items:
-        if "measure" in item.fixturenames:
-            item.add_marker(pytest.mark.benchmark(timer=host_clock.clock))
-            # where an op's tests fail, and for a GPU's own events
-            item.add_marker(pytest.mark.filterwarnings("ignore:Benchmark fixture was not used"))
-            item.add_marker(pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"))  # torch's own
+        item.add_marker(pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"))  # torch's own
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,11 +2,12 @@
 
 import cases
 import gpu_clock
+import host_clock
 import ratios
 import torch
 
 
-def test_speed(timed, device, backends, passing, measure, benchmark, save, request):
+def test_speed(timed, device, backends, passing, save, request):
     case, shape, pass_, timing = timed.case, timed.shape, timed.pass_, timed.timing
     passing(case.op)
     option = request.config.option
@@ -22,18 +23,15 @@ def test_speed(timed, device, backends, passing, measure, benchmark, save, reque
     calls["copy"] = cases.copy(floor, device)
 
     if timing == "host":
-        samples = measure(calls, option.rounds or (3 if option.quick else 10 if elements >= 2**24 else 30))
-    elif benchmark.enabled:
-        measure_on_gpu = gpu_clock.measure_in_graphs if timing == "graph" else gpu_clock.measure
-        samples = measure_on_gpu(calls, option.rounds or gpu_clock.rounds_for(elements, option.quick), device)
+        samples = host_clock.measure(calls, option.rounds or (3 if option.quick else 10 if elements >= 2**24 else 30))
     else:
-        samples = {}
-    if samples:
-        common = {"op": case.op, "case": case.name, "shape": f"{shape[0]}x{shape[1]}", "dtype": timed.dtype}
-        common |= {"pass_": pass_, "bytes": floor, "timing": timing}
-        on_gpu = device.type == "cuda"
-        found = ratios.measured(common, samples, on_gpu)
-        if case.name == "normals":
-            for row in found[:-1]:  # but the copy
-                row["gnormals_per_s"] = elements / ratios.typical(samples[row["contestant"]], on_gpu) / 1e9
-        save("", found)
+        measure = gpu_clock.measure_in_graphs if timing == "graph" else gpu_clock.measure
+        samples = measure(calls, option.rounds or gpu_clock.rounds_for(elements, option.quick), device)
+    common = {"op": case.op, "case": case.name, "shape": f"{shape[0]}x{shape[1]}", "dtype": timed.dtype}
+    common |= {"pass_": pass_, "bytes": floor, "timing": timing}
+    on_gpu = device.type == "cuda"
+    found = ratios.measured(common, samples, on_gpu)
+    if case.name == "normals":
+        for row in found[:-1]:  # but the copy
+            row["gnormals_per_s"] = elements / ratios.typical(samples[row["contestant"]], on_gpu) / 1e9
+    save("", found)

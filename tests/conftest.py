@@ -17,7 +17,6 @@ import fastelbo
 
 if workers := int(os.environ.pop("PYTEST_XDIST_WORKER_COUNT", 0)):  # threads of several processes would wait in turns
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
-os.environ.pop("PYTEST_XDIST_WORKER", None)  # a pytest that a test starts is no worker: pytest-benchmark would not time
 
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda" if GPU else "cpu", "cuda": "cuda"}
 RUNNABLE = [name for name, device in DEVICES.items() if GPU or device == "cpu"]

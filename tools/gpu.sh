@@ -160,7 +160,7 @@ device = torch.cuda.get_device_properties(0)
 print(f"{device.name}, sm_{device.major}{device.minor}, {device.multi_processor_count} multiprocessors,", end=" ")
 print(f"{device.total_memory / 2**30:.0f} GiB, L2 {getattr(device, 'L2_cache_size', 0) / 2**20:.0f} MiB;", end=" ")
 print(f"{os.cpu_count()} CPU cores, {platform.machine()}")
-names = ("triton", "numpy", "setuptools", "pytest", "pytest-benchmark", "pytest-xdist")
+names = ("triton", "numpy", "setuptools", "pytest", "pytest-xdist")
 for name in names:
     try:
         version = importlib.metadata.version(name)
