@@ -60,10 +60,6 @@ def contents(folder):
 TINY = ("--op", "gaussian_kl", "--shape", "8x16", "--dtype", "float32", "--rival", "eager", "--unverified", "-q")
 
 
-def cases_of(text):
-    return [line for line in text.splitlines() if "::" in line]
-
-
 def test_gpu_cases_are_collected_without_a_gpu_and_not_timed(tmp_path):
     quick = ("--dtype", "bfloat16", "--rounds", "7", "--quick", "--rival", "eager", "--rival", "crop")
     options = ("--device", "cuda", "--collect-only", "-q")
@@ -89,16 +85,14 @@ def test_options_choose_among_all_cases():
         "--shape 16x1x28x28 --shape 8x192x16x16": (3, "test_convolutions.*8x192x16x16|test_sampling"),
         "--dtype float16 --shape 8x192x16x16": (2, "float16"),
     }
-    (code, everything), *found = sessions(*(("--collect-only", "-q", *some.split()) for some in ("", *chosen)))
-    assert code == 0
-    names = cases_of(everything)
+    found = sessions(*(("--collect-only", "-q", *some.split()) for some in ("", *chosen)))
+    (code, names), *found = ((code, [line for line in text.splitlines() if "::" in line]) for code, text in found)
     files = [file for file, _ in itertools.groupby(name.split("::")[0].removeprefix("benchmarks/") for name in names)]
     assert files == [f"test_{name}.py" for name in ("speed", "convolutions", "sampling", "memory", "dropins")]
-    assert "pyro" in names[-1]
-    for (options, (count, pattern)), (code, text) in zip(chosen.items(), found, strict=True):
-        names = cases_of(text)
+    assert code == 0 and "pyro" in names[-1]
+    for (options, (count, pattern)), (code, names) in zip(chosen.items(), found, strict=True):
         assert code == 0 and len(names) == count and all(re.search(pattern, name) for name in names), options
-    assert sum("test_sampling" in name for name in cases_of(found[4][1])) == 1
+    assert sum("test_sampling" in name for name in found[4][1]) == 1
 
 
 def test_bad_input_gives_one_sentence_and_loses_nothing(tmp_path):
