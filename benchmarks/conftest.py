@@ -19,10 +19,11 @@ import rows
 import sampling
 import tables
 import torch
+from drop_in_cases import DROP_INS
 
 # The most telling first; Pyro, at the drop-ins' end, puts a KL of its own in the place of torch's.
 ORDER = ("test_speed", "test_convolutions", "test_sampling", "test_memory", "test_dropins")
-OPS = {case.op for case in cases.CASES} | {"masked_conv2d", "sampling"} | {one.op for one in dropins.DROP_INS}
+OPS = {case.op for case in cases.CASES} | {"masked_conv2d", "sampling"} | {one.op for one in DROP_INS}
 RIVALS = tuple(dict.fromkeys((*cases.RIVALS, *convolutions.RIVALS, *sampling.RIVALS)))
 ROWS, BASELINE, COMPARED = pytest.StashKey[list](), pytest.StashKey[list](), pytest.StashKey[list]()
 STARTED, DONE = pytest.StashKey[float](), pytest.StashKey[set]()

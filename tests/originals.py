@@ -1,5 +1,5 @@
 """Lines of other projects, written out where the package index does not have them: what drop-ins are held against, in
-tests/test_compat.py and in the benchmarks."""
+test_compat.py and, by the table in drop_in_cases.py, in the benchmarks."""
 
 import math
 

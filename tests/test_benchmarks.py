@@ -22,6 +22,7 @@ import originals
 import pytest
 import rows
 import torch
+from drop_in_cases import DROP_INS
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -414,7 +415,7 @@ MISTAKES = {  # in what pythae's lines give of a mean
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
 def test_a_drop_in_that_computes_something_else(mistake):
-    right = next(drop_in for drop_in in dropins.DROP_INS if drop_in.case == "sample_and_kl")
+    right = next(drop_in for drop_in in DROP_INS if drop_in.case == "sample_and_kl")
     calls, _ = dropins.calls(right)
     assert list(calls) == ["cpu", "eager"]
 

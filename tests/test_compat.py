@@ -17,6 +17,7 @@ import torch
 import torchbnn
 import torchbnn.functional
 from diffusers.models.autoencoders import autoencoder_oobleck, vae
+from drop_in_cases import DROP_INS
 from originals import Reparameterized
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
@@ -58,11 +59,11 @@ def test_a_file_says_what_it_replaces_and_what_is_wrong(project):
 
 def test_every_drop_in_agrees_with_the_original():
     """On the inputs of the benchmarks; all but Pyro's, which changes what torch.distributions does in this process."""
-    for drop_in in dropins.DROP_INS:
+    for drop_in in DROP_INS:
         if drop_in.op != "compat.pyro":
             torch.manual_seed(0)
             dropins.check(drop_in, drop_in.inputs())
-    assert {f"compat.{project}" for project in PROJECTS} < {drop_in.op for drop_in in dropins.DROP_INS}
+    assert {f"compat.{project}" for project in PROJECTS} < {drop_in.op for drop_in in DROP_INS}
 
 
 # diffusers
