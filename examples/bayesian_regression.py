@@ -1,67 +1,31 @@
 """Bayes by backprop on a regression in one dimension: a linear model beside its exact posterior, and a network.
 
 Every weight has an independent normal posterior, N(mean, softplus(rho)^2), trained to maximise the evidence lower bound
-(ELBO) of all observations, from a few draws of all weights in each step::
-
-    weights, kl = fastelbo.gaussian_rsample_kl(
-        mean, rho, 0.0, prior_std, scale="softplus", scale_p="std", num_samples=8, event_ndim=1
-    )
-    nll = fastelbo.gaussian_nll(y, predict(x, weights), NOISE, scale="std", event_ndim=1)
-    loss = nll.mean() + kl
-
-The linear model, y = w . features(x) + noise, has an exact posterior, of precision A = F'F / noise^2 + 1 / prior^2 for
-the features F of the observations, and of mean A^-1 F'y / noise^2. Of all independent normals, the one closest to it in
-KL(q || posterior) has the same mean, and the diagonal of A for precisions: each weight seems more certain than it is,
-for its marginal variance is the diagonal of A^-1. The predictions lose what correlations would tell: their bands are
-too narrow where nothing was observed, and may be too wide where much was. What the ELBO lacks of the log-evidence is
-KL(q || posterior). The tables and pictures compare what was learned with both, which training never sees.
-
-The network, of one hidden layer, has no such exact posterior. Its predictions are compared with the function that was
-observed: where observations lie, between them, and beyond them. Its ELBO bounds the log-evidence of another model for
-the same observations.
+(ELBO) of all observations (Blundell et al. 2015, "Weight Uncertainty in Neural Networks"). The linear model has an
+exact posterior of precision A = F'F / noise^2 + 1, for features F of the observations. Of all independent normals, the
+closest to it in KL(q || posterior) has the same mean, and the diagonal of A for precisions (Bishop 2006, "Pattern
+Recognition and Machine Learning", 10.1.2): each weight seems more certain than it is. What the ELBO lacks of the
+log-evidence is that KL. The network's ELBO bounds the log-evidence of another model for the same observations.
 
     python examples/bayesian_regression.py --output demo/bayesian_regression
-
-Sources: Blundell et al. 2015, "Weight Uncertainty in Neural Networks"; Bishop 2006, "Pattern Recognition and Machine
-Learning", sections 3.3, 3.5 and 10.1.2.
 """
 
 import argparse
 import math
-import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, kl_divergence
 from tqdm import tqdm
 
-import common
 import fastelbo
 
-LEARNING_RATE = 0.1
-NOISE = 0.15
-PRIOR_STD = 1.0
-CENTRES = torch.linspace(-4, 4, 13)
-HIDDEN = 6
-BAND = 1.96  # standard deviations that hold 95 % of a normal
-MANY_DRAWS = 1000
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = common.new_parser(
-        "Bayes by backprop on a regression in one dimension: a linear model beside its exact posterior, and a network.",
-        output="demo/bayesian_regression",
-    )
-    add = parser.add_argument
-    add("--observations", type=int, default=60, help=f"to make {common.DEFAULT}")
-    add("--steps", type=int, default=2000, help=f"of each model {common.DEFAULT}")
-    add("--samples", type=int, default=8, help=f"draws of the weights in each step {common.DEFAULT}")
-    return parser.parse_args(argv)
+NOISE, CENTRES, HIDDEN = 0.15, torch.linspace(-4, 4, 13), 6
+BAND, COLOURS = 1.96, {"exact": "C1", "learned": "C0"}  # 95 % of a normal lie within that many standard deviations
 
 
 def truth(x: Tensor) -> Tensor:
@@ -69,46 +33,35 @@ def truth(x: Tensor) -> Tensor:
     return torch.sin(1.2 * x)
 
 
-def make_observations(count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def make_observations(count: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """x and y, both [count]: none between -0.5 and 1, nor beyond 3."""
     x = torch.rand(count) * 4.5 - 3
     x = torch.where(x > -0.5, x + 1.5, x)
     return x.to(device), (truth(x) + NOISE * torch.randn(count)).to(device)
 
 
-REGIONS = {"observed": ((-3, -0.5), (1, 3)), "between": ((-0.5, 1),), "beyond": ((-4, -3), (3, 4))}
-
-
 class Weights(nn.Module):
-    """Independent normal posteriors of all weights of a model, kept as one vector, and their priors.
-
-    Args:
-        shapes: of the model's tensors.
-        prior_std: of each tensor's elements.
-    """
+    """Independent normal posteriors of all weights of a model, kept as one vector, and their priors N(0, std^2)."""
 
     def __init__(self, shapes: list[tuple[int, ...]], prior_std: list[float]) -> None:
         super().__init__()
-        self.shapes = shapes
-        self.sizes = [math.prod(shape) for shape in shapes]
+        self.shapes, self.sizes = shapes, [math.prod(shape) for shape in shapes]
         self.register_buffer("prior_std", torch.tensor(prior_std).repeat_interleave(torch.tensor(self.sizes)))
         self.mean = nn.Parameter(self.prior_std * torch.randn(sum(self.sizes)))
         self.rho = nn.Parameter(torch.full_like(self.mean, -4.0))
 
-    def sample(self, count: int, backend: str | None) -> tuple[list[Tensor], Tensor]:
+    def sample(self, count: int) -> tuple[list[Tensor], Tensor]:
         """Draws of each tensor, [count, *shape], and the KL divergence of the posteriors from the priors."""
-        prior = {"mean_p": 0.0, "s_p": self.prior_std, "scale_p": "std"}
         flat, kl = fastelbo.gaussian_rsample_kl(
-            self.mean, self.rho, **prior, scale="softplus", num_samples=count, event_ndim=1, backend=backend
+            self.mean, self.rho, 0.0, self.prior_std, scale="softplus", scale_p="std", num_samples=count, event_ndim=1
         )
-        parts = flat.split(self.sizes, dim=1)
-        return [part.unflatten(1, shape) for part, shape in zip(parts, self.shapes, strict=True)], kl
+        parts = zip(flat.split(self.sizes, dim=1), self.shapes, strict=True)
+        return [part.unflatten(1, shape) for part, shape in parts], kl
 
 
 def features(x: Tensor) -> Tensor:
     """Bumps at the centres, a little narrower than their distance: [..., centres]."""
-    centres = CENTRES.to(x)
-    return torch.exp(-0.5 * ((x[..., None] - centres) / (0.7 * (centres[1] - centres[0]))).square())
+    return torch.exp(-0.5 * ((x[..., None] - CENTRES.to(x)) / 0.47).square())
 
 
 def linear(x: Tensor, weights: list[Tensor]) -> Tensor:
@@ -119,67 +72,44 @@ def linear(x: Tensor, weights: list[Tensor]) -> Tensor:
 def network(x: Tensor, weights: list[Tensor]) -> Tensor:
     """The network's mean of y, [K, N], for x [N] and K draws of the weights."""
     w1, b1, w2, b2 = weights
-    hidden = torch.tanh(x[:, None] * w1[:, None] + b1[:, None])
-    return (hidden @ w2[..., None]).squeeze(2) + b2
+    return (torch.tanh(x[:, None] * w1[:, None] + b1[:, None]) @ w2[..., None]).squeeze(2) + b2
 
 
 PRIORS = {  # the shapes of a model's tensors, and the standard deviations of their priors
-    linear: ([(len(CENTRES),)], [PRIOR_STD]),
+    linear: ([(len(CENTRES),)], [1.0]),
     network: ([(HIDDEN,), (HIDDEN,), (HIDDEN,), (1,)], [2.0, 2.0, 1.0, 1.0]),
 }
 
 
-def elbo(model: Callable, weights: Weights, x: Tensor, y: Tensor, samples: int, backend: str | None) -> Tensor:
+def elbo(model: Callable, weights: Weights, x: Tensor, y: Tensor, samples: int) -> Tensor:
     """Evidence lower bound of all observations in nats, estimated from draws of the weights."""
-    drawn, kl = weights.sample(samples, backend)
-    nll = fastelbo.gaussian_nll(y, model(x, drawn), NOISE, scale="std", event_ndim=1, backend=backend)
-    return -(nll.mean() + kl)
+    drawn, kl = weights.sample(samples)
+    return -fastelbo.gaussian_nll(y, model(x, drawn), NOISE, scale="std", event_ndim=1).mean() - kl
 
 
-def fit(
-    model: Callable, x: Tensor, y: Tensor, args: argparse.Namespace, on_step: Callable[[], object] = lambda: None
-) -> tuple[Weights, list[float]]:
+def fit(model: Callable, x: Tensor, y: Tensor, steps: int, samples: int = 8) -> tuple[Weights, list[float]]:
     """Maximises the bound; returns the posteriors, and the bound in each step."""
-    weights = Weights(*PRIORS[model]).to(x.device)
-    optimizer = torch.optim.Adam(weights.parameters(), LEARNING_RATE)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)  # to 0, and the noise of q with it
-    elbos = []
-    for _ in range(args.steps):
-        bound = elbo(model, weights, x, y, args.samples, args.backend)
+    weights, bounds = Weights(*PRIORS[model]).to(x.device), []
+    optimizer = torch.optim.Adam(weights.parameters(), 0.1)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)  # to 0, and the noise of q with it
+    for _ in tqdm(range(steps), model.__name__, unit="step", disable=None):
+        bound = elbo(model, weights, x, y, samples)
         optimizer.zero_grad()
         (-bound).backward()
         optimizer.step()
         decay.step()
-        elbos.append(bound.detach())
-        on_step()
-    return weights, torch.stack(elbos).tolist()
+        bounds.append(bound.detach())
+    return weights, torch.stack(bounds).tolist()
 
 
-@dataclass
-class Exact:
-    """What is known of the linear model, in double precision on the CPU."""
-
-    posterior: MultivariateNormal
-    mean_field: MultivariateNormal
-    log_evidence: float
-
-    def elbo(self, q: MultivariateNormal) -> float:
-        """The bound on the log-evidence that a posterior q gives."""
-        return self.log_evidence - kl_divergence(q, self.posterior).item()
-
-
-def solve(x: Tensor, y: Tensor) -> Exact:
-    """The exact posterior of the linear model, the best of all with independent weights, and the log-evidence."""
-    x, y = x.double().cpu(), y.double().cpu()
-    f = features(x)
-    precision = f.T @ f / NOISE**2 + torch.eye(len(CENTRES), dtype=f.dtype) / PRIOR_STD**2
+def solve(x: Tensor, y: Tensor) -> tuple[MultivariateNormal, MultivariateNormal, float]:
+    """Of the linear model the exact posterior, the best of all with independent weights, and the log-evidence."""
+    f, y = features(x.double().cpu()), y.double().cpu()
+    precision = f.T @ f / NOISE**2 + torch.eye(len(CENTRES), dtype=f.dtype)
     mean = torch.linalg.solve(precision, f.T @ y / NOISE**2)
-    covariance = PRIOR_STD**2 * f @ f.T + NOISE**2 * torch.eye(len(y), dtype=f.dtype)
-    return Exact(
-        posterior=MultivariateNormal(mean, precision_matrix=precision),
-        mean_field=MultivariateNormal(mean, (1 / precision.diagonal()).diag()),
-        log_evidence=MultivariateNormal(torch.zeros_like(y), covariance).log_prob(y).item(),
-    )
+    evidence = MultivariateNormal(torch.zeros_like(y), f @ f.T + NOISE**2 * torch.eye(len(y), dtype=f.dtype))
+    independent = MultivariateNormal(mean, (1 / precision.diagonal()).diag())
+    return MultivariateNormal(mean, precision_matrix=precision), independent, evidence.log_prob(y).item()
 
 
 def learned(weights: Weights) -> MultivariateNormal:
@@ -188,121 +118,63 @@ def learned(weights: Weights) -> MultivariateNormal:
     return MultivariateNormal(mean.double().cpu(), std.double().cpu().square().diag())
 
 
-def linear_prediction(q: MultivariateNormal, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the linear model's function at x, in closed form."""
-    f = features(x.double())
-    return f @ q.mean, ((f @ q.covariance_matrix) * f).sum(1).sqrt()
-
-
-@torch.no_grad()
-def network_prediction(weights: Weights, x: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the network's function at x, from draws of the weights."""
-    drawn, _ = weights.sample(MANY_DRAWS, backend)
-    y = network(x.to(weights.mean), drawn).double().cpu()
-    return y.mean(0), y.std(0)
-
-
-def region(x: Tensor, name: str) -> Tensor:
-    """Which x lie in it."""
-    return torch.stack([(low <= x) & (x <= high) for low, high in REGIONS[name]]).any(0)
-
-
-def report(exact: Exact, q: MultivariateNormal, network_elbo: float) -> None:
-    """Prints the linear model's weights and all bounds."""
-    print(f"\n{'Linear model':<22}{'error of mean':>15}{'std':>10}{'ELBO':>12}{'KL(q||posterior)':>20}")
-    for label, shown in (
-        ("Bayes by backprop", q),
-        ("best independent", exact.mean_field),
-        ("exact posterior", exact.posterior),
-    ):
-        error = ((shown.mean - exact.posterior.mean) / exact.mean_field.stddev).square().mean().sqrt()
-        std = (shown.stddev / exact.posterior.stddev).mean()
-        bound = exact.elbo(shown)
-        print(f"  {label:<20}{error:>15.3f}{std:>10.3f}{bound:>12.3f}{exact.log_evidence - bound:>20.3f}")
-    print(f"{'Network':<22}{'':>25}{network_elbo:>12.3f}")
-    print("  Error of the weights' means: root mean square, in standard deviations of the best independent posterior.")
-    print("  std: mean over weights, in standard deviations of the exact posterior. ELBO and KL in nats; the exact")
-    print(f"  posterior's ELBO is the log-evidence; the network's is estimated from {MANY_DRAWS} draws.")
-
-
-def report_predictions(x: Tensor, predictions: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Prints what each model says of the function, region by region."""
-    print(f"\n{'Function where it is':<30}" + "".join(f"{name:>23} " for name in REGIONS))
-    print(f"{'':<30}" + f"{'error':>8}{'std':>8}{'inside':>8}" * len(REGIONS))
-    for label, (mean, std) in predictions.items():
-        row = ""
-        for name in REGIONS:
-            here = region(x, name)
-            error = (mean - truth(x))[here]
-            inside = (error.abs() <= BAND * std[here]).double().mean()
-            row += f"{error.square().mean().sqrt():>8.3f}{std[here].mean():>8.3f}{100 * inside:>6.0f} %"
-        print(f"  {label:<28}{row}")
-    print("  Root-mean-square error of the mean; mean standard deviation; share of the function inside the 95 % band.")
-
-
-def save_predictions(path: Path, x: Tensor, x_y: tuple[Tensor, Tensor], predictions: dict) -> None:
-    """Draws what was learned of the function, the linear model's beside that of its exact posterior."""
-    from matplotlib.figure import Figure
-
+def save_picture(path: Path, x_y: tuple[Tensor, Tensor], posteriors: dict, weights: Weights) -> None:
+    """What was learned of the function."""
+    f = features(x := torch.linspace(-4, 4, 401, dtype=torch.float64))
+    known = {name: (f @ q.mean, ((f @ q.covariance_matrix) * f).sum(1).sqrt()) for name, q in posteriors.items()}
+    with torch.no_grad():
+        y = network(x.to(weights.mean), weights.sample(1000)[0]).double().cpu()
+    panels = {"linear": {name: known[name] for name in COLOURS}, "network": {"learned": (y.mean(0), y.std(0))}}
     figure = Figure(figsize=(13, 5), layout="constrained")
-    panels = (("linear, exact posterior", "linear, Bayes by backprop"), ("network, Bayes by backprop",))
-    for axes, names in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
-        for name in names:
-            color, (mean, std) = "C1" if "exact" in name else "C0", predictions[name]
-            axes.plot(x, mean, color=color, label=f"{name}: mean and 95 % band")
-            axes.fill_between(x, mean - BAND * std, mean + BAND * std, color=color, alpha=0.3, linewidth=0)
+    for axes, (model, predictions) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+        for name, (mean, std) in predictions.items():
+            axes.plot(x, mean, color=COLOURS[name], label=f"{name}: mean and 95 % band")
+            axes.fill_between(x, mean - BAND * std, mean + BAND * std, color=COLOURS[name], alpha=0.3, linewidth=0)
         axes.plot(x, truth(x), "k--", linewidth=1, label="the function")
         axes.plot(*(values.cpu() for values in x_y), "k.", label="observations")
-        axes.set(xlabel="x", ylabel="y", ylim=(-3, 4))
+        axes.set(title=model, xlabel="x", ylabel="y", ylim=(-3, 4))
         axes.legend(loc="upper left")
     figure.savefig(path, dpi=120)
 
 
-def save_weights(path: Path, posteriors: dict[str, MultivariateNormal]) -> None:
-    """Draws the linear model's weights under each posterior."""
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(8, 4.5)).subplots()
-    for shift, (label, q) in zip((-0.2, 0, 0.2), posteriors.items(), strict=True):
-        index = np.arange(len(q.mean))
-        axes.errorbar(index + shift, q.mean.numpy(), BAND * q.stddev.numpy(), fmt="o", capsize=3, label=label)
-    axes.set(title="Weights of the linear model: means and 95 % intervals", xlabel="weight", xticks=index)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    axes.figure.savefig(path, dpi=150, bbox_inches="tight")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Checks everything the user gave, before anything is written; then fits and reports."""
-    common.check_whole_numbers(args, seed=0, observations=1, steps=1, samples=1)
-    device, args.backend = common.choose_device_and_backend(args)
-    common.make_output(args.output)
+def run(args: argparse.Namespace) -> list[list[float]]:
+    """Fits both models, and reports beside what is exact; returns their bounds in each step."""
     torch.manual_seed(args.seed)
-    x_y = make_observations(args.observations, device)
-    exact, x = solve(*x_y), torch.linspace(-4, 4, 401, dtype=torch.float64)
-    with common.one_thread(True), tqdm(total=2 * args.steps, unit="step", desc="fitting", disable=None) as bar:
-        (linear_weights, _), (network_weights, _) = (fit(model, *x_y, args, bar.update) for model in PRIORS)
-    with torch.no_grad():
-        network_elbo = elbo(network, network_weights, *x_y, MANY_DRAWS, args.backend).item()
-    q = learned(linear_weights)
-    predictions = {
-        "linear, Bayes by backprop": linear_prediction(q, x),
-        "linear, best independent": linear_prediction(exact.mean_field, x),
-        "linear, exact posterior": linear_prediction(exact.posterior, x),
-        "network, Bayes by backprop": network_prediction(network_weights, x, args.backend),
-    }
-    report(exact, q, network_elbo)
-    report_predictions(x, predictions)
-    save_predictions(args.output / "predictions.png", x, x_y, predictions)
-    posteriors = {"Bayes by backprop": q, "best independent": exact.mean_field, "exact posterior": exact.posterior}
-    save_weights(args.output / "weights.png", posteriors)
-    print(f"\nPictures are in {args.output}")
+    torch.set_num_threads(1)  # of tensors so small more threads gain little
+    x_y = make_observations(60, args.device)
+    (weights, bounds), (network_weights, network_bounds) = (fit(model, *x_y, args.steps) for model in PRIORS)
+    exact, independent, log_evidence = solve(*x_y)
+    posteriors = {"learned": learned(weights), "best independent": independent, "exact": exact}
+    print(f"\n{'Linear model':<20}{'std / exact':>12}{'ELBO':>10}{'KL(q||posterior)':>20}")
+    for name, q in posteriors.items():
+        kl, std = kl_divergence(q, exact), (q.stddev / exact.stddev).mean()
+        print(f"  {name:<18}{std:>12.3f}{log_evidence - kl:>10.3f}{kl:>20.3f}")
+    print(f"{'Network':<32}{torch.tensor(network_bounds[-100:]).mean():>10.3f}   (mean of the last steps)")
+    save_picture(args.output / "predictions.png", x_y, posteriors, network_weights)
+    print(f"The picture is {args.output / 'predictions.png'}")
+    return [bounds, network_bounds]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    return common.exit_code(run, parse_args(argv))
+def main(argv: list[str] | None = None) -> list[list[float]]:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add, devices = parser.add_argument, ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    add("--steps", type=int, default=2000, help="of each model (default: %(default)s)")
+    add("--seed", type=int, default=0, help="decides all that is random (default: %(default)s)")
+    add("--device", choices=devices, default=devices[-1], help="(default: %(default)s)")
+    add("--output", type=Path, default="demo/bayesian_regression", help="for the pictures (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.steps < 1 or not 0 <= args.seed < 2**63:
+        parser.error("--steps must be 1 or more, --seed from 0 to 2**63 - 1")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output).close()  # now rather than after the fits
+        return run(args)
+    except OSError as error:
+        parser.exit(2, f"{parser.prog}: --output: cannot write to {args.output}: {error.strerror or error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nInterrupted\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,264 +1,180 @@
-"""Trains a VAE that is told which digit it sees, and shows what its latents are then free to mean.
+"""Trains a VAE that is told which digit it sees, beside one that is not.
 
-Encoder and decoder of the conditional VAE read the class y beside their input::
-
-    z, kl = fastelbo.gaussian_rsample_kl(*encoder(x, y))
-    nll = fastelbo.gaussian_nll(x, decoder(z, y), decoder.logvar)
-
-so that -(nll + kl) is a lower bound (ELBO) of log p(x | y), and z, whose prior is the same for all classes, keeps what
-the class does not say: slant, width and weight of the stroke. Beside it trains a VAE of the same size that is not told
-the class. A bound of log p(x | y) is higher by what the class tells; with the price of the class, ln 10 for ten alike,
-
-    log p(x) >= log p(x | y) + log p(y) >= ELBO(x | y) - ln 10
-
-it bounds log p(x) as the other model's does, and the two may be compared. Two more checks come from outside: logistic
-regression, trained on the pixels of the training images, names the class of images drawn for each class; and the
-conditional model itself classifies the test images, by the class of the highest ELBO.
-
-The data are the 1797 digits of 8x8 pixels and 17 grey levels in scikit-learn, a sixth of them held out. Levels become
-pixels in [0, 1) by uniform noise, as in train_vae.py. ELBO, NLL and KL in nats per image.
+Encoder and decoder of the first read the class y beside their input. Its ELBO bounds log p(x | y), and its latents keep
+what the class does not say: slant, width, weight of the stroke. With the price of the class, ln 10, it bounds log p(x)
+as the other's does. From outside, logistic regression on pixels names the class of images drawn for each class; and the
+class of the highest ELBO is a classifier. The digits are scikit-learn's, made continuous by uniform noise; all is in
+nats per image. Source: Kingma et al. 2014, "Semi-Supervised Learning with Deep Generative Models" (its model M2).
 
     python examples/conditional_vae.py --output demo/conditional_vae
-
-Sources: Kingma et al. 2014, "Semi-Supervised Learning with Deep Generative Models" (its model M2, labels all given);
-Sohn et al. 2015, "Learning Structured Output Representation using Deep Conditional Generative Models".
 """
 
 import argparse
 import math
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
 from pathlib import Path
 
+import sklearn.datasets
 import torch
 import torch.nn.functional as F  # noqa: N812
+from matplotlib.figure import Figure
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
+from tqdm import tqdm
 
-import common
 import fastelbo
-from common import CHECKPOINT, Training
 
-CLASSES = 10
-LATENT = 8
-HIDDEN = 256
-LEARNING_RATE = 2e-3
-EVALUATION_SEED = 1
-EVALUATION_SAMPLES = 16
+CLASSES, LEVELS, LATENTS, HIDDEN = 10, 17, 8, 256
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = common.new_training_parser(
-        "Train a class-conditional VAE on handwritten digits beside one that is not told the class.",
-        output="demo/conditional_vae",
-        epochs=40,
-        batch_size=64,
-    )
-    return parser.parse_args(argv)
+def load_digits(seed: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Levels [N, 64] and classes [N, 10], one-hot, to train on and to test; a sixth, drawn by the seed, is to test."""
+    digits = sklearn.datasets.load_digits()
+    order = torch.randperm(len(digits.data), generator=torch.Generator().manual_seed(seed))
+    images = torch.tensor(digits.data, dtype=torch.float32)[order].to(device)
+    classes = F.one_hot(torch.tensor(digits.target), CLASSES).float()[order].to(device)
+    test = len(images) // 6
+    return images[test:], classes[test:], images[:test], classes[:test]
 
 
-@dataclass
-class Data:
-    """Grey levels, uint8 [N, 8, 8], and classes, uint8 [N], split into training and test images."""
-
-    train: Tensor
-    test: Tensor
-    train_classes: Tensor
-    test_classes: Tensor
-
-    @staticmethod
-    def load(seed: int, device: torch.device) -> "Data":
-        """The digits, split by the seed."""
-        images = common.split(common.load_digits(), seed, device)
-        return Data(*images, *common.split(common.load_digit_classes(), seed, device))
-
-
-def pixels(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Pixels [N, 64] in [0, 1)."""
-    return common.dequantise(images, common.DIGIT_LEVELS, generator)
-
-
-def middles(images: Tensor) -> Tensor:
-    """Pixels [N, 64] in the middle of their levels."""
-    return (images.flatten(1) + 0.5) / common.DIGIT_LEVELS
-
-
-def one_hot(classes: Tensor) -> Tensor:
-    """[N, 10]."""
-    return F.one_hot(classes.long(), CLASSES).float()
+def dequantise(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Pixels in [0, 1): each grey level spread evenly over its share of the unit interval."""
+    return (images + torch.rand(images.shape, device=images.device, generator=generator)) / LEVELS
 
 
 class VAE(nn.Module):
     """A VAE with a Gaussian decoder, whose networks also read the first `told` elements of the class: all or none."""
 
-    def __init__(self, size: int, told: int) -> None:
+    def __init__(self, told: int) -> None:
         super().__init__()
         self.told = told
-        self.encoder = common.mlp(size + told, HIDDEN, 2 * LATENT)
-        self.decoder = common.mlp(LATENT + told, HIDDEN, size)
+        layers = [[nn.Linear(n + told, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU()] for n in (64, LATENTS)]
+        self.encoder = nn.Sequential(*layers[0], nn.Linear(HIDDEN, 2 * LATENTS))
+        self.decoder = nn.Sequential(*layers[1], nn.Linear(HIDDEN, 64), nn.Sigmoid())
         self.x_logvar = nn.Parameter(torch.tensor(-3.0))
 
     def encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the posterior, both [N, latent]."""
+        """Mean and log-variance of the posterior, both [N, latents]."""
         return self.encoder(torch.cat((x, y[:, : self.told]), dim=1)).chunk(2, dim=1)
 
     def decode(self, z: Tensor, y: Tensor) -> Tensor:
-        """The mean of each pixel, [..., N, size], for z [..., N, latent] and y [N, 10]."""
-        y = y[:, : self.told].expand(*z.shape[:-1], self.told)
-        return self.decoder(torch.cat((z, y), dim=-1)).sigmoid()
+        """The mean of each pixel, [..., N, 64], for z [..., N, latents] and y [N, 10]."""
+        return self.decoder(torch.cat((z, y[:, : self.told].expand(*z.shape[:-1], -1)), dim=-1))
 
-    def forward(self, x: Tensor, y: Tensor, backend: str | None, samples: int = 1, seed: int | None = None) -> tuple:
-        """NLL [samples, N] of x [N, size] under draws of the posterior, and KL [N]."""
-        z, kl = fastelbo.gaussian_rsample_kl(*self.encode(x, y), num_samples=samples, seed=seed, backend=backend)
-        nll = fastelbo.gaussian_nll(x, self.decode(z, y), self.x_logvar, event_ndim=1, backend=backend)
-        return nll, kl
-
-
-class Pair(nn.Module):
-    """The two models, which share nothing but batches: the sum of their losses trains each by its own."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.conditional = VAE(size, told=CLASSES)
-        self.unconditional = VAE(size, told=0)
-
-
-def start_training(data: Data, args: argparse.Namespace, device: torch.device) -> Training:
-    """Fresh models, or those of the checkpoint."""
-    torch.manual_seed(args.seed)
-    pair = Pair(data.train[0].numel()).to(device)
-    optimizer = torch.optim.Adam(pair.parameters(), LEARNING_RATE, fused=True)
-    settings = {"seed": args.seed, "batch_size": args.batch_size}
-    training = Training(pair, optimizer, torch.Generator().manual_seed(args.seed), settings)
-    training.resume(args)
-    return training
-
-
-def train_epoch(training: Training, data: Data, backend: str, on_step: Callable[[], object] = lambda: None) -> Tensor:
-    """One pass in a new order; returns the loss of each step and model, [steps, 2]."""
-    losses = []
-    for batch in training.batches(torch.arange(len(data.train), device=data.train.device)):
-        x, y = pixels(data.train[batch]), one_hot(data.train_classes[batch])
-        pair = training.model
-        terms = (model(x, y, backend) for model in (pair.conditional, pair.unconditional))
-        loss = torch.stack([nll.mean() + kl.mean() for nll, kl in terms])
-        training.step(loss.sum())
-        losses.append(loss.detach())
-        on_step()
-    return torch.stack(losses)
+    def forward(self, x: Tensor, y: Tensor, samples: int = 1, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """NLL [samples, N] of x under draws of the posterior, and KL [N]."""
+        z, kl = fastelbo.gaussian_rsample_kl(*self.encode(x, y), num_samples=samples, seed=seed)
+        return fastelbo.gaussian_nll(x, self.decode(z, y), self.x_logvar, event_ndim=1), kl
 
 
 @torch.no_grad()
-def evaluate(model: VAE, data: Data, backend: str, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """NLL and KL of each test image, both [N], as of its class or of those given; always with the same noise."""
-    x = pixels(data.test, torch.Generator(data.test.device).manual_seed(EVALUATION_SEED))
-    y = one_hot(data.test_classes if classes is None else classes)
-    nll, kl = model(x, y, backend, EVALUATION_SAMPLES, EVALUATION_SEED)
+def evaluate(model: VAE, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """NLL and KL of each image, both [N]; always with the same noise, and 16 draws of the latents."""
+    nll, kl = model(dequantise(images, torch.Generator(images.device).manual_seed(1)), classes, samples=16, seed=1)
     return nll.mean(0), kl
 
 
-def train(training: Training, data: Data, epochs: int, backend: str, checkpoint: Path) -> None:
-    """Trains up to the given epoch, and saves a checkpoint after each."""
-
-    def run_epoch(on_step: Callable[[], object]) -> tuple[tuple[float, float], str]:
-        train_elbo = -train_epoch(training, data, backend, on_step)[:, 0].mean().item()
-        test_elbo = -sum(evaluate(training.model.conditional, data, backend)).mean().item()
-        return (train_elbo, test_elbo), f"ELBO given the class: train {train_elbo:.1f}, test {test_elbo:.1f} nats"
-
-    training.run(epochs, training.steps(data.train), run_epoch, checkpoint)
+def classify(model: VAE, images: Tensor) -> Tensor:
+    """The class of the highest ELBO: all are alike before the image is seen."""
+    every = torch.eye(CLASSES, device=images.device)[:, None].expand(-1, len(images), -1)
+    return torch.stack([-sum(evaluate(model, images, classes)) for classes in every]).argmax(0)
 
 
 @torch.no_grad()
-def classify(model: VAE, data: Data, backend: str) -> Tensor:
-    """The class of the highest ELBO of each test image: all are alike before the image is seen."""
-    every = (torch.full_like(data.test_classes, c) for c in range(CLASSES))
-    return torch.stack([-sum(evaluate(model, data, backend, c)) for c in every]).argmax(0)
+def sample(model: VAE, rows: int) -> Tensor:
+    """Means of the decoder, [rows, 10, 64]: each row is one draw from the prior, in all ten classes."""
+    z = torch.randn(rows, 1, LATENTS, generator=torch.Generator().manual_seed(1)).to(model.x_logvar.device)
+    return model.decode(z.expand(-1, CLASSES, -1), torch.eye(CLASSES, device=z.device))
+
+
+def report(told: VAE, not_told: VAE, images: Tensor, classes: Tensor, *test: Tensor) -> float:
+    """Prints the test results; returns the ELBO of the model that is not told the class."""
+    print(f"\n{'nats per test image':<20}{'NLL':>9}{'KL':>9}{'ELBO':>9}{'log p(x) >=':>14}")
+    for name, model in (("told the class", told), ("not told", not_told)):
+        nll, kl = (term.mean().item() for term in evaluate(model, *test))
+        bound = -nll - kl - (math.log(CLASSES) if model.told else 0)
+        print(f"{name:<20}{nll:>9.2f}{kl:>9.2f}{-nll - kl:>9.2f}{bound:>14.2f}")
+    judge = LogisticRegression(max_iter=1000).fit(images.cpu() / LEVELS, classes.cpu().argmax(1))
+    on_test = judge.score(test[0].cpu() / LEVELS, test[1].cpu().argmax(1))
+    on_samples = judge.score(sample(told, 100).flatten(0, 1).cpu(), [*range(CLASSES)] * 100)
+    by_elbo = (classify(told, test[0]) == test[1].argmax(1)).float().mean().item()
+    print(f"Classes named right by logistic regression: {on_test:.1%} of test images, {on_samples:.1%} of samples;")
+    print(f"by the highest ELBO: {by_elbo:.1%} of test images; a guess: 10 %")
+    return bound
+
+
+def save_grid(path: Path, images: Tensor, title: str) -> None:
+    """Draws images [rows, columns, 64], values in [0, 1], as one picture."""
+    sheet = F.pad(images.unflatten(-1, (8, 8)), (1, 1, 1, 1), value=0.35).transpose(1, 2).flatten(2).flatten(0, 1)
+    axes = Figure(figsize=(0.08 * sheet.shape[1], 0.08 * sheet.shape[0])).subplots()
+    axes.imshow(sheet.cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.set(title=title, xticks=[], yticks=[])
+    axes.figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 @torch.no_grad()
-def sample(model: VAE, rows: int, device: torch.device) -> Tensor:
-    """Means of the decoder, [rows, 10, size]: each row is one draw from the prior, in all ten classes."""
-    z = torch.randn(rows, 1, LATENT, generator=torch.Generator().manual_seed(EVALUATION_SEED)).to(device)
-    return model.decode(z.expand(-1, CLASSES, -1), torch.eye(CLASSES, device=device))
-
-
-def external_accuracy(data: Data, samples: Tensor) -> tuple[float, float]:
-    """How often logistic regression on pixels, trained on the training images, is right on test images and samples."""
-    from sklearn.linear_model import LogisticRegression
-
-    classes = torch.arange(CLASSES).repeat(len(samples))
-    images = (middles(data.train), middles(data.test), samples.flatten(0, 1))
-    labels = (data.train_classes, data.test_classes, classes)
-    train, *others = [(x.cpu().numpy(), y.cpu().numpy()) for x, y in zip(images, labels, strict=True)]
-    judge = LogisticRegression(max_iter=1000).fit(*train)
-    return tuple(judge.score(*other) for other in others)
-
-
-def report(training: Training, data: Data, backend: str) -> float:
-    """Prints the test results; returns the unconditional model's ELBO."""
-    pair = training.model
-    print(f"\nTest set: {len(data.test)} images; {len(training.history)} epochs, backend {backend}")
-    print(f"  {'nats per image':<34}{'NLL':>9}{'KL':>9}{'ELBO':>9}")
-    elbos = {}
-    for name, model in (("told the class, log p(x | y)", pair.conditional), ("not told, log p(x)", pair.unconditional)):
-        nll, kl = (term.mean().item() for term in evaluate(model, data, backend))
-        elbos[name] = -nll - kl
-        print(f"  {name:<34}{nll:>9.2f}{kl:>9.2f}{-nll - kl:>9.2f}")
-    told, unconditional = elbos.values()
-    print(f"  {'told, less ln 10: log p(x)':<34}{'':>18}{told - math.log(CLASSES):>9.2f}")
-
-    on_test, on_samples = external_accuracy(data, sample(pair.conditional, 100, data.test.device))
-    by_elbo = (classify(pair.conditional, data, backend) == data.test_classes).float().mean().item()
-    print("Classes named right (a guess: 10 %)")
-    print(f"  logistic regression, test images  {100 * on_test:>8.1f} %")
-    print(f"  logistic regression, samples      {100 * on_samples:>8.1f} %   (decoder means, 100 of each class)")
-    print(f"  highest ELBO, test images         {100 * by_elbo:>8.1f} %")
-    return unconditional
-
-
-@torch.no_grad()
-def save_pictures(output: Path, training: Training, data: Data, unconditional_elbo: float) -> None:
+def save_pictures(output: Path, model: VAE, images: Tensor, classes: Tensor, history: list, not_told: float) -> None:
     """Samples of all classes, test images carried over to all classes, and the training curve."""
-    model, size, device = training.model.conditional, data.test.shape[1:], data.test.device
-    digits = [str(digit) for digit in range(CLASSES)]
-    title = "Samples: each row one latent, in every class"
-    samples = sample(model, 8, device).unflatten(-1, size)
-    common.save_grid(output / "samples.png", samples, title, ticks=digits, x_label="class given to the decoder")
-
-    shown = data.test[:8]
-    mean, _ = model.encode(middles(shown), one_hot(data.test_classes[:8]))
-    carried = model.decode(mean[:, None].expand(-1, CLASSES, -1), torch.eye(CLASSES, device=device))
-    rows = torch.cat((shown[:, None] / (common.DIGIT_LEVELS - 1), carried.unflatten(-1, size)), dim=1)
-    title, x_label = "Analogies: the latent of a test image, in every class", "class given to the decoder"
-    common.save_grid(output / "analogies.png", rows, title, ticks=["test", *digits], x_label=x_label)
-
-    levels = {
-        "test, not told the class": unconditional_elbo,
-        "the same + ln 10": unconditional_elbo + math.log(CLASSES),
-    }
-    title, y_label = "Evidence lower bound given the class", "ELBO (nats per image)"
-    common.save_curves(output / "training_curve.png", training.curves(), title, "epoch", y_label, levels)
+    save_grid(output / "samples.png", sample(model, 8), "Samples: each row one latent, in every class")
+    mean, _ = model.encode((images[:8] + 0.5) / LEVELS, classes[:8])
+    carried = model.decode(mean[:, None].expand(-1, CLASSES, -1), torch.eye(CLASSES, device=mean.device))
+    rows = torch.cat((images[:8, None] / (LEVELS - 1), carried), dim=1)
+    save_grid(output / "analogies.png", rows, "The latent of a test image (first column), in every class")
+    axes = Figure().subplots()
+    axes.plot(range(1, len(history) + 1), history, label=["train, mean over the epoch", "test, after the epoch"])
+    axes.axhline(not_told, color="gray", linestyle="--", label="test, not told the class")
+    axes.set(title="Evidence lower bound given the class", xlabel="epoch", ylabel="nats per image")
+    axes.legend()
+    axes.figure.savefig(output / "training_curve.png", dpi=150)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Checks everything the user gave, before anything is written; then trains and reports."""
-    common.check_whole_numbers(args, epochs=1, batch_size=1, seed=0)
-    device, backend = common.choose_device_and_backend(args)
-    data = Data.load(args.seed, device)
-    training = start_training(data, args, device)
-    common.make_output(args.output)
-    with common.one_thread(True):
-        train(training, data, args.epochs, backend, args.output / CHECKPOINT)
-        unconditional_elbo = report(training, data, backend)
-    save_pictures(args.output, training, data, unconditional_elbo)
-    print(f"\nPictures and checkpoint are in {args.output}")
+def run(args: argparse.Namespace) -> list[tuple[float, float]]:
+    """Trains; returns the ELBO given the class, of each epoch in training and of the test images after it."""
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # of images so small more threads gain little
+    images, classes, *test = load_digits(args.seed, args.device)
+    models, history = nn.ModuleList([VAE(told=CLASSES), VAE(told=0)]).to(args.device), []
+    optimizer = torch.optim.Adam(models.parameters(), 2e-3, fused=True)
+    try:
+        for _ in (bar := tqdm(range(args.epochs), unit="epoch", disable=None)):
+            losses = []
+            for batch in torch.randperm(len(images), device=args.device).split(args.batch_size):
+                x, y = dequantise(images[batch]), classes[batch]
+                loss = torch.stack([nll.mean() + kl.mean() for nll, kl in (model(x, y) for model in models)])
+                optimizer.zero_grad()
+                loss.sum().backward()  # the models share nothing but batches: each learns from its own
+                optimizer.step()
+                losses.append(loss[0].detach())
+            history.append((-torch.stack(losses).mean().item(), -sum(evaluate(models[0], *test)).mean().item()))
+            bar.set_postfix_str("ELBO given the class: train {:.1f}, test {:.1f} nats".format(*history[-1]))
+    finally:  # of what there is, after Ctrl-C
+        if history:
+            save_pictures(args.output, models[0], *test, history, report(*models, images, classes, *test))
+            print(f"Pictures are in {args.output}")
+    return history
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    return common.exit_code(run, parse_args(argv))
+def main(argv: list[str] | None = None) -> list[tuple[float, float]]:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add, devices = parser.add_argument, ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    add("--epochs", type=int, default=40, help="passes over the training set (default: %(default)s)")
+    add("--batch-size", type=int, default=64, help="images per step (default: %(default)s)")
+    add("--seed", type=int, default=0, help="decides all that is random (default: %(default)s)")
+    add("--device", choices=devices, default=devices[-1], help="(default: %(default)s)")
+    add("--output", type=Path, default="demo/conditional_vae", help="folder for the pictures (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.epochs < 1 or args.batch_size < 1 or not 0 <= args.seed < 2**63:
+        parser.error("--epochs and --batch-size must be 1 or more, --seed from 0 to 2**63 - 1")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output).close()  # now rather than after the training
+        return run(args)
+    except OSError as error:
+        parser.exit(2, f"{parser.prog}: --output: cannot write to {args.output}: {error.strerror or error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nInterrupted\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,7 +9,6 @@ import torch
 from ops import GAUSSIAN
 from torch import nn
 
-import common
 import fastelbo
 import fastelbo.testing
 from fastelbo import Scale, compat, distributions
@@ -316,42 +315,3 @@ def test_seeds_of_ranks(what, tmp_path):
             assert_same(seeds(), want)
     finally:
         torch.distributed.destroy_process_group()
-
-
-@everywhere
-def test_checkpoints_of_the_examples(what, tmp_path):
-    """A run whose second epoch is resumed from the checkpoint of its first."""
-    images = torch.arange(40.0).reshape(10, 4)
-
-    def training():
-        torch.manual_seed(0)
-        model = nn.Linear(4, 1)
-        return common.Training(
-            model,
-            torch.optim.Adam(model.parameters()),
-            torch.Generator("cpu").manual_seed(3),
-            {"batch_size": 3},
-        )
-
-    def epoch(training):
-        for batch in training.batches(images):
-            training.step(training.model(batch).square().mean())
-
-    straight, resumed = training(), training()
-    epoch(straight)
-    straight.history.append((1.0, 2.0))
-    straight.save(tmp_path / "checkpoint.pt")
-    epoch(straight)
-    with foreign(what):
-        resumed.load(tmp_path / "checkpoint.pt")
-        epoch(resumed)
-    assert resumed.history == straight.history
-    assert_same([*resumed.model.parameters()], [*straight.model.parameters()])
-
-
-@everywhere
-def test_split_of_the_examples(what):
-    digits = values(0, 12, 8, 8).numpy()
-    want = common.split(digits, 1, CPU)
-    with foreign(what):
-        assert_same(common.split(digits, 1, CPU), want)

@@ -6,6 +6,7 @@ What the ranks of a group do, case after case, is in distributed_cases.py; here 
 import itertools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,18 +15,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from ops import GAUSSIAN
 from torch import distributed as dist
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import fastelbo
+import train_distributed
 
 ROOT = Path(__file__).parents[1]
 CASES_FILE = Path(__file__).with_name("distributed_cases.py")
-EXAMPLES = ROOT / "examples"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), str(EXAMPLES)))}
+EXAMPLE = ROOT / "examples" / "train_distributed.py"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), str(EXAMPLE.parent)))}
 TIMEOUT = 240  # seconds for a group of processes, which take a tenth of it where nothing else runs
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def case_names():
@@ -87,10 +94,10 @@ def test_case(outcomes, ranks, case):
 # torchrun
 
 
-def torchrun(ranks, script, output, *options):
+def torchrun(ranks, output, *options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     return subprocess.Popen(
-        [*command, EXAMPLES / script, "--output", output, *map(str, options)],
+        [*command, EXAMPLE, "--output", output, "--batch-size", "128", *map(str, options)],
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -111,59 +118,178 @@ def finished(process, timeout=TIMEOUT):
 
 def history(output):
     """The history in the checkpoint of a finished job."""
-    import torch.distributed.checkpoint as dcp
-
     (directory,) = (output / "checkpoint").iterdir()
     notes = {"notes": ""}
     dcp.load(notes, checkpoint_id=directory, no_dist=True)
     return json.loads(notes["notes"])[1]
 
 
-@pytest.fixture
-def alone(tmp_path, monkeypatch):
-    """Runs an example in this process, without pictures; returns its history."""
-
-    def run(script, *options):
-        example, output = __import__(script), tmp_path / "alone"
-        monkeypatch.setattr(example, "save_pictures", lambda *args: None)
-        assert example.main(["--output", str(output), *map(str, options)]) == 0
-        return torch.load(output / "checkpoint.pt")["history"]
-
-    return run
+def alone(output, epochs):
+    """The history of one process."""
+    return train_distributed.main(["--output", str(output), "--batch-size", "128", "--epochs", str(epochs)])
 
 
-def test_killed_rank_ends_the_job_and_a_restart_continues_the_curve(tmp_path, alone):
-    options = ("--batch-size", 128)
-    process = torchrun(2, "train_vae.py", tmp_path / "job", *options, "--epochs", 100000)
+def test_killed_rank_ends_the_job_and_a_restart_continues_the_curve(tmp_path):
+    process = torchrun(2, tmp_path / "job", "--epochs", 100000)
     end = time.monotonic() + TIMEOUT
     while not list(tmp_path.glob("job/checkpoint/*/.metadata")) and process.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.05)
     ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    workers = [pid for pid in ranks if b"train_vae.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    workers = [pid for pid in ranks if EXAMPLE.name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
     _, err = finished(process, 60)
     assert process.returncode != 0
-    assert "train_vae.py FAILED" in err and "SIGKILL" in err
+    assert f"{EXAMPLE.name} FAILED" in err and "SIGKILL" in err
     epochs = max(int(path.parent.name) for path in tmp_path.glob("job/checkpoint/*/.metadata")) + 2
-    process = torchrun(2, "train_vae.py", tmp_path / "job", *options, "--epochs", epochs, "--resume")
+    process = torchrun(2, tmp_path / "job", "--epochs", epochs, "--resume")
     out, err = finished(process)
     assert process.returncode == 0, err
-    assert out.count("ELBO  ") == 1  # the first rank alone prints
-    want = alone("train_vae", *options, "--epochs", epochs)
+    assert out.count("ELBO of test images") == 1  # the first rank alone prints
     # In three epochs, which end near 1 nat, rounding makes 5e-7; a machine that saves more before the kill has more.
-    torch.testing.assert_close(torch.tensor(history(tmp_path / "job")), torch.tensor(want), rtol=0, atol=1e-3)
+    want = torch.tensor(alone(tmp_path / "alone", epochs))
+    torch.testing.assert_close(torch.tensor(history(tmp_path / "job")), want, rtol=0, atol=1e-3)
 
 
-def test_four_ranks_resume_from_two(tmp_path, alone):
-    options = ("--batch-size", 128, "--channels", 8, "--blocks", 1, "--binary")
+def test_four_ranks_resume_from_two(tmp_path):
     for ranks, epochs, more in ((2, 1, ["--parallel", "fsdp"]), (4, 2, ["--parallel", "fsdp", "--resume"])):
-        process = torchrun(ranks, "train_pixelcnn.py", tmp_path / "job", *options, "--epochs", epochs, *more)
+        process = torchrun(ranks, tmp_path / "job", "--epochs", epochs, *more)
         _, err = finished(process)
         assert process.returncode == 0, err
-    want = alone("train_pixelcnn", *options, "--epochs", 2)
-    torch.testing.assert_close(torch.tensor(history(tmp_path / "job")), torch.tensor(want), rtol=0, atol=1e-5)
+    want = torch.tensor(alone(tmp_path / "alone", 2))
+    torch.testing.assert_close(torch.tensor(history(tmp_path / "job")), want, rtol=0, atol=1e-4)
+
+
+def test_ranks_refuse_with_one_sentence(tmp_path):
+    process = torchrun(2, tmp_path / "job", "--resume")
+    _, err = finished(process)
+    assert process.returncode != 0
+    assert err.count(f"{EXAMPLE.name}: --resume: there is no checkpoint in {tmp_path / 'job' / 'checkpoint'}") == 1
+
+
+# One process
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Runs the example in this process; returns its history."""
+
+    def run(*options):
+        torch.manual_seed(int.from_bytes(os.urandom(4), "big"))  # whatever state a new process would be in
+        return train_distributed.main(["--batch-size", "256", "--output", str(tmp_path), *map(str, options)])
+
+    return run
+
+
+def contents(directory):
+    """The bytes of all files."""
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def refused(capsys, directory, run, *expected):
+    """A run ends with code 2 and one sentence that names the argument, and changes nothing."""
+    before = contents(directory)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        run()
+    assert exit_info.value.code == 2 and contents(directory) == before
+    (sentence,) = capsys.readouterr().err.splitlines()
+    for part in expected:
+        assert part in sentence
+
+
+def checkpoint(directory, tmp_path):
+    """All that a checkpoint holds."""
+    dcp_to_torch_save(directory, tmp_path / "whole.pt")
+    return torch.load(tmp_path / "whole.pt")
+
+
+def test_resumed_run_is_bit_identical(tmp_path):
+    def run(name, *options):
+        return train_distributed.main(["--batch-size", "256", "--output", str(tmp_path / name), *options])
+
+    straight = run("straight", "--epochs", "4")
+    assert run("halves", "--epochs", "2") == straight[:2]
+    torch.manual_seed(12345)  # whatever state a new process would be in
+    assert run("halves", "--epochs", "4", "--resume") == straight
+    want, got = (checkpoint(tmp_path / name / "checkpoint" / "4", tmp_path) for name in ("straight", "halves"))
+    assert got["notes"] == want["notes"] and torch.equal(got["generator"], want["generator"])
+    states = [(parts["model"], parts["optimizer"]["state"]) for parts in (got, want)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert len(want["model"]) == len(want["optimizer"]["state"]) == 13
+
+
+def test_resume_of_a_finished_run_trains_no_further(job, tmp_path):
+    first = job("--epochs", 1)
+    before = contents(tmp_path / "checkpoint")
+    assert job("--epochs", 1, "--resume") == first and contents(tmp_path / "checkpoint") == before
+
+
+def test_interrupted_run_goes_on_exactly(job, tmp_path, monkeypatch, capsys):
+    steps, take = itertools.count(1), torch.optim.Adam.step
+
+    def interrupted_step(optimizer):
+        if next(steps) == 8:  # of five in an epoch
+            raise KeyboardInterrupt
+        take(optimizer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", interrupted_step)
+        with pytest.raises(SystemExit) as exit_info:
+            job("--epochs", 2)
+    assert exit_info.value.code == 130
+    assert f"--resume goes on from what is in {tmp_path / 'checkpoint'}" in capsys.readouterr().err
+    resumed = job("--epochs", 2, "--resume")
+    assert resumed == train_distributed.main(
+        ["--batch-size", "256", "--epochs", "2", "--output", str(tmp_path / "straight")]
+    )
+
+
+def test_full_disk_leaves_the_last_checkpoint(job, tmp_path, capsys):
+    job("--epochs", 1)
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, former[1]))
+    try:
+        with pytest.raises(SystemExit) as exit_info:
+            job("--epochs", 2, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert exit_info.value.code == 2 and f"cannot write to {tmp_path}" in capsys.readouterr().err
+    assert len(job("--epochs", 2, "--resume")) == 2
+
+
+@pytest.mark.parametrize("case", ["truncated", "garbage", "empty", "metadata", "history", "pairs"])
+def test_damaged_checkpoint_is_refused(job, tmp_path, capsys, case):
+    job("--epochs", 1)
+    directory = tmp_path / "checkpoint" / "1"
+    (data,) = directory.glob("*.distcp")
+    raw = data.read_bytes()
+    if case == "metadata":
+        (directory / ".metadata").write_bytes(b"x" * 99)
+    elif case in ("history", "pairs"):
+        notes = json.dumps([{"batch_size": 256, "seed": 0}, {"history": 3, "pairs": [1.0, 2.0]}[case]])
+        dcp.save({"notes": notes}, checkpoint_id=directory, no_dist=True)
+    else:
+        data.write_bytes({"truncated": raw[: len(raw) // 2], "garbage": b"x" * 99, "empty": b""}[case])
+    refused(capsys, tmp_path, lambda: job("--epochs", 2, "--resume"), "--resume", str(directory), "damaged")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--seed", "1"], ("--resume", "'seed': 0", "'seed': 1")),
+        (["--batch-size", "8"], ("--resume", "'batch_size': 256", "'batch_size': 8")),
+        (["--epochs", "1"], ("--epochs", "2")),
+    ],
+)
+def test_resume_of_another_run_is_refused(job, tmp_path, capsys, options, expected):
+    job("--epochs", 2)
+    refused(capsys, tmp_path, lambda: job("--epochs", 2, *options, "--resume"), *expected)
+
+
+def test_resume_without_a_checkpoint_is_refused(job, tmp_path, capsys):
+    refused(capsys, tmp_path, lambda: job("--resume"), "--resume: there is no checkpoint in", str(tmp_path))
 
 
 # Alone
@@ -185,18 +311,3 @@ def test_import_does_not_pay_for_sharded_tensors():
     code = "import sys, torch, fastelbo; fastelbo.gaussian_kl(torch.ones(2, 3), torch.zeros(2, 3));"
     code += "sys.exit('torch.distributed.tensor' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, timeout=60).returncode == 0
-
-
-@pytest.mark.parametrize(
-    "options, expected",
-    [
-        (("--parallel", "fsdp"), "--parallel fsdp goes with torchrun"),
-        (("--accumulate", "0"), "--accumulate must be from 1"),
-        (("--accumulate", "5", "--batch-size", "64"), "--batch-size must be a multiple of the 1 rank(s) times"),
-    ],
-)
-@pytest.mark.parametrize("script", ["train_vae", "train_pixelcnn"])
-def test_bad_option_is_refused(tmp_path, capsys, script, options, expected):
-    example = __import__(script)
-    assert example.main(["--output", str(tmp_path / "out"), *options]) == 2
-    assert expected in capsys.readouterr().err and not list(tmp_path.iterdir())
