@@ -20,6 +20,7 @@ import os
 import shutil
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import sklearn.datasets
@@ -35,7 +36,7 @@ from tqdm import tqdm
 
 import fastelbo
 
-LEVELS, LATENTS, HIDDEN = 17, 12, 512
+LEVELS, LATENTS, HIDDEN, CHECKSUMS = 17, 12, 512, "checksums.json"
 
 
 class VAE(nn.Module):
@@ -123,7 +124,7 @@ class Training:
         return {"model": model, "optimizer": optimizer, "generator": self.generator.get_state()}
 
     def save(self, directory: Path) -> None:
-        """Writes the checkpoint, complete when it has .metadata, which torch writes last; then older ones go."""
+        """Writes the checkpoint, complete when it has the checksums of its files; then older ones go."""
         target = directory / str(len(self.history))
         if self.rank == 0:
             shutil.rmtree(target, ignore_errors=True)
@@ -133,18 +134,24 @@ class Training:
             dcp.save({**self.state(), "notes": notes}, checkpoint_id=target)
         except dcp.CheckpointException as error:  # of no kind of Exception
             raise OSError(str(next(iter(error.failures.values()))[0])) from None
-        for other in directory.iterdir() if self.rank == 0 else ():
-            if other != target:
-                shutil.rmtree(other)
+        if self.rank == 0:
+            checksums = {path.name: zlib.crc32(path.read_bytes()) for path in target.iterdir()}
+            (target / CHECKSUMS).write_text(json.dumps(checksums))
+            for other in directory.iterdir():
+                if other != target:
+                    shutil.rmtree(other)
         dist.barrier()
 
     def load(self, directory: Path) -> None:
         """Restores the last complete checkpoint, of any number of ranks, if its settings are those of this run."""
-        complete, notes = [int(path.parent.name) for path in directory.glob("*/.metadata")], {"notes": ""}
+        complete, notes = [int(path.parent.name) for path in directory.glob(f"*/{CHECKSUMS}")], {"notes": ""}
         if not complete:
             refuse(f"--resume: there is no checkpoint in {directory}")
         source = directory / str(max(complete))
         try:
+            for name, checksum in json.loads((source / CHECKSUMS).read_text()).items():
+                if zlib.crc32((source / name).read_bytes()) != checksum:
+                    raise ValueError(f"{name} has another checksum")
             dcp.load(notes, checkpoint_id=source)
             settings, history = json.loads(notes["notes"])
             if settings != self.settings:

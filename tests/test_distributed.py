@@ -132,7 +132,7 @@ def alone(output, epochs):
 def test_killed_rank_ends_the_job_and_a_restart_continues_the_curve(tmp_path):
     process = torchrun(2, tmp_path / "job", "--epochs", 100000)
     end = time.monotonic() + TIMEOUT
-    while not list(tmp_path.glob("job/checkpoint/*/.metadata")) and process.poll() is None:
+    while not list(tmp_path.glob("job/checkpoint/*/checksums.json")) and process.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.05)
     ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
@@ -142,7 +142,7 @@ def test_killed_rank_ends_the_job_and_a_restart_continues_the_curve(tmp_path):
     _, err = finished(process, 60)
     assert process.returncode != 0
     assert f"{EXAMPLE.name} FAILED" in err and "SIGKILL" in err
-    epochs = max(int(path.parent.name) for path in tmp_path.glob("job/checkpoint/*/.metadata")) + 2
+    epochs = max(int(path.parent.name) for path in tmp_path.glob("job/checkpoint/*/checksums.json")) + 2
     process = torchrun(2, tmp_path / "job", "--epochs", epochs, "--resume")
     out, err = finished(process)
     assert process.returncode == 0, err
@@ -259,20 +259,31 @@ def test_full_disk_leaves_the_last_checkpoint(job, tmp_path, capsys):
     assert len(job("--epochs", 2, "--resume")) == 2
 
 
-@pytest.mark.parametrize("case", ["truncated", "garbage", "empty", "metadata", "history", "pairs"])
-def test_damaged_checkpoint_is_refused(job, tmp_path, capsys, case):
+def damaged(case, raw):
+    half = len(raw) // 2
+    flipped = raw[:half] + bytes(255 - byte for byte in raw[half : half + 64]) + raw[half + 64 :]
+    return {"truncated": raw[:half], "bit flips": flipped, "garbage": b"x" * 99, "empty": b""}[case]
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "checksums.json"])
+@pytest.mark.parametrize("case", ["truncated", "bit flips", "garbage", "empty"])
+def test_damaged_checkpoint_is_refused(job, tmp_path, capsys, case, file):
     job("--epochs", 1)
-    directory = tmp_path / "checkpoint" / "1"
-    (data,) = directory.glob("*.distcp")
-    raw = data.read_bytes()
-    if case == "metadata":
-        (directory / ".metadata").write_bytes(b"x" * 99)
-    elif case in ("history", "pairs"):
-        notes = json.dumps([{"batch_size": 256, "seed": 0}, {"history": 3, "pairs": [1.0, 2.0]}[case]])
-        dcp.save({"notes": notes}, checkpoint_id=directory, no_dist=True)
-    else:
-        data.write_bytes({"truncated": raw[: len(raw) // 2], "garbage": b"x" * 99, "empty": b""}[case])
-    refused(capsys, tmp_path, lambda: job("--epochs", 2, "--resume"), "--resume", str(directory), "damaged")
+    path = tmp_path / "checkpoint" / "1" / file
+    path.write_bytes(damaged(case, path.read_bytes()))
+    refused(capsys, tmp_path, lambda: job("--epochs", 2, "--resume"), "--resume", str(path.parent), "damaged")
+
+
+@pytest.mark.parametrize(
+    "history", [{"train": 1.0}, "12", None, 3, [1.0, 2.0], [(1.0,)], [(1.0, "x")], [(1.0, 2.0), {}]]
+)
+def test_checkpoint_without_a_history_is_refused(job, tmp_path, capsys, monkeypatch, history):
+    """Once it would have been resumed, and have failed after hours of training, when the curve is drawn."""
+    with monkeypatch.context() as patch:
+        dumps = json.dumps
+        patch.setattr(json, "dumps", lambda what: dumps([what[0], history] if isinstance(what, list) else what))
+        job("--epochs", 1)
+    refused(capsys, tmp_path, lambda: job("--epochs", 3, "--resume"), "--resume", "1 is damaged")
 
 
 @pytest.mark.parametrize(
