@@ -99,8 +99,8 @@ def test_no_circle_of_imports():
 
 HOUSE = ("fastelbo", "kernels", "csrc", "tests", "benchmarks", "tools")
 ENDINGS = (".py", ".h", ".cuh", ".cpp", ".cu", ".sh")
-FILES = [path for folder in (*HOUSE, "docs", "examples") for path in (ROOT / folder).rglob("*.*") if path.is_file()]
-NAMES = {path.name for path in FILES}
+STANDING = [path for folder in (*HOUSE, "docs", "examples") for path in (ROOT / folder).rglob("*.*") if path.is_file()]
+NAMES = {path.name for path in STANDING}
 # Of other projects, whose files our docstrings cite, and of a user.
 OTHERS = re.compile(r"(torch|diffusers|pyro|pythae|bayesian_torch|torchbnn|guided_diffusion)/|[A-Z]+/")
 CITED = {"fastelbo/compat/vdvae.py": {"vae_helpers.py"}, "fastelbo/compat/vits.py": {"losses.py", "models.py"}}
@@ -143,7 +143,7 @@ def stale(path):
 
 
 def test_comments_name_paths_that_exist():
-    files = [path for path in FILES if path.relative_to(ROOT).parts[0] in HOUSE and path.suffix in ENDINGS]
+    files = [path for path in STANDING if path.relative_to(ROOT).parts[0] in HOUSE and path.suffix in ENDINGS]
     assert len(files) > 100
     assert [remark for path in files for remark in stale(path)] == []
     for remark in ("# as in csrc/common/nothing.h", "# of nothing.cuh", '"""csrc/cuda/none has it."""'):
