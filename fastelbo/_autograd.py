@@ -1,4 +1,6 @@
-"""What the ops' autograd.Functions share: what torch is doing with a call, and gradients."""
+"""What the ops and their autograd.Functions share: what torch is doing with a call, and gradients."""
+
+import functools
 
 import torch
 
@@ -28,6 +30,40 @@ def distinct(tensors):
         else tensor
         for position, tensor in enumerate(tensors)
     )
+
+
+def under_autograd(op, differentiable=None):
+    """What runs where an op may be called with tensors that want a gradient.
+
+    Args:
+        op: an op of ours, with kernels.
+        differentiable: takes the op's arguments, and computes it so that gradients pass; as in _library.define.
+    """
+
+    def below_autograd(*arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    if differentiable is None:
+        differentiable = functools.partial(_WithoutDerivative.apply, below_autograd, op.__name__.partition(".")[0])
+
+    def run(*arguments):
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
+            return differentiable(*arguments)
+        return below_autograd(*arguments)
+
+    return run
+
+
+class _WithoutDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, call, name, *arguments):
+        ctx.name = name
+        return call(*arguments)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"{ctx.name} must not be differentiated; got a gradient for what it returned")
 
 
 def input_gradients(grads, inputs, wanted):

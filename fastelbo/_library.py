@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from fastelbo import _autograd
+
 _OLDEST_TORCH = (2, 10)
 
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < _OLDEST_TORCH:
@@ -57,7 +59,8 @@ def define(name: str, schema: str, fake, check=None, differentiable=None) -> "di
     for library, backend in ((_library, "cpu"), (_triton_library, "triton")):
         kernels[backend] = _define(library, f"{name}.kernel", schema, fake)
         op = _define(library, name, schema, checked)
-        differentiate(op, differentiable and functools.partial(through, backend), library)
+        run = _autograd.under_autograd(op, differentiable and functools.partial(through, backend))
+        library.impl(op, run, "Autograd")
     device = "CPU" if INTERPRETED else "CUDA"
     _triton_library.impl(f"{name}.kernel", functools.partial(_run_triton, name, fake), device)
     _triton_library.impl(name, functools.partial(_run_triton, name, checked), device)
@@ -69,17 +72,20 @@ def by_name(op):
     return op.overloadpacket.default
 
 
-def define_helper(name: str, schema: str, fake, function=None, tags=()) -> "torch._ops.OpOverload":
+def define_helper(name: str, schema: str, fake, function=None, tags=(), differentiable=None) -> "torch._ops.OpOverload":
     """Defines an op that is the same for every backend.
 
     Args:
         name, schema, fake: as in define.
         function: that implements it, on every device; compiled code does where None.
         tags: torch.Tag values.
+        differentiable: takes the op's arguments, and computes it so that gradients pass.
     """
     op = _define(_library, name, schema, fake, tags)
     if function is not None:
         _library.impl(name, function, "CompositeExplicitAutograd")
+    if differentiable is not None:
+        _library.impl(op, _autograd.under_autograd(op, differentiable), "Autograd")
     return op
 
 
@@ -88,41 +94,6 @@ def _define(library, name, schema, fake, tags=()):
     torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
     name, _, overload = name.partition(".")
     return getattr(getattr(getattr(torch.ops, library.ns), name), overload or "default")
-
-
-def differentiate(op, differentiable=None, library=_library) -> None:
-    """Says what runs where an op is called with tensors that want a gradient.
-
-    Args:
-        op: of this library.
-        differentiable: takes the op's arguments, and computes it so that gradients pass; as in define.
-        library: that defined the op.
-    """
-
-    def below_autograd(*arguments):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*arguments)
-
-    if differentiable is None:
-        differentiable = functools.partial(_WithoutDerivative.apply, below_autograd, op.__name__.partition(".")[0])
-
-    def run(*arguments):
-        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
-            return differentiable(*arguments)
-        return below_autograd(*arguments)
-
-    library.impl(op, run, "Autograd")
-
-
-class _WithoutDerivative(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, call, name, *arguments):
-        ctx.name = name
-        return call(*arguments)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(f"{ctx.name} must not be differentiated; got a gradient for what it returned")
 
 
 @functools.cache

@@ -345,23 +345,26 @@ def gaussian_rsample_log_prob(
     scale = as_scale(scale)
     (mean, s), shape, _ = _checks.operands(event_ndim, mean=mean, s=s)
     event_ndim = _checks.check_event_ndim(event_ndim, shape)
-    draw = num_samples, noise, seed, generator, noise_offset, out_dtype, backend
-    z, noise = _draw_and_noise(mean, s, scale, shape, *draw)
+    draw = {"num_samples": num_samples, "noise_offset": noise_offset, "backend": backend}
+    z, noise = _draw_and_noise(mean, s, scale, shape, noise, seed, generator, out_dtype, draw)
     log_std, _ = log_std_and_std(arithmetic(s)[0], scale)
     log_noise = gaussian_log_prob(noise, 0.0, 1.0, scale="std", event_ndim=event_ndim, backend=backend)
     return z, log_noise - event_sum(log_std.expand(shape), event_ndim)
 
 
-def _draw_and_noise(mean, s, scale, shape, num_samples, noise, seed, generator, noise_offset, out_dtype, backend):
-    """A draw and the noise in it, which is drawn again rather than kept for the backward."""
-    draw: dict[str, Any] = {"num_samples": num_samples, "noise_offset": noise_offset, "backend": backend}
+def _draw_and_noise(mean, s, scale, shape, noise, seed, generator, out_dtype, draw):
+    """A draw and the noise in it, which is drawn again rather than kept for the backward.
+
+    Args:
+        draw: further keywords of gaussian_rsample.
+    """
     if noise is None:
-        draw["seed"] = _seed.as_seed(seed, generator, mean.device)
+        draw = {**draw, "seed": _seed.as_seed(seed, generator, mean.device)}
         z = gaussian_rsample(mean, s, scale=scale, out_dtype=out_dtype, **draw)
         zeros = mean.new_zeros((), dtype=arithmetic_dtype(mean, s)).expand(shape)
         return z, gaussian_rsample(zeros, 1.0, scale="std", **draw)
-    draw |= {"noise": noise, "seed": seed, "generator": generator}
-    z = gaussian_rsample(mean, s, scale=scale, out_dtype=out_dtype, **draw)
+    given = {"noise": noise, "seed": seed, "generator": generator}
+    z = gaussian_rsample(mean, s, scale=scale, out_dtype=out_dtype, **given, **draw)
     return z, noise.expand(z.shape)
 
 
@@ -417,8 +420,8 @@ def gaussian_one_sample_kl(
     (mean_q, s_q, mean_p, s_p), shape, _ = _checks.operands(event_ndim, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)
     event_ndim = _checks.check_event_ndim(event_ndim, shape)
     out_dtype = out_dtype or _checks.promoted(mean_q, s_q)
-    draw = num_samples, noise, seed, generator, noise_offset, out_dtype, backend
-    z, noise = _draw_and_noise(mean_q.expand(shape), s_q, scale, shape, *draw)
+    draw = {"num_samples": num_samples, "noise_offset": noise_offset, "backend": backend}
+    z, noise = _draw_and_noise(mean_q.expand(shape), s_q, scale, shape, noise, seed, generator, out_dtype, draw)
     wide = arithmetic(mean_q, s_q, mean_p, s_p)
     noise = noise.to(wide[0].dtype)
     # (r + k noise)^2 / 2 - noise^2 / 2 - h, k = exp(h): no difference of two densities, whose digits it would not have

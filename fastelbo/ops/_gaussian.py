@@ -39,9 +39,12 @@ def clamp_before_broadcast(s, shape, scale, dtype):
 
 
 _CLAMP_INWARD = _library.define_helper(
-    "clamp_inward", "(Tensor s, float lo, float hi) -> Tensor", lambda s, lo, hi: torch.empty_like(s), torch.clamp
+    "clamp_inward",
+    "(Tensor s, float lo, float hi) -> Tensor",
+    lambda s, lo, hi: torch.empty_like(s),
+    torch.clamp,
+    differentiable=reference.scale.ClampInward.apply,
 )
-_library.differentiate(_CLAMP_INWARD, reference.scale.ClampInward.apply)
 
 
 def normals(backend, num_samples):

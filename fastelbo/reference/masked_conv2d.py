@@ -96,9 +96,9 @@ def _centre(x, weight, mask_type, groups, order, gated):
     return torch.cat(pieces, dim=1)[:, back]
 
 
-def _convolve(x, weight, bias, mask_type, stack, dilation, groups, order, activation, cond, residual):
-    dtype = x.dtype
-    x, weight, bias, cond, residual = arithmetic(x, weight, bias, cond, residual)
+def _convolve(tensors, mask_type, stack, dilation, groups, order, activation):
+    dtype = tensors[0].dtype
+    x, weight, bias, cond, residual = arithmetic(*tensors)
     above = weight.shape[2] // 2 if stack == "square" else weight.shape[2] - 1
     left = weight.shape[3] - 1 if stack == "horizontal" else weight.shape[3] // 2
     parts = []
@@ -137,19 +137,8 @@ def masked_conv2d(
     residual=None,
 ):
     """A masked convolution; see fastelbo.masked_conv2d. Batched tensors only."""
-    return _convolve(
-        input,
-        weight,
-        bias,
-        mask_type,
-        "square",
-        dilation,
-        channel_groups,
-        group_order,
-        activation,
-        cond,
-        residual,
-    )
+    tensors = input, weight, bias, cond, residual
+    return _convolve(tensors, mask_type, "square", dilation, channel_groups, group_order, activation)
 
 
 def causal_conv2d(
@@ -166,6 +155,5 @@ def causal_conv2d(
     cond=None,
 ):
     """A convolution of the vertical or horizontal stack; see fastelbo.causal_conv2d. Batched tensors only."""
-    return _convolve(
-        input, weight, bias, mask_type, stack, dilation, channel_groups, group_order, activation, cond, None
-    )
+    tensors = input, weight, bias, cond, None
+    return _convolve(tensors, mask_type, stack, dilation, channel_groups, group_order, activation)
