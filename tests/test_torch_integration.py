@@ -373,6 +373,18 @@ def test_one_tensor_for_several_arguments(op, way):
     assert_equal(results(lambda *_: way(op)(*shared), unique), [*(out.detach() for out in outputs), *sums])
 
 
+@every_drawing_op
+def test_compile_with_noise_that_is_another_argument(op):
+    inputs = op.inputs()
+    noise = inputs[1].detach()
+
+    def function(mean, *rest):
+        return op(mean, noise, *rest, noise=noise)
+
+    rest = inputs[:1] + inputs[2:]
+    assert_equal(results(lambda *rest: compiled(function)(*rest), rest), results(function, rest))
+
+
 TRANSFORMS = {
     "grad": lambda f, arity: grad(lambda *inputs: f(*inputs).square().sum(), argnums=tuple(range(arity))),
     "vmap-grad": lambda f, arity: vmap(grad(lambda *row: f(*row).square().sum(), argnums=tuple(range(arity)))),

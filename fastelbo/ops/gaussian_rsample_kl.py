@@ -154,7 +154,7 @@ class _GaussianRsampleKL(torch.autograd.Function):
             options = numbers(scale), numbers(scale_p), event_ndim, balance, mask, wanted[2] or wanted[3]
             grads = _BWD[ctx.backend](d_z, d_kl, *inputs, seed, noise, *draw, *options)
             grads = _autograd.input_gradients(grads, inputs, wanted)
-        return *grads, None, None, None, None, None
+        return *grads, *(None,) * 5
 
 
 def _fwd_fake(mean_q, s_q, mean_p, s_p, seed, noise, noise_offset, num_samples, *options):
