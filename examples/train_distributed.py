@@ -222,14 +222,14 @@ def main(argv: list[str] | None = None) -> list[tuple[float, float]]:
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo", **alone)
     try:
-        return run(args, device)
+        history = run(args, device)
+        dist.destroy_process_group()  # where all ranks come to: one that is interrupted waits for no other
+        return history
     except OSError as error:
         refuse(f"--output: cannot write to {args.output}: {error.strerror or error}")
     except KeyboardInterrupt:
         print(f"\nInterrupted; --resume goes on from what is in {args.output / 'checkpoint'}", file=sys.stderr)
         sys.exit(130)
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -177,7 +177,11 @@ def job(tmp_path):
 
     def run(*options):
         torch.manual_seed(int.from_bytes(os.urandom(4), "big"))  # whatever state a new process would be in
-        return train_distributed.main(["--batch-size", "256", "--output", str(tmp_path), *map(str, options)])
+        try:
+            return train_distributed.main(["--batch-size", "256", "--output", str(tmp_path), *map(str, options)])
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
     return run
 

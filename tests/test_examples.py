@@ -67,6 +67,8 @@ def ended(example, *options):
     """The code with which a run ends."""
     with pytest.raises(SystemExit) as exit_info:
         example.main(list(map(str, options)))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return exit_info.value.code
 
 
