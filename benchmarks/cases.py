@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from ops import GAUSSIAN, Gaussian
 from torch.distributions import Normal, kl_divergence
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +15,7 @@ import fastelbo
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PASSES = ("forward", "backward", "forward_backward")
 RIVALS = ("eager", "distributions", "compile", "compile_checkpoint", "copy")
+UNCOMPILED = ("eager", "distributions", "copy")
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,6 @@ class Size:
     quick: bool = True
 
 
-def never(case, dtype):
-    return False
-
-
 # The most telling first: what comes last is lost where time runs out.
 SIZES = {
     "cpu": {
@@ -47,7 +45,7 @@ SIZES = {
             ((65536, 1024),),
             passes=PASSES,
             timings=("events",),
-            compiles=lambda case, dtype: dtype == "float32" or case.draws,
+            compiles=lambda case, dtype: dtype == "float32" or case.entry.drawn,
             quick=False,
         ),
         "rows": Size(  # as many elements in events of other lengths
@@ -64,8 +62,8 @@ SIZES = {
             timings=("host", "graph"),
             compiles=lambda case, dtype: case.op == "gaussian_rsample_kl",
         ),
-        "medium": Size(((4096, 256),), timings=("events",), compiles=never),
-        "64MB": Size(((65536, 256),), ("float32",), PASSES, ("events",), compiles=never, quick=False),
+        "medium": Size(((4096, 256),), timings=("events",), rivals=UNCOMPILED),
+        "64MB": Size(((65536, 256),), ("float32",), PASSES, ("events",), rivals=UNCOMPILED, quick=False),
     },
 }
 LOG_2PI = math.log(2 * math.pi)
@@ -121,46 +119,46 @@ class Case:
     """One op on one kind of input.
 
     Args:
-        op: its name in fastelbo.
+        entry: of the table of ops.
         name: the kind of input.
         inputs: a letter each: p for a parameter, 0 for a 0-d one, d for data (wants no gradient), z for zeros.
         floor: elements read and written per element, in the forward and in the backward.
         lines: the lines users write, a function of the inputs; also compiled.
         distributions: the same by torch.distributions.
         others: further rivals.
-        draws: whether the first output is a sample.
-        sums: float32 sums of a row that the forward writes and the backward reads the gradient of.
         ours: a function of the inputs and the backend, where that is not simply the op.
     """
 
-    op: str
+    entry: Gaussian
     name: str
     inputs: str
     floor: tuple[int, int]
     lines: Callable | None = None
     distributions: Callable | None = None
     others: dict[str, Callable] = field(default_factory=dict)
-    draws: bool = False
-    sums: int = 0
     ours: Callable | None = None
     sizes: tuple[str, ...] = ()  # all
     passes: tuple[str, ...] = PASSES
 
+    @property
+    def op(self) -> str:
+        """Its name in fastelbo."""
+        return self.entry.name
+
 
 CASES = [
-    Case("gaussian_rsample", "", "pp", (3, 3), rsample_lines, rsample_distributions, draws=True),
-    Case("gaussian_kl", "standard normal", "pp", (2, 4), kl_lines, kl_distributions, sums=1),
-    Case("gaussian_kl", "learned prior", "pppp", (4, 8), kl_prior_lines, kl_prior_distributions, sums=1),
-    Case("gaussian_rsample_kl", "", "pp", (3, 5), rsample_kl_lines, rsample_kl_distributions, draws=True, sums=1),
-    Case("gaussian_log_prob", "", "dpp", (3, 5), log_prob_lines, log_prob_distributions, sums=1),
-    Case("gaussian_log_prob", "scalar scale", "dp0", (2, 3), log_prob_lines, log_prob_distributions, sums=1),
+    Case(GAUSSIAN["rsample"], "", "pp", (3, 3), rsample_lines, rsample_distributions),
+    Case(GAUSSIAN["kl"], "standard normal", "pp", (2, 4), kl_lines, kl_distributions),
+    Case(GAUSSIAN["kl-prior"], "learned prior", "pppp", (4, 8), kl_prior_lines, kl_prior_distributions),
+    Case(GAUSSIAN["rsample_kl"], "", "pp", (3, 5), rsample_kl_lines, rsample_kl_distributions),
+    Case(GAUSSIAN["log_prob"], "", "dpp", (3, 5), log_prob_lines, log_prob_distributions),
+    Case(GAUSSIAN["log_prob"], "scalar scale", "dp0", (2, 3), log_prob_lines, log_prob_distributions),
     Case(  # mean and s are 0, so that what comes back is the noise itself; the third input is what normal_ writes to
-        "gaussian_rsample",
+        GAUSSIAN["rsample"],
         "normals",
         "zzd",
         (3, 0),
         others={"randn": lambda mean, s, to: torch.randn_like(mean), "normal_": lambda mean, s, to: to.normal_()},
-        draws=True,
         ours=lambda mean, s, to, backend: fastelbo.gaussian_rsample(mean, s, backend=backend),
         sizes=("medium", "64MB"),
         passes=("forward",),
@@ -201,7 +199,7 @@ def timed(device: str, sizes=(), ops=(), dtypes=(), rivals=(), quick=False) -> l
         Timed(case, shape, dtype, pass_, timing, rivals_of(case, dtype, size, rivals or RIVALS))
         for name, size in chosen.items()
         for case in CASES
-        if case.op in (ops or case.op) and (case.sums or not size.summed)
+        if case.op in (ops or case.op) and (case.entry.terms or not size.summed)
         if not case.sizes or name in case.sizes or name not in known
         for shape in size.shapes
         for dtype in size.dtypes
@@ -249,11 +247,11 @@ def usable_backends(device: torch.device) -> list[str]:
 
 def contestants(case: Case, backends: list[str], wanted, pass_: str, timing: str = "host") -> dict[str, Callable]:
     """Functions from a case's inputs to its outputs, ours first."""
-    ours = case.ours or getattr(fastelbo, case.op)
+    ours = case.ours or case.entry.function
     lines, rivals = case.lines, {}
     if lines:
         rivals = {"eager": lines, "distributions": case.distributions, "compile": torch.compile(lines)}
-    if lines and case.draws and pass_ == "forward_backward":
+    if lines and case.entry.drawn and pass_ == "forward_backward":
         recomputing = torch.compile(lambda *inputs: checkpoint(lines, *inputs, use_reentrant=False))
         rivals["compile_checkpoint"] = recomputing
     if timing == "graph":
@@ -312,7 +310,8 @@ def floor_bytes(case: Case, inputs, pass_: str) -> int:
     """What a pass has to read and write: each input and each result once."""
     forward, backward = case.floor
     elements = {"forward": forward, "backward": backward, "forward_backward": forward + backward}[pass_]
-    sums = case.sums * len(inputs[0]) * 4 * (2 if pass_ == "forward_backward" else 1)
+    # sums over rows are float32; the backward reads their gradients
+    sums = len(case.entry.terms) * len(inputs[0]) * 4 * (2 if pass_ == "forward_backward" else 1)
     return elements * inputs[0].numel() * inputs[0].element_size() + sums
 
 
@@ -322,7 +321,7 @@ def check(case: Case, name: str, result, inputs, pass_: str) -> None:
     exact_inputs = [tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in inputs]
     leaves = [tensor for tensor in exact_inputs if tensor.requires_grad]
     noise = ()
-    if case.draws:
+    if case.entry.drawn:
         mean, s = (tensor.detach() for tensor in exact_inputs[:2])
         noise = ((found[0].detach().float() - mean) * torch.exp(-0.5 * s),)
         # six standard errors of the mean and of the standard deviation

@@ -9,7 +9,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 OURS = ("cpu", "triton", "cuda")  # backends
-GAUSSIAN = ("gaussian_rsample", "gaussian_kl", "gaussian_rsample_kl", "gaussian_log_prob")
+OPS = Path(__file__).parent.parent / "fastelbo" / "ops"
 NOISY = 1.5  # a median this many times the minimum says that the machine was doing something else
 
 
@@ -258,6 +258,5 @@ def topic(row: Row | MemoryRow) -> str:
     """What a row is about; each topic has a table and a figure."""
     if isinstance(row, MemoryRow):
         return "memory"
-    return {"masked_conv2d": "convolutions", "sampling": "sampling"}.get(
-        row.op, "speed" if row.op in GAUSSIAN else "dropins"
-    )
+    others = {"masked_conv2d": "convolutions", "sampling": "sampling"}
+    return others.get(row.op, "speed" if (OPS / f"{row.op}.py").exists() else "dropins")

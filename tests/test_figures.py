@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cases
 import plot
 import pytest
 import ratios
 import rows
 import tables
+from figures import speed
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -174,6 +176,10 @@ def test_all_figures_are_drawn_and_small(tmp_path):
     assert {name.removesuffix(".png") for name in drawn if name.count("_") == 1} == expected
     assert all(picture.startswith(b"\x89PNG") and len(picture) < 150_000 for picture in drawn.values())
     assert drawn.keys() == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
+
+
+def test_every_case_has_a_lane():
+    assert {(op, case) for op, case, _ in speed.OPS} == {(case.op, case.name) for case in cases.CASES if case.lines}
 
 
 def test_figures_of_several_machines():
