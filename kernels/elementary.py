@@ -1,4 +1,4 @@
-"""Elementary functions to about 1 ulp in float32, by the polynomials of csrc/common; float64 takes Triton's own.
+"""Elementary functions to about 1 ulp in float32, by the polynomials of csrc/math; float64 takes Triton's own.
 
 Triton's float32 exp is an approximation whose error grows with the argument, and its libdevice functions do not run in
 the interpreter.

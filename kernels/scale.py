@@ -1,4 +1,4 @@
-"""From raw values to standard deviations, as in csrc/common/scale.h; a SCALE is what plan.numbers() makes of one."""
+"""From raw values to standard deviations, as in csrc/math/scale.h; a SCALE is what plan.numbers() makes of one."""
 
 import triton
 import triton.language as tl

@@ -2,7 +2,7 @@
 
 namespace fastelbo::FASTELBO_ISA {
 
-#include "../common/activation.h"
+#include "../math/activation.h"
 
 // A register of doubles, for the float64 convolution; the elementwise loops have scalar ones.
 typedef double NativeD __attribute__((vector_size(4 * kLanes)));
@@ -50,7 +50,7 @@ constexpr int kBlock = 4, kPairs = 6;
 constexpr int kVectors = 3;       // of pixels in a tile
 constexpr int kChannelVectors = 2;  // of output channels in a tile of the weight gradient
 
-// Host code must know them too.
+// The sizes that host code must know, too.
 template <class T, bool>
 void conv_constants(int64_t* block, int64_t* slack, int64_t* lanes, int64_t* pairs) {
   *block = kBlock;

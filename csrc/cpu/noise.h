@@ -35,7 +35,7 @@ FASTELBO_INLINE void philox_words(const PhiloxKeys<Words>& keys, uint32_t sample
   }
 }
 
-// Those words to normals in the order of the elements, in place.
+// Turns those words into normals, in the order of the elements, in place.
 FASTELBO_INLINE void words_to_normals(float* tile) {
   F32 n0, n1, n2, n3;
   box_muller(uniform(load(tile, Whole{})), uniform(load(tile + kLanes, Whole{})), n0, n1);
@@ -56,7 +56,7 @@ inline const float* normals(uint64_t seed, uint32_t sample, uint64_t first, int 
   return scratch + lead;
 }
 
-// The same as the arithmetic type, or the noise that was given.
+// The same normals in the arithmetic type, or the noise that was given.
 template <class T>
 struct NoiseTile {
   float drawn[kNoiseScratch];

@@ -79,7 +79,7 @@ void sampler_draw(Tensor program, Tensor weights, Tensor workspace, Tensor image
            sizes_text(image));
   if (seen && seen->sizes()[4] != header.outputs)
     refuse("seen must have the program's ", header.outputs, " outputs; got shape ", sizes_text(*seen));
-  // What is known may be any of further values.
+  // Where logits are asked for, levels that are known may be of more values than the network has outputs.
   if (seen ? values.numel() < header.outputs : values.numel() != header.outputs)
     refuse("values must be the program's ", header.outputs, " numbers; got ", values.numel());
   args.image = static_cast<int64_t*>(image.data_ptr());

@@ -2,7 +2,7 @@
 
 namespace fastelbo::FASTELBO_ISA {
 
-#include "../common/activation.h"
+#include "../math/activation.h"
 
 using namespace sampler;
 
@@ -24,7 +24,7 @@ inline F32 gelu(F32 x) {
   return load(lanes, Whole{});
 }
 
-#include "../common/sampling_functions.h"
+#include "../math/sampling_functions.h"
 
 // So that apply, which is always inlined, stands in the code once and not at each call.
 inline F32 evaluate(int64_t function, F32 a, F32 b, float p, float q) { return apply(function, a, b, p, q); }

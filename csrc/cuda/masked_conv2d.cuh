@@ -6,7 +6,7 @@
 
 namespace fastelbo::device {
 
-#include "../common/activation.h"
+#include "../math/activation.h"
 
 constexpr int kConvThreads = 128;  // of a block that makes a tile
 constexpr int kNever = -(1 << 30);  // rows from the image, on whichever side

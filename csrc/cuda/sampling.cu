@@ -9,13 +9,13 @@
 
 namespace fastelbo::device {
 
-#include "../common/activation.h"
+#include "../math/activation.h"
 
 using namespace sampler;
 
 FASTELBO_INLINE float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
 
-#include "../common/sampling_functions.h"
+#include "../math/sampling_functions.h"
 
 struct SamplerArgs {
   Program program;

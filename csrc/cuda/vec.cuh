@@ -1,4 +1,4 @@
-// What common/ needs of one value on the GPU: a float, or a double. Device code is plain C++ but for this file's
+// What math/ needs of one value on the GPU: a float, or a double. Device code is plain C++ but for this file's
 // instructions, so that the tests can run the kernels on a CPU, thread by thread (tests/cuda_on_cpu).
 #pragma once
 
@@ -130,9 +130,9 @@ FASTELBO_INLINE float times_pow2_from_1(float x, Integral n) {
   return 2.0f * fma(x, half_power, half_power);
 }
 
-#include "../common/elementary.h"
-#include "../common/philox.h"
-#include "../common/scale.h"
-#include "../common/gaussian_math.h"
+#include "../math/elementary.h"
+#include "../math/philox.h"
+#include "../math/scale.h"
+#include "../math/gaussian_math.h"
 
 }  // namespace fastelbo::device

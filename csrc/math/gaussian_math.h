@@ -1,5 +1,5 @@
 // KL divergence and log-density of diagonal Gaussians, element by element, and their gradients. Derivations stand in
-// fastelbo/reference/. Templates over the value type V; see common/philox.h for how these files are included.
+// fastelbo/reference/. Templates over the value type V; see math/philox.h for how these files are included.
 
 // What the ratio of two standard deviations costs in KL: (ratio^2 - 1) / 2 - ln(ratio) >= 0, from e = ratio - 1 as
 // e^2 / 2 + (e - ln(1 + e)), neither of which overflows before its own value does nor loses digits near 0.

@@ -1,4 +1,4 @@
-// Activations and their gradients. Templates over the value type V; see common/philox.h for how these files are
+// Activations and their gradients. Templates over the value type V; see math/philox.h for how these files are
 // included.
 
 template <class V>

@@ -1,4 +1,4 @@
-// The functions of a sampler's program (sampling.h). Templates over the value type V; see common/philox.h for how these
+// The functions of a sampler's program (sampling.h). Templates over the value type V; see math/philox.h for how these
 // files are included. The includer supplies gelu, which takes the error function.
 
 // Of one operand or two.

@@ -1,9 +1,9 @@
 // Philox4x32-10, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (the published constants), and the
 // Box-Muller map that turns its words into normals: the noise of every fastelbo backend (docs/noise.md).
 //
-// The files of common/, but for scale_params.h, are templates over the type of one value: a float, a double or a vector
-// of them. The includer supplies the elementary functions by overload and includes the file inside its own namespace
-// (once per instruction set on the CPU, once for CUDA), so there is no include guard.
+// The files of math/ are templates over the type of one value: a float, a double or a vector of them. The includer
+// supplies the elementary functions by overload and includes the file inside its own namespace (once per instruction
+// set on the CPU, once for CUDA), so there is no include guard. The files of common/ are ordinary headers.
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53, kPhiloxM1 = 0xCD9E8D57;  // multipliers
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9, kPhiloxW1 = 0xBB67AE85;  // Weyl increments of the key

@@ -1,5 +1,5 @@
 // From a network's raw output s to a standard deviation, and back for the gradient (fastelbo.Scale holds the formulas).
-// Templates over the value type V; see common/philox.h for how these files are included.
+// Templates over the value type V; see math/philox.h for how these files are included.
 
 // The least normal number.
 template <class V>
