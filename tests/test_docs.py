@@ -111,10 +111,17 @@ def test_quotes_are_verbatim():
     for fence in blocks(QUOTES, "python", "cpp"):
         above = PAGES[QUOTES][: fence.start()]
         section = above[above.rindex("\n## ") :]
-        named = next(name for name in re.findall(r"`([\w/]+\.\w+)`", section) if (ROOT / name).exists())
+        named = next(name for name in re.findall(r"`([\w./]+\.\w+)`", section) if (ROOT / name).exists())
         file, quote = (re.sub(r"\n\s*", "\n", text.strip()) for text in ((ROOT / named).read_text(), fence["text"]))
         assert quote in file, f"{named} has no\n{fence['text']}"
         quoted.add(named)
     places = ("fastelbo/reference/{}.py", "tests/test_{}.py", "fastelbo/ops/{}.py", "kernels/{}.py")
-    places += ("csrc/cpu/{}.cpp", "csrc/cuda/{}.cu", "fastelbo/__init__.py", "benchmarks/cases.py", "tests/ops.py")
+    places += (
+        "csrc/cpu/{}.cpp",
+        "csrc/cpu/{}.loops.h",
+        "csrc/cuda/{}.cu",
+        "fastelbo/__init__.py",
+        "benchmarks/cases.py",
+        "tests/ops.py",
+    )
     assert quoted == {place.format("gaussian_log_prob") for place in places}

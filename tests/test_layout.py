@@ -24,6 +24,7 @@ def test_an_op_is_files_of_one_name(op):
     for place in (
         "fastelbo/reference/{}.py",
         "csrc/cpu/{}.cpp",
+        "csrc/cpu/{}.loops.h",
         "tests/test_{}.py",
         "csrc/cuda/{}.cu",
         "kernels/{}.py",
@@ -50,6 +51,17 @@ def test_reference_imports_torch_and_nothing_of_ours(path):
         for name in names:
             ours = name.startswith("fastelbo.reference.")
             assert ours or name.split(".")[0] in ("torch", "math"), f"{path.name} imports {name}"
+
+
+CSRC = [path for path in (ROOT / "csrc").rglob("*.*") if path.is_file()]
+
+
+@pytest.mark.parametrize("path", CSRC, ids=lambda path: path.name)
+def test_compiled_sources_are_short_and_include_others(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 700
+    included = [line.split('"')[1] for line in lines if re.match(r'#include "|#define FASTELBO_LOOPS "', line)]
+    assert path.name not in included and all((path.parent / name).exists() for name in included)
 
 
 def modules():

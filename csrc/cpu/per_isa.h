@@ -1,10 +1,9 @@
-// Compiles a source's loops once per instruction set. A source declares what they take, defines FASTELBO_LOOPS as the
-// file that has them (or its own name, where they stand under #ifdef FASTELBO_ISA) and includes this file; FASTELBO_RUN
-// then runs the best one for this processor.
+// Compiles an op's loops once per instruction set. Its source declares what they take, defines FASTELBO_LOOPS as the
+// file that has them, and includes this file; FASTELBO_RUN then runs the best one for this processor.
 //
 // Everything that is not ours is included before the first target pragma, so that no shared inline function is ever
 // compiled for a machine that cannot run it.
-#ifndef FASTELBO_ISA
+#pragma once
 
 #include "host.h"
 
@@ -79,5 +78,3 @@ namespace fastelbo::FASTELBO_ISA {
 }
 #include FASTELBO_LOOPS
 #undef FASTELBO_ISA
-
-#endif  // FASTELBO_ISA
