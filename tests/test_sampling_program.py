@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from fastelbo.ops.masked_conv2d import GATES
+from fastelbo.reference.masked_conv2d import GATES
 from fastelbo.reference.sampling import FUNCTIONS, PANEL
 from fastelbo.sampling import program
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastelbo.ops.masked_conv2d import GATES
+from fastelbo.reference.masked_conv2d import GATES
 
 ABOVE, PIXEL, ROW = range(3)  # when a feature is known: before its row, with its pixel, after its row
 

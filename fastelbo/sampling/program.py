@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastelbo.ops.masked_conv2d import GATES
 from fastelbo.reference import sampling as reference
+from fastelbo.reference.masked_conv2d import GATES
 from fastelbo.reference.sampling import PANEL
 from fastelbo.sampling.network import ABOVE, PIXEL, ROW, Const, Conv, Join, Network, Point, Value, View
 
