@@ -8,6 +8,8 @@ PYTHONS ?= python3.10 python3.13
 TORCHES ?= 2.10.0 newest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A file's tests share what it compiles; tests/conftest.py has the order of files.
+PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu) setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
@@ -37,7 +39,7 @@ $(STAMP): $(SOURCES)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "fastelbo: installing the pinned dependencies of constraints.txt"
 	@$(BIN)/pip install --quiet -c constraints.txt torch numpy setuptools wheel
-	@echo "fastelbo: compiling and installing fastelbo"
+	@echo "fastelbo: compiling and installing fastelbo; most of it is CUDA's where nvcc is, which FASTELBO_CUDA=0 leaves out"
 	@$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
 	@touch $@
 
@@ -46,7 +48,7 @@ demo: $(STAMP)
 	@$(BIN)/python examples/train_pixelcnn.py --compare --output demo/pixelcnn
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
+	@$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-slow: $(STAMP)
 	@$(BIN)/python -m pytest -m slow
@@ -65,7 +67,7 @@ typecheck: $(STAMP)
 	@$(BIN)/mypy
 
 coverage: $(STAMP)
-	@$(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile --cov --cov-report=term-missing:skip-covered
+	@$(BIN)/python -m pytest -m "not slow" $(PARALLEL) --cov --cov-report=term-missing:skip-covered
 
 docs: $(STAMP)
 	@$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html

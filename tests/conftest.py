@@ -22,8 +22,16 @@ DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda" if GPU else "cpu",
 RUNNABLE = [name for name, device in DEVICES.items() if GPU or device == "cpu"]
 
 
+# Files of few tests and many minutes, most of them of compilers and of other processes: what starts last ends last.
+LONG = ("test_sanitizers", "test_distributed", "test_cuda_on_cpu", "test_wheel", "test_examples", "test_compat")
+
+
 def pytest_collection_modifyitems(items):
-    """Without Python's headers (Debian's python3-dev) torch.compile's default backend compiles nothing."""
+    """Puts long files first, and skips what this machine has no compiler for.
+
+    Without Python's headers (Debian's python3-dev) torch.compile's default backend compiles nothing.
+    """
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         for item in items:
             if item.get_closest_marker("inductor"):
