@@ -57,8 +57,8 @@ def define(name: str, schema: str, fake, check=None, differentiable=None) -> "di
 
     kernels = {}
     for library, backend in ((_library, "cpu"), (_triton_library, "triton")):
+        op = _define(library, name, schema, checked)  # first, so that a call without an overload takes it
         kernels[backend] = _define(library, f"{name}.kernel", schema, fake)
-        op = _define(library, name, schema, checked)
         run = _autograd.under_autograd(op, differentiable and functools.partial(through, backend))
         library.impl(op, run, "Autograd")
     device = "CPU" if INTERPRETED else "CUDA"

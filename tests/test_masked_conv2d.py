@@ -602,7 +602,7 @@ def test_bad_input_of_stacks_and_masks():
 # the op itself, which exported programs call
 
 
-def raw(direction, **overrides):
+def raw(direction, library=torch.ops.fastelbo, device="cpu", **overrides):
     """A call of the op with small images, but for some arguments."""
     arguments = {"input": X, "weight": W}
     if direction == "fwd":
@@ -614,7 +614,8 @@ def raw(direction, **overrides):
     if direction == "bwd":
         arguments |= {"want_input": True, "want_weight": True, "want_bias": True, "cond_ndim": 0}
     assert overrides.keys() <= arguments.keys()
-    return getattr(torch.ops.fastelbo, f"masked_conv2d_{direction}")(*(arguments | overrides).values())
+    given = (x.to(device) if isinstance(x, torch.Tensor) else x for x in (arguments | overrides).values())
+    return getattr(library, f"masked_conv2d_{direction}")(*given)
 
 
 Y = torch.zeros(2, 12, 5, 7)
@@ -659,6 +660,19 @@ def test_bad_input_of_the_op(direction, overrides, message):
     with pytest.raises(RuntimeError) as caught:
         raw(direction, **overrides)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("direction, overrides", [case[:2] for case in RAW], ids=range(len(RAW)))
+@pytest.mark.parametrize("where", ["meta", "triton"])
+def test_bad_input_of_the_op_without_compiled_code(where, direction, overrides):
+    """For Triton's kernels, and where there are none, the package checks itself."""
+    at = {"device": "meta"}
+    if where == "triton":
+        at = {"library": torch.ops.fastelbo_triton, "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    raw(direction, **at)
+    with pytest.raises((ValueError, TypeError)) as caught:
+        raw(direction, **at, **overrides)
+    assert any(name in str(caught.value) for name in overrides)
 
 
 # dilations beyond the image

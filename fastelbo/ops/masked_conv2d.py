@@ -79,8 +79,7 @@ def masked_conv2d(
     """
     _checks.check_one_of("mask_type", mask_type, MASK_TYPES)
     _check_tensors(input, weight, bias, cond, residual)
-    if weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
-        raise ValueError(f"weight must have a square kernel of odd size; got shape {tuple(weight.shape)}")
+    _check_kernel(weight, "square")
     options = mask_type, "square", dilation, channel_groups, group_order, activation
     return _run((input, weight, bias, cond, residual), options, backend)
 
@@ -140,14 +139,7 @@ def causal_conv2d(
     _checks.check_one_of("stack", stack, STACKS)
     _checks.check_one_of("mask_type", mask_type, MASK_TYPES)
     _check_tensors(input, weight, bias, cond)
-    rows, columns = weight.shape[2:]
-    if stack == "horizontal" and rows != 1:
-        raise ValueError(f"weight must have one row for the horizontal stack; got shape {tuple(weight.shape)}")
-    if stack == "vertical" and (columns % 2 == 0 or rows > columns // 2 + 1):
-        raise ValueError(
-            "weight must have an odd number k of columns and at most k//2 + 1 rows for the vertical stack; "
-            f"got shape {tuple(weight.shape)}"
-        )
+    _check_kernel(weight, stack)
     _checks.check_positive_int("channel_groups", channel_groups)
     if stack == "vertical" and channel_groups != 1:
         raise ValueError(f"channel_groups must be 1 for the vertical stack; got {channel_groups}")
@@ -242,6 +234,19 @@ def _check_tensors(input, weight, bias, cond, residual=None):
         raise ValueError(f"input must have the {weight.shape[1]} channels of weight; got shape {tuple(input.shape)}")
     if 0 in input.shape[-2:]:
         raise ValueError(f"input must have at least one row and one column; got shape {tuple(input.shape)}")
+
+
+def _check_kernel(weight, stack):
+    rows, columns = weight.shape[2:]
+    if stack == "square" and (rows != columns or rows % 2 == 0):
+        raise ValueError(f"weight must have a square kernel of odd size; got shape {tuple(weight.shape)}")
+    if stack == "horizontal" and rows != 1:
+        raise ValueError(f"weight must have one row for the horizontal stack; got shape {tuple(weight.shape)}")
+    if stack == "vertical" and (columns % 2 == 0 or rows > columns // 2 + 1):
+        raise ValueError(
+            "weight must have an odd number k of columns and at most k//2 + 1 rows for the vertical stack; "
+            f"got shape {tuple(weight.shape)}"
+        )
 
 
 def _check_sizes(tensors, options):
@@ -413,6 +418,33 @@ def _bwd_fake(d_y, input, weight, kept, *options):
     )
 
 
+def _check(input, weight, stack, activation, **given):
+    """Raises for arguments of the ops that no kernel can take: as csrc/common/masked_conv2d.h does for compiled ones,
+    for Triton's and where nothing but metadata is there."""
+    if input.dim() != 4:
+        raise ValueError(f"input must be of shape [N, C, H, W]; got {tuple(input.shape)}")
+    tensors = {"weight": weight, **{name: x for name, x in given.items() if isinstance(x, torch.Tensor)}}
+    for name, tensor in tensors.items():
+        if tensor.dtype != input.dtype:
+            raise TypeError(f"{name} must have the dtype of input, {input.dtype}; got {tensor.dtype}")
+    forward = {name: given.get(name) for name in ("bias", "cond", "residual")}
+    _check_tensors(input, weight, **forward)
+    _checks.check_one_of("mask_type", given["mask_type"], MASK_TYPES)
+    _checks.check_one_of("stack", stack, ("square", *STACKS))
+    _check_kernel(weight, stack)
+    names = "dilation", "channel_groups", "group_order"
+    options = given["mask_type"], stack, *(given[name] for name in names), activation or None
+    shape = _check_sizes((input, weight, *forward.values()), options)
+    if "d_y" in given:
+        _checks.check_upstream("d_y", given["d_y"], shape, input.device)
+        kept, cond_ndim = given["kept"], given["cond_ndim"]
+        if kept is None and activation:
+            raise ValueError("kept must be given with an activation; got none")
+        if kept is not None:
+            _checks.check_upstream("kept", kept, (input.shape[0], weight.shape[0], *input.shape[2:]), input.device)
+        _checks.check_one_of("cond_ndim", cond_ndim, (0, 2, 4))
+
+
 # kept: before the activation for a gate, after it (and before the residual) else; empty without `keep`. An activation
 # of "" is none. cond_ndim: the dimensions of the cond that wants a gradient, 0 for none.
 _FWD = _library.define(
@@ -420,7 +452,8 @@ _FWD = _library.define(
     "(Tensor input, Tensor weight, Tensor? bias, Tensor? cond, Tensor? residual, str mask_type, str stack,"
     " int dilation, int channel_groups, str group_order, str activation, bool keep) -> (Tensor y, Tensor kept)",
     _fwd_fake,
-    differentiable=_differentiable,
+    _check,
+    _differentiable,
 )
 _BWD = _library.define(
     "masked_conv2d_bwd",
@@ -428,5 +461,6 @@ _BWD = _library.define(
     " int channel_groups, str group_order, str activation, bool want_input, bool want_weight, bool want_bias,"
     " int cond_ndim) -> (Tensor d_input, Tensor d_weight, Tensor d_bias, Tensor d_cond)",
     _bwd_fake,
+    _check,
 )
 _flops.register()
