@@ -48,15 +48,22 @@ _CLAMP_INWARD = _library.define_helper(
 
 
 def normals(backend, num_samples):
-    """What draws standard normals as the sample's kernels do: takes their shape, a seed on their device, an offset."""
+    """A function that draws standard normals, bit for bit those of gaussian_rsample's kernels.
+
+    Args:
+        backend, num_samples: of the op.
+
+    Returns:
+        A function of their shape, a seed on their device, and their offset in the whole draw.
+    """
 
     def draw(shape, seed, noise_offset):
         if backend == "reference":
             return reference.noise.philox_normal(seed, shape, num_samples=num_samples, noise_offset=noise_offset)
         mean, std = (torch.full((), x, dtype=torch.float32, device=seed.device).expand(shape) for x in (0.0, 1.0))
-        draw = seed, None, noise_offset, num_samples, 1.0
+        options = seed, None, noise_offset, num_samples, 1.0
         op = (torch.ops.fastelbo_triton if backend == "triton" else torch.ops.fastelbo).gaussian_rsample_fwd
-        return op.kernel(mean, std, *draw, numbers(as_scale("std")), torch.float32)
+        return op.kernel(mean, std, *options, numbers(as_scale("std")), torch.float32)
 
     return draw
 

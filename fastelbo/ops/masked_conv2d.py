@@ -380,9 +380,8 @@ def _differentiable(backend, activation, keep, **given):
     y = _MaskedConv2d.apply(*tensors, (*options, activation or None, True), backend)
     if not keep:
         return y, y.new_empty((0,))
-    with (
-        torch.no_grad()
-    ):  # for who calls the op by name: exported programs keep nothing, and Functions do not come here
+    # for who calls the op by name: exported programs keep nothing, and Functions do not come here
+    with torch.no_grad():
         return y, _FWD[backend](*tensors, *options, activation, keep)[1]
 
 
