@@ -134,15 +134,15 @@ def difference(q, p, low, SCALE: tl.constexpr):
     """The kind's own sigma of q less that of p + low, clamped raw values, without cancellation."""
     apart = q - p - low
     if SCALE[4] > 0:
-        # tanh(a) - tanh(b), also where both are near 1 or -1
+        # tanh(a) - tanh(b), also where both are near 1 or -1, and where they are close
         a = q / SCALE[4]
         b = p / SCALE[4]
         tail_a = elementary.exp(-2.0 * tl.abs(a))
         tail_b = elementary.exp(-2.0 * tl.abs(b))
+        nearer = tl.where(a * b < 0, 1.0, tl.maximum(tail_a, tail_b))  # through 0 the tails' product is exp(-2 |apart|)
         step, _ = elementary.expm1_parts(-2.0 * tl.abs(apart / SCALE[4]))
-        same = -2.0 * tl.maximum(tail_a, tail_b) * step / ((1.0 + tail_a) * (1.0 + tail_b))
-        same = tl.where(apart < 0, -same, same)
-        apart = SCALE[4] * tl.where((a < 0) == (b < 0), same, elementary.tanh(a) - elementary.tanh(b))
+        size = -2.0 * SCALE[4] * nearer * step / ((1.0 + tail_a) * (1.0 + tail_b))
+        apart = tl.where(apart < 0, -size, size)
     if SCALE[0] == _STD:
         return apart
     t, _ = _soften(p, SCALE)

@@ -10,7 +10,7 @@ void gaussian_kl_fwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
   SpreadTile<T, exponential, kLogStdOfWild | kExcess> q_alone;
   SpreadTile<T, exponential, kLogStdOfWild | kOwn> q_at;
   SpreadTile<T, exponential, kLogStdOfWild | kOwn | kOwnSlope> p_at;
-  RatioTile<T, exponential> ratio;
+  RatioTile<T, exponential, Ratio::gap> ratio;
   const bool same = args.scale.same(args.scale_p);
   MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {
@@ -54,7 +54,7 @@ void gaussian_kl_bwd(const GaussianKLArgs& args, int64_t begin, int64_t end) {
   SpreadTile<T, exponential, kLogStdOfWild | kLogSlope | kExcess> q_alone;
   SpreadTile<T, exponential, kLogStdOfWild | kOwn | kLogSlope> q_at;
   SpreadTile<T, exponential, kLogStdOfWild | kOwn | kOwnSlope | kLogSlope> p_at;
-  RatioTile<T, exponential> ratio;
+  RatioTile<T, exponential, Ratio::e> ratio;
   const bool same = args.scale.same(args.scale_p);
   MaskTile<T> kept;
   for (int64_t index = begin; index < end; ++index) {

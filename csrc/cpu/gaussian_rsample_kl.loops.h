@@ -11,7 +11,7 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
   SpreadTile<T, exponential, kLogStdOfWild | kExcess> q_alone;
   SpreadTile<T, exponential, kLogStdOfWild | kOwn> q_at;
   SpreadTile<T, exponential, kLogStdOfWild | kOwn | kOwnSlope> p_at;
-  RatioTile<T, exponential> ratio;
+  RatioTile<T, exponential, Ratio::gap> ratio;
   const bool same = args.scale.same(args.scale_p);
   NoiseTile<T> noise_tile;
   MaskTile<T> kept;
@@ -75,7 +75,7 @@ void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64
   SpreadTile<T, exponential, kLogStdOfWild | kSlope | kLogSlope | kExcess> q_alone;
   SpreadTile<T, exponential, kLogStdOfWild | kOwn | kSlope | kLogSlope> q_at;
   SpreadTile<T, exponential, kLogStdOfWild | kOwn | kOwnSlope | kLogSlope> p_at;
-  RatioTile<T, exponential> ratio;
+  RatioTile<T, exponential, Ratio::e> ratio;
   const bool same = args.scale.same(args.scale_p);
   SampleGradient<T> sampled;
   MaskTile<T> kept;

@@ -84,13 +84,15 @@ struct SpreadTile<T, true, needs> {
   }
 };
 
-// The RatioTerms of a tile: of a spread that says kExcess against the standard normal, and of two that say kOwn, and p
-// kOwnSlope.
-template <class T, bool exponential>
+// The RatioTerms of a tile, or what of them an op uses, the gap for values and e for gradients: of a spread that says
+// kExcess against the standard normal, and of two that say kOwn, and p kOwnSlope.
+enum class Ratio { gap, e };
+
+template <class T, bool exponential, Ratio part_of>
 struct RatioTile {
   using V = typename VectorOf<T>::type;
 
-  T e[kTile], gap[kTile];
+  T terms[kTile];
 
   template <class Q>
   void read(const ScaleOf<T>& scale, const T* s_q, const Q& q, int n) {
@@ -98,7 +100,8 @@ struct RatioTile {
       for_each_vector<T>(
           n, [&](int i, auto part) FASTELBO_LAMBDA { keep(ratio_terms(q.at(scale, s_q, i, part), tame), i, part); });
     };
-    q.tame ? each(::std::true_type()) : each(::std::false_type());
+    if (q.tame) return each(::std::true_type());
+    each(::std::false_type());
   }
   template <class Q, class P>
   void read(const ScaleOf<T>& scale, const ScaleOf<T>& scale_p, bool same, const T* s_q, const Q& q, const T* s_p,
@@ -114,10 +117,9 @@ struct RatioTile {
 
   template <class Count, class... Spreads>
   FASTELBO_INLINE RatioTerms<V> at(int i, Count part, const Spreads&...) const {
-    RatioTerms<V> terms;
-    terms.e = load(e + i, part);
-    terms.gap = load(gap + i, part);
-    return terms;
+    RatioTerms<V> out;
+    (part_of == Ratio::gap ? out.gap : out.e) = load(terms + i, part);
+    return out;
   }
 
  private:
@@ -132,17 +134,17 @@ struct RatioTile {
              i, part);
       });
     };
-    q.tame&& p.tame ? each(::std::true_type()) : each(::std::false_type());
+    if (q.tame && p.tame) return each(::std::true_type());
+    each(::std::false_type());
   }
   template <class Count>
-  FASTELBO_INLINE void keep(const RatioTerms<V>& terms, int i, Count part) {
-    store(e + i, terms.e, part);
-    store(gap + i, terms.gap, part);
+  FASTELBO_INLINE void keep(const RatioTerms<V>& found, int i, Count part) {
+    store(terms + i, part_of == Ratio::gap ? found.gap : found.e, part);
   }
 };
 
-template <class T>
-struct RatioTile<T, true> {
+template <class T, Ratio part_of>
+struct RatioTile<T, true, part_of> {
   using V = typename VectorOf<T>::type;
 
   template <class... Args>

@@ -88,12 +88,13 @@ FASTELBO_INLINE V own_std(const Scale& scale, V t, typename Scale::Kind kind, V*
   }
 }
 
-// tanh(a) - tanh(b), apart = a - b: also where both are near 1 or -1.
+// tanh(a) - tanh(b), apart = a - b: also where both are near 1 or -1, and where they are close.
 template <class V>
 FASTELBO_INLINE V tanh_difference(V a, V b, V apart) {
   V tail_a = exp(V(-2) * abs(a)), tail_b = exp(V(-2) * abs(b));
-  V same = V(-2) * max(tail_a, tail_b) * expm1(V(-2) * abs(apart)) / ((V(1) + tail_a) * (V(1) + tail_b));
-  return select(a * b < V(0), tanh(a) - tanh(b), select(apart < V(0), -same, same));
+  V nearer = select(a * b < V(0), V(1), max(tail_a, tail_b));  // through 0 the tails' product is exp(-2 |apart|)
+  V size = V(-2) * nearer * expm1(V(-2) * abs(apart)) / ((V(1) + tail_a) * (V(1) + tail_b));
+  return select(apart < V(0), -size, size);
 }
 
 // The kind's own sigma of q less that of p + low, clamped raw values of which that is known, without cancellation.
