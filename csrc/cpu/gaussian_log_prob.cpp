@@ -6,16 +6,16 @@ namespace fastelbo {
 
 struct GaussianLogProb {
   Operand x, mean, s;
+  Operand mask;  // none: every element counts
   Scale scale;
-  double sign;  // of the negative log-likelihood in the result
+  double sign;      // of the negative log-likelihood in the result
   double constant;  // in that
-  bool one_s;   // s is a single number: what depends on it alone leaves the loop
+  bool one_s;       // s is a single number: what depends on it alone leaves the loop
   Tiling tiling;
   Terms* log_prob;
   Operand d_out;
   Operand d_x, d_mean, d_s;  // no d_x: x needs no gradient
   double* d_s_partial;       // [tiles], where one_s: the sums that make up its gradient
-  Operand mask;              // none: every element counts
 };
 
 }  // namespace fastelbo
@@ -33,10 +33,12 @@ Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double
   ScalarType dtype = arithmetic_type({&x, &mean, &s});
   Tiling tiling = event_tiling(shape, event_ndim);
   Terms log_prob(shape, event_ndim, dtype, mean, tiling);
-  GaussianLogProb args{
-      {x, shape},     {mean, shape}, {s, shape}, parse_scale(scale), negative ? 1.0 : -1.0, full ? kHalfLogTwoPi : 0,
-      s.numel() == 1, tiling,        &log_prob};
-  args.mask = {mask, shape};
+  GaussianLogProb args{{x, shape}, {mean, shape}, {s, shape}, {mask, shape}, parse_scale(scale)};
+  args.sign = negative ? 1 : -1;
+  args.constant = full ? kHalfLogTwoPi : 0;
+  args.one_s = s.numel() == 1;
+  args.tiling = tiling;
+  args.log_prob = &log_prob;
   FASTELBO_RUN(gaussian_log_prob_fwd, dtype, args.scale.exponential(), args, tiling.tiles());
   return log_prob.finish(dtype, tiling);
 }
@@ -56,22 +58,13 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
   Tensor d_x = allocate_gradient(shape, x, dtype, device, x_grad),
          d_mean = allocate_gradient(shape, mean, dtype, device);
   Tensor d_s = one_s ? allocate(Shape(s), dtype, device) : allocate_gradient(shape, s, dtype, device);
-  GaussianLogProb args{{x, shape},
-                       {mean, shape},
-                       {s, shape},
-                       parse_scale(scale),
-                       negative ? 1.0 : -1.0,
-                       0,
-                       one_s,
-                       {1, shape.numel()},
-                       nullptr,
-                       {d_out, shape, event_ndim},
-                       {},
-                       {d_mean, shape},
-                       {},
-                       nullptr};
-  args.mask = {mask, shape};
+  GaussianLogProb args{{x, shape}, {mean, shape}, {s, shape}, {mask, shape}, parse_scale(scale)};
+  args.sign = negative ? 1 : -1;
+  args.one_s = one_s;
+  args.tiling = {1, shape.numel()};
+  args.d_out = {d_out, shape, event_ndim};
   if (x_grad) args.d_x = {d_x, shape};
+  args.d_mean = {d_mean, shape};
   std::vector<double> partial(one_s ? args.tiling.tiles() : 0);
   if (one_s)
     args.d_s_partial = partial.data();

@@ -5,11 +5,11 @@
 namespace fastelbo {
 
 struct GaussianRsample {
-  Operand mean, s;  // [...]
-  Noise noise;      // [K, ...]
+  Noise noise;  // [K, ...]
   Scale scale;
+  int64_t numel;  // of [...]
   Tiling tiling;
-  int64_t numel;    // of [...]
+  Operand mean, s;  // [...]
   Operand z;        // [K, ...]
   Operand d_z, d_s;
 };
@@ -28,10 +28,12 @@ Tensor gaussian_rsample_fwd(Tensor mean, Tensor s, std::optional<Tensor> seed, s
   Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, {"mean", mean});
   check_float("out_dtype", out_dtype);
   Tensor z = num_samples ? allocate(out, out_dtype, Device(mean)) : allocate(out, out_dtype, mean);
-  int64_t numel = shape.numel();
-  GaussianRsample args{{mean, shape},      {s, shape}, {noise, seed, noise_offset, num_samples, temperature, shape},
-                       parse_scale(scale), {1, numel}, numel,
-                       {z, out},           {},         {}};
+  GaussianRsample args{{noise, seed, noise_offset, num_samples, temperature, shape}, parse_scale(scale)};
+  args.numel = shape.numel();
+  args.tiling = {1, args.numel};
+  args.mean = {mean, shape};
+  args.s = {s, shape};
+  args.z = {z, out};
   FASTELBO_RUN(gaussian_rsample_fwd, arithmetic_type({&mean, &s}), args.scale.exponential(), args,
                args.tiling.tiles() * args.noise.samples);
   return z;
@@ -48,16 +50,12 @@ Tensor gaussian_rsample_bwd(Tensor d_z, Tensor s, std::optional<Tensor> seed, st
   check_upstream("d_z", d_z, out, {"s", s});
   ScalarType dtype = arithmetic_type({&d_z, &s});
   Tensor d_s = allocate_gradient(shape, s, dtype, Device(s));
-  int64_t numel = shape.numel();
-  GaussianRsample args{{},
-                       {s, shape},
-                       {noise, seed, noise_offset, num_samples, temperature, shape},
-                       parse_scale(scale),
-                       {1, numel},
-                       numel,
-                       {},
-                       {d_z, out},
-                       {d_s, shape}};
+  GaussianRsample args{{noise, seed, noise_offset, num_samples, temperature, shape}, parse_scale(scale)};
+  args.numel = shape.numel();
+  args.tiling = {1, args.numel};
+  args.s = {s, shape};
+  args.d_z = {d_z, out};
+  args.d_s = {d_s, shape};
   FASTELBO_RUN(gaussian_rsample_bwd, dtype, args.scale.exponential(), args, args.tiling.tiles());
   return d_s;
 }

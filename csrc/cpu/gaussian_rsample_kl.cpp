@@ -1,21 +1,13 @@
 // A posterior sample and its KL divergence from the prior in one pass over the data, forward and backward.
-#include "../common/checks.h"
-#include "host.h"
+#include "gaussians.h"
 
 namespace fastelbo {
 
-struct GaussianRsampleKL {
-  Operand mean_q, s_q, mean_p, s_p;  // [...]; no mean_p: the standard normal
-  Noise noise;                       // [K, ...]
-  Scale scale, scale_p;
-  Tiling tiling;
-  int64_t numel;                     // of [...]
-  Operand z;                         // [K, ...]
-  Terms* kl;
-  Operand d_z, d_kl;
-  Operand d_mean_q, d_s_q, d_mean_p, d_s_p;  // no d_mean_p: the prior needs no gradient
-  Operand mask;                      // [...]; none: every element counts
-  Shares<double> share;              // of d_kl
+struct GaussianRsampleKL : GaussianOperands {  // [...]
+  Noise noise;    // [K, ...]
+  int64_t numel;  // of [...]
+  Operand z;      // [K, ...], or else
+  Operand d_z;    // [K, ...]
 };
 
 }  // namespace fastelbo
@@ -30,31 +22,18 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
     std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
     std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
     std::optional<Tensor> mask, ScalarType out_dtype, std::optional<double>) {
-  check_prior(mean_p, s_p, scale_p);
-  Shape shape = broadcast_operands({{"mean_q", mean_q}, {"s_q", s_q}, {"mean_p", mean_p}, {"s_p", s_p}});
-  Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, {"mean_q", mean_q});
-  check_event_ndim(event_ndim, shape);
-  check_mask(mask, shape, {"mean_q", mean_q});
+  Gaussians given(mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask);
+  const Shape& shape = given.shape;
+  Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, given.anchor());
   check_float("out_dtype", out_dtype);
-  ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
   Tensor z = num_samples ? allocate(out, out_dtype, Device(mean_q)) : allocate(out, out_dtype, mean_q);
   Tiling tiling = event_tiling(shape, event_ndim);
-  Terms kl(shape, event_ndim, dtype, mean_q, tiling);
-  GaussianRsampleKL args{{mean_q, shape},
-                         {s_q, shape},
-                         {mean_p, shape},
-                         {s_p, shape},
-                         {noise, seed, noise_offset, num_samples, temperature, shape},
-                         parse_scale(scale),
-                         parse_scale(scale_p),
-                         tiling,
-                         shape.numel(),
-                         {z, out},
-                         &kl};
-  args.mask = {mask, shape};
-  FASTELBO_RUN(gaussian_rsample_kl_fwd, dtype, args.scale.exponential() && args.scale_p.exponential(), args,
-               tiling.tiles());
-  return {z, kl.finish(dtype, tiling)};
+  Terms kl(shape, event_ndim, given.dtype, mean_q, tiling);
+  GaussianRsampleKL args{
+      {given, tiling, kl}, {noise, seed, noise_offset, num_samples, temperature, shape}, shape.numel()};
+  args.z = {z, out};
+  FASTELBO_RUN(gaussian_rsample_kl_fwd, given.dtype, given.exponential(), args, tiling.tiles());
+  return {z, kl.finish(given.dtype, tiling)};
 }
 
 // Returns d_mean_q, d_s_q, d_mean_p, d_s_p, each of the full broadcast shape; the last two are empty without
@@ -64,44 +43,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
     std::optional<Tensor> seed, std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples,
     double temperature, std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
     std::optional<double> balance, std::optional<Tensor> mask, bool prior_grad) {
-  check_prior(mean_p, s_p, scale_p, prior_grad);
-  Shape shape = broadcast_operands({{"mean_q", mean_q}, {"s_q", s_q}, {"mean_p", mean_p}, {"s_p", s_p}});
-  Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, {"mean_q", mean_q});
-  check_event_ndim(event_ndim, shape);
+  Gaussians given(mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask, prior_grad);
+  const Shape& shape = given.shape;
+  Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, given.anchor());
   check_balance(balance);
-  check_mask(mask, shape, {"mean_q", mean_q});
-  check_upstream("d_z", d_z, out, {"mean_q", mean_q});
-  check_upstream("d_kl", d_kl, shape.drop_trailing(event_ndim), {"mean_q", mean_q});
-  ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
-  Device device(mean_q);
-  Tensor d_mean_q = allocate_gradient(shape, mean_q, dtype, device),
-         d_s_q = allocate_gradient(shape, s_q, dtype, device);
-  Tensor d_mean_p = allocate_gradient(shape, mean_p, dtype, device, prior_grad),
-         d_s_p = allocate_gradient(shape, s_p, dtype, device, prior_grad);
-  GaussianRsampleKL args{{mean_q, shape},
-                         {s_q, shape},
-                         {mean_p, shape},
-                         {s_p, shape},
+  check_upstream("d_z", d_z, out, given.anchor());
+  check_upstream("d_kl", d_kl, shape.drop_trailing(event_ndim), given.anchor());
+  GaussianGradients grads(given, prior_grad);
+  GaussianRsampleKL args{{given, d_kl, event_ndim, balance, grads},
                          {noise, seed, noise_offset, num_samples, temperature, shape},
-                         parse_scale(scale),
-                         parse_scale(scale_p),
-                         {1, shape.numel()},
-                         shape.numel(),
-                         {},
-                         nullptr,
-                         {d_z, out},
-                         {d_kl, shape, event_ndim},
-                         {d_mean_q, shape},
-                         {d_s_q, shape}};
-  args.mask = {mask, shape};
-  args.share = Shares<double>(balance);
-  if (prior_grad) {
-    args.d_mean_p = {d_mean_p, shape};
-    args.d_s_p = {d_s_p, shape};
-  }
-  FASTELBO_RUN(gaussian_rsample_kl_bwd, dtype, args.scale.exponential() && args.scale_p.exponential(), args,
-               args.tiling.tiles());
-  return {d_mean_q, d_s_q, d_mean_p, d_s_p};
+                         shape.numel()};
+  args.d_z = {d_z, out};
+  FASTELBO_RUN(gaussian_rsample_kl_bwd, given.dtype, given.exponential(), args, args.tiling.tiles());
+  return grads.result();
 }
 
 }  // namespace fastelbo

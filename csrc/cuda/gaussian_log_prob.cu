@@ -91,6 +91,23 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
 
 namespace fastelbo {
 
+// What forward and backward read.
+template <class Access>
+device::GaussianLogProb<Access> gaussian_log_prob_args(const Plan& plan, const Scale& scale, bool negative,
+                                                       const View& x, const View& mean, const View& s,
+                                                       const View& mask) {
+  device::GaussianLogProb<Access> args{};
+  args.layout = plan.layout;
+  args.work = plan.work;
+  args.scale = typename Access::Scale(scale);
+  args.sign = negative ? 1 : -1;
+  args.x = operand<Access>(x, plan);
+  args.mean = operand<Access>(mean, plan);
+  args.s = operand<Access>(s, plan);
+  args.mask = operand<Access>(mask, plan);
+  return args;
+}
+
 Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double> scale_numbers, int64_t event_ndim,
                              bool negative, std::optional<Tensor> mask, bool full) {
   Shape shape = broadcast_operands({{"x", x}, {"mean", mean}, {"s", s}});
@@ -107,18 +124,10 @@ Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double
   log_prob.make_room(plan);
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
-    using V = typename Access::Value;
-    device::GaussianLogProb<Access> args{plan.layout,
-                                         plan.work,
-                                         typename Access::Scale(scale),
-                                         V(negative ? 1 : -1),
-                                         V(full ? kHalfLogTwoPi : 0),
-                                         operand<Access>(x_view, plan),
-                                         operand<Access>(mean_view, plan),
-                                         operand<Access>(s_view, plan),
-                                         operand<Access>(log_prob.elements, plan),
-                                         log_prob.sums<V>()};
-    args.mask = operand<Access>(mask_view, plan);
+    auto args = gaussian_log_prob_args<Access>(plan, scale, negative, x_view, mean_view, s_view, mask_view);
+    args.constant = full ? kHalfLogTwoPi : 0;
+    args.log_prob = operand<Access>(log_prob.elements, plan);
+    args.sums = log_prob.sums<typename Access::Value>();
     launch(device::gaussian_log_prob_fwd_kernel<Access, exponential.value>, args, plan.work.blocks);
   });
   return log_prob.finish(launch, plan);
@@ -152,23 +161,12 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
   if (one_s) partial = allocate(Shape{plan.work.blocks}, ScalarType::Double, device);
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
-    using V = typename Access::Value;
-    device::GaussianLogProb<Access> args{plan.layout,
-                                         plan.work,
-                                         typename Access::Scale(scale),
-                                         V(negative ? 1 : -1),
-                                         {},
-                                         operand<Access>(x_view, plan),
-                                         operand<Access>(mean_view, plan),
-                                         operand<Access>(s_view, plan),
-                                         {},
-                                         {},
-                                         operand<Access>(d_out_view, plan),
-                                         operand<Access>(d_x_view, plan),
-                                         operand<Access>(d_mean_view, plan),
-                                         operand<Access>(d_s_view, plan),
-                                         partial ? static_cast<double*>(partial->data_ptr()) : nullptr,
-                                         operand<Access>(mask_view, plan)};
+    auto args = gaussian_log_prob_args<Access>(plan, scale, negative, x_view, mean_view, s_view, mask_view);
+    args.d_out = operand<Access>(d_out_view, plan);
+    args.d_x = operand<Access>(d_x_view, plan);
+    args.d_mean = operand<Access>(d_mean_view, plan);
+    args.d_s = operand<Access>(d_s_view, plan);
+    args.d_s_partial = partial ? static_cast<double*>(partial->data_ptr()) : nullptr;
     launch(device::gaussian_log_prob_bwd_kernel<Access, exponential.value>, args, plan.work.blocks);
   });
   if (partial) add_partials(launch, *partial, 1, plan.work.blocks, dtype, d_s.data_ptr());

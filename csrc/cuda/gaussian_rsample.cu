@@ -88,13 +88,12 @@ Tensor gaussian_rsample_fwd(Tensor mean, Tensor s, std::optional<Tensor> seed, s
             num_samples, {&mean_view, &s_view, &z_view, &noise_view});
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
-    device::GaussianRsample<Access> args{plan.layout,
-                                         plan.work,
-                                         draw<Access>(seed, noise_view, num_samples, temperature, z_view, plan),
-                                         typename Access::Scale(scale),
-                                         operand<Access>(mean_view, plan),
-                                         operand<Access>(s_view, plan),
-                                         operand<Access>(z_view, plan)};
+    device::GaussianRsample<Access> args{plan.layout, plan.work};
+    args.draw = draw<Access>(seed, noise_view, num_samples, temperature, z_view, plan);
+    args.scale = typename Access::Scale(scale);
+    args.mean = operand<Access>(mean_view, plan);
+    args.s = operand<Access>(s_view, plan);
+    args.z = operand<Access>(z_view, plan);
     launch(device::gaussian_rsample_fwd_kernel<Access, exponential.value>, args, plan.work.blocks);
   });
   return z;
@@ -119,15 +118,12 @@ Tensor gaussian_rsample_bwd(Tensor d_z, Tensor s, std::optional<Tensor> seed, st
             {&s_view, &d_s_view, &d_z_view, &noise_view});
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
-    device::GaussianRsample<Access> args{plan.layout,
-                                         plan.work,
-                                         draw<Access>(seed, noise_view, num_samples, temperature, d_z_view, plan),
-                                         typename Access::Scale(scale),
-                                         {},
-                                         operand<Access>(s_view, plan),
-                                         {},
-                                         operand<Access>(d_z_view, plan),
-                                         operand<Access>(d_s_view, plan)};
+    device::GaussianRsample<Access> args{plan.layout, plan.work};
+    args.draw = draw<Access>(seed, noise_view, num_samples, temperature, d_z_view, plan);
+    args.scale = typename Access::Scale(scale);
+    args.s = operand<Access>(s_view, plan);
+    args.d_z = operand<Access>(d_z_view, plan);
+    args.d_s = operand<Access>(d_s_view, plan);
     launch(device::gaussian_rsample_bwd_kernel<Access, exponential.value>, args, plan.work.blocks);
   });
   return d_s;

@@ -1,27 +1,12 @@
 // A posterior sample and its KL divergence from the prior in one pass over the data, forward and backward.
-#include "../common/checks.h"
-#include "prior.cuh"
+#include "gaussians.cuh"
 
 namespace fastelbo::device {
 
 template <class Access>
-struct GaussianRsampleKL {
-  using V = typename Access::Value;
-  using Operand = typename Access::Operand;
-  Layout layout;
-  Work work;
+struct GaussianRsampleKL : GaussianOperands<Access> {
   Draw<Access> draw;
-  typename Access::Scale scale, scale_p;
-  Operand mean_q, s_q, mean_p, s_p;  // [rows, columns]; no mean_p: the standard normal
-  Operand z;                         // [K, rows, columns]
-  Operand kl;                        // [rows, columns], where elementwise
-  Sums<V> sums;                      // where not
-  Operand d_z;                       // [K, rows, columns]
-  Operand d_kl;                      // [rows, columns]
-  Operand d_mean_q, d_s_q, d_mean_p, d_s_p;  // [rows, columns]; no d_mean_p: the prior needs no gradient
-  Operand mask;                      // [rows, columns]; none: every element counts
-  Shares<V> share;                   // of d_kl
-  bool same = false;                 // the scales, but for the clamp
+  typename Access::Operand z, d_z;  // [K, rows, columns]
 };
 
 template <class Access, bool exponential, Prior prior>
@@ -34,34 +19,16 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
   RowSums<Access> sums;
   for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
-    V mean_q[n], std[n], kl[n];
+    V mean_q[n], s_q[n], std[n], kl[n];
     Access::load(args.mean_q, args.layout, place, mean_q);
-    Access::load(args.s_q, args.layout, place, std);
-    if (!has_prior<prior>(args.mean_p)) {
-      FASTELBO_UNROLL
-      for (int i = 0; i < n; ++i) {
-        auto q = spread<exponential>(args.scale, std[i]);
-        kl[i] = gaussian_kl(mean_q[i], ratio_terms(q), q).value;
-        std[i] = args.draw.temperature * q.std;
-      }
-    } else {
-      V mean_p[n], s_p[n];
-      Access::load(args.mean_p, args.layout, place, mean_p);
-      Access::load(args.s_p, args.layout, place, s_p);
-      FASTELBO_UNROLL
-      for (int i = 0; i < n; ++i) {
-        auto q = spread<exponential>(args.scale, std[i]), p = spread<exponential>(args.scale_p, s_p[i]);
-        auto ratio = ratio_terms(args.scale, args.scale_p, args.same, std[i], q, s_p[i], p);
-        kl[i] = gaussian_kl(mean_q[i] - mean_p[i], ratio, q, p).value;
-        std[i] = args.draw.temperature * q.std;
-      }
-    }
+    Access::load(args.s_q, args.layout, place, s_q);
+    each_kl<exponential, prior>(args, place, mean_q, s_q, [&](int i, const auto& q, const auto& found, V) {
+      kl[i] = found.value;
+      std[i] = args.draw.temperature * q.std;
+    });
     const uint32_t kept = Access::kept(args.mask, args.layout, place);
     select(kept, kl);
-    if (args.kl.data)
-      Access::store_term(args.kl, args.layout, place, kl);
-    else
-      sums.add(args.layout, thread, place, kl);
+    store_kl(args, thread, place, sums, kl);
     uint32_t sample = 0;
     do {
       V z[n];
@@ -84,12 +51,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
   const PhiloxKeys<uint32_t> keys = args.draw.keys();
   for (auto group = thread.first; group < thread.end; group += thread.lanes) {
     auto place = Access::place(args.layout, thread.row, group);
-    V mean_q[n], s_q[n], upstream[n], sampled[n] = {},
-                                      noisy[n] = {};  // the sums over samples of d_z and of d_z * noise
-    Access::load(args.mean_q, args.layout, place, mean_q);
-    Access::load(args.s_q, args.layout, place, s_q);
-    Access::load_term(args.d_kl, args.layout, place, upstream);
-    const uint32_t kept = Access::kept(args.mask, args.layout, place);
+    V sampled[n] = {}, noisy[n] = {};  // the sums over samples of d_z and of d_z * noise
     uint32_t sample = 0;
     do {
       V d_z[n], noise[n];
@@ -101,42 +63,10 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
         noisy[i] = fma(d_z[i], noise[i], noisy[i]);
       }
     } while (++sample < args.draw.samples);
-    if (!has_prior<prior>(args.mean_p)) {
-      FASTELBO_UNROLL
-      for (int i = 0; i < n; ++i) {
-        auto q = spread<exponential>(args.scale, s_q[i]);
-        auto kl = gaussian_kl(mean_q[i], ratio_terms(q), q);
-        mean_q[i] = fma(upstream[i], kl.d_mean_q, sampled[i]);
-        V d_s = fma(args.draw.temperature * q.d_std, noisy[i], upstream[i] * kl.d_s_q);
-        s_q[i] = clamp_gradient(args.scale, s_q[i], d_s);
-      }
-    } else {
-      V mean_p[n], s_p[n];
-      Access::load(args.mean_p, args.layout, place, mean_p);
-      Access::load(args.s_p, args.layout, place, s_p);
-      FASTELBO_UNROLL
-      for (int i = 0; i < n; ++i) {
-        auto q = spread<exponential>(args.scale, s_q[i]), p = spread<exponential>(args.scale_p, s_p[i]);
-        auto ratio = ratio_terms(args.scale, args.scale_p, args.same, s_q[i], q, s_p[i], p);
-        auto kl = gaussian_kl(mean_q[i] - mean_p[i], ratio, q, p);
-        V to_q = args.share.q * upstream[i], to_p = args.share.p * upstream[i];
-        mean_q[i] = to_q * kl.d_mean_q + sampled[i];
-        mean_p[i] = -to_p * kl.d_mean_q;
-        V d_s = fma(args.draw.temperature * q.d_std, noisy[i], to_q * kl.d_s_q);
-        s_q[i] = clamp_gradient(args.scale, s_q[i], d_s);
-        s_p[i] = clamp_gradient(args.scale_p, s_p[i], to_p * kl.d_s_p);
-      }
-      if (args.d_mean_p.data) {
-        select(kept, mean_p);
-        select(kept, s_p);
-        Access::store(args.d_mean_p, args.layout, place, mean_p);
-        Access::store(args.d_s_p, args.layout, place, s_p);
-      }
-    }
-    select(kept, mean_q);
-    select(kept, s_q);
-    Access::store(args.d_mean_q, args.layout, place, mean_q);
-    Access::store(args.d_s_q, args.layout, place, s_q);
+    gradients<exponential, prior>(args, place, [&](int i, V to_q, const auto& q, const auto& kl, V& d_mean, V& d_s) {
+      d_mean = fma(to_q, kl.d_mean_q, sampled[i]);
+      d_s = fma(args.draw.temperature * q.d_std, noisy[i], to_q * kl.d_s_q);
+    });
   }
 }
 
@@ -147,42 +77,27 @@ namespace fastelbo {
 std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
     Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p, std::optional<Tensor> seed,
     std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
-    std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers, int64_t event_ndim,
+    std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
     std::optional<Tensor> mask, ScalarType out_dtype, std::optional<double>) {
-  check_prior(mean_p, s_p, scale_p_numbers);
-  Shape shape = broadcast_operands({{"mean_q", mean_q}, {"s_q", s_q}, {"mean_p", mean_p}, {"s_p", s_p}});
-  Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, {"mean_q", mean_q});
-  check_event_ndim(event_ndim, shape);
-  check_mask(mask, shape, {"mean_q", mean_q});
+  Gaussians given(mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask);
+  const Shape& shape = given.shape;
+  Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, given.anchor());
   check_float("out_dtype", out_dtype);
   Launcher launch("gaussian_rsample_kl_fwd", mean_q);
-  ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
-  Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
   Tensor z = num_samples ? allocate(out, out_dtype, Device(mean_q)) : allocate(out, out_dtype, mean_q);
-  Terms kl(shape, event_ndim, dtype, mean_q);
-  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape),
-      mask_view(mask, shape);
+  Terms kl(shape, event_ndim, given.dtype, mean_q);
+  GaussianViews both(given);
   View z_view = View::of_samples(z, shape, num_samples), noise_view = View::of_samples(noise, shape, num_samples);
-  Plan plan(shape, event_ndim, dtype, {scale, scale_p}, noise ? std::nullopt : std::optional(noise_offset), num_samples,
-            {&mean_q_view, &s_q_view, &mean_p_view, &s_p_view, &z_view, &noise_view, &mask_view, &kl.elements});
+  Plan plan(shape, event_ndim, given.dtype, {given.scale, given.scale_p},
+            noise ? std::nullopt : std::optional(noise_offset), num_samples,
+            {&both.mean_q, &both.s_q, &both.mean_p, &both.s_p, &both.mask, &z_view, &noise_view, &kl.elements});
   kl.make_room(plan);
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
-    using V = typename Access::Value;
-    device::GaussianRsampleKL<Access> args{plan.layout,
-                                           plan.work,
-                                           draw<Access>(seed, noise_view, num_samples, temperature, z_view, plan),
-                                           typename Access::Scale(scale),
-                                           typename Access::Scale(scale_p),
-                                           operand<Access>(mean_q_view, plan),
-                                           operand<Access>(s_q_view, plan),
-                                           operand<Access>(mean_p_view, plan),
-                                           operand<Access>(s_p_view, plan),
-                                           operand<Access>(z_view, plan),
-                                           operand<Access>(kl.elements, plan),
-                                           kl.sums<V>()};
-    args.mask = operand<Access>(mask_view, plan);
-    args.same = scale.same(scale_p);
+    device::GaussianRsampleKL<Access> args{};
+    both.fill<Access>(args, plan, kl);
+    args.draw = draw<Access>(seed, noise_view, num_samples, temperature, z_view, plan);
+    args.z = operand<Access>(z_view, plan);
     with_prior<Access>(mean_p.has_value(), [&](auto prior) {
       launch(device::gaussian_rsample_kl_fwd_kernel<Access, exponential.value, prior.value>, args, plan.work.blocks);
     });
@@ -195,51 +110,28 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
 std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
     Tensor d_z, Tensor d_kl, Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p,
     std::optional<Tensor> seed, std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples,
-    double temperature, std::vector<double> scale_numbers, std::optional<std::vector<double>> scale_p_numbers,
-    int64_t event_ndim, std::optional<double> balance, std::optional<Tensor> mask, bool prior_grad) {
-  check_prior(mean_p, s_p, scale_p_numbers, prior_grad);
-  Shape shape = broadcast_operands({{"mean_q", mean_q}, {"s_q", s_q}, {"mean_p", mean_p}, {"s_p", s_p}});
-  Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, {"mean_q", mean_q});
-  check_event_ndim(event_ndim, shape);
+    double temperature, std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
+    std::optional<double> balance, std::optional<Tensor> mask, bool prior_grad) {
+  Gaussians given(mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask, prior_grad);
+  const Shape& shape = given.shape;
+  Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, given.anchor());
   check_balance(balance);
-  check_mask(mask, shape, {"mean_q", mean_q});
-  check_upstream("d_z", d_z, out, {"mean_q", mean_q});
-  check_upstream("d_kl", d_kl, shape.drop_trailing(event_ndim), {"mean_q", mean_q});
+  check_upstream("d_z", d_z, out, given.anchor());
+  check_upstream("d_kl", d_kl, shape.drop_trailing(event_ndim), given.anchor());
   Launcher launch("gaussian_rsample_kl_bwd", mean_q);
-  ScalarType dtype = arithmetic_type({&mean_q, &s_q, pointer(mean_p), pointer(s_p)});
-  Scale scale = parse_scale(scale_numbers), scale_p = parse_scale(scale_p_numbers);
-  GaussianGradients grads(shape, mean_q, s_q, mean_p, s_p, dtype, prior_grad);
-  View mean_q_view(mean_q, shape), s_q_view(s_q, shape), mean_p_view(mean_p, shape), s_p_view(s_p, shape),
-      mask_view(mask, shape);
+  GaussianGradients grads(given, prior_grad);
+  GaussianViews both(given, d_kl, event_ndim, balance, grads);
   View d_z_view = View::of_samples(d_z, shape, num_samples), noise_view = View::of_samples(noise, shape, num_samples);
-  View d_kl_view = View::of_term(d_kl, shape, event_ndim);
-  Plan plan(shape, 0, dtype, {scale, scale_p}, noise ? std::nullopt : std::optional(noise_offset), num_samples,
-            {&mean_q_view, &s_q_view, &mean_p_view, &s_p_view, &d_z_view, &noise_view, &d_kl_view, &grads.d_mean_q_view,
-             &grads.d_s_q_view, &grads.d_mean_p_view, &grads.d_s_p_view, &mask_view});
+  Plan plan(shape, 0, given.dtype, {given.scale, given.scale_p}, noise ? std::nullopt : std::optional(noise_offset),
+            num_samples,
+            {&both.mean_q, &both.s_q, &both.mean_p, &both.s_p, &both.mask, &d_z_view, &noise_view, &both.d_kl,
+             &both.d_mean_q, &both.d_s_q, &both.d_mean_p, &both.d_s_p});
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
-    using V = typename Access::Value;
-    device::GaussianRsampleKL<Access> args{plan.layout,
-                                           plan.work,
-                                           draw<Access>(seed, noise_view, num_samples, temperature, d_z_view, plan),
-                                           typename Access::Scale(scale),
-                                           typename Access::Scale(scale_p),
-                                           operand<Access>(mean_q_view, plan),
-                                           operand<Access>(s_q_view, plan),
-                                           operand<Access>(mean_p_view, plan),
-                                           operand<Access>(s_p_view, plan),
-                                           {},
-                                           {},
-                                           {},
-                                           operand<Access>(d_z_view, plan),
-                                           operand<Access>(d_kl_view, plan),
-                                           operand<Access>(grads.d_mean_q_view, plan),
-                                           operand<Access>(grads.d_s_q_view, plan),
-                                           operand<Access>(grads.d_mean_p_view, plan),
-                                           operand<Access>(grads.d_s_p_view, plan),
-                                           operand<Access>(mask_view, plan)};
-    args.share = Shares<V>(balance);
-    args.same = scale.same(scale_p);
+    device::GaussianRsampleKL<Access> args{};
+    both.fill<Access>(args, plan);
+    args.draw = draw<Access>(seed, noise_view, num_samples, temperature, d_z_view, plan);
+    args.d_z = operand<Access>(d_z_view, plan);
     with_prior<Access>(mean_p.has_value(), [&](auto prior) {
       launch(device::gaussian_rsample_kl_bwd_kernel<Access, exponential.value, prior.value>, args, plan.work.blocks);
     });

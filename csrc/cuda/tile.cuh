@@ -168,6 +168,7 @@ struct PlainScale : ScaleKinds {
   float clamp_lo, clamp_hi;
   static constexpr float soft_clamp = 0, inv_soft_clamp = 0;
 
+  PlainScale() = default;
   explicit PlainScale(const fastelbo::Scale& scale)
       : kind(scale.kind),
         clamp_grad(scale.clamp_grad),
