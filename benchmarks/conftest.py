@@ -26,7 +26,7 @@ ORDER = ("test_speed", "test_convolutions", "test_sampling", "test_memory", "tes
 OPS = {case.op for case in cases.CASES} | {"masked_conv2d", "sampling"} | {one.op for one in DROP_INS}
 RIVALS = tuple(dict.fromkeys((*cases.RIVALS, *convolutions.RIVALS, *sampling.RIVALS)))
 ROWS, BASELINE, COMPARED = pytest.StashKey[list](), pytest.StashKey[list](), pytest.StashKey[list]()
-STARTED, DONE = pytest.StashKey[float](), pytest.StashKey[set]()
+STARTED, DONE, FAILURES = pytest.StashKey[float](), pytest.StashKey[set](), pytest.StashKey[dict]()
 
 
 def at_least(least: int, kind: type) -> Callable:
@@ -95,14 +95,18 @@ def pytest_addoption(parser):
         help="with --compare: exit status 1 where one of ours takes more than so many times as long as on the same "
         "machine, beyond the noise, or where there is nothing to compare with",
     )
-    add("--unverified", action="store_true", help="time ops without running their tests; the rows say so")
+    add(
+        "--unverified",
+        action="store_true",
+        help="time ops without running their tests, or where --verdict says that these fail; the rows say so",
+    )
     add("--verdict", type=Path, metavar="XML", help="pytest's --junitxml of the ops' tests, run just before")
 
 
 def pytest_configure(config):
     option = config.option
     config.stash[ROWS], config.stash[COMPARED] = [], []
-    config.stash[STARTED], config.stash[DONE] = time.monotonic(), set()
+    config.stash[STARTED], config.stash[DONE], config.stash[FAILURES] = time.monotonic(), set(), {}
     option.verbose = option.verbose or 1  # a line for each case
     known = cases.SIZES[option.device]
     for shape in option.shape or ():
@@ -139,6 +143,8 @@ def device(request) -> torch.device:
     name = request.config.option.device
     if name == "cuda" and not torch.cuda.is_available():
         pytest.exit("--device cuda needs a GPU, and torch finds none", returncode=2)
+    if name == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be captured in a graph
     return torch.device(name)
 
 
@@ -147,15 +153,14 @@ def backends(device) -> list[str]:
     return cases.usable_backends(device)
 
 
-@pytest.fixture(scope="session")
-def save(request, device, backends) -> Callable[[str, list[dict]], None]:
+@pytest.fixture
+def save(request, device, backends, unverified) -> Callable[[str, list[dict]], None]:
     """Keeps the rows of a case: for the table, and on disk at once, in the file whose name begins so."""
     option, kept = request.config.option, request.config.stash[ROWS]
-    session = machine.session(device) | {"verified": "no" if option.unverified else "yes"}
 
     def append(name: str, found: list[dict]) -> None:
         kind = rows.FILES[name]
-        common = session | {"timestamp": machine.now()}
+        common = machine.session(device) | {"verified": "no" if unverified else "yes", "timestamp": machine.now()}
         common = {name: value for name, value in common.items() if name in rows.columns_of(kind)}
         made = [kind(**common, **row) for row in found]
         kept.extend(made)
@@ -169,16 +174,23 @@ def save(request, device, backends) -> Callable[[str, list[dict]], None]:
     return append
 
 
-@pytest.fixture(scope="session")
-def passing(request, backends) -> Callable[[str], None]:
+@pytest.fixture
+def unverified() -> list[str]:
+    """Why the rows of a case are not verified."""
+    return []
+
+
+@pytest.fixture
+def passing(request, backends, unverified) -> Callable[[str], None]:
     """Fails a case that tests/test_<name>.py tests, unless those pass; they run once, before the first such case."""
     option, reporter = request.config.option, request.config.pluginmanager.get_plugin("terminalreporter")
     capture = request.config.pluginmanager.get_plugin("capturemanager")
-    failures: dict[str, str] = {}
 
     def failure_of(name: str) -> str:
         if option.verdict:
             return machine.recorded_failure(name, option.verdict)
+        if option.unverified:
+            return "its tests were not run"
         with capture.global_and_fixture_disabled():
             reporter.ensure_newline()
             reporter.write_line(f"running tests/test_{name}.py first (--unverified does without)")
@@ -187,12 +199,12 @@ def passing(request, backends) -> Callable[[str], None]:
         return machine.test_failure(name, request.config.rootpath, only)
 
     def check(name: str) -> None:
-        if option.unverified:
-            return
+        failures = request.config.stash[FAILURES]
         if name not in failures:
             failures[name] = failure_of(name)
-        if failures[name]:
+        if failures[name] and not option.unverified:
             pytest.fail(f"not timed, its tests must pass first (or --unverified): {failures[name]}", pytrace=False)
+        unverified.extend(filter(None, [failures[name]]))
 
     return check
 

@@ -1,10 +1,13 @@
 """Layers of masked convolutions that people train, and the lines that users could write for them.
 
-"eager" is a product with the mask and a full convolution; "crop" and "crop_sliced" are the convolution cropped to the
-rows at or above the centre, by padding above or by computing rows too many; "compile" is torch.compile of the crop.
-All of them are timed in both memory formats.
+"eager" is a product with the mask and a full convolution; "full" is that convolution alone, of a weight whose dead taps
+are zero, which no training keeps so; "crop" and "crop_sliced" are the convolution cropped to the rows at or above the
+centre, by padding above or by computing rows too many; "compile" is torch.compile of the crop; "_benchmark" is under
+torch.backends.cudnn.benchmark. All of them are timed in both memory formats. "tma" is Triton's backend as
+FASTELBO_CONV=tma has it, of the layers that it takes then.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,11 +16,15 @@ import cases
 import torch
 import torch.nn.functional as F  # noqa: N812
 from ratios import form_of, measured
+from rows import OURS
 
 import fastelbo
 
-PASSES = ("forward", "forward_backward")
-RIVALS = ("eager", "crop", "compile")
+PASSES = {"cpu": ("forward", "forward_backward"), "cuda": ("forward", "d_input", "d_weight", "forward_backward")}
+RIVALS = ("eager", "full", "crop", "compile")
+SMALL = 10**10  # operations: a kernel takes 20 us or less of them on an H200, and its launch as long
+RUNS = 10  # of ours on a GPU, which must give the same bits
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.005}  # of the largest value; TF32 in float32
 
 
 class Layer(NamedTuple):
@@ -42,6 +49,15 @@ class Layer(NamedTuple):
     def live(self):
         return (self.k**2 - 1) // 2 + (self.mask_type == "B")
 
+    @property
+    def of_data(self):
+        """Whether it is a network's first: data wants no gradient."""
+        return self.c_in <= 4
+
+    @property
+    def small(self):
+        return 2 * self.n * self.size**2 * self.c_in * self.c_out * self.live < SMALL
+
 
 LAYERS = [
     Layer(128, 1, 64, 28, 7, "A"),  # jzbontar, first
@@ -61,39 +77,55 @@ QUICK = (LAYERS[0], LAYERS[3], LAYERS[8])
 
 @dataclass(frozen=True)
 class Timed:
-    """One pass of a layer."""
+    """One pass of a layer, on a kind of device."""
 
     layer: Layer
     dtype: str
     pass_: str
+    device: str = "cpu"
 
     def __str__(self):
         return f"{self.layer.name}-{self.layer.shape}-{self.dtype}-{self.pass_}"
 
     @property
-    def with_backward(self) -> bool:
-        return self.pass_ == "forward_backward"
+    def timings(self) -> tuple[str, ...]:
+        """As in rows.Row: kernels by events, and in graphs where a launch takes as long; the host where users wait."""
+        if self.device == "cpu":
+            return ("host",)
+        found = {"forward": ("events", "host"), "forward_backward": ("events", "host")[: 1 + self.layer.small]}
+        graph = ("graph",) if self.layer.small and self.pass_ != "forward_backward" else ()
+        return found.get(self.pass_, ("events",)) + graph
+
+    @property
+    def wanted(self) -> tuple[bool, bool, bool]:
+        """Whether input, weight and bias get a gradient."""
+        both = self.pass_ == "forward_backward"
+        return (both and not self.layer.of_data) or self.pass_ == "d_input", both or self.pass_ == "d_weight", both
 
 
 def timed(device: str, shapes=(), ops=(), dtypes=(), quick=False) -> list[Timed]:
     """What is to be timed, as cases.timed."""
     return [
-        Timed(layer, dtype, pass_)
+        Timed(layer, dtype, pass_, device)
+        for pass_ in PASSES[device]
         for layer in LAYERS
         if "masked_conv2d" in (ops or ["masked_conv2d"])
         if (layer.shape in shapes if shapes else layer in QUICK or not quick)
+        if not (pass_ == "d_input" and layer.of_data)
         for dtype in (dtypes or [{"cpu": "float32", "cuda": "bfloat16"}[device]])
-        for pass_ in PASSES
     ]
 
 
-def contestants(layer: Layer, dtype: torch.dtype, device: torch.device, backends: list[str]):
-    """Functions of (input, weight, bias), and the memory format of each."""
-    pad = layer.k // 2
-    mask = fastelbo.conv_mask2d(layer.c_out, layer.c_in, layer.k, layer.mask_type).to(device, dtype)
+def contestants(case: Timed, device: torch.device, backends: list[str]):
+    """Functions of (input, weight, bias), the memory format of each, and what is to be set for its calls."""
+    layer, dtype = case.layer, getattr(torch, case.dtype)
+    pad, mask = layer.k // 2, mask_of(layer, dtype, device)
+
+    def full(x, weight, bias):
+        return F.conv2d(x, weight, bias, padding=pad)
 
     def eager(x, weight, bias):
-        return F.conv2d(x, weight * mask, bias, padding=pad)
+        return full(x, weight * mask, bias)
 
     def padded(x, weight, bias):
         return F.conv2d(F.pad(x, (0, 0, pad, 0)), (weight * mask)[:, :, : pad + 1], bias, padding=(0, pad))
@@ -104,55 +136,133 @@ def contestants(layer: Layer, dtype: torch.dtype, device: torch.device, backends
     def ours(backend):
         return lambda *inputs: fastelbo.masked_conv2d(*inputs, mask_type=layer.mask_type, backend=backend)
 
-    found = {}
+    found, on_gpu = {}, case.device == "cuda"
     for suffix, memory_format in (("", torch.contiguous_format), ("_channels_last", torch.channels_last)):
-        found |= {backend + suffix: (ours(backend), memory_format) for backend in backends}
-        found["eager" + suffix] = eager, memory_format
-        found["crop" + suffix] = padded, memory_format
-        found["crop_sliced" + suffix] = sliced, memory_format
-        found["compile" + suffix] = torch.compile(padded, fullgraph=True), memory_format
+        found |= {backend + suffix: (ours(backend), memory_format, []) for backend in backends}
+        if "triton" in backends and on_gpu and torch.cuda.get_device_capability()[0] == 9:
+            found["tma" + suffix] = ours("triton"), memory_format, over_boxes()
+        if on_gpu:  # first, because the plans that a search finds stay
+            found["full_benchmark" + suffix] = full, memory_format, searched(dtype)
+            found["crop_sliced_benchmark" + suffix] = sliced, memory_format, searched(dtype)
+        found["eager" + suffix] = eager, memory_format, []
+        found["full" + suffix] = full, memory_format, []
+        found["crop" + suffix] = padded, memory_format, []
+        found["crop_sliced" + suffix] = sliced, memory_format, []
+        # a compiled backward can run but once; on a GPU inductor lays convolutions out in channels last itself
+        if case.pass_ in ("forward", "forward_backward") and (suffix or not on_gpu):
+            found["compile" + suffix] = torch.compile(padded, fullgraph=True), memory_format, []
     return found
 
 
-def make_inputs(layer: Layer, dtype, device, memory_format, with_backward: bool) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = (layer.n, layer.c_in, layer.size, layer.size), (layer.c_out, layer.c_in, layer.k, layer.k)
-    x, weight = (torch.randn(shape, generator=generator).contiguous(memory_format=memory_format) for shape in shapes)
-    weight /= (layer.c_in * layer.live) ** 0.5
-    inputs = [tensor.to(device, dtype) for tensor in (x, weight, torch.randn(layer.c_out, generator=generator))]
-    for tensor in inputs[layer.c_in <= 4 :]:  # data wants no gradient
-        tensor.requires_grad_(with_backward)
-    return inputs
+def mask_of(layer: Layer, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return fastelbo.conv_mask2d(layer.c_out, layer.c_in, layer.k, layer.mask_type).to(device, dtype)
+
+
+def over_boxes() -> list[tuple]:
+    """What to set for a call as FASTELBO_CONV=tma has it."""
+    kernels, boxes = (importlib.import_module(f"fastelbo.kernels.masked_conv2d{name}") for name in ("", "_tma"))
+    return [(kernels, "boxes", boxes)]
+
+
+def searched(dtype: torch.dtype) -> list[tuple]:
+    """What to set for a call under torch.backends.cudnn.benchmark.
+
+    torch keeps one plan for each convolution, however it was found. Whether float32 may be rounded to TF32 is part of
+    what it knows a convolution by, and changes nothing of one in halves: those get a plan of their own by it.
+    """
+    cudnn = torch.backends.cudnn
+    other = [] if dtype == torch.float32 else [(cudnn.conv, "fp32_precision", "ieee")]
+    return [(cudnn, "benchmark", True), *other]
+
+
+def within(call: Callable, settings: list[tuple]) -> Callable:
+    """A call for whose time attributes of modules, (module, name, value), are set."""
+
+    def changed():
+        before = [getattr(module, name) for module, name, _ in settings]
+        for module, name, value in settings:
+            setattr(module, name, value)
+        try:
+            return call()
+        finally:
+            for (module, name, _), value in zip(settings, before, strict=True):
+                setattr(module, name, value)
+
+    return changed if settings else call
+
+
+def takes_boxes(call: Callable, boxes) -> bool:
+    """Whether a call within over_boxes launches any of their kernels."""
+    launch, taken = boxes.launch, []
+    within(call, [(boxes, "launch", lambda launches: taken.append(launch(launches)) or taken[-1])])()
+    return any(taken)
+
+
+def make_inputs(case: Timed, device, memory_format=torch.contiguous_format) -> list[torch.Tensor]:
+    """Input, weight, whose dead taps are zero, and bias."""
+    layer, generator = case.layer, torch.Generator(device).manual_seed(0)
+    shapes = (layer.n, layer.c_in, layer.size, layer.size), (layer.c_out, layer.c_in, layer.k, layer.k), (layer.c_out,)
+    inputs = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
+    inputs[1] *= mask_of(layer, torch.float32, device) / (layer.c_in * layer.live) ** 0.5
+    inputs = [x.to(getattr(torch, case.dtype)) for x in inputs]
+    inputs = [x.contiguous(memory_format=memory_format) if x.dim() == 4 else x for x in inputs]
+    return [x.requires_grad_(wanted) for x, wanted in zip(inputs, case.wanted, strict=True)]
+
+
+def exact(case: Timed, device, pass_: str) -> tuple[torch.Tensor, ...]:
+    """Outputs and gradients in float64, by products of matrices: the library has no fast convolution of those."""
+    inputs = [x.detach().double().requires_grad_(x.requires_grad) for x in make_inputs(case, device)]
+    mask, pad = mask_of(case.layer, torch.float64, device), case.layer.k // 2
+
+    def found():
+        return cases.flat(cases.bind(lambda x, w, b: F.conv2d(x, w * mask, b, padding=pad), inputs, pass_)())
+
+    return within(found, [(torch.backends.cudnn, "enabled", False)])()
 
 
 def calls(case: Timed, device: torch.device, backends: list[str], rivals) -> dict[str, Callable]:
     """Calls without arguments of ours and of the rivals that are wanted, all of which compute the same function.
 
     Raises:
-        AssertionError: if some do not.
+        AssertionError: if some do not, or if ours change from run to run.
     """
-    dtype = getattr(torch, case.dtype)
-    made = {}
-    for name, (function, memory_format) in contestants(case.layer, dtype, device, backends).items():
-        inputs = make_inputs(case.layer, dtype, device, memory_format, case.with_backward)
-        made[name] = cases.bind(function, inputs, case.pass_)
-    wanted = [name for name in made if form_of(name) in (*backends, *rivals)]
-    expected = cases.flat(made["eager"]())
-    for name in wanted:
-        cases.compare(name, cases.flat(made[name]()), expected, 1e-3 if dtype == torch.float32 else 0.1)
-    return {name: made[name] for name in wanted}
+    dtype, made, inputs = getattr(torch, case.dtype), {}, {}
+    pass_ = "backward" if case.pass_.startswith("d_") else case.pass_
+    expected, mask = exact(case, device, pass_), mask_of(case.layer, dtype, device)
+    for name, (function, memory_format, settings) in contestants(case, device, backends).items():
+        form = form_of(name)
+        if form not in (*OURS, *rivals):
+            continue
+        if memory_format not in inputs:
+            inputs[memory_format] = make_inputs(case, device, memory_format)
+        call = within(cases.bind(function, inputs[memory_format], pass_), settings)
+        if form == "tma" and not takes_boxes(call, settings[0][2]):
+            continue
+        results = cases.flat(call())
+        live = [x * mask if form == "full" and x.shape == mask.shape else x for x in results]
+        cases.compare(name, live, expected, TOLERANCE[dtype])
+        for _ in range(RUNS - 1 if form in OURS and case.device == "cuda" else 0):
+            same = map(torch.equal, cases.flat(call()), results)
+            assert all(same), f"{name}: other bits in another run"
+        made[name] = call
+    return made
 
 
-def bytes_moved(layer: Layer, dtype, with_backward: bool) -> int:
-    """Input, weight and output, once; in the backward their gradients and the first two again."""
-    size = torch.finfo(dtype).bits // 8
-    image = layer.n * layer.size**2
-    operands = image * layer.c_in + layer.c_out * layer.c_in * layer.live
-    return size * (operands + image * layer.c_out + with_backward * (2 * operands + image * layer.c_out))
+def timed_by(timing: str, calls: dict[str, Callable]) -> dict[str, Callable]:
+    """The contestants whose calls can tell: a plan that was searched for costs the host what others do."""
+    return {name: call for name, call in calls.items() if timing != "host" or "_benchmark" not in name}
 
 
-def fields(case: Timed, samples: dict[str, list[float]], on_gpu: bool) -> list[dict]:
+def bytes_moved(case: Timed) -> int:
+    """Input, weight and one result, once; in the backward their gradients and the first two again."""
+    layer = case.layer
+    image, size = layer.n * layer.size**2, torch.finfo(getattr(torch, case.dtype)).bits // 8
+    operands, output = image * layer.c_in + layer.c_out * layer.c_in * layer.live, image * layer.c_out
+    return size * (operands + output + (case.pass_ == "forward_backward") * (2 * operands + output))
+
+
+def fields(case: Timed, timing: str, samples: dict[str, list[float]]) -> list[dict]:
     """The fields of every contestant's row that do not say where it was timed."""
     common = {"op": "masked_conv2d", "case": case.layer.name, "shape": case.layer.shape, "dtype": case.dtype}
-    moved = bytes_moved(case.layer, getattr(torch, case.dtype), case.with_backward)
-    return measured(common | {"pass_": case.pass_, "bytes": moved}, samples, on_gpu)
+    common |= {"pass_": case.pass_, "bytes": bytes_moved(case), "timing": timing}
+    return measured(common, samples, case.device == "cuda")

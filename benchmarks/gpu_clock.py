@@ -1,10 +1,11 @@
-"""Times on a GPU: by its own events, with cold caches, and never waiting for the host."""
+"""Times on a GPU: by its own events, with cold caches, and never waiting for the host; in graphs; or by the host."""
 
 import math
 import time
 from collections import deque
 from collections.abc import Callable
 
+import host_clock
 import torch
 
 WARM_UP = 3
@@ -71,15 +72,11 @@ def measure(calls: dict[str, Callable], rounds: int, device: torch.device, cold:
 
 
 def in_graph(call: Callable) -> Callable:
-    """Replays a CUDA graph of GRAPH_CALLS calls."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
+    """Replays a CUDA graph of GRAPH_CALLS calls, captured on the current stream: a backward runs on its forward's."""
+    for _ in range(WARM_UP):
+        call()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for _ in range(GRAPH_CALLS):
             call()
     return graph.replay
@@ -90,6 +87,14 @@ def measure_in_graphs(calls: dict[str, Callable], rounds: int, device: torch.dev
     replays = {name: in_graph(call) for name, call in calls.items()}
     samples = measure(replays, rounds, device, cold=False)
     return {name: [seconds / GRAPH_CALLS for seconds in found] for name, found in samples.items()}
+
+
+# By what a row's timing says.
+CLOCKS = {
+    "host": lambda calls, rounds, device: host_clock.measure(calls, rounds),
+    "events": measure,
+    "graph": measure_in_graphs,
+}
 
 
 def rounds_for(elements: int, quick: bool) -> int:

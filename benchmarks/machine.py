@@ -1,5 +1,6 @@
 """What a row says beside its times: the machine, versions and commit, and whether the op's tests pass there."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -15,6 +16,7 @@ import torch
 import fastelbo
 
 
+@functools.cache
 def session(device: torch.device) -> dict:
     """What all rows of a session have in common, once the cpu backend is loaded."""
     on_gpu = device.type == "cuda"
@@ -85,7 +87,9 @@ def recorded_failure(op: str, verdict: Path) -> str:
     if not verdict.exists():
         return f"{verdict} does not exist: the tests were not run to their end"
     ran = [
-        case for case in ElementTree.parse(verdict).iter("testcase") if f"test_{op}" in case.get("classname").split(".")
+        case
+        for case in ElementTree.parse(verdict).iter("testcase")
+        if f"test_{op}" in case.get("classname", "").split(".")
     ]
     failed = [case.get("name") for case in ran if case.find("failure") is not None or case.find("error") is not None]
     if failed:

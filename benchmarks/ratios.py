@@ -13,8 +13,8 @@ def typical(samples: Sequence[float], on_gpu: bool) -> float:
 
 
 def form_of(contestant: str) -> str:
-    """A contestant, in whatever memory format and way of cropping."""
-    return contestant.removesuffix("_channels_last").removesuffix("_sliced")
+    """A contestant, in whatever memory format and way of cropping, and however its plan was found."""
+    return contestant.removesuffix("_channels_last").removesuffix("_benchmark").removesuffix("_sliced")
 
 
 def measured(common: dict, samples: dict[str, list[float]], on_gpu: bool = False) -> list[dict]:
@@ -60,3 +60,9 @@ def over(rows: Iterable[Row]) -> list[tuple[Row, dict[str, float]]]:
                 ours[channels_last] = row
         found += [(row, {name: time / row.typical_us for name, time in rivals.items()}) for row in ours.values()]
     return found
+
+
+def fastest_rival(ratios: dict[str, float]) -> str | None:
+    """Of those that `over` gives; a copy is none."""
+    rivals = {name: ratio for name, ratio in ratios.items() if name != "copy"}
+    return min(rivals, key=rivals.__getitem__, default=None)

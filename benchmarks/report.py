@@ -11,11 +11,14 @@ import tables
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", nargs="*", type=Path, help="CSV files of rows; default: all of benchmarks/results")
+    parser.add_argument("--slower", action="store_true", help="only the cases in which a rival is faster")
+    options = parser.parse_args()
     try:
-        stored = rows.stored_in(parser.parse_args().path or rows.result_files())
+        stored = rows.stored_in(options.path or rows.result_files())
     except (OSError, ValueError) as error:
         parser.exit(1, f"{error}\n")
-    for kind, table in ((rows.Row, tables.speed), (rows.MemoryRow, tables.memory)):
+    all_tables = (rows.Row, tables.speed), (rows.MemoryRow, tables.memory)
+    for kind, table in [(rows.Row, tables.slower)] if options.slower else all_tables:
         found = sorted((row for row in stored if isinstance(row, kind)), key=lambda row: row.run)
         for _, group in groupby(found, key=lambda row: row.run):
             of_run = list(group)

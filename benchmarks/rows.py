@@ -8,7 +8,7 @@ from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-OURS = ("cpu", "triton", "cuda")  # backends
+OURS = ("cpu", "triton", "cuda", "tma")  # backends; "tma": Triton's where FASTELBO_CONV says so
 OPS = Path(__file__).parent.parent / "fastelbo" / "ops"
 NOISY = 1.5  # a median this many times the minimum says that the machine was doing something else
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from ratios import compared, over
+from ratios import compared, fastest_rival, over
 from rows import OURS, MemoryRow, Row, topic
 
 PASSES = {"forward": "forward", "backward": "backward", "forward_backward": "fwd+bwd"}
@@ -18,7 +18,8 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 def case(row: Row) -> tuple[str, ...]:
     """The cells of CASE."""
-    pass_ = PASSES.get(row.pass_, row.pass_) + (" in a graph" if row.timing == "graph" else "")
+    timing = {"graph": " in a graph", "host": " on the host" if row.on_gpu else ""}
+    pass_ = PASSES.get(row.pass_, row.pass_) + timing.get(row.timing, "")
     return f"{row.op} {row.case}".strip(), pass_, row.shape, row.dtype, row.contestant
 
 
@@ -30,13 +31,28 @@ def speed(rows: Iterable[Row]) -> str:
     for name in ("speed", "convolutions", "sampling", "dropins"):
         found = over(row for row in rows if topic(row) == name)
         rivals = list(dict.fromkeys(rival for _, ratios in found for rival in ratios))
-        lines = [(*CASE, "us", *rivals, "")]
+        lines = [(*CASE, "us", *rivals, "best", "")]
         for row, ratios in found:
             marks = ["NOISY"] * (compared(row) in noisy) + ["UNVERIFIED"] * (row.verified != "yes")
-            cells = (f"{ratios[rival]:.2f}x" if rival in ratios else "" for rival in rivals)
+            cells = (f"{ratios[rival]:.2f}x" if rival in ratios else "" for rival in (*rivals, fastest_rival(ratios)))
             lines.append((*case(row), f"{row.typical_us:.4g}", *cells, "; ".join(marks)))
         tables += [aligned(lines)] if found else []
     return "\n\n".join(tables)
+
+
+def slower(rows: Iterable[Row]) -> str:
+    """The cases in which a rival is faster than the fastest of ours."""
+    fastest: dict[tuple, tuple[Row, dict[str, float]]] = {}
+    for row, ratios in over(rows):
+        if fastest_rival(ratios) and row.typical_us <= fastest.get(compared(row), (row,))[0].typical_us:
+            fastest[compared(row)] = row, ratios
+    lines = [(*CASE, "us", "faster", "")]
+    for row, ratios in fastest.values():
+        name = fastest_rival(ratios)
+        if ratios[name] < 1:
+            lines.append((*case(row), f"{row.typical_us:.4g}", name, f"{ratios[name]:.2f}x"))
+    found = f"a rival is faster in {len(lines) - 1} of {len(fastest)} cases"
+    return f"{found}\n{aligned(lines)}" if lines[1:] else found
 
 
 def memory(rows: Iterable[MemoryRow]) -> str:

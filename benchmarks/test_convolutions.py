@@ -1,7 +1,7 @@
 """Times masked convolutions: ours against all of its rivals in both memory formats, in turns, within one run."""
 
 import convolutions
-import host_clock
+import gpu_clock
 import torch
 
 
@@ -10,5 +10,7 @@ def test_convolutions(convolution, device, backends, passing, save, request):
     option = request.config.option
     torch._dynamo.reset()
     calls = convolutions.calls(convolution, device, backends, option.rival or convolutions.RIVALS)
-    samples = host_clock.measure(calls, option.rounds or (3 if option.quick else 10))
-    save("conv_", convolutions.fields(convolution, samples, device.type == "cuda"))
+    for timing in convolution.timings:
+        rounds = option.rounds or (3 if option.quick else 10)
+        samples = gpu_clock.CLOCKS[timing](convolutions.timed_by(timing, calls), rounds, device)
+        save("conv_", convolutions.fields(convolution, timing, samples))

@@ -2,7 +2,6 @@
 
 import cases
 import gpu_clock
-import host_clock
 import ratios
 import torch
 
@@ -22,11 +21,9 @@ def test_speed(timed, device, backends, passing, save, request):
     floor = cases.floor_bytes(case, inputs, pass_)
     calls["copy"] = cases.copy(floor, device)
 
-    if timing == "host":
-        samples = host_clock.measure(calls, option.rounds or (3 if option.quick else 10 if elements >= 2**24 else 30))
-    else:
-        measure = gpu_clock.measure_in_graphs if timing == "graph" else gpu_clock.measure
-        samples = measure(calls, option.rounds or gpu_clock.rounds_for(elements, option.quick), device)
+    rounds = 3 if option.quick else 10 if elements >= 2**24 else 30
+    rounds = rounds if timing == "host" else gpu_clock.rounds_for(elements, option.quick)
+    samples = gpu_clock.CLOCKS[timing](calls, option.rounds or rounds, device)
     common = {"op": case.op, "case": case.name, "shape": f"{shape[0]}x{shape[1]}", "dtype": timed.dtype}
     common |= {"pass_": pass_, "bytes": floor, "timing": timing}
     on_gpu = device.type == "cuda"

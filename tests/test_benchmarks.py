@@ -15,14 +15,10 @@ from pathlib import Path
 
 import cases
 import compare
-import convolutions
-import dropins
 import machine
-import originals
 import pytest
 import rows
 import torch
-from drop_in_cases import DROP_INS
 from ops import FILES
 
 ROOT = Path(__file__).parent.parent
@@ -71,10 +67,10 @@ def test_gpu_cases_are_collected_without_a_gpu_and_not_timed(tmp_path):
     assert code == quick_code == 0, found + quick_found
     assert refused == 2 and "--device cuda needs a GPU" in sentence and not none.exists()
     sizes = "-8x16-float32-forward-graph", "-65536x1024-bfloat16-backward-events", "-671x100000-"
-    for expected in (*sizes, "test_memory", "128-128 k3 B-16x128x32x32-bfloat16-forward]"):
+    for expected in (*sizes, "test_memory", "128-128 k3 B-16x128x32x32-bfloat16-d_input]"):
         assert expected in found
     assert "test_sampling" not in found and "test_dropins" not in found
-    assert quick_found.count("test_convolutions[") == 6
+    assert quick_found.count("test_convolutions[") == 4 * 3 - 1  # a first layer's input gets no gradient
 
 
 def test_options_choose_among_all_cases():
@@ -254,13 +250,22 @@ def test_a_full_disk_ends_a_run_with_a_sentence(tmp_path):
 
 
 def test_cases_whose_tests_fail_are_not_timed(tmp_path):
-    verdict = tmp_path / "verdict.xml"
+    """Unless so wanted, and then the rows say it."""
+    verdict, passed = tmp_path / "verdict.xml", tmp_path / "passed.xml"
     verdict.write_text("<testsuites/>")
-    options = ("--rounds", "2", "--verdict", verdict, "--results", tmp_path / "none", "-q")
+    passed.write_text('<testcase classname="tests.test_gaussian_kl" name="test_a" />')
+    options = ("--rounds", "2", "-q", "--results")
     chosen = (("--op", "compat.pythae"), ("--op", "sampling"), ("--op", "masked_conv2d", "--quick"), TINY[:8])
-    for code, text in sessions(*((*options, *some) for some in chosen)):
+    *refused, no, yes = sessions(
+        *((*options, tmp_path / "none", "--verdict", verdict, *some) for some in chosen),
+        *((*options, path.with_suffix(""), "--verdict", path, *TINY) for path in (verdict, passed)),
+    )
+    for code, text in refused:
         assert code == 1 and "none of its tests ran" in text and "passed" not in text
     assert not (tmp_path / "none").exists()
+    for (code, text), name in ((no, "verdict"), (yes, "passed")):
+        found = {row.verified for row in rows.read(tmp_path / name / "cpu.csv")}
+        assert code == 0 and found == {"yes" if name == "passed" else "no"}, text
 
 
 def test_saved_bytes_counts_storages_once():
@@ -400,47 +405,3 @@ def test_files_with_fewer_columns(tmp_path):
     with pytest.raises(ValueError, match="has other columns"):
         rows.append(path, rows.read(ON_GPU)[:1])
     assert rows.read(path) == rows.read(STORED)
-
-
-# What computes something else is not timed
-
-
-MISTAKES = {  # in what pythae's lines give of a mean
-    "value": lambda mu, z, kl: (z, 1.001 * kl),
-    "nan": lambda mu, z, kl: (z, kl / 0),
-    "gradient": lambda mu, z, kl: (z, kl.detach() + kl - kl.detach() + (mu - mu.detach()).sum(dim=-1)),
-    "noise": lambda mu, z, kl: ((1 + 1e-3) * z, kl),
-    "shape": lambda mu, z, kl: (z, kl[:, None]),
-    "missing": lambda mu, z, kl: z,
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
-def test_a_drop_in_that_computes_something_else(mistake):
-    right = next(drop_in for drop_in in DROP_INS if drop_in.case == "sample_and_kl")
-    calls, _ = dropins.calls(right)
-    assert list(calls) == ["cpu", "eager"]
-
-    def lines(mu, log_var):
-        return mistake(mu, *originals.sample_and_kl(mu, log_var))
-
-    with pytest.raises(AssertionError, match=r"^compat\.wrong sample_and_kl: .*output"):
-        dropins.calls(dataclasses.replace(right, op="compat.wrong", theirs=lines))
-
-
-@pytest.mark.parametrize("name", ["eager_channels_last", "crop", "compile"])
-def test_a_convolution_that_computes_something_else(name, monkeypatch):
-    case = convolutions.Timed(convolutions.Layer(2, 3, 4, 5, 3, "B"), "float32", "forward_backward")
-    right = convolutions.contestants
-
-    def contestants(*arguments):
-        found = right(*arguments)
-        found = {key: found[key.replace("compile", "crop")] for key in found}  # compiling takes long
-        function, memory_format = found[name]
-        return found | {name: (lambda *inputs: 1.01 * function(*inputs), memory_format)}
-
-    device = torch.device("cpu")
-    monkeypatch.setattr(convolutions, "contestants", contestants)
-    assert set(convolutions.calls(case, device, ["cpu"], [])) == {"cpu", "cpu_channels_last"}
-    with pytest.raises(AssertionError, match=f"^{name}: output or gradient 0 is off"):
-        convolutions.calls(case, device, ["cpu"], convolutions.RIVALS)

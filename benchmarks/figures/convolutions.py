@@ -1,4 +1,5 @@
-"""How many times as long the rivals of masked convolutions take, each in its better memory format."""
+"""How many times as long the rivals of masked convolutions take, each in its better memory format; on a GPU the kernels
+alone, where they were timed."""
 
 from figures import style
 from matplotlib import pyplot
@@ -7,28 +8,39 @@ from rows import Row
 
 RIVALS = (
     ("eager", "product with the mask", style.ORANGE, "o"),
+    ("full", "full convolution", style.VERMILION, "^"),
     ("crop", "crop", style.BLUE, "D"),
     ("compile", "torch.compile of the crop", style.GREEN, "s"),
 )
-PASSES = (("forward", "forward"), ("forward_backward", "forward + backward"))
+PASSES = {
+    "forward": "forward",
+    "d_input": "input gradient",
+    "d_weight": "weight gradient",
+    "forward_backward": "forward + backward",
+}
 LABEL = 1.35  # as much of the axis as a value's text takes
 OUTLINED = {"markerfacecolor": "none", "markeredgewidth": 1.3, "markersize": 6.8}
 
 
 def draw(found: list[Row]) -> pyplot.Figure:
     """The figure of one machine."""
-    ours = over(found)
+    ours = over([row for row in found if row.timing == "events"] or found)
     layers = list(dict.fromkeys((row.case, row.shape, row.dtype) for row, _ in ours))
-    figure = pyplot.figure(figsize=(12.4, 1.7 + 0.5 * len(layers)), layout="constrained")
-    axes = figure.subplots(1, len(PASSES), sharey=True)
+    passes = [name for name in PASSES if any(row.pass_ == name for row, _ in ours)]
+    rivals = [rival for rival in RIVALS if any(rival[0] in ratios for _, ratios in ours)]
+    rows_of_axes = (len(passes) + 1) // 2
+    figure = pyplot.figure(figsize=(12.4, 1.2 + rows_of_axes * (0.5 + 0.5 * len(layers))), layout="constrained")
+    axes = list(figure.subplots(rows_of_axes, 2, sharey=True, squeeze=False).flat)
+    for axis in axes[len(passes) :]:
+        axis.set_visible(False)
     bounds = style.limits([ratio for _, ratios in ours for ratio in ratios.values()])
-    for axis, (pass_, title) in zip(axes, PASSES, strict=True):
-        axis.set_title(f"How many times as long the rivals take, {title}")
+    for axis, pass_ in zip(axes, passes, strict=False):
+        axis.set_title(f"How many times as long the rivals take, {PASSES[pass_]}")
         style.lanes(axis, [label(*layer) for layer in layers])
         style.ratio_axis(axis, *bounds)
         for lane, layer in enumerate(layers):
-            points(axis, lane, [one for one in ours if key(one[0]) == (*layer, pass_)])
-    handles = [style.handle(name, color=colour, marker=marker) for _, name, colour, marker in RIVALS]
+            points(axis, lane, [one for one in ours if key(one[0]) == (*layer, pass_)], rivals)
+    handles = [style.handle(name, color=colour, marker=marker) for _, name, colour, marker in rivals]
     handles += [
         style.handle("ours contiguous, with its value", color=style.BLACK, marker="o"),
         style.handle("ours in channels_last", color=style.BLACK, marker="o", **OUTLINED),
@@ -52,9 +64,9 @@ def label(case: str, shape: str, dtype: str) -> str:
     return f"{layer}, {images} {cross} {height}\N{SUPERSCRIPT TWO}" + ("" if dtype == "float32" else f", {dtype}")
 
 
-def points(axis, lane: int, of_layer: list[tuple[Row, dict[str, float]]]) -> None:
-    for place, (name, _, colour, marker) in enumerate(RIVALS):
-        y, found = lane + 0.29 * (place - 1), {}
+def points(axis, lane: int, of_layer: list[tuple[Row, dict[str, float]]], rivals) -> None:
+    for place, (name, _, colour, marker) in enumerate(rivals):
+        y, found = lane + 0.87 / len(rivals) * (place - (len(rivals) - 1) / 2), {}
         for row, ratios in of_layer:
             if name in ratios:
                 outlined = row.contestant.endswith("_channels_last")

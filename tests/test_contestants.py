@@ -1,0 +1,97 @@
+"""What the benchmarks time: contestants that compute something else are refused, and some are left out by rule."""
+
+import dataclasses
+import sys
+
+import cases
+import convolutions
+import dropins
+import originals
+import pytest
+import torch
+from drop_in_cases import DROP_INS
+
+MISTAKES = {  # in what pythae's lines give of a mean
+    "value": lambda mu, z, kl: (z, 1.001 * kl),
+    "nan": lambda mu, z, kl: (z, kl / 0),
+    "gradient": lambda mu, z, kl: (z, kl.detach() + kl - kl.detach() + (mu - mu.detach()).sum(dim=-1)),
+    "noise": lambda mu, z, kl: ((1 + 1e-3) * z, kl),
+    "shape": lambda mu, z, kl: (z, kl[:, None]),
+    "missing": lambda mu, z, kl: z,
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+def test_a_drop_in_that_computes_something_else(mistake):
+    right = next(drop_in for drop_in in DROP_INS if drop_in.case == "sample_and_kl")
+    calls, _ = dropins.calls(right)
+    assert list(calls) == ["cpu", "eager"]
+
+    def lines(mu, log_var):
+        return mistake(mu, *originals.sample_and_kl(mu, log_var))
+
+    with pytest.raises(AssertionError, match=r"^compat\.wrong sample_and_kl: .*output"):
+        dropins.calls(dataclasses.replace(right, op="compat.wrong", theirs=lines))
+
+
+LAYER = convolutions.Layer(2, 8, 4, 5, 3, "B")
+
+
+@pytest.mark.parametrize("name", ["eager_channels_last", "full", "crop", "compile"])
+def test_a_convolution_that_computes_something_else(name, monkeypatch):
+    case, right = convolutions.Timed(LAYER, "float32", "forward_backward"), convolutions.contestants
+
+    def contestants(*arguments):
+        found = right(*arguments)
+        found = {key: found[key.replace("compile", "crop")] for key in found}  # compiling takes long
+        function, *others = found[name]
+        return found | {name: (lambda *inputs: 1.01 * function(*inputs), *others)}
+
+    device = torch.device("cpu")
+    monkeypatch.setattr(convolutions, "contestants", contestants)
+    assert set(convolutions.calls(case, device, ["cpu"], [])) == {"cpu", "cpu_channels_last"}
+    with pytest.raises(AssertionError, match=f"^{name}: output or gradient 0 is off"):
+        convolutions.calls(case, device, ["cpu"], convolutions.RIVALS)
+
+
+class Boxes:
+    """Stands in for the kernels over TMA boxes, which take what lies in channels last; a late run is wrong by a bit."""
+
+    launched = 0
+
+    def convolution(self, x, weight, y, *others):
+        return (x, weight, y) if x.is_contiguous(memory_format=torch.channels_last) else None
+
+    weight_gradient = convolution
+
+    def launch(self, launches):
+        self.launched += launches is not None
+        if launches is not None:
+            launches[2].copy_(self.result + (self.launched == self.late) * 2**-9)
+        return launches is not None
+
+
+@pytest.mark.parametrize("pass_", ["d_input", "d_weight"])
+def test_convolutions_over_boxes_where_they_take_a_layer(pass_, monkeypatch):
+    """As on a GPU of capability 9.0; the rivals with and without a search for plans."""
+    case = convolutions.Timed(LAYER, "bfloat16", pass_, "cuda")
+    rest = case, torch.device("cpu"), ["triton"], convolutions.RIVALS
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    found = convolutions.calls(*rest)
+    rivals = {"eager", "full", "full_benchmark", "crop", "crop_sliced", "crop_sliced_benchmark"}
+    both = {name + suffix for name in {"triton", *rivals} for suffix in ("", "_channels_last")}
+    assert set(found) == both
+    assert set(convolutions.timed_by("host", found)) == {name for name in both if "benchmark" not in name}
+    assert case.timings == ("events", "graph") and convolutions.bytes_moved(case) == 2 * (50 * 12 + 4 * 8 * 5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setitem(sys.modules, "fastelbo.kernels.masked_conv2d_tma", boxes := Boxes())
+    boxes.result, boxes.late = cases.flat(found["triton"]())[1], None
+    assert set(convolutions.calls(*rest)) == both | {"tma_channels_last"}
+    assert boxes.launched == 1 + convolutions.RUNS
+    boxes.launched, boxes.late = 0, 5
+    with pytest.raises(AssertionError, match=r"^tma_channels_last: other bits in another run"):
+        convolutions.calls(*rest)
+    cudnn = torch.backends.cudnn
+    settings = convolutions.searched(torch.bfloat16)
+    searched = convolutions.within(lambda: (cudnn.benchmark, cudnn.conv.fp32_precision), settings)
+    assert searched() == (True, "ieee") and (cudnn.benchmark, cudnn.conv.fp32_precision) == (False, "tf32")
