@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import re
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
@@ -25,12 +27,32 @@ RUNNABLE = [name for name, device in DEVICES.items() if GPU or device == "cpu"]
 # Files of few tests and many minutes, most of them of compilers and of other processes: what starts last ends last.
 LONG = ("test_sanitizers", "test_distributed", "test_cuda_on_cpu", "test_wheel", "test_examples", "test_compat")
 
+END = float(os.environ.get("FASTELBO_TESTS_END", "inf"))  # of the time there is, in seconds since 1970
+
+
+def pytest_runtest_setup():
+    if time.time() > END:
+        pytest.fail("there was no time left to run it", pytrace=False)
+
 
 def pytest_collection_modifyitems(items):
-    """Puts long files first, and skips what this machine has no compiler for.
+    """Puts long files first, marks some of Triton's cases on a GPU as slow, and skips what this machine has no compiler
+    for.
 
-    Without Python's headers (Debian's python3-dev) torch.compile's default backend compiles nothing.
+    There a case compiles kernels of its own for seconds. Of a product of three or more parameters every second case
+    runs, and any two values of two of them meet in one. Without Python's headers (Debian's python3-dev) torch.compile's
+    default backend compiles nothing.
     """
+    ranks: dict[tuple, dict[int, int]] = {}  # of the values of each parameter of each test
+    for item in items:
+        names = [re.split(r"\W+", str(mark.args[0]))[0] for mark in item.iter_markers("parametrize")]
+        if GPU and len(names) >= 3 and re.search(r"\btriton\b", item.name):
+            total = 0
+            for name in names:
+                rank = ranks.setdefault((item.function, name), {})
+                total += rank.setdefault(id(item.callspec.params[name]), len(rank))
+            if total % 2:
+                item.add_marker("slow")
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         for item in items:

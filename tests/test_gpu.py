@@ -1,9 +1,12 @@
 """What only a GPU can show: both backends on it, streams, graphs, synchronisation, memory, and tensors beyond 2^31."""
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import math
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,10 +100,20 @@ def assert_same(got, want):
         assert torch.equal(a, b), position
 
 
-def needs_memory(gib):
-    free = torch.cuda.mem_get_info()[0] / GIB
-    if free < gib:
-        pytest.skip(f"needs {gib} GiB of free GPU memory, there are {free:.0f}")
+@pytest.fixture
+def needs_memory():
+    """A function that skips a test where so many GiB are not free; such tests run one at a time on a machine."""
+    with open(Path(tempfile.gettempdir(), "fastelbo_gpu_memory"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+        def check(gib):
+            free = torch.cuda.mem_get_info()[0] / GIB
+            if free < gib:
+                pytest.skip(f"needs {gib} GiB of free GPU memory, there are {free:.0f}")
+
+        yield check
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 # Values
@@ -197,8 +210,8 @@ def test_backward_draws_the_same_noise(op, dtype, size, backend):
 
 
 def sleep():
-    """Some 25 ms of the current stream."""
-    torch.cuda._sleep(50_000_000)
+    """Some 100 ms of the current stream: longer than a host that does much else needs to launch an op."""
+    torch.cuda._sleep(200_000_000)
 
 
 @every_launched_op
@@ -524,7 +537,7 @@ def test_peak_memory_is_the_results(op, dtype, backend):
 
 
 @every_drawing_op
-def test_more_than_2_to_the_31_elements(op, backend):
+def test_more_than_2_to_the_31_elements(op, backend, needs_memory):
     """The last rows against the reference at their offset, in all results; and that rows before 2^31 are theirs."""
     rows, columns, last = 2**21 + 3, 1024, 5
     needs_memory((op.arity + 1 + op.arity) * rows * columns * 2 / GIB + 2)
@@ -550,7 +563,7 @@ def test_more_than_2_to_the_31_elements(op, backend):
 
 
 @pytest.mark.parametrize("op", [OPS["kl"], OPS["log_prob"]], ids=["kl", "log_prob"])
-def test_a_sum_of_more_than_2_to_the_31_elements(op, backend):
+def test_a_sum_of_more_than_2_to_the_31_elements(op, backend, needs_memory):
     """One event of all elements: its sum is that of the sums of its parts."""
     rows, columns = 2**21 + 3, 1024
     needs_memory(2 * op.arity * rows * columns * 2 / GIB + 2)
@@ -572,7 +585,7 @@ def test_a_sum_of_more_than_2_to_the_31_elements(op, backend):
 # Masked convolutions
 
 
-def test_a_convolution_of_more_than_2_to_the_31_elements(backend):
+def test_a_convolution_of_more_than_2_to_the_31_elements(backend, needs_memory):
     """The first and the last image against a convolution of their own."""
     images, channels, size = 2**17 + 1, 16, 32
     needs_memory(5 * images * channels * size**2 * 2 / GIB + 2)
@@ -678,7 +691,7 @@ BOXED = {
     ("layer", "activation", "dtype"),
     [
         *((layer, activation, torch.bfloat16) for layer in BOXED for activation in (None, "tanh_sigmoid")),
-        *((layer, None, torch.float16) for layer in BOXED),
+        *((layer, None, torch.float16) for layer in list(BOXED)[::3]),  # of whose tiles the type is no part
         *((layer, name, torch.bfloat16) for layer in list(BOXED)[:2] for name in ("relu", "elu", "glu")),
     ],
 )

@@ -1,12 +1,14 @@
 """tools/gpu.sh and tools/sanitize.py, as far as a machine without a GPU can tell: what they refuse, that they run."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ops import GAUSSIAN
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "tools" / "gpu.sh"
@@ -50,6 +52,7 @@ def test_gpu_script_explains_itself():
     assert done.returncode == 0
     for option in ("--quick", "--skip-build", "--skip-tests", "--skip-benchmarks", "--wheel", "--out", "Exit status"):
         assert option in done.stdout
+    assert "--convolutions" not in done.stdout
 
 
 def test_gpu_script_without_a_gpu(results, tmp_path):
@@ -98,7 +101,93 @@ def test_gpu_script_without_nvcc(pretended_gpu, results, tmp_path):
     assert_refused(done, "no nvcc", results, contents(results))
 
 
+PYTHON = """#!/bin/bash
+# stands in for Python with a GPU: writes down what it is called for, and for how long others ran beside it
+echo "$*" >>"$CALLS"
+case "$*" in
+*--no-save*--shape*large*) exec sleep 300 ;;
+*--junitxml*)
+    while [ "$1" != --junitxml ]; do shift; done
+    echo '<testsuites/>' >"$2"
+    [ "$FASTELBO_TESTS_END" -gt "$(date +%s)" ] || exit 9
+    exit 1
+    ;;
+*benchmarks/test_convolutions.py*--results*) echo 'op,case' >"$OUT/conv_cuda.csv" ;;
+*sanitize.py*) [ -z "${WATCHED:-}" ] || exit 9 ;;
+*report.py*--slower*) echo "a rival is faster in 0 of 1 cases" ;;
+esac
+"""
+
+
+@pytest.fixture
+def stubs(tmp_path):
+    """An environment whose Python and tools write down how they are called, and the file that they write to."""
+    folder, calls = tmp_path / "bin", tmp_path / "calls"
+    folder.mkdir()
+    sanitizer = '#!/bin/bash\n[ "$2" = memcheck ] || export WATCHED=1\nexec "${@:5}"\n'
+    for name, text in {"python": PYTHON, "compute-sanitizer": sanitizer, "nvidia-smi": "#!/bin/bash\n"}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    return {"PYTHON": str(folder / "python"), "PATH": path, "CUDA_HOME": "", "CALLS": str(calls)}, calls
+
+
+def test_gpu_script_runs_every_stage(stubs, tmp_path):
+    """Tests once, with memory and compilers beside them; then the timings; a stage that fails stops nothing."""
+    (wheel := tmp_path / "fastelbo.whl").touch()
+    environment, calls = stubs
+    out = tmp_path / "out"
+    done = run("bash", SCRIPT, "--wheel", wheel, "--out", out, "--commit", "abc", OUT=str(out), **environment)
+    assert done.returncode == 1, done.stdout + done.stderr
+    verdicts = dict(line.split(maxsplit=1) for line in done.stdout.replace("timings of ", "").splitlines()[-9:-1])
+    assert list(verdicts) == ["install", "backends", "tests", "memory", "the", "convolutions", "memcheck", "racecheck"]
+    failed = {name for name, verdict in verdicts.items() if "FAILED" in verdict}
+    assert failed == {"tests", "racecheck"} and "exit status 9" in verdicts["racecheck"]
+    assert "a rival is faster" in done.stdout.splitlines()[-10]
+    assert "compiling for large tensors: exit status 143" in next(out.glob("*.log")).read_text()
+    called = calls.read_text().splitlines()
+    (tests,) = (k for k, line in enumerate(called) if "--junitxml" in line)
+    for name in ("test_gpu.py", "test_masked_conv2d.py", "test_gaussian_kl.py"):
+        assert f" tests/{name}" in called[tests]
+    assert not any(name in called[tests] for name in ("build", "wheel", "cuda_on_cpu", "distributed", "layout"))
+    timed = [line for line in called if "--verdict" in line]
+    assert ["test_speed.py" in timed[0], "test_convolutions.py" in timed[1], len(timed)] == [True, True, 2]
+    assert all("--unverified" in line and called.index(line) > tests for line in timed)
+    assert sum("sanitize.py --few" in line for line in called) == 3
+    assert sum("--no-save" in line for line in called) == 4
+
+
+def test_gpu_script_skips_stages(stubs, tmp_path):
+    environment, calls = stubs
+    skipped = ("--skip-build", "--skip-tests", "--skip-sanitizer")
+    done = run("bash", SCRIPT, *skipped, "--quick", "--out", tmp_path, OUT=str(tmp_path), **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    called = calls.read_text()
+    assert "test_speed.py" in called and "--quick" in called and "test_memory.py" in called
+    assert not any(word in called for word in ("--junitxml", "--verdict", "sanitize", "pip", "--no-save", "--shape"))
+
+
+def test_every_second_case_of_triton_runs_on_a_gpu(tmp_path):
+    """Of a product of three parameters: any two values of two of them meet. None runs when the time is up."""
+    pretended = "import torch\ntorch.cuda.is_available = lambda: True\n"
+    (tmp_path / "pretended_gpu.py").write_text(pretended)
+    options = ("-q", "-p", "no:cacheprovider", "-p", "pretended_gpu", "--collect-only", "-m", "not slow")
+    chosen = ("tests/test_gpu.py", "-k", "test_rows_of_any_length and triton")
+    done = run(sys.executable, "-m", "pytest", *options, *chosen, PYTHONPATH=str(tmp_path))
+    pattern = r"\[triton-(\d+)-torch\.(\w+)-([\w-]+)\]"
+    found = re.findall(pattern, done.stdout)
+    columns, dtypes, names = ([one[k] for one in found] for k in range(3))
+    assert len(found) == len(set(found)) == 5 * 2 * len(GAUSSIAN) / 2
+    assert len(set(zip(columns, dtypes, strict=True))) == 5 * 2
+    assert len(set(zip(columns, names, strict=True))) == 5 * len(GAUSSIAN)
+    assert len(set(zip(dtypes, names, strict=True))) == 2 * len(GAUSSIAN)
+    late = ("-q", "-p", "no:cacheprovider", "tests/test_gpu_script.py", "-k", "explains")
+    done = run(sys.executable, "-m", "pytest", *late, FASTELBO_TESTS_END="1")
+    assert done.returncode == 1 and "there was no time left to run it" in done.stdout
+
+
 def test_the_calls_for_compute_sanitizer_agree_with_the_reference():
-    done = run(sys.executable, ROOT / "tools" / "sanitize.py", "--device", "cpu", TRITON_INTERPRET="0")
-    assert done.returncode == 0, done.stderr
-    assert "calls on cpu agree with the reference on cpu" in done.stdout
+    for few, calls in (((), 49), (("--few",), 14)):
+        done = run(sys.executable, ROOT / "tools" / "sanitize.py", "--device", "cpu", *few, TRITON_INTERPRET="0")
+        assert done.returncode == 0, done.stderr
+        assert f"{calls} calls on cpu agree with the reference" in done.stdout

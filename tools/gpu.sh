@@ -1,26 +1,27 @@
 #!/usr/bin/env bash
-# Builds, tests and times fastelbo on a machine with an NVIDIA GPU, in under nine minutes.
+# Builds, tests and times fastelbo on a machine with an NVIDIA GPU, in eight minutes.
 
 set -u -o pipefail
 
 usage() {
     cat <<'HELP'
-usage: tools/gpu.sh [--convolutions] [--quick] [--skip-build] [--skip-tests] [--skip-sanitizer] [--skip-benchmarks]
+usage: tools/gpu.sh [--quick] [--skip-build] [--skip-tests] [--skip-sanitizer] [--skip-benchmarks]
                      [--wheel FILE] [--out DIR] [--commit ID]
 
-Installs fastelbo from this checkout into the current Python without network, tests every backend on the GPU, runs
-compute-sanitizer on a short list of calls, counts memory, times every op against its rivals, and prints the tables
-last. Every stage has its own time limit, and a stage that fails does not keep later ones from running.
+Installs fastelbo from this checkout into the current Python without network, tests every backend on the GPU, Gaussian
+ops and convolutions alike, times every op against its rivals, runs compute-sanitizer on a short list of calls, and
+prints the tables, what is slower than a rival, and each stage's verdict last. Beside the tests it counts memory and
+compiles what the timings need; those run alone. Every stage has its own time limit, and a stage that fails does not
+keep later ones from running. With 16 CPU cores all of it takes eight minutes at most, where there is a wheel.
 
-  --convolutions     the masked convolutions in place of the Gaussian ops, which have other tests, timings and rows; tests
-                     that are no op's run with the Gaussian ops
   --quick            the tests that need a GPU and a few timings, to see that everything works
   --skip-build       use the fastelbo that is installed
   --skip-tests       no tests; the rows of the timings then say that they are unverified
   --skip-sanitizer   no compute-sanitizer
   --skip-benchmarks  no timings and no memory
   --wheel FILE       install this wheel rather than the checkout; needs no nvcc
-  --out DIR          where rows (cuda.csv, memory_cuda.csv, conv_cuda.csv) are appended and the log is put; default: benchmarks/results
+  --out DIR          where rows (cuda.csv, conv_cuda.csv, memory_cuda.csv) are appended and the log is put; default:
+                     benchmarks/results
   --commit ID        of the checkout, where git cannot tell
 
 Environment: PYTHON (default python3), CUDA_HOME (default /usr/local/cuda), TORCH_CUDA_ARCH_LIST (default: only the GPU's
@@ -37,10 +38,11 @@ refuse() {
 }
 
 MEMORY_GIB=12 # what the eager rival allocates at most at 2^26 elements, with its copies
-LIMIT=515     # seconds for everything
+LIMIT=475     # seconds for everything but the tables
+TESTS=185     # of them for the tests
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
-quick= convolutions= build=1 tests=1 sanitizer=1 benchmarks=1 wheel= out=$root/benchmarks/results commit=${FASTELBO_COMMIT:-}
+quick= build=1 tests=1 sanitizer=1 benchmarks=1 wheel= out=$root/benchmarks/results commit=${FASTELBO_COMMIT:-}
 
 while [ $# -gt 0 ]; do
     case $1 in
@@ -49,7 +51,6 @@ while [ $# -gt 0 ]; do
         exit 0
         ;;
     --quick) quick=1 ;;
-    --convolutions) convolutions=1 ;;
     --skip-build) build= ;;
     --skip-tests) tests= ;;
     --skip-sanitizer) sanitizer= ;;
@@ -96,7 +97,7 @@ mkdir -p "$out" || exit 1
 out=$(cd "$out" && pwd)
 log=$out/gpu_$(date -u +%Y%m%dT%H%M%SZ).log
 scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$scratch"' EXIT
 # A wheel's package must not be hidden by the checkout's, which has no libraries.
 [ -z "$wheel" ] || export PYTHONSAFEPATH=1
 if [ -z "$commit" ]; then
@@ -108,44 +109,59 @@ fi
 export FASTELBO_COMMIT=$commit PYTHONUNBUFFERED=1
 
 stages=() failed=0
+declare -A pid
 
 note() {
     echo "$*" | tee -a "$log"
 }
 
-# stage NAME LIMIT RESERVE COMMAND...: runs a command for at most LIMIT seconds, and leaves RESERVE for what comes after.
-# The log has all of its output; here the end of it is shown, and more where it fails.
-stage() {
-    local name=$1 limit=$2 reserve=$3 began=$SECONDS status verdict lines=3
-    shift 3
-    local left=$((LIMIT - SECONDS - reserve))
-    [ "$limit" -lt "$left" ] || limit=$left
+# judge NAME STATUS TIME: the verdict on a command that has ended. The log has all of its output; here the end of it is
+# shown, and more where it fails.
+judge() {
+    local verdict lines=25
+    case $2 in
+    0) verdict="ok|" lines=3 ;;
+    124 | 137) verdict="FAILED|stopped, " ;;
+    *) verdict="FAILED|exit status $2, " ;;
+    esac
+    [ "$2" = 0 ] || failed=1
     note ""
-    note "== $name"
+    note "== $1"
+    cat "$scratch/$1" >>"$log"
+    tail -n "$lines" "$scratch/$1" | cut -c1-200
+    stages+=("$1|$verdict$3")
+    return "$2"
+}
+
+# stage NAME LIMIT RESERVE COMMAND...: runs a command for at most LIMIT seconds, and leaves RESERVE for what comes after.
+stage() {
+    local name=$1 limit=$2 left=$((LIMIT - SECONDS - $3)) began=$SECONDS
+    shift 3
+    [ "$limit" -lt "$left" ] || limit=$left
     if [ "$limit" -lt 10 ]; then
         stages+=("$name|FAILED|no time left to run it")
         failed=1
         return 1
     fi
-    echo "+ $*" >>"$log"
+    echo "+ $*" | tee -a "$log" | cut -c1-150
     # an interrupt, so that pytest still writes what it has
-    timeout --signal=INT --kill-after=10 "$limit" "$@" >"$scratch/output" 2>&1
-    status=$?
-    cat "$scratch/output" >>"$log"
-    case $status in
-    0) verdict=ok ;;
-    124 | 137) verdict="FAILED|stopped after $limit s" lines=25 ;;
-    *) verdict="FAILED|exit status $status" lines=25 ;;
-    esac
-    tail -n "$lines" "$scratch/output" | cut -c1-200
-    case $verdict in
-    ok) stages+=("$name|ok|$((SECONDS - began)) s") ;;
-    *)
-        stages+=("$name|$verdict, $((SECONDS - began)) s")
-        failed=1
-        ;;
-    esac
-    return $status
+    timeout --signal=INT --kill-after=15 "$limit" "$@" >"$scratch/$name" 2>&1
+    judge "$name" $? "$((SECONDS - began)) s"
+}
+
+# begin NAME LIMIT COMMAND...: starts a command beside others. It would ignore an interrupt, and is terminated.
+begin() {
+    local name=$1 limit=$2
+    shift 2
+    echo "+ $* &" | tee -a "$log" | cut -c1-150
+    timeout --kill-after=5 "$limit" "$@" >"$scratch/$name" 2>&1 &
+    pid[$name]=$!
+}
+
+# finish NAME: waits for what began.
+finish() {
+    wait "${pid[$1]}"
+    judge "$1" $? "beside others"
 }
 
 note "fastelbo $commit, $(date -u '+%Y-%m-%d %H:%M UTC'), log $log"
@@ -191,9 +207,9 @@ install() {
 if [ -n "$build" ]; then
     export -f install
     export python wheel root
-    stage "install" 170 230 bash -c install
+    stage "install" 170 200 bash -c install
 fi
-stage "backends" 40 230 "$python" -c '
+stage "backends" 40 200 "$python" -c '
 import sys, torch, fastelbo, fastelbo.__main__
 print(fastelbo.__main__.report())
 print(fastelbo.__file__)
@@ -201,75 +217,99 @@ reasons = {name: fastelbo.backends.why_not(name, torch.device("cuda")) for name 
 sys.exit("; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason) or 0)
 '
 
-# tests
+# tests, and beside them what need not be alone
 
+cores=$(nproc)
 workers=()
 if "$python" -c 'import xdist' 2>/dev/null; then
-    workers=(-n 8 --dist worksteal) # most of the time goes to compiling kernels, on the host
+    workers=(-n "$cores" --dist worksteal) # most of the time goes to compiling kernels, on the host
 fi
+export TORCHINDUCTOR_COMPILE_THREADS=1 # else each process starts as many more as there are cores
 pytest=("$python" -m pytest -q -p no:cacheprovider --tb=short)
-verdict=(--unverified)
-if [ -n "$tests" ]; then
-    only="not masked_conv2d and not convolution and not tuned"
-    [ -z "$convolutions" ] || only="masked_conv2d or convolution or tuned"
-    stage "tests that need a GPU" 90 250 "${pytest[@]}" -m "not slow" -k "$only" --maxfail 50 tests/test_gpu.py
-    if [ -z "$quick" ] && [ -n "$convolutions" ]; then
-        # every layer's sizes are constants of its kernels: most of the time goes to compiling them
-        stage "tests of the convolutions" 200 110 "${pytest[@]}" -m "not slow" "${workers[@]}" \
-            --junitxml "$scratch/tests.xml" tests/test_masked_conv2d.py tests/test_nn.py
-        status=$?
-        if [ $status -le 1 ] && [ -f "$scratch/tests.xml" ]; then
-            verdict=(--verdict "$scratch/tests.xml")
-        fi
-    elif [ -z "$quick" ]; then
-        ops=() others=()
-        for file in tests/test_*.py; do
-            case $file in
-            tests/test_gpu.py | tests/test_masked_conv2d.py | tests/test_nn.py) ;;
-            *) if [ -f "fastelbo/ops/${file#tests/test_}" ]; then ops+=("$file"); else others+=("$file"); fi ;;
-            esac
-        done
-        stage "tests of the ops" 120 240 "${pytest[@]}" -m "not slow" "${workers[@]}" --junitxml "$scratch/tests.xml" \
-            "${ops[@]}"
-        status=$?
-        # after an interruption nobody knows which tests would have failed: the rows say unverified
-        if [ $status -le 1 ] && [ -f "$scratch/tests.xml" ]; then
-            verdict=(--verdict "$scratch/tests.xml")
-        fi
-        stage "other tests" 120 230 "${pytest[@]}" -m "not slow" "${workers[@]}" "${others[@]}"
-    fi
+options=(--device cuda --results "$out")
+sizes=(--shape large --shape rows --shape tiny --shape medium)
+convolutions=(benchmarks/test_convolutions.py --dtype bfloat16)
+if [ -n "$quick" ]; then
+    options+=(--quick)
+    sizes=()
+    convolutions+=(--rival eager --rival crop)
 fi
+if [ -n "$quick" ] || ! command -v compute-sanitizer >/dev/null; then
+    [ -z "$sanitizer" ] || [ -n "$quick" ] || stages+=("compute-sanitizer|NOT RUN|it is not installed")
+    sanitizer=
+fi
+[ -z "$benchmarks" ] || begin "memory" 200 "${pytest[@]}" benchmarks/test_memory.py "${options[@]}"
 
-# benchmarks
+warm=()
+# compile NAME COMMAND...: has caches filled beside the tests, for what must not wait for a compiler later
+compile() {
+    warm+=("compiling for $1")
+    begin "compiling for $1" $((TESTS + 15)) "${@:2}"
+}
+verdict=(--unverified)
+if [ -n "$tests" ] && [ -z "$quick" ]; then
+    once=("${pytest[@]}" --device cuda --no-save --unverified --rounds 1)
+    if [ -n "$benchmarks" ]; then
+        compile "large tensors" "${once[@]}" benchmarks/test_speed.py --shape large --shape rows
+        compile "small tensors" "${once[@]}" benchmarks/test_speed.py --shape tiny --shape medium
+        compile "both passes" "${once[@]}" "${convolutions[@]}" -k forward_backward
+        compile "single passes" "${once[@]}" "${convolutions[@]}" -k "not forward_backward"
+    fi
+    [ -z "$sanitizer" ] || compile "compute-sanitizer" "$python" tools/sanitize.py --few
+fi
+if [ -n "$tests" ]; then
+    files=(tests/test_gpu.py)
+    if [ -z "$quick" ]; then
+        # files with tests of a backend on a GPU; not those that build, or that run CUDA code on a CPU
+        for name in masked_conv2d memory noise scale rows raw_ops torch_integration sampling sampling_networks \
+            sampling_check bad_input defaults elbo flops backends; do
+            files+=("tests/test_$name.py")
+        done
+        files+=(tests/test_gaussian_*.py)
+    fi
+    only="test_gpu or cuda or triton"
+    # what is not run by then fails, for an interrupt may lose the record of all that was
+    seconds=$TESTS
+    [ -z "$quick" ] || seconds=90
+    export FASTELBO_TESTS_END=$(($(date +%s) + seconds))
+    stage "tests" $((seconds + 20)) 120 "${pytest[@]}" -m "not slow" -k "$only" "${workers[@]}" \
+        --junitxml "$scratch/tests.xml" "${files[@]}"
+    # of an op whose tests fail the rows say that they are unverified; after an interruption those of all do
+    [ $? -gt 1 ] || [ ! -f "$scratch/tests.xml" ] || verdict+=(--verdict "$scratch/tests.xml")
+    unset FASTELBO_TESTS_END
+fi
+for name in "${warm[@]}"; do
+    kill "${pid[$name]}" 2>/dev/null # what is not compiled by now the timings compile
+    wait "${pid[$name]}"
+    echo "$name: exit status $?" >>"$log"
+    cat "$scratch/$name" >>"$log"
+done
+[ -z "$benchmarks" ] || finish "memory"
 
-if [ -n "$benchmarks" ] && [ -n "$convolutions" ]; then
-    options=(--device cuda --dtype bfloat16 --results "$out" --rounds 7)
-    [ -z "$quick" ] || options+=(--quick --rival eager --rival crop)
-    stage "timings" 250 10 "${pytest[@]}" benchmarks/test_convolutions.py "${options[@]}" "${verdict[@]}"
-elif [ -n "$benchmarks" ]; then
-    options=(--device cuda --results "$out")
-    [ -z "$quick" ] || options+=(--quick)
-    stage "memory" 70 160 "${pytest[@]}" benchmarks/test_memory.py "${options[@]}"
-    reserve=10
-    [ -z "$sanitizer" ] || [ -n "$quick" ] || reserve=50
-    stage "timings" 250 $reserve "${pytest[@]}" benchmarks/test_speed.py "${options[@]}" "${verdict[@]}"
+# timings, alone on the machine
+
+if [ -n "$benchmarks" ]; then
+    after=10
+    [ -z "$sanitizer" ] || after=60
+    stage "timings of the ops" 170 $((after + 75)) \
+        "${pytest[@]}" benchmarks/test_speed.py "${options[@]}" "${sizes[@]}" "${verdict[@]}"
+    stage "timings of convolutions" 130 $after "${pytest[@]}" "${convolutions[@]}" "${options[@]}" "${verdict[@]}"
 fi
 
 # compute-sanitizer, which sees accesses out of bounds only where each tensor is an allocation of its own
 
-if [ -n "$sanitizer" ] && [ -z "$quick" ]; then
+if [ -n "$sanitizer" ]; then
+    left=$((LIMIT - SECONDS))
     for tool in memcheck racecheck; do
-        if ! command -v compute-sanitizer >/dev/null; then
-            stages+=("$tool|NOT RUN|compute-sanitizer is not installed")
-            continue
-        fi
+        begin "$tool" $((left > 15 ? left : 15)) env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tools/sanitize.py --few
+    done
+    for tool in memcheck racecheck; do
         failed_before=$failed
-        if stage "$tool" 60 10 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-            compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tools/sanitize.py; then
+        if finish "$tool"; then
             continue
         fi
-        if grep -qiE "device not supported|failed to initialize|LibraryNotLoaded" "$scratch/output"; then
-            line=$(grep -iEm1 "device not supported|failed to initialize|LibraryNotLoaded" "$scratch/output")
+        if line=$(grep -iEm1 "device not supported|failed to initialize|LibraryNotLoaded" "$scratch/$tool"); then
             unset 'stages[-1]'
             failed=$failed_before
             stages+=("$tool|NOT RUN|it refuses this machine: ${line#=========}")
@@ -282,12 +322,13 @@ fi
 {
     echo
     if [ -n "$benchmarks" ]; then
-        shown=("$out"/cuda.csv "$out"/memory_cuda.csv)
-        [ -z "$convolutions" ] || shown=("$out"/conv_cuda.csv)
-        for rows in "${shown[@]}"; do
-            # a script's own folder is on its path
-            [ ! -f "$rows" ] || env -u PYTHONSAFEPATH "$python" benchmarks/report.py "$rows"
+        found=()
+        for rows in "$out"/cuda.csv "$out"/conv_cuda.csv "$out"/memory_cuda.csv; do
+            [ ! -f "$rows" ] || found+=("$rows")
         done
+        # a script's own folder is on its path
+        [ ${#found[@]} = 0 ] || env -u PYTHONSAFEPATH "$python" benchmarks/report.py "${found[@]}"
+        [ ${#found[@]} = 0 ] || env -u PYTHONSAFEPATH "$python" benchmarks/report.py --slower "${found[@]}"
     fi
     printf '%s\n' "${stages[@]}" | while IFS='|' read -r name state detail; do
         printf '%-24s %-8s %s\n' "$name" "$state" "$detail"
