@@ -89,12 +89,15 @@ class Timed:
 
     @property
     def timings(self) -> tuple[str, ...]:
-        """As in rows.Row: kernels by events, and in graphs where a launch takes as long; the host where users wait."""
+        """As in rows.Row: on a GPU kernels by events; of small ones also in graphs, and the host, whom others keep
+        waiting."""
         if self.device == "cpu":
             return ("host",)
-        found = {"forward": ("events", "host"), "forward_backward": ("events", "host")[: 1 + self.layer.small]}
-        graph = ("graph",) if self.layer.small and self.pass_ != "forward_backward" else ()
-        return found.get(self.pass_, ("events",)) + graph
+        if not self.layer.small:
+            return ("events",)
+        return {"forward": ("events", "host", "graph"), "forward_backward": ("events", "host")}.get(
+            self.pass_, ("events", "graph")
+        )
 
     @property
     def wanted(self) -> tuple[bool, bool, bool]:
@@ -142,8 +145,9 @@ def contestants(case: Timed, device: torch.device, backends: list[str]):
         if "triton" in backends and on_gpu and torch.cuda.get_device_capability()[0] == 9:
             found["tma" + suffix] = ours("triton"), memory_format, over_boxes()
         if on_gpu:  # first, because the plans that a search finds stay
-            found["full_benchmark" + suffix] = full, memory_format, searched(dtype)
             found["crop_sliced_benchmark" + suffix] = sliced, memory_format, searched(dtype)
+            if suffix:
+                found["full_benchmark" + suffix] = full, memory_format, searched(dtype)
         found["eager" + suffix] = eager, memory_format, []
         found["full" + suffix] = full, memory_format, []
         found["crop" + suffix] = padded, memory_format, []

@@ -78,8 +78,8 @@ def test_convolutions_over_boxes_where_they_take_a_layer(pass_, monkeypatch):
     rest = case, torch.device("cpu"), ["triton"], convolutions.RIVALS
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     found = convolutions.calls(*rest)
-    rivals = {"eager", "full", "full_benchmark", "crop", "crop_sliced", "crop_sliced_benchmark"}
-    both = {name + suffix for name in {"triton", *rivals} for suffix in ("", "_channels_last")}
+    names = {"triton", "eager", "full", "crop", "crop_sliced", "crop_sliced_benchmark"}
+    both = {name + suffix for name in names for suffix in ("", "_channels_last")} | {"full_benchmark_channels_last"}
     assert set(found) == both
     assert set(convolutions.timed_by("host", found)) == {name for name in both if "benchmark" not in name}
     assert case.timings == ("events", "graph") and convolutions.bytes_moved(case) == 2 * (50 * 12 + 4 * 8 * 5)

@@ -248,7 +248,7 @@ compile() {
 }
 verdict=(--unverified)
 if [ -n "$tests" ] && [ -z "$quick" ]; then
-    once=("${pytest[@]}" --device cuda --no-save --unverified --rounds 1)
+    once=("${pytest[@]}" --device cuda --no-save --unverified --rounds 1 --rival compile --rival compile_checkpoint)
     if [ -n "$benchmarks" ]; then
         compile "large tensors" "${once[@]}" benchmarks/test_speed.py --shape large --shape rows
         compile "small tensors" "${once[@]}" benchmarks/test_speed.py --shape tiny --shape medium
