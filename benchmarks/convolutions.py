@@ -163,9 +163,9 @@ def mask_of(layer: Layer, dtype: torch.dtype, device: torch.device) -> torch.Ten
 
 
 def over_boxes() -> list[tuple]:
-    """What to set for a call as FASTELBO_CONV=tma has it."""
+    """What to set for a call as FASTELBO_CONV=tma has it: what there is to choose from, and what has been chosen."""
     kernels, boxes = (importlib.import_module(f"fastelbo.kernels.masked_conv2d{name}") for name in ("", "_tma"))
-    return [(kernels, "boxes", boxes)]
+    return [(kernels, "boxes", boxes), (fastelbo._library, "_FOUND", {})]
 
 
 def searched(dtype: torch.dtype) -> list[tuple]:
@@ -183,7 +183,7 @@ def within(call: Callable, settings: list[tuple]) -> Callable:
     """A call for whose time attributes of modules, (module, name, value), are set."""
 
     def changed():
-        before = [getattr(module, name) for module, name, _ in settings]
+        before = [getattr(module, name, None) for module, name, _ in settings]
         for module, name, value in settings:
             setattr(module, name, value)
         try:
@@ -196,10 +196,14 @@ def within(call: Callable, settings: list[tuple]) -> Callable:
 
 
 def takes_boxes(call: Callable, boxes) -> bool:
-    """Whether a call within over_boxes launches any of their kernels."""
-    launch, taken = boxes.launch, []
-    within(call, [(boxes, "launch", lambda launches: taken.append(launch(launches)) or taken[-1])])()
-    return any(taken)
+    """Whether any of their kernels is chosen in the first call within over_boxes."""
+    taken = []
+
+    def recorded(choose):
+        return lambda *arguments: taken.append(choose(*arguments)) or taken[-1]
+
+    within(call, [(boxes, name, recorded(getattr(boxes, name))) for name in ("convolution", "weight_gradient")])()
+    return any(found is not None for found in taken)
 
 
 def make_inputs(case: Timed, device, memory_format=torch.contiguous_format) -> list[torch.Tensor]:
