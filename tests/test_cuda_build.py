@@ -1,11 +1,9 @@
 """The CUDA library as nvcc made it: what its kernels take of a GPU, read off the machine code, and what it links to."""
 
 import functools
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -169,26 +167,3 @@ def test_links_against_libtorch_cuda_and_neither_cudart_nor_python(built):
     needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
     assert "libtorch_cuda.so" in needed
     assert not [name for name in needed if "cudart" in name or "python" in name], needed
-
-
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"FASTELBO_CUDA": "yes"}, "FASTELBO_CUDA must be auto, 0 or 1; got 'yes'"),
-        ({"FASTELBO_CUDA": "1", "PATH": "/nonexistent"}, "nvcc is neither in CUDA_HOME nor on the PATH"),
-        ({"FASTELBO_CUDA": "auto", "PATH": "/nonexistent"}, "no nvcc, so the CUDA kernels are left out"),
-        ({"TORCH_CUDA_ARCH_LIST": "7.5"}, "TORCH_CUDA_ARCH_LIST must list numbers from 8.0 on"),
-    ],
-    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
-)
-def test_build_says_what_is_wrong(environment, message, tmp_path):
-    """Asked for its name, setup.py decides what it would build, and builds nothing."""
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    if "PATH" not in environment:
-        nvcc.touch(mode=0o755)
-    environment = {**os.environ, "CUDA_HOME": str(tmp_path), "CUDA_PATH": "", **environment}
-    done = subprocess.run(
-        [sys.executable, "setup.py", "--name"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert message in done.stdout + done.stderr

@@ -110,7 +110,7 @@ def test_no_circle_of_imports():
 
 
 HOUSE = ("fastelbo", "kernels", "csrc", "tests", "benchmarks", "tools")
-ENDINGS = (".py", ".h", ".cuh", ".cpp", ".cu", ".sh")
+ENDINGS = (".py", ".h", ".cuh", ".cpp", ".cu", ".ninja", ".sh")
 STANDING = [path for folder in (*HOUSE, "docs", "examples") for path in (ROOT / folder).rglob("*.*") if path.is_file()]
 NAMES = {path.name for path in STANDING}
 # Of other projects, whose files our docstrings cite, and of a user.
@@ -122,7 +122,7 @@ def remarks(path):
     """The comments and docstrings of a file, each with its first line."""
     text = path.read_text()
     if path.suffix != ".py":
-        for found in re.finditer(r"(?:^|\s)# .*" if path.suffix == ".sh" else r"(?<!:)//.*", text):
+        for found in re.finditer(r"(?:^|\s)# .*" if path.suffix in (".ninja", ".sh") else r"(?<!:)//.*", text):
             yield text.count("\n", 0, found.start()) + 1, found[0]
         return
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -135,7 +135,7 @@ def remarks(path):
 
 def named_paths(text):
     """The paths in a text, with directories or without."""
-    endings = "py|h|cuh|cpp|cu|md|sh|csv|toml|txt|in"
+    endings = "py|h|cuh|cpp|cu|ninja|md|sh|csv|toml|txt|in"
     yield from re.findall(rf"(?<![\w/.<*{{~-])(?:[\w.-]+/)*[\w.-]+\.(?:{endings})\b(?![\w(])", text)
     yield from re.findall(rf"(?<![\w/.])(?:{'|'.join(HOUSE)})/[\w/.-]*\w(?![\w<{{*/.-])", text)
 

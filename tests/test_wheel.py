@@ -68,7 +68,9 @@ def below(folder, *patterns):
 def test_source_distribution_has_all_that_a_build_needs_and_no_more(packed):
     with tarfile.open(packed[0]) as archive:
         names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
-    sources = below("csrc", "*.h", "*.cpp", "*.cu", "*.cuh") | below("kernels", "*.py") | below("fastelbo", "*.py")
+    sources = (
+        below("csrc", "*.h", "*.cpp", "*.cu", "*.cuh", "*.ninja") | below("kernels", "*.py") | below("fastelbo", "*.py")
+    )
     sources = {name for name in sources if not name.startswith("fastelbo/kernels/")}
     assert len(sources) > 60
     sources |= {"fastelbo/py.typed", "setup.py", "pyproject.toml", "LICENSE", "README.md", "tools/older_glibc.py"}
@@ -107,7 +109,7 @@ def test_nothing_in_the_libraries_needs_a_newer_glibc(tool, name):
         assert symbol in older and tool.number(older[symbol][1]) <= tool.number(GLIBC), symbol
 
 
-def test_what_is_linked_for_an_older_glibc_runs_here(tmp_path):
+def test_what_is_linked_for_an_older_glibc_runs_here(tool, tmp_path):
     """Threads moved to another library in glibc 2.34, and exp got a new version in 2.29."""
     source, library = tmp_path / "threads.cpp", tmp_path / "threads.so"
     source.write_text(
@@ -122,10 +124,9 @@ def test_what_is_linked_for_an_older_glibc_runs_here(tmp_path):
         }
         """
     )
-    tool = ROOT / "tools" / "older_glibc.py"
-    subprocess.run([sys.executable, tool, GLIBC, tmp_path / "glibc"], check=True)
+    subprocess.run([sys.executable, tool.__file__, GLIBC, tmp_path / "glibc"], check=True)
     options = ["-shared", "-fPIC", "-pthread", f"-L{tmp_path / 'glibc'}", "-lc_older", "-lm_older"]
-    subprocess.run([os.environ.get("CXX", "c++"), source, *options, "-o", library], check=True)
+    subprocess.run([*tool.COMPILER, source, *options, "-o", library], check=True)
     assert too_new(library) == set()
     symbols = subprocess.check_output(["readelf", "--dyn-syms", "-W", library], text=True)
     assert not re.findall(r" GLOBAL .* UND \w+$", symbols, re.M), "a symbol without a version may be any"
