@@ -131,17 +131,17 @@ class BuildLibraries(build_ext):
 
 
 class Wheel(bdist_wheel):
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = False
-
     def get_tag(self):
         return "py3", "none", super().get_tag()[2]
 
 
 Path("build").mkdir(exist_ok=True)
 with Path("build/lock").open("w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)  # builds of a checkout write into the same folders, and ninja has no lock
+    try:  # builds of a checkout write into the same folders, and ninja has no lock of its own
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print("fastelbo: waiting for another build of this folder", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
     setup(
         packages=["fastelbo", *(f"fastelbo.{name}" for name in ("compat", "kernels", "ops", "reference", "sampling"))],
         package_dir={"fastelbo.kernels": "kernels"},

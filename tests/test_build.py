@@ -3,6 +3,7 @@
 A package of three small files is built with stand-ins for torch and nvcc, by a real compiler.
 """
 
+import fcntl
 import os
 import re
 import shutil
@@ -210,6 +211,15 @@ def test_two_builds_at_once_are_both_right(checkout):
         with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
             contents.append({name: archive.read(name) for name in archive.namelist()})
     assert contents[0] == contents[1] and {"fastelbo/_cpu.so", "fastelbo/_cuda.so"} < set(contents[0])
+
+
+def test_a_build_says_that_it_waits(checkout):
+    (checkout.root / "build").mkdir()
+    with (checkout.root / "build" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        running = checkout.start()
+        assert running.stdout.readline() == "fastelbo: waiting for another build of this folder\n"
+    assert made(running.communicate()[0]) == ALL_CPU | ALL_CUDA
 
 
 def test_a_failure_says_what_failed(checkout):
