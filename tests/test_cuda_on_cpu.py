@@ -5,6 +5,7 @@ ops' own tests then run in a process of their own, where this library takes the 
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from ops import FILES
 
 ROOT = Path(__file__).parent.parent
-CXX = os.environ.get("CXX", "c++")
+CXX = shlex.split(os.environ.get("CXX") or "c++")
 
 RUN = """
 import sys, pytest, torch
@@ -28,8 +29,8 @@ sys.exit(pytest.main(sys.argv[2:]))
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    if shutil.which(CXX) is None:
-        pytest.skip(f"no C++ compiler {CXX}")
+    if shutil.which(CXX[0]) is None:
+        pytest.skip(f"no C++ compiler {CXX[0]}")
     folder, torch_home = tmp_path_factory.mktemp("cuda_on_cpu"), Path(torch.__file__).parent
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-w"]
     flags += [f"-I{ROOT / 'tests' / 'cuda_on_cpu'}", f"-I{torch_home / 'include'}", "-include", "cuda_runtime_api.h"]
@@ -37,7 +38,7 @@ def library(tmp_path_factory):
 
     def compile_one(source):
         out = folder / (source.stem + source.suffix + ".o")
-        subprocess.run([CXX, *flags, "-x", "c++", "-c", source, "-o", out], check=True)
+        subprocess.run([*CXX, *flags, "-x", "c++", "-c", source, "-o", out], check=True)
         return out
 
     sources = [*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/common/*.cpp")]
@@ -45,7 +46,7 @@ def library(tmp_path_factory):
         objects = list(pool.map(compile_one, sources))
     path = folder / "cuda_on_cpu.so"
     subprocess.run(
-        [CXX, "-shared", "-o", path, *objects, f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10"], check=True
+        [*CXX, "-shared", "-o", path, *objects, f"-L{torch_home / 'lib'}", "-ltorch_cpu", "-lc10"], check=True
     )
     return path
 
