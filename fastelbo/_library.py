@@ -1,5 +1,6 @@
 """The one place that talks to torch.library: schemas are written once, in Python; compiled code implements them."""
 
+import contextlib
 import functools
 import importlib
 import os
@@ -29,7 +30,9 @@ def define(name: str, schema: str, fake, check=None, differentiable=None) -> "di
     gradients on.
 
     The Triton kernel of <op>_fwd is the function of that name in fastelbo.kernels.<op>: it takes the results to fill,
-    which `fake` has allocated, and the op's arguments.
+    which `fake` has allocated, and the op's arguments, and returns what fills them: a function of the results and of
+    the schema's tensors, which later calls with arguments of the same kind (`_kind`) take at once. It must hold no
+    tensor.
 
     Args:
         name: <op>_fwd or <op>_bwd.
@@ -62,8 +65,9 @@ def define(name: str, schema: str, fake, check=None, differentiable=None) -> "di
         run = _autograd.under_autograd(op, differentiable and functools.partial(through, backend))
         library.impl(op, run, "Autograd")
     device = "CPU" if INTERPRETED else "CUDA"
-    _triton_library.impl(f"{name}.kernel", functools.partial(_run_triton, name, fake), device)
-    _triton_library.impl(name, functools.partial(_run_triton, name, checked), device)
+    places = [i for i, parameter in enumerate(parameters) if "Tensor" in str(parameter.type)]
+    for overload, allocate in ((f"{name}.kernel", fake), (name, checked)):
+        _triton_library.impl(overload, functools.partial(_run_triton, name, allocate, places), device)
     return {"cuda": kernels["cpu"], **kernels}
 
 
@@ -101,15 +105,51 @@ def _triton_kernel(name):
     return getattr(importlib.import_module(f"fastelbo.kernels.{name.rpartition('_')[0]}"), name)
 
 
-def _run_triton(name, fake, *arguments):
-    results = fake(*arguments)
+_FOUND: dict = {}  # what allocates and what fills the results of calls of one kind
+_MOST_FOUND = 4096
+
+
+def _kind(argument):
+    """All of an argument that may decide how a kernel runs: of a tensor not its values, nor where they are."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.device, argument.shape, argument.stride(), argument.data_ptr() % 16
+    if isinstance(argument, list):
+        return tuple([_kind(x) for x in argument])
+    return argument or repr(argument)  # 0.0 is equal to -0.0
+
+
+def _again(results):
+    """A function that allocates the like."""
+    if isinstance(results, tuple):
+        several = [_again(result) for result in results]
+        return lambda: tuple([one() for one in several])
+    keywords = {"dtype": results.dtype, "device": results.device}
+    return functools.partial(torch.empty_strided, results.shape, results.stride(), **keywords)
+
+
+_HERE = contextlib.nullcontext()
+
+
+def _on(device):
+    """Makes a device the current one where it is not."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else _HERE
+
+
+def _run_triton(name, fake, places, *arguments):
+    """Allocates and fills what an op returns; places: of the tensors among its arguments."""
+    kind = name, fake, *map(_kind, arguments)
+    allocate, fill = _FOUND.get(kind, (None, None))
+    results = allocate() if allocate else fake(*arguments)
     device = (results if isinstance(results, torch.Tensor) else results[0]).device
     try:
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                _triton_kernel(name)(results, *arguments)
-        else:
-            _triton_kernel(name)(results, *arguments)
+        with _on(device):
+            fill = fill or _triton_kernel(name)(results, *arguments)
+            fill(results, *[arguments[place] for place in places])
     except Exception as error:
         raise RuntimeError(f"{name} failed in Triton on {device}: {error}") from error
+    if not allocate:
+        if len(_FOUND) >= _MOST_FOUND:
+            _FOUND.clear()
+        _FOUND[kind] = _again(results), fill
     return results

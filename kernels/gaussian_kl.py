@@ -5,6 +5,7 @@ import triton.language as tl
 
 from fastelbo.kernels import elementary, plan, tile
 from fastelbo.kernels import scale as scales
+from fastelbo.kernels.launch import TENSOR
 from fastelbo.reference.scale import arithmetic_dtype
 
 
@@ -135,36 +136,41 @@ def _bwd(
 
 
 def gaussian_kl_fwd(kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask, balance=None):
-    """Fills kl; the arguments of the op's schema."""
+    """What fills kl; the arguments of the op's schema."""
     found = plan.plan(
         event_ndim, mean_q, s_q, mean_p, s_p, mask, None if event_ndim else kl,
         tile=plan.tile_size(kl.dtype, scale, scale_p),
     )  # fmt: skip
     if found is None:
-        return kl.zero_()
+        return lambda kl, *inputs: kl.zero_()
     *gaussians, kept, elements = found.operands
-    out = found.sums(kl) if event_ndim > 0 else elements
-    found.launch(
-        _fwd, tuple(gaussians), kept, out,
+    launch = found.launch(
+        _fwd, tuple(gaussians), kept, TENSOR if event_ndim > 0 else elements,
         SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), SUM=event_ndim > 0, T=plan.TYPES[kl.dtype],
     )  # fmt: skip
-    if event_ndim > 0:
+
+    def fill(kl, *inputs):
+        out = found.sums(kl)
+        launch(*inputs, out)
         plan.add_sums(kl, out)
+
+    return fill
 
 
 def gaussian_kl_bwd(gradients, d_kl, mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, balance, mask, prior_grad):
-    """Fills d_mean_q, d_s_q and, with prior_grad, d_mean_p and d_s_p; the arguments of the op's schema."""
-    wanted = gradients if prior_grad else (*gradients[:2], None, None)
+    """What fills d_mean_q, d_s_q and, with prior_grad, d_mean_p and d_s_p; the arguments of the op's schema."""
+    count = 4 if prior_grad else 2
     dtype = arithmetic_dtype(mean_q, s_q, mean_p, s_p)
     found = plan.plan(
-        0, plan.of_event(d_kl, event_ndim), mean_q, s_q, mean_p, s_p, mask, *wanted,
+        0, plan.of_event(d_kl, event_ndim), mean_q, s_q, mean_p, s_p, mask, *gradients[:count], *[None] * (4 - count),
         tile=plan.tile_size(dtype, scale, scale_p),
     )  # fmt: skip
     if found is None:
-        return
-    found.launch(
+        return lambda *tensors: None
+    launch = found.launch(
         _bwd, found.operands[0], found.operands[1:5], found.operands[5], found.operands[6:],
         balance or 0.0,
         SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), PRIOR_GRAD=prior_grad,
         BALANCED=balance is not None, T=plan.TYPES[dtype],
     )  # fmt: skip
+    return lambda gradients, *inputs: launch(*inputs, *gradients[:count])

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from fastelbo.kernels import plan, tile
 from fastelbo.kernels import scale as scales
+from fastelbo.kernels.launch import TENSOR
 from fastelbo.reference.scale import arithmetic_dtype
 
 
@@ -74,23 +75,27 @@ def _bwd(
 
 
 def gaussian_log_prob_fwd(out, x, mean, s, scale, event_ndim, negative, mask, full=True):
-    """Fills out; the arguments of the op's schema."""
+    """What fills out; the arguments of the op's schema."""
     found = plan.plan(event_ndim, x, mean, s, mask, None if event_ndim else out, tile=plan.tile_size(out.dtype, scale))
     if found is None:
-        return out.zero_()
-    *inputs, elements = found.operands
-    terms = found.sums(out) if event_ndim > 0 else elements
-    found.launch(
-        _fwd, *inputs, terms,
+        return lambda out, *inputs: out.zero_()
+    *operands, elements = found.operands
+    launch = found.launch(
+        _fwd, *operands, TENSOR if event_ndim > 0 else elements,
         SCALE=plan.numbers(scale), CONSTANT=0.5 * math.log(2 * math.pi) if full else 0.0, NEGATIVE=negative,
         SUM=event_ndim > 0, T=plan.TYPES[out.dtype],
     )  # fmt: skip
-    if event_ndim > 0:
+
+    def fill(out, *inputs):
+        terms = found.sums(out)
+        launch(*inputs, terms)
         plan.add_sums(out, terms)
+
+    return fill
 
 
 def gaussian_log_prob_bwd(gradients, d_out, x, mean, s, scale, event_ndim, negative, mask, x_grad):
-    """Fills d_x with x_grad, d_mean and d_s, that of a single s summed; the arguments of the op's schema."""
+    """What fills d_x with x_grad, d_mean and d_s, that of a single s summed; the arguments of the op's schema."""
     d_x, d_mean, d_s = gradients
     one_s = s.numel() == 1
     dtype = arithmetic_dtype(x, mean, s)
@@ -99,13 +104,16 @@ def gaussian_log_prob_bwd(gradients, d_out, x, mean, s, scale, event_ndim, negat
         None if one_s else d_s, tile=plan.tile_size(dtype, scale),
     )  # fmt: skip
     if found is None:
-        if one_s:
-            d_s.zero_()
-        return
-    sums = d_s.new_empty(found.grid.programs, dtype=torch.float64) if one_s else None
-    found.launch(
-        _bwd, *found.operands, sums,
+        return lambda gradients, *inputs: gradients[2].zero_() if one_s else None
+    launch = found.launch(
+        _bwd, *found.operands, TENSOR if one_s else None,
         SCALE=plan.numbers(scale), NEGATIVE=negative, X_GRAD=x_grad, ONE_S=one_s, T=plan.TYPES[dtype],
     )  # fmt: skip
-    if one_s:
+
+    def fill(gradients, *inputs):
+        d_x, d_mean, d_s = gradients
+        sums = d_s.new_empty(found.grid.programs, dtype=torch.float64) if one_s else d_s
+        launch(*inputs, d_x if x_grad else None, d_mean, sums)
         plan.add_sums(d_s, sums)
+
+    return fill

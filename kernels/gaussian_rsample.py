@@ -7,6 +7,7 @@ import triton.language as tl
 from fastelbo import _library
 from fastelbo.kernels import plan, tile
 from fastelbo.kernels import scale as scales
+from fastelbo.kernels.launch import place
 from fastelbo.reference.scale import arithmetic_dtype
 
 
@@ -105,32 +106,34 @@ def _bwd(
 
 
 def gaussian_rsample_fwd(z, mean, s, seed, noise, noise_offset, num_samples, temperature, scale, out_dtype):
-    """Fills z; the arguments of the op's schema."""
+    """What fills z; the arguments of the op's schema."""
     samples = [plan.of_sample(tensor, num_samples) for tensor in (z, noise)]
     dtype = arithmetic_dtype(mean, s)
     found = plan.plan(0, mean, s, *samples, tile=plan.tile_size(dtype, scale), noise_offset=noise_offset)
     if found is None:
-        return
-    mean, s, z_operand, noise_operand = found.operands
-    found.launch(
-        _fwd, mean, s, z_operand, plan.sample_stride(z, num_samples),
-        seed, noise_operand, plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
+        return lambda *tensors: None
+    *operands, noise_operand = found.operands
+    launch = found.launch(
+        _fwd, *operands, plan.sample_stride(z, num_samples),
+        place(seed), noise_operand, plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
         SCALE=plan.numbers(scale), T=plan.TYPES[dtype], ALIGNED=found.aligned,
         APPROXIMATE=approximate(z.dtype), HEATED=temperature != 1,
     )  # fmt: skip
+    return lambda z, mean, s, *draw: launch(mean, s, z, *draw)
 
 
 def gaussian_rsample_bwd(d_s, d_z, s, seed, noise, noise_offset, num_samples, temperature, scale):
-    """Fills d_s; the arguments of the op's schema."""
+    """What fills d_s; the arguments of the op's schema."""
     samples = [plan.of_sample(tensor, num_samples) for tensor in (d_z, noise)]
     dtype = arithmetic_dtype(s, d_z)
     found = plan.plan(0, s, d_s, *samples, tile=plan.tile_size(dtype, scale), noise_offset=noise_offset)
     if found is None:
-        return
-    s, d_s, d_z_operand, noise_operand = found.operands
-    found.launch(
-        _bwd, d_z_operand, plan.sample_stride(d_z, num_samples), s, d_s,
-        seed, noise_operand, plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
+        return lambda *tensors: None
+    s_operand, d_s_operand, d_z_operand, noise_operand = found.operands
+    launch = found.launch(
+        _bwd, d_z_operand, plan.sample_stride(d_z, num_samples), s_operand, d_s_operand,
+        place(seed), noise_operand, plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
         SCALE=plan.numbers(scale), T=plan.TYPES[dtype], ALIGNED=found.aligned,
         APPROXIMATE=approximate(d_z.dtype), HEATED=temperature != 1,
     )  # fmt: skip
+    return lambda d_s, d_z, s, *draw: launch(d_z, s, d_s, *draw)

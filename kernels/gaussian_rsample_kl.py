@@ -7,6 +7,7 @@ from fastelbo.kernels import plan, tile
 from fastelbo.kernels import scale as scales
 from fastelbo.kernels.gaussian_kl import kl_terms, load_gaussians, shares, store_prior_gradients
 from fastelbo.kernels.gaussian_rsample import approximate, heat, sample_gradients, store_samples
+from fastelbo.kernels.launch import TENSOR, place
 from fastelbo.reference.scale import arithmetic_dtype
 
 
@@ -79,7 +80,7 @@ def gaussian_rsample_kl_fwd(
     results, mean_q, s_q, mean_p, s_p, seed, noise, noise_offset, num_samples, temperature, scale, scale_p,
     event_ndim, mask, out_dtype, balance=None,
 ):  # fmt: skip
-    """Fills z and kl; the arguments of the op's schema."""
+    """What fills z and kl; the arguments of the op's schema."""
     z, kl = results
     samples = [plan.of_sample(tensor, num_samples) for tensor in (z, noise)]
     found = plan.plan(
@@ -87,39 +88,50 @@ def gaussian_rsample_kl_fwd(
         tile=plan.tile_size(kl.dtype, scale, scale_p), noise_offset=noise_offset,
     )  # fmt: skip
     if found is None:
-        return kl.zero_()
+        return lambda results, *inputs: results[1].zero_()
     *gaussians, kept, elements, z_operand, noise_operand = found.operands
-    out = found.sums(kl) if event_ndim > 0 else elements
-    found.launch(
-        _fwd, tuple(gaussians), kept, out, z_operand, plan.sample_stride(z, num_samples),
-        seed, noise_operand, plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
+    launch = found.launch(
+        _fwd, tuple(gaussians), kept, TENSOR if event_ndim > 0 else elements,
+        z_operand, plan.sample_stride(z, num_samples),
+        place(seed), noise_operand, plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
         SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), SUM=event_ndim > 0, T=plan.TYPES[kl.dtype],
         ALIGNED=found.aligned, APPROXIMATE=approximate(z.dtype), HEATED=temperature != 1,
     )  # fmt: skip
-    if event_ndim > 0:
+
+    def fill(results, mean_q, s_q, mean_p, s_p, seed, noise, mask):
+        z, kl = results
+        out = found.sums(kl)
+        launch(mean_q, s_q, mean_p, s_p, mask, out, z, seed, noise)
         plan.add_sums(kl, out)
+
+    return fill
 
 
 def gaussian_rsample_kl_bwd(
     gradients, d_z, d_kl, mean_q, s_q, mean_p, s_p, seed, noise, noise_offset, num_samples, temperature, scale, scale_p,
     event_ndim, balance, mask, prior_grad,
 ):  # fmt: skip
-    """Fills d_mean_q, d_s_q and, with prior_grad, d_mean_p and d_s_p; the arguments of the op's schema."""
-    wanted = gradients if prior_grad else (*gradients[:2], None, None)
+    """What fills d_mean_q, d_s_q and, with prior_grad, d_mean_p and d_s_p; the arguments of the op's schema."""
+    count = 4 if prior_grad else 2
     samples = [plan.of_sample(tensor, num_samples) for tensor in (d_z, noise)]
     dtype = arithmetic_dtype(mean_q, s_q, mean_p, s_p)
     found = plan.plan(
-        0, plan.of_event(d_kl, event_ndim), mean_q, s_q, mean_p, s_p, mask, *wanted, *samples,
-        tile=plan.tile_size(dtype, scale, scale_p), noise_offset=noise_offset,
+        0, plan.of_event(d_kl, event_ndim), mean_q, s_q, mean_p, s_p, mask, *gradients[:count], *[None] * (4 - count),
+        *samples, tile=plan.tile_size(dtype, scale, scale_p), noise_offset=noise_offset,
     )  # fmt: skip
     if found is None:
-        return
-    found.launch(
+        return lambda *tensors: None
+    launch = found.launch(
         _bwd, found.operands[0], found.operands[1:5], found.operands[5], found.operands[6:10],
         found.operands[10], plan.sample_stride(d_z, num_samples),
-        seed, found.operands[11], plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1, temperature,
-        balance or 0.0,
+        place(seed), found.operands[11], plan.sample_stride(noise, num_samples), noise_offset, num_samples or 1,
+        temperature, balance or 0.0,
         SCALE=plan.numbers(scale), SCALE_P=plan.numbers(scale_p), PRIOR_GRAD=prior_grad,
         BALANCED=balance is not None, T=plan.TYPES[dtype],
         ALIGNED=found.aligned, APPROXIMATE=approximate(d_z.dtype), HEATED=temperature != 1,
     )  # fmt: skip
+
+    def fill(gradients, d_z, d_kl, mean_q, s_q, mean_p, s_p, seed, noise, mask):
+        launch(d_kl, mean_q, s_q, mean_p, s_p, mask, *gradients[:count], d_z, seed, noise)
+
+    return fill

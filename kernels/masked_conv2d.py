@@ -9,6 +9,7 @@ channel) in steps: steps of one tap's channels, or, for a first layer of few cha
 (FLAT). The input gradient is the same walk with the taps pointing the other way; the weight gradient walks the pixels.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ import triton.language as tl
 
 from fastelbo import _autograd, _library, backends
 from fastelbo.kernels import elementary, plan, tile, tune
+from fastelbo.kernels.launch import TENSOR, Launch, place
 from fastelbo.reference.masked_conv2d import GATES, activate, channel_groups_of
 from fastelbo.reference.scale import arithmetic_dtype
 
@@ -56,12 +58,18 @@ def _up_left(weight, stack):
 
 
 def _reaching(weight, stack, size, dilation):
-    """The part of a weight, or of its gradient, whose taps reach into an image of that size from some pixel."""
+    """The part of a weight, or of its gradient, whose taps reach into an image of that size from some pixel: an index
+    of it, None for all of it."""
     up, left = _up_left(weight, stack)
     above, beside = ((extent - 1) // dilation for extent in size)
     if above >= up and beside >= left:
-        return weight
-    return weight[:, :, max(up - above, 0) : up + above + 1, max(left - beside, 0) : left + beside + 1]
+        return None
+    rows = slice(max(up - above, 0), up + above + 1)
+    return slice(None), slice(None), rows, slice(max(left - beside, 0), left + beside + 1)
+
+
+def _part(weight, index):
+    return weight if index is None else weight[index]
 
 
 def taps_of(weight, mask_type, stack, groups, order) -> Taps:
@@ -469,92 +477,160 @@ def _image(tensor):
     """What kernels take of an image, or of one value for a whole image."""
     if tensor is None:
         return None, (0, 0, 0, 0)
-    return tensor, (*tensor.stride(), *(0,) * (4 - tensor.dim()))
+    return TENSOR, (*tensor.stride(), *(0,) * (4 - tensor.dim()))
+
+
+def _scattered(x):
+    """Whether a kernel would load the channels of an image one by one; the library's convolutions copy such images,
+    too."""
+    return x.shape[1] >= _FEW and x.stride(1) != 1
 
 
 def _channels_innermost(x):
-    """An image whose channels a kernel can load many at a time; the library's convolutions copy such images, too."""
-    if x.shape[1] < _FEW or x.stride(1) == 1:
-        return x
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last) if _scattered(x) else x
 
 
-def _convolve_tiled(x, weight, bias, cond, residual, y, kept, dilation, sign, halves, activation, taps, exact):
-    """Launches _fwd; weight: [channels of z, of x, rows, columns]; halves: of x's channels and of z's, under a gate."""
+def _image_innermost(x):
+    """_image(_channels_innermost(x)), without the copy."""
+    if not _scattered(x):
+        return _image(x)
+    _, channels, rows, columns = x.shape
+    return TENSOR, (channels * rows * columns, 1, channels * columns, channels)
+
+
+def _convolution(x, weight, bias, cond, residual, y, kept, dilation, sign, halves, activation, taps):
+    """What launches _fwd: a function of the first tensors, and of `exact` (tune.choose).
+
+    Args:
+        weight: [channels of z, of x, rows, columns].
+        halves: of x's channels and of z's, under a gate.
+    """
     images, outputs, rows, columns = y.shape
     inputs, dtype = x.shape[1], x.dtype
-    precision = _precision(dtype)
-    x, packed = _channels_innermost(x), weight.permute(0, 2, 3, 1).contiguous()
+    arguments = (
+        *_image_innermost(x), TENSOR, place(bias), 0 if bias is None else bias.stride(0),
+        *_image(cond), *_image(residual), *_image(y), *_image(kept),
+        images, rows, columns, dilation,
+    )  # fmt: skip
+    constants = {
+        "SIGN": sign, "INPUTS": inputs, "INPUT_HALF": inputs // halves[0], "OUTPUTS": outputs, "ACTIVATION": activation,
+        "KERNEL": taps, "KERNEL_ROWS": weight.shape[2], "T": plan.TYPES[arithmetic_dtype(x)],
+    }  # fmt: skip
+    by_channel = y.stride(1)
+    key = ("convolve", sign, dtype, tuple(x.shape), outputs, activation, taps, dilation, by_channel)
 
-    def run(tiles):
-        width = tiles.N // halves[1]
-        blocks = triton.cdiv(outputs, width)
-        _fwd[(triton.cdiv(images * rows * columns, tiles.M) * blocks,)](
-            *_image(x), packed, bias, 0 if bias is None else bias.stride(0),
-            *_image(cond), *_image(residual), *_image(y), *_image(kept),
-            images, rows, columns, dilation,
-            SIGN=sign, INPUTS=inputs, INPUT_HALF=inputs // halves[0], OUTPUTS=outputs, ACTIVATION=activation,
-            KERNEL=taps, KERNEL_ROWS=weight.shape[2], T=plan.TYPES[arithmetic_dtype(x)], PRECISION=precision,
+    def launch(precision, tiles):
+        blocks = triton.cdiv(outputs, tiles.N // halves[1])
+        return Launch(
+            _fwd, triton.cdiv(images * rows * columns, tiles.M) * blocks, *arguments, **constants, PRECISION=precision,
             IN_PART=_steps_of_a_part(dtype, precision, tiles.K), **tiles._asdict(), enable_fp_fusion=False,
         )  # fmt: skip
 
-    tiles = _tiles(dtype, precision, inputs, outputs * halves[1], taps, y.stride(1) == 1)
-    key = ("convolve", sign, dtype, precision, tuple(x.shape), outputs, activation, taps, dilation, y.stride(1))
-    run(tune.choose(key, tiles, run, y, exact))
+    @functools.cache
+    def launches(precision):
+        candidates = _tiles(dtype, precision, inputs, outputs * halves[1], taps, by_channel == 1)
+        return {tiles: launch(precision, tiles) for tiles in candidates}
+
+    def convolve(x, weight, bias, cond, residual, y, kept, exact):
+        precision = _precision(dtype)
+        packed = weight.contiguous(memory_format=torch.channels_last)
+        tensors = _channels_innermost(x), packed, bias, cond, residual, y, kept
+        tune.launch((*key, precision), launches(precision), tensors, y, exact)
+
+    return convolve
+
+
+def _input_gradient(d_z, weight, d_input, dilation, halves, taps, boxed):
+    """What fills d_input: a function of the tensors, and of `exact` (tune.choose).
+
+    boxed: the kernels over TMA boxes, where they may be taken.
+    """
+    launch = boxed and boxed.launcher(boxed.convolution(d_z, weight, d_input, taps, dilation, True))
+    if launch:
+        return lambda d_z, weight, d_input, exact: launch(x=d_z, w=weight, y=d_input)
+    absent = None, None, None
+    operands = d_z, weight.transpose(0, 1), *absent, d_input, None
+    convolve = _convolution(*operands, dilation, -1, (halves, 1), "", taps)
+    return lambda d_z, weight, d_input, exact: convolve(d_z, weight.transpose(0, 1), *absent, d_input, None, exact)
 
 
 def _gradient_before_activation(d_y, kept, d_z, activation, summed):
-    """Fills d_z, where wanted; its sums over each chunk of an image, [images, chunks, channels of z], where wanted."""
+    """What fills d_z, where wanted: a function of d_y, kept and d_z. It returns the sums over each chunk of an image,
+    [images, chunks, channels of z], where these are wanted."""
     if d_z is None and not summed:
-        return None
+        return lambda *tensors: None
     images, outputs, rows, columns = d_y.shape
     dtype = arithmetic_dtype(d_y)
     m, n = 32, _power_of_two(outputs, 1, 32)
     chunks = triton.cdiv(rows * columns, _CHUNK)
-    channels = outputs * (2 if activation in GATES else 1)
-    sums = d_y.new_empty((images, chunks, channels), dtype=dtype) if summed else None
-    _before_activation[(triton.cdiv(outputs, n) * images * chunks,)](
-        *_image(d_y), *_image(kept), *_image(d_z), sums,
+    shape = images, chunks, outputs * (2 if activation in GATES else 1)
+    launch = Launch(
+        _before_activation, triton.cdiv(outputs, n) * images * chunks,
+        *_image(d_y), *_image(kept), *_image(d_z), TENSOR if summed else None,
         rows, columns, chunks,
         OUTPUTS=outputs, ACTIVATION=activation, T=plan.TYPES[dtype],
         M=m, N=n, STEPS=triton.cdiv(min(rows * columns, _CHUNK), m), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    return sums
+
+    def fill(d_y, kept, d_z):
+        sums = d_y.new_empty(shape, dtype=dtype) if summed else None
+        launch(d_y, kept, d_z, sums)
+        return sums
+
+    return fill
 
 
-def _weight_gradient_tiled(d_z, x, d_weight, dilation, halves, taps, exact):
-    """Launches _weight_gradient and _add_shares."""
+def _weight_gradient_of(d_z, x, d_weight, dilation, halves, taps, boxed):
+    """What fills d_weight: a function of the tensors, and of `exact` (tune.choose); boxed: as _input_gradient's."""
+    launch_boxed = boxed and boxed.launcher(boxed.weight_gradient(d_z, x, d_weight, taps, dilation))
+    if launch_boxed:
+        return lambda d_z, x, d_weight, exact: launch_boxed(d_z=d_z, x=x, d_weight=d_weight)
     images, inputs, rows, columns = x.shape
     outputs, dtype = d_z.shape[1], x.dtype
-    precision = _precision(dtype)
-    x, d_z = _channels_innermost(x), _channels_innermost(d_z)
+    arithmetic = arithmetic_dtype(x)
     live = taps.TAPS + (taps.GROUPS > 1)
     if live == 0:
-        d_weight.zero_()
-        return
+        return lambda d_z, x, d_weight, exact: d_weight.zero_()
+    from_images = *_image_innermost(d_z), *_image_innermost(x), TENSOR, images, rows, columns, dilation
+    to_weight = TENSOR, TENSOR, d_weight.stride()
+    count, kernel_rows = d_weight.numel(), d_weight.shape[2]
+    key = ("weight", dtype, tuple(x.shape), outputs, taps, dilation)
 
-    def run(tiles):
+    def launch(precision, tiles):
         per_tap = triton.cdiv(live * inputs, tiles.N) if tiles.FLAT else live * triton.cdiv(inputs, tiles.N)
         programs = triton.cdiv(outputs, tiles.M) * per_tap
         pixels = max(_LEAST_PIXELS, triton.cdiv(images * rows * columns * programs, _WEIGHT_PROGRAMS))
         steps = triton.cdiv(pixels, tiles.K)
         splits = triton.cdiv(images * rows * columns, steps * tiles.K)
-        shares = x.new_empty((splits, outputs, live, inputs), dtype=arithmetic_dtype(x))
-        _weight_gradient[(programs * splits,)](
-            *_image(d_z), *_image(x), shares,
-            images, rows, columns, dilation, steps,
-            INPUTS=inputs, OUTPUTS=outputs, KERNEL=taps, T=plan.TYPES[shares.dtype], PRECISION=precision,
+        share = Launch(
+            _weight_gradient, programs * splits, *from_images, steps,
+            INPUTS=inputs, OUTPUTS=outputs, KERNEL=taps, T=plan.TYPES[arithmetic], PRECISION=precision,
             IN_PART=_steps_of_a_part(dtype, precision, tiles.K), **tiles._asdict(), enable_fp_fusion=False,
         )  # fmt: skip
-        _add_shares[(triton.cdiv(d_weight.numel(), _REDUCE),)](
-            shares, d_weight, d_weight.stride(), splits, d_weight.numel(), d_weight.shape[2],
+        add = Launch(
+            _add_shares, triton.cdiv(count, _REDUCE), *to_weight, splits, count, kernel_rows,
             INPUTS=inputs, OUTPUTS=outputs, OUTPUT_HALF=outputs // halves, KERNEL=taps, SIZE=_REDUCE,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
-    tiles = _weight_tiles(x.dtype, precision, inputs, outputs, live)
-    key = ("weight", x.dtype, precision, tuple(x.shape), outputs, taps, dilation)
-    run(tune.choose(key, tiles, run, d_weight, exact))
+        def run(d_z, x, d_weight):
+            shares = x.new_empty((splits, outputs, live, inputs), dtype=arithmetic)
+            share(d_z, x, shares)
+            add(shares, d_weight)
+
+        return run
+
+    @functools.cache
+    def launches(precision):
+        candidates = _weight_tiles(dtype, precision, inputs, outputs, live)
+        return {tiles: launch(precision, tiles) for tiles in candidates}
+
+    def differentiate(d_z, x, d_weight, exact):
+        precision = _precision(dtype)
+        tensors = _channels_innermost(d_z), _channels_innermost(x), d_weight
+        tune.launch((*key, precision), launches(precision), tensors, d_weight, exact)
+
+    return differentiate
 
 
 def _plain(x, weight, taps, dilation, halves):
@@ -579,91 +655,101 @@ def masked_conv2d_fwd(
     results, input, weight, bias, cond, residual,
     mask_type, stack, dilation, channel_groups, group_order, activation, keep,
 ):  # fmt: skip
-    """Fills y and kept; the arguments of the op's schema."""
+    """What fills y and kept; the arguments of the op's schema."""
     y, kept = results
     if y.numel() == 0:
-        return
-    weight = _reaching(weight, stack, input.shape[2:], dilation)
+        return lambda *tensors: None
+    part = _reaching(weight, stack, input.shape[2:], dilation)
+    weight = _part(weight, part)
     taps = taps_of(weight, mask_type, stack, channel_groups, group_order)
     halves = 2 if activation in GATES else 1
     kept = kept if keep else None
     if boxes and stack == "square":
         extras = activation, bias, cond, residual, kept
-        if boxes.launch(boxes.convolution(input, weight, y, taps, dilation, False, *extras)):
-            return
+        launch = boxes.launcher(boxes.convolution(input, weight, y, taps, dilation, False, *extras))
+        if launch:
+            return lambda results, input, weight, bias, cond, residual: launch(
+                x=input, w=_part(weight, part), y=results[0], kept=results[1] if keep else None,
+                bias=bias, cond=cond, residual=residual,
+            )  # fmt: skip
+    convolve = _convolution(input, weight, bias, cond, residual, y, kept, dilation, 1, (1, halves), activation, taps)
 
-    def exact():
-        z = _plain(input, weight, taps, dilation, halves)
-        z = z if bias is None else z + bias[:, None, None]
-        z = z if cond is None else z + cond.reshape(*cond.shape, *[1] * (4 - cond.dim()))
-        found = activate(z, activation or None)
-        return found if residual is None else found + residual
+    def fill(results, input, weight, bias, cond, residual):
+        y, kept = results
+        weight = _part(weight, part)
+        kept = kept if keep else None
 
-    _convolve_tiled(
-        input,
-        weight,
-        bias,
-        cond,
-        residual,
-        y,
-        kept,
-        dilation,
-        1,
-        (1, halves),
-        activation,
-        taps,
-        exact,
-    )
+        def exact():
+            z = _plain(input, weight, taps, dilation, halves)
+            z = z if bias is None else z + bias[:, None, None]
+            z = z if cond is None else z + cond.reshape(*cond.shape, *[1] * (4 - cond.dim()))
+            found = activate(z, activation or None)
+            return found if residual is None else found + residual
+
+        convolve(input, weight, bias, cond, residual, y, kept, exact)
+
+    return fill
 
 
 def masked_conv2d_bwd(
     results, d_y, input, weight, kept, mask_type, stack, dilation, channel_groups, group_order, activation,
     want_input, want_weight, want_bias, cond_ndim,
 ):  # fmt: skip
-    """Fills d_input, d_weight, d_bias and d_cond; the arguments of the op's schema."""
-    d_input, d_weight, d_bias, d_cond = results
+    """What fills d_input, d_weight, d_bias and d_cond; the arguments of the op's schema."""
+    d_input, d_weight, _, d_cond = results
     if d_y.numel() == 0:
-        for gradient in results:
-            gradient.zero_()
-        return
+        return lambda results, *tensors: [gradient.zero_() for gradient in results]
     part = _reaching(weight, stack, input.shape[2:], dilation)
-    if part is not weight and want_weight:
-        d_weight = _reaching(d_weight.zero_(), stack, input.shape[2:], dilation)
-    weight = part
+    weight = _part(weight, part)
     taps = taps_of(weight, mask_type, stack, channel_groups, group_order)
     halves = 2 if activation in GATES else 1
-    if cond_ndim == 4:
-        d_z = d_cond
-    elif activation and (want_input or want_weight):
-        shape = input.shape[0], weight.shape[0], *input.shape[2:]
-        d_z = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
-    else:
-        d_z = None if activation else d_y
+    z_shape = input.shape[0], weight.shape[0], *input.shape[2:]
+    separate = activation and cond_ndim != 4 and (want_input or want_weight)
+
+    def z_gradient(d_y, d_cond):
+        """The gradient before the activation, yet to be filled where it is not d_y; None where it is not wanted."""
+        if cond_ndim == 4:
+            return d_cond
+        if separate:
+            return torch.empty(z_shape, dtype=d_y.dtype, device=d_y.device, memory_format=torch.channels_last)
+        return None if activation else d_y
+
+    d_z = z_gradient(d_y, d_cond)
     summed = want_bias or cond_ndim == 2
-    sums = _gradient_before_activation(d_y, kept, None if d_z is d_y else d_z, activation, summed)
-    if (want_input or want_weight) and d_z is d_y:
+    differentiate_activation = _gradient_before_activation(d_y, kept, None if d_z is d_y else d_z, activation, summed)
+    if want_input or want_weight:
         d_z = _channels_innermost(d_z)
-    if want_bias:
-        d_bias.copy_(sums.sum((0, 1), dtype=torch.float64))
-    if cond_ndim == 2:
-        d_cond.copy_(sums.sum(1, dtype=torch.float64))
-
-    def exact(operand):
-        wanted = [tensor is operand for tensor in (input, weight)]
-        found = _autograd.reference_gradients(
-            lambda x, w: _plain(x, w, taps, dilation, halves), (input, weight), wanted, (d_z,)
-        )
-        return found[wanted.index(True)]
-
-    if boxes and stack == "square":
-        if want_input and boxes.launch(boxes.convolution(d_z, weight, d_input, taps, dilation, True)):
-            want_input = False
-        if want_weight and boxes.launch(boxes.weight_gradient(d_z, input, d_weight, taps, dilation)):
-            want_weight = False
+    boxed = boxes if stack == "square" else None
     if want_input:
-        _convolve_tiled(
-            d_z, weight.transpose(0, 1), None, None, None, d_input, None, dilation, -1, (halves, 1), "", taps,
-            lambda: exact(input),
-        )  # fmt: skip
+        to_input = _input_gradient(d_z, weight, d_input, dilation, halves, taps, boxed)
     if want_weight:
-        _weight_gradient_tiled(d_z, input, d_weight, dilation, halves, taps, lambda: exact(weight))
+        to_weight = _weight_gradient_of(d_z, input, _part(d_weight, part), dilation, halves, taps, boxed)
+
+    def fill(results, d_y, input, weight, kept):
+        d_input, d_weight, d_bias, d_cond = results
+        weight = _part(weight, part)
+        d_z = z_gradient(d_y, d_cond)
+        sums = differentiate_activation(d_y, kept, None if d_z is d_y else d_z)
+        if want_bias:
+            d_bias.copy_(sums.sum((0, 1), dtype=torch.float64))
+        if cond_ndim == 2:
+            d_cond.copy_(sums.sum(1, dtype=torch.float64))
+        if not want_input and not want_weight:
+            return
+        d_z = _channels_innermost(d_z)
+        if part is not None and want_weight:
+            d_weight = _part(d_weight.zero_(), part)
+
+        def exact(operand):
+            wanted = [tensor is operand for tensor in (input, weight)]
+            found = _autograd.reference_gradients(
+                lambda x, w: _plain(x, w, taps, dilation, halves), (input, weight), wanted, (d_z,)
+            )
+            return found[wanted.index(True)]
+
+        if want_input:
+            to_input(d_z, weight, d_input, lambda: exact(input))
+        if want_weight:
+            to_weight(d_z, input, d_weight, lambda: exact(weight))
+
+    return fill

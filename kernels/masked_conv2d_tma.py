@@ -31,6 +31,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from fastelbo.kernels.launch import TENSOR, Launch
+
 # named anew after Triton 3.6
 _copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -1052,8 +1054,51 @@ def weight_gradient(d_z, x, d_weight, kernel, dilation):
     return list(prepare_weight_gradient(d_z, x, d_weight, _taps(kernel, dilation), tile))
 
 
-def launch(launches) -> bool:
-    """Whether there was anything to launch."""
-    for kernel, grid, arguments in launches or ():
-        kernel[grid](**arguments, enable_fp_fusion=True)  # today's default, which Triton will change
-    return launches is not None
+class _Descriptor:
+    """What makes descriptors like one that Triton has checked, of other tensors of the same kind."""
+
+    def __init__(self, checked):
+        self._type, self._parts = type(checked), {**vars(checked), "base": None}
+
+    def of(self, tensors):
+        """The descriptor of the next of some tensors."""
+        descriptor = self._type.__new__(self._type)
+        vars(descriptor).update(self._parts, base=next(tensors))
+        return descriptor
+
+
+_SAME = {"x2": "x", "w2": "w", "y2": "y"}  # arguments that are one tensor
+_INSTEAD = {"kept": "y", "residual": "y", "bias": "x", "cond": "x"}  # what is given for a tensor that is not there
+
+
+def _again(kernel, grid, arguments):
+    """The names of the tensors among the arguments, which are in the kernel's order, and a Launch that takes them."""
+    places = {name: TENSOR for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    places |= {name: _Descriptor(value) for name, value in arguments.items() if hasattr(value, "block_shape")}
+    names = [_SAME.get(name, name) for name in arguments if name in places]
+    # the fusion is today's default, which Triton will change
+    return names, Launch(kernel, grid[0], **(arguments | places), enable_fp_fusion=True)
+
+
+def launcher(launches):
+    """What launches them: a function of the tensors by their names, w the weight; None where there is nothing to."""
+    if launches is None:
+        return None
+    found = [_again(*one) for one in launches]
+    shares = launches[0][2].get("shares")
+    shape = None if shares is None else shares.shape
+
+    def launch(**tensors):
+        for name in ("bias", "cond"):
+            tensors[name] = _aligned(tensors.get(name))
+        if "w" in tensors:
+            tensors["w"] = _aligned(tensors["w"].permute(0, 2, 3, 1))
+        if shape is not None:
+            tensors["shares"] = torch.empty(shape, dtype=torch.float32, device=tensors["x"].device)
+        for name, instead in _INSTEAD.items():
+            if tensors.get(name) is None:
+                tensors[name] = tensors.get(instead)
+        for names, one in found:
+            one(*[tensors[name] for name in names])
+
+    return launch

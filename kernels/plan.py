@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fastelbo import _library
+from fastelbo.kernels.launch import TENSOR, Launch
 from fastelbo.reference.scale import split
 
 # Elements of a program at most: 16 for each thread of 4 warps, which still fit its registers. An interpreted program
@@ -122,20 +123,23 @@ def of_event(tensor, event_ndim):
 
 
 class Plan(NamedTuple):
-    """A launch: what kernels take beside their own arguments."""
+    """What a kernel takes beside its own arguments."""
 
-    operands: tuple
+    operands: tuple  # of a Launch
     layout: Layout
     grid: Grid
     aligned: bool
+    summed: bool
 
-    def launch(self, kernel, *arguments, **constants):
-        """Runs a kernel. Multiplications and additions are fused only where the source says so: the default differs
-        between versions of Triton."""
+    def launch(self, kernel, *arguments, **constants) -> Launch:
+        """A launch of a kernel. Multiplications and additions are fused only where the source says so: the default
+        differs between versions of Triton."""
         found, cut = self.layout, self.grid
         vector = found.vector if self.aligned else 1
         even = self.aligned and found.rows % cut.R == 0 and found.columns % (cut.C * cut.steps * cut.splits) == 0
-        kernel[(cut.programs,)](
+        return Launch(
+            kernel,
+            cut.programs,
             *arguments,
             found.rows,
             found.columns // vector,
@@ -153,8 +157,8 @@ class Plan(NamedTuple):
         )
 
     def sums(self, out):
-        """Where a kernel puts its sums [rows, splits]: `out` itself where a row is summed at once."""
-        return out if self.grid.splits == 1 else out.new_empty((self.layout.rows, self.grid.splits))
+        """Where a kernel puts its sums [rows, splits]: `out` itself where a row is summed at once, or not at all."""
+        return out if self.grid.splits == 1 or not self.summed else out.new_empty((self.layout.rows, self.grid.splits))
 
 
 def plan(event_ndim, *tensors, tile, noise_offset=None) -> "Plan | None":
@@ -175,14 +179,14 @@ def plan(event_ndim, *tensors, tile, noise_offset=None) -> "Plan | None":
         return None
     aligned = noise_offset is None or (noise_offset % 4 == 0 and (found.columns % 4 == 0 or found.rows == 1))
     operands = tuple(
-        ABSENT if tensor is None else (tensor, *strides)
+        ABSENT if tensor is None else (TENSOR, *strides)
         for (tensor, _, _), strides in zip(views, found.strides, strict=True)
     )
     if not aligned or found.vector == 1:
         tile //= 2  # every element has an address of its own
-    return Plan(
-        operands, found, _grid(found.rows, found.columns + (0 if aligned else 3), event_ndim > 0, tile), aligned
-    )
+    summed = event_ndim > 0
+    cut = _grid(found.rows, found.columns + (0 if aligned else 3), summed, tile)
+    return Plan(operands, found, cut, aligned, summed)
 
 
 def add_sums(out, sums) -> None:

@@ -59,3 +59,9 @@ def fastest(configurations, run, result, exact, time):
     if not seconds:
         raise RuntimeError("no configuration of the kernel computes what plain torch does")
     return min(seconds, key=seconds.get)
+
+
+def launch(key, candidates, tensors, result, exact):
+    """Launches the chosen one of candidates, a dictionary from configurations to functions of the tensors."""
+    chosen = choose(key, tuple(candidates), lambda configuration: candidates[configuration](*tensors), result, exact)
+    candidates[chosen](*tensors)

@@ -98,8 +98,8 @@ def scale_of(kind, limits, floor):
     return fastelbo.Scale(kind, **options)
 
 
-def run(op, layout, dtype, s="full", prior="none", mask="none", noise="drawn", x_grad=True, **keywords):
-    """One call of an op, forward and backward."""
+def prepared(op, layout, dtype, s="full", prior="none", mask="none", noise="drawn", x_grad=True, **keywords):
+    """A function that calls an op, forward and backward."""
     if "kind" in keywords:
         keywords["scale"] = scale_of(*(keywords.pop(name) for name in SCALES))
     rows, columns = SHAPES.get(layout, (64, 256))
@@ -130,9 +130,13 @@ def run(op, layout, dtype, s="full", prior="none", mask="none", noise="drawn", x
         samples = keywords.get("num_samples")
         sampled = (samples,) if samples and noise != "one" else ()
         keywords["noise"] = torch.zeros((*sampled, *((1,) * (2 - len(shapes[noise]))), *shapes[noise]), dtype=wide)
-    outputs = PLAIN[op](*inputs, **keywords, backend="triton")
     wanted = [value for value in inputs if isinstance(value, torch.Tensor) and value.requires_grad]
-    torch.autograd.grad(outputs, wanted, [torch.ones_like(out) for out in outputs])
+
+    def run():
+        outputs = PLAIN[op](*inputs, **keywords, backend="triton")
+        torch.autograd.grad(outputs, wanted, [torch.ones_like(out) for out in outputs])
+
+    return run
 
 
 def main(capability: int, strength: int, *ops: str) -> None:
@@ -143,7 +147,7 @@ def main(capability: int, strength: int, *ops: str) -> None:
             compiled.clear()
             name = f"{op}({', '.join(f'{option}={value}' for option, value in call.items())})"
             try:
-                run(op, **call)
+                prepared(op, **call)()
             except Exception as error:
                 found[name] = {"error": str(error)}
             for kernel, code, _ in compiled:

@@ -1,8 +1,11 @@
 """Fixtures that every test shares."""
 
 import contextlib
+import importlib.metadata
 import os
 import re
+import subprocess
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -95,3 +98,22 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tritons():
+    """Version to the folder that has it, None for the one installed. The oldest is downloaded once, into build/."""
+    oldest = ".".join(map(str, fastelbo.backends._OLDEST_TRITON)) + ".0"
+    installed = importlib.metadata.version("triton")
+    if installed == oldest:
+        return {oldest: None}
+    folder = Path(__file__).parents[1] / "build" / f"triton-{oldest}"
+    if not folder.exists():
+        fresh = folder.with_name(f"{folder.name}.{os.getpid()}")
+        options = ["--quiet", "--no-deps", "--target", fresh]
+        command = [sys.executable, "-m", "pip", "install", *options, f"triton=={oldest}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"pip cannot install triton {oldest}: {done.stderr.strip().splitlines()[-1]}")
+        fresh.rename(folder)
+    return {oldest: folder, installed: None}

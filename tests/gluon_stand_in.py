@@ -124,7 +124,8 @@ class Pointer:
 
 class Descriptor:
     def __init__(self, descriptor):
-        self.base, self.layout = descriptor.base.detach(), descriptor.layout  # threads record gradients
+        base = descriptor.base.detach()  # threads record gradients
+        self.base, self.layout = base.as_strided(descriptor.shape, descriptor.strides), descriptor.layout
         self.dtype = self.base.dtype
         shape = list(descriptor.block_shape)
         size = 2
@@ -306,7 +307,9 @@ def standing_in(module, monkeypatch, real=torch.float64):
         "warpgroup_mma_wait": _wait_products,
         "fence_async_shared": lambda: None,
         "_barrier": lambda: None,
-        "_descriptor": lambda tensor, box: SimpleNamespace(base=tensor, block_shape=box, layout=None),
+        "_descriptor": lambda tensor, box: SimpleNamespace(
+            base=tensor, shape=tensor.shape, strides=tensor.stride(), block_shape=box, layout=None
+        ),
         "_copy_in": _copy_in,
         "_copy_out": _copy_out,
     }

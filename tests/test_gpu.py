@@ -652,13 +652,15 @@ def over_boxes(monkeypatch):
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("these kernels are for GPUs of capability 9.0")
     boxes = importlib.import_module("fastelbo.kernels.masked_conv2d_tma")
-    launch, names = boxes.launch, []
+    names = []
 
-    def recorded(launches):
-        names.extend(kernel.__name__ for kernel, _, _ in launches or ())
-        return launch(launches)
+    class Recorded(boxes.Launch):
+        def __call__(self, *tensors):
+            names.append(self._kernel.__name__)
+            super().__call__(*tensors)
 
-    monkeypatch.setattr(boxes, "launch", recorded)
+    monkeypatch.setattr(boxes, "Launch", Recorded)
+    monkeypatch.setattr(fastelbo._library, "_FOUND", {})
     monkeypatch.setattr(importlib.import_module("fastelbo.kernels.masked_conv2d"), "boxes", boxes)
     before = torch.backends.cudnn.conv.fp32_precision  # no attribute that monkeypatch could give back
     torch.backends.cudnn.conv.fp32_precision = "ieee"

@@ -208,19 +208,34 @@ def launched(kernels, monkeypatch):
     """The launches of masked_conv2d on a GPU of capability 9.0, as the environment variable has them; nothing runs."""
     found = []
 
-    def launch(launches):
-        found.extend(launches or ())
-        return launches is not None
+    def launch(kernel, programs, arguments):
+        found.append(kernel.__name__)
 
     on_a_gpu(kernels, monkeypatch, launch)
     return found
 
 
 def on_a_gpu(kernels, monkeypatch, launch, capability=(9, 0)):
+    """launch: what takes a kernel, how many programs, and its arguments by name."""
+
+    class Launch:
+        def __init__(self, kernel, programs, *, enable_fp_fusion, **arguments):
+            self.kernel, self.programs, self.arguments = kernel, programs, arguments
+
+        def __call__(self, *tensors):
+            tensors, arguments = iter(tensors), dict(self.arguments)
+            for name, value in arguments.items():
+                if value is kernels.TENSOR:
+                    arguments[name] = next(tensors)
+                elif hasattr(value, "of"):
+                    arguments[name] = value.of(tensors)
+            launch(self.kernel, self.programs, arguments)
+
     today = importlib.import_module("fastelbo.kernels.masked_conv2d")
     assert today.boxes is None  # unless asked for
     monkeypatch.setattr(today, "boxes", kernels)
-    monkeypatch.setattr(kernels, "launch", launch)
+    monkeypatch.setattr(kernels, "Launch", Launch)
+    monkeypatch.setattr(fastelbo._library, "_FOUND", {})  # what other devices' calls have found
     monkeypatch.setattr(kernels, "_capability", lambda device: capability)
     monkeypatch.setattr(kernels, "_multiprocessors", lambda tensor: 132)
 
@@ -274,8 +289,9 @@ def test_a_layer_takes_them_by_rule(kernels, launched, monkeypatch, case, keywor
     monkeypatch.setattr(kernels, "_FEW_PIXELS", 0)
     tensors = layer(**case)
     found = both_ways(*tensors, **keywords)
-    assert [kernel.__name__ for kernel, _, _ in launched] == taken
+    assert launched == taken
     monkeypatch.setattr(importlib.import_module("fastelbo.kernels.masked_conv2d"), "boxes", None)
+    monkeypatch.setattr(fastelbo._library, "_FOUND", {})
     launched.clear()
     plain = both_ways(*tensors, **keywords)
     assert not launched
@@ -288,8 +304,9 @@ def test_what_else_keeps_a_layer_off_them(kernels, launched, monkeypatch):
 
     def taken(*tensors, **keywords):
         launched.clear()
+        monkeypatch.setattr(fastelbo._library, "_FOUND", {})
         fastelbo.masked_conv2d(*tensors, **{"mask_type": "B", "backend": "triton"} | keywords)
-        return [kernel.__name__ for kernel, _, _ in launched] == ["convolve"]
+        return launched == ["convolve"]
 
     assert taken(x, weight, bias, cond=cond, residual=residual)
     assert not taken(x, weight, cond=torch.randn_like(residual))
@@ -310,7 +327,7 @@ def test_what_else_keeps_a_layer_off_them(kernels, launched, monkeypatch):
 def test_weight_gradients_of_few_pixels_run_on_the_other_kernel(launched):
     x, weight, *_ = layer()
     both_ways(x, weight)
-    assert [kernel.__name__ for kernel, _, _ in launched] == TAKEN[:2]
+    assert launched == TAKEN[:2]
 
 
 def same(found, want):
@@ -381,14 +398,12 @@ def test_tiles_are_the_measured_best(kernels, monkeypatch):
 def test_the_op_on_a_model_of_the_hardware(kernels, run, monkeypatch, activation):
     """From the public function to the kernels' own lines and back, in float64, with NaN in dead taps."""
 
-    def launch(launches):
-        for kernel, grid, arguments in launches or ():
-            names.append(kernel.__name__)
-            if "d_weight" in arguments:
-                kernel[grid](**arguments)
-            else:
-                run(kernel, grid, arguments)
-        return launches is not None
+    def launch(kernel, programs, arguments):
+        names.append(kernel.__name__)
+        if "d_weight" in arguments:
+            kernel[(programs,)](**arguments)
+        else:
+            run(kernel, (programs,), arguments)
 
     names = []
     on_a_gpu(kernels, monkeypatch, launch)
@@ -399,7 +414,8 @@ def test_the_op_on_a_model_of_the_hardware(kernels, run, monkeypatch, activation
     weight.flatten(2)[:, :, 5:] = float("nan")
     upstream = torch.randn_like(rest[-1])
     found = both_ways(x, weight, *rest, upstream=upstream, activation=activation)
-    assert names == TAKEN
+    again = both_ways(x, weight, *rest, upstream=upstream, activation=activation)
+    assert names == 2 * TAKEN and all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     want = both_ways(x, weight, *rest, upstream=upstream, activation=activation, backend="reference")
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

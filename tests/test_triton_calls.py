@@ -1,6 +1,5 @@
 """Every kind of call of the Gaussian ops compiles: on the oldest Triton that is supported, and on the one installed."""
 
-import importlib.metadata
 import itertools
 import json
 import os
@@ -12,33 +11,12 @@ from pathlib import Path
 
 import pytest
 
-import fastelbo
-
 SCRIPT = Path(__file__).with_name("compile_triton_calls.py")
-OLDEST = ".".join(map(str, fastelbo.backends._OLDEST_TRITON)) + ".0"
 CAPABILITIES = (80, 90, 100)
 MOST_STACK = (
     8  # ptxas sets itself a limit of registers, and rarely leaves one value of a float64 kernel on the stack for it
 )
 MOST_REGISTERS = 200  # at four warps a program two programs fit a multiprocessor, whatever is asked
-
-
-@pytest.fixture(scope="module")
-def tritons():
-    """Version to the folder that has it, None for the one installed. The oldest is downloaded once, into build/."""
-    installed = importlib.metadata.version("triton")
-    if installed == OLDEST:
-        return {OLDEST: None}
-    folder = Path(__file__).parents[1] / "build" / f"triton-{OLDEST}"
-    if not folder.exists():
-        fresh = folder.with_name(f"{folder.name}.{os.getpid()}")
-        options = ["--quiet", "--no-deps", "--target", fresh]
-        command = [sys.executable, "-m", "pip", "install", *options, f"triton=={OLDEST}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            pytest.skip(f"pip cannot install triton {OLDEST}: {done.stderr.strip().splitlines()[-1]}")
-        fresh.rename(folder)
-    return {OLDEST: folder, installed: None}
 
 
 def compiled(tritons, capabilities, strength, *ops):
