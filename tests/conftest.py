@@ -42,9 +42,9 @@ def pytest_collection_modifyitems(items):
     """Puts long files first, marks some of Triton's cases on a GPU as slow, and skips what this machine has no compiler
     for.
 
-    There a case compiles kernels of its own for seconds. Of a product of three or more parameters every second case
-    runs, and any two values of two of them meet in one. Without Python's headers (Debian's python3-dev) torch.compile's
-    default backend compiles nothing.
+    There a case compiles kernels of its own for seconds. Of a product of three parameters every second case runs, of
+    more every third, and any two values of two of them meet in one. Without Python's headers (Debian's python3-dev)
+    torch.compile's default backend compiles nothing.
     """
     ranks: dict[tuple, dict[int, int]] = {}  # of the values of each parameter of each test
     for item in items:
@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items):
             for name in names:
                 rank = ranks.setdefault((item.function, name), {})
                 total += rank.setdefault(id(item.callspec.params[name]), len(rank))
-            if total % 2:
+            if total % min(len(names) - 1, 3):
                 item.add_marker("slow")
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if not Path(sysconfig.get_path("include"), "Python.h").exists():

@@ -39,7 +39,7 @@ refuse() {
 
 MEMORY_GIB=12 # what the eager rival allocates at most at 2^26 elements, with its copies
 LIMIT=475     # seconds for everything but the tables
-TESTS=185     # of them for the tests
+TESTS=195     # of them for the tests
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 quick= build=1 tests=1 sanitizer=1 benchmarks=1 wheel= out=$root/benchmarks/results commit=${FASTELBO_COMMIT:-}
