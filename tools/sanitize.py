@@ -62,6 +62,7 @@ def main() -> None:
     device = torch.device(options.device)
     names = [name for name in fastelbo.backends.BACKENDS if fastelbo.backends.why_not(name, device) is None]
     backends = [name for name in names if name != "reference"]
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # of ours, too
     calls = 0
     shapes, layers = (FEW, FEW_LAYERS) if options.few else (range(len(SHAPES)), range(len(LAYERS)))
     many = [(op, k, SHAPES[k], {}) for op in ops.KERNELS.values() for k in shapes]
