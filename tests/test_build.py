@@ -122,6 +122,12 @@ def checkout(tmp_path):
     return Checkout(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory):
+    """For builds that end before they compile."""
+    return Checkout(tmp_path_factory.mktemp("untouched"))
+
+
 def test_a_change_compiles_what_depends_on_it_and_no_more(checkout):
     assert checkout.build() == ALL_CPU | ALL_CUDA
     assert checkout.build() == set()
@@ -254,17 +260,17 @@ def test_a_failure_says_what_failed(checkout):
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
-def test_build_says_what_is_wrong(checkout, environment, message):
+def test_build_says_what_is_wrong(untouched, environment, message):
     script = """
 import os, runpy, sys
 sys.prefix, sys.argv = os.environ.get("PREFIX", sys.prefix), ["setup.py", "build_ext"]
 runpy.run_path("setup.py", run_name="__main__")
 """
-    said, _ = checkout.start("-c", script, **environment).communicate()
+    said, _ = untouched.start("-c", script, **environment).communicate()
     assert message in said and (message.startswith("no nvcc") or "Traceback" not in said), said
 
 
-def test_without_torch_it_says_so(checkout):
+def test_without_torch_it_says_so(untouched):
     script = """
 import importlib.metadata, runpy, sys
 def version(name):
@@ -272,5 +278,5 @@ def version(name):
 importlib.metadata.version, sys.argv = version, ["setup.py", "build_ext"]
 runpy.run_path("setup.py", run_name="__main__")
 """
-    said, _ = checkout.start("-c", script).communicate()
+    said, _ = untouched.start("-c", script).communicate()
     assert said.startswith("fastelbo's build needs torch: pip install 'torch>=2.10'"), said
