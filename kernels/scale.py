@@ -109,7 +109,7 @@ def spread(s, SCALE: tl.constexpr, ALONE: tl.constexpr = False):
             log_std = elementary.log(std)
         if ALONE and SCALE[8] < _INFINITY:  # through the distance to the unit, where sigma is 1
             high, low = _unit(s, SCALE)
-            excess = difference(clamped, tl.full(s.shape, high, s.dtype), low, SCALE)
+            excess = difference(clamped, high, low, SCALE)
             if SCALE[6] > 0:
                 rest: tl.constexpr = 1.0 - SCALE[6]
                 excess *= (own + SCALE[5] + elementary.sqrt(tl.full(s.shape, rest, s.dtype))) / (1.0 + std)
@@ -123,10 +123,11 @@ def spread(s, SCALE: tl.constexpr, ALONE: tl.constexpr = False):
 
 @triton.jit
 def _unit(s, SCALE: tl.constexpr):
+    """The unit as a sum, of s's type: a number that a function returns is float32."""
     if s.dtype == tl.float64:
-        return SCALE[8], SCALE[9]
+        return tl.full(s.shape, SCALE[8], s.dtype), tl.full(s.shape, SCALE[9], s.dtype)
     else:
-        return SCALE[10], SCALE[11]
+        return tl.full(s.shape, SCALE[10], s.dtype), tl.full(s.shape, SCALE[11], s.dtype)
 
 
 @triton.jit
@@ -232,8 +233,11 @@ def clamp_gradient(s, grad, SCALE: tl.constexpr):
     """The gradient that reaches the raw value when the limited value is owed `grad`."""
     if not _is_clamped(SCALE) or SCALE[1] == 1:  # straight through
         return grad
-    elif SCALE[1] == 2:  # inward: a descent step moves s against the gradient
-        stopped = ((s < SCALE[2]) & (grad > 0)) | ((s > SCALE[3]) & (grad < 0))
-        return tl.where(stopped, 0.0, grad)
     else:
-        return tl.where((s < SCALE[2]) | (s > SCALE[3]), 0.0, grad)
+        # Triton 3.6 compares with numbers as float32
+        below = s < tl.full(s.shape, SCALE[2], s.dtype)
+        above = s > tl.full(s.shape, SCALE[3], s.dtype)
+        if SCALE[1] == 2:  # inward: a descent step moves s against the gradient
+            return tl.where((below & (grad > 0)) | (above & (grad < 0)), 0.0, grad)
+        else:
+            return tl.where(below | above, 0.0, grad)

@@ -88,9 +88,19 @@ def resources(compiled) -> dict:
 
 
 def usage(compiled) -> dict:
-    """Registers, stack and shared memory of a compiled kernel."""
+    """Registers, stack and shared memory of a compiled kernel, and its float64 constants that were float32 before."""
     found = re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", cuobjdump(compiled, "-res-usage"))
-    return {name.lower(): int(value) for name, value in found}
+    return {name.lower(): int(value) for name, value in found} | {"narrowed": narrowed(compiled)}
+
+
+def narrowed(compiled) -> list:
+    """What has the digits of a float32, all of them, where the source's number has more."""
+    constants = re.findall(
+        r"(?:dense<|constant )(-?[\d.]+(?:[Ee][-+]?\d+)?)>? ?: (?:tensor<\S*xf64>|f64)", compiled.asm["ttir"]
+    )
+    numbers = torch.tensor([float(constant) for constant in constants], dtype=torch.float64)
+    long = numbers.view(torch.int64) & (2**40 - 1) != 0  # more than 12 bits
+    return numbers[(numbers.float().double() == numbers) & long].tolist()
 
 
 def cuobjdump(compiled, option) -> str:

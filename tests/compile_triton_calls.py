@@ -51,6 +51,8 @@ def options(op):
     return found | ({"x_grad": (True, False)} if "x" in op.tensors and op.name == op.file else {})
 
 
+# What is always compiled too, of an op that takes all of it: a float64 kernel with numbers that float32 has not.
+WIDE = {"dtype": "float64", "kind": "softplus", "limits": "zero", "floor": "min_std"}
 OPTIONS = {name: options(op) for name, op in PLAIN.items() if op in GAUSSIAN.values()}
 SHAPES = {"uneven": (61, 256), "odd": (64, 31), "one column": (64, 1), "long": (2, 100_000)}
 
@@ -143,7 +145,8 @@ def main(capability: int, strength: int, *ops: str) -> None:
     compiled = compile_triton.compile_for(capability)
     found, begin = {}, time.perf_counter()
     for op in ops or OPTIONS:
-        for call in covering(OPTIONS[op], strength):
+        plain = {option: values[0] for option, values in OPTIONS[op].items()}
+        for call in [*covering(OPTIONS[op], strength), *([plain | WIDE] if plain.keys() >= WIDE.keys() else [])]:
             compiled.clear()
             name = f"{op}({', '.join(f'{option}={value}' for option, value in call.items())})"
             try:

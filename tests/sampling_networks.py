@@ -57,7 +57,8 @@ def assert_equals_full_forward(model, shape, backend, n=3, cond=None, **options)
     sampler = IncrementalSampler(model, shape, conditional=cond is not None, backend=backend, **options)
     want = full(model, images, cond)
     assert want.abs().max() > 0.05 and (want.amax((0, 2, 3, 4)) - want.amin((0, 2, 3, 4)) > 1e-3).all()
-    torch.testing.assert_close(teacher_forced(sampler, images, cond), want, rtol=0, atol=1e-5)
+    bound = 1e-5 * max(1, want.abs().max())  # sums round by their largest terms
+    torch.testing.assert_close(teacher_forced(sampler, images, cond), want, rtol=0, atol=float(bound))
     return sampler
 
 

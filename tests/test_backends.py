@@ -13,6 +13,7 @@ import torch
 from ops import GAUSSIAN
 
 import fastelbo
+import fastelbo.kernels
 from fastelbo import backends
 
 CPU = torch.device("cpu")
@@ -56,14 +57,12 @@ def test_environment_overrides_the_default_only():
     assert run(code.format("fastelbo.backends.choose(d, 'cpu'))"), FASTELBO_BACKEND="reference") == "reference cpu"
 
 
-ROOT = Path(__file__).parent.parent
-
-
 @pytest.fixture
 def copied(tmp_path):
     """A copy of the package, less its CUDA library."""
-    shutil.copytree(ROOT / "fastelbo", tmp_path / "fastelbo", ignore=shutil.ignore_patterns("kernels", "_cuda.so"))
-    shutil.copytree(ROOT / "kernels", tmp_path / "fastelbo" / "kernels")
+    package, kernels = (Path(module.__file__).parent for module in (fastelbo, fastelbo.kernels))
+    shutil.copytree(package, tmp_path / "fastelbo", ignore=shutil.ignore_patterns("kernels", "_cuda.so"))
+    shutil.copytree(kernels, tmp_path / "fastelbo" / "kernels")
     return tmp_path
 
 

@@ -176,7 +176,7 @@ class Narrow(Gated):
 
     def forward(self, x):
         _, h = self.first(x, x)
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
             return self.last(h).float()
 
 

@@ -40,6 +40,7 @@ def test_every_kernel_compiles_without_spills(compiled, capability):
     assert len(compiled[capability]) == KERNELS[capability]
     for name, kernel in compiled[capability].items():
         assert kernel["stack"] == kernel["local"] == 0, name
+        assert not kernel["narrowed"], name
         assert not [code for code in kernel["code"] if code.startswith(("LDL", "STL"))], name
         assert kernel["reg"] <= MOST_REGISTERS[name.split("_")[0]], f"{name} takes {kernel['reg']} registers"
 

@@ -49,6 +49,8 @@ def check(found):
         assert not failed, (machine, failed)
         spilt = [(call, what) for call, what in calls.items() if what["stack"] > MOST_STACK or what["local"]]
         assert not spilt, (machine, spilt)
+        narrowed = [(call, what["narrowed"]) for call, what in calls.items() if what["narrowed"]]
+        assert not narrowed, (machine, narrowed)
         greedy = [(call, what["reg"]) for call, what in calls.items() if what["reg"] > MOST_REGISTERS]
         assert not greedy, (machine, greedy)
 
