@@ -183,7 +183,7 @@ def within(call: Callable, settings: list[tuple]) -> Callable:
     """A call for whose time attributes of modules, (module, name, value), are set."""
 
     def changed():
-        before = [getattr(module, name, None) for module, name, _ in settings]
+        before = [getattr(module, name) for module, name, _ in settings]
         for module, name, value in settings:
             setattr(module, name, value)
         try:
