@@ -303,6 +303,7 @@ if [ -n "$sanitizer" ]; then
     for tool in memcheck racecheck; do
         begin "$tool" $((left > 15 ? left : 15)) env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tools/sanitize.py --few
+        sleep 3 # each finds a free port for itself
     done
     for tool in memcheck racecheck; do
         failed_before=$failed
