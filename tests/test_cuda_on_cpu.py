@@ -51,19 +51,21 @@ def library(tmp_path_factory):
     return path
 
 
+GAUSSIAN = [name for name in FILES if name.startswith("gaussian")]
+SAMPLING = ["sampling", "sampling_networks", "sampling_check"]
+
+
 @pytest.mark.parametrize(
-    ("name", "chosen"),
-    [
-        *((name, "cpu or opcheck" if name == "masked_conv2d" else "cpu") for name in FILES),
-        ("sampling", "cpu"),
-        ("sampling_networks", "cpu"),
-        ("sampling_check", "cpu"),
-        ("memory", "layout_changes and cpu"),
-        ("rows", "cpu"),
+    ("names", "chosen"),
+    [  # a process takes seconds to start, so each runs what has the same choice of tests
+        ([*GAUSSIAN, *SAMPLING, "rows"], "cpu"),
+        ([name for name in FILES if name not in GAUSSIAN], "cpu or opcheck"),
+        (["memory"], "layout_changes and cpu"),
     ],
+    ids=["gaussian and sampling", "convolutions", "memory"],
 )
-def test_ops(library, name, chosen):
-    command = [sys.executable, "-c", RUN, library, f"tests/test_{name}.py", f"--rootdir={ROOT}"]
+def test_ops(library, names, chosen):
+    command = [sys.executable, "-c", RUN, library, *(f"tests/test_{name}.py" for name in names), f"--rootdir={ROOT}"]
     command += ["-q", "-m", "not slow", "-k", chosen, "--import-mode=importlib", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]
