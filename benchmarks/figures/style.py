@@ -63,7 +63,8 @@ def frame(figure: pyplot.Figure, title: str, row, handles: Sequence) -> None:
     figure.suptitle(f"{title}\n\n", fontsize=14, fontweight="bold", x=0.012, ha="left")
     figure.text(0.0125, 1 - 0.42 / figure.get_figheight(), row.origin, fontsize=9.5, color=FAINT, va="center")
     options = {"loc": "outside lower center", "frameon": False, "fontsize": 9.5, "handletextpad": 0.4}
-    figure.legend(handles=handles, ncols=8, **options)
+    lines = math.ceil(sum(len(handle.get_label()) + 6 for handle in handles) / (13 * figure.get_figwidth()))
+    figure.legend(handles=handles, ncols=math.ceil(len(handles) / lines), **options)
 
 
 def beside(axis, x: float, y: float, text: str, right: bool, **keywords) -> None:
