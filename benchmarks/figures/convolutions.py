@@ -29,7 +29,7 @@ def draw(found: list[Row]) -> pyplot.Figure:
     passes = [name for name in PASSES if any(row.pass_ == name for row, _ in ours)]
     rivals = [rival for rival in RIVALS if any(rival[0] in ratios for _, ratios in ours)]
     rows_of_axes = (len(passes) + 1) // 2
-    figure = pyplot.figure(figsize=(12.4, 1.2 + rows_of_axes * (0.5 + 0.5 * len(layers))), layout="constrained")
+    figure = pyplot.figure(figsize=(12.4, 1.2 + rows_of_axes * (0.5 + 0.45 * len(layers))), layout="constrained")
     axes = list(figure.subplots(rows_of_axes, 2, sharey=True, squeeze=False).flat)
     for axis in axes[len(passes) :]:
         axis.set_visible(False)

@@ -22,7 +22,7 @@ GREY, FAINT = "#8a8a8a", "#555555"
 SLOWER = "#fbe8dc"  # behind what is slower than a rival
 BAND = "#f7f7f9"
 HEADING = {"fontsize": 11.5, "fontweight": "bold", "x": 0.012, "ha": "left"}
-COLOURS = 128  # of a file: each has a few, and their shades at edges
+COLOURS = 96  # of a file: each has a few, and their shades at edges
 TICKS = (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
