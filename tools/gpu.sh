@@ -272,7 +272,7 @@ if [ -n "$tests" ]; then
     seconds=$TESTS
     [ -z "$quick" ] || seconds=90
     export FASTELBO_TESTS_END=$(($(date +%s) + seconds))
-    stage "tests" $((seconds + 20)) 120 "${pytest[@]}" -m "not slow" -k "$only" "${workers[@]}" \
+    stage "tests" $((seconds + 60)) 120 "${pytest[@]}" -m "not slow" -k "$only" "${workers[@]}" \
         --junitxml "$scratch/tests.xml" "${files[@]}"
     # of an op whose tests fail the rows say that they are unverified; after an interruption those of all do
     [ $? -gt 1 ] || [ ! -f "$scratch/tests.xml" ] || verdict+=(--verdict "$scratch/tests.xml")
