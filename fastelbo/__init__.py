@@ -45,11 +45,12 @@ __all__ = [
     "optimal_sigma",
     "reference",
     "sampling",
+    "testing",
 ]
 
 
 def __getattr__(name):
     """Imports what most programs do not use when it is first asked for."""
-    if name in ("compat", "distributions", "sampling"):
+    if name in ("compat", "distributions", "sampling", "testing"):
         return importlib.import_module(f"fastelbo.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,6 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOATS = "float32, float64, bfloat16 or float16"
 _MAX_DIMS = 15
 _OPTIONAL = ("mean_p", "s_p")
+_OBSERVED = ("x",)  # data, which may be integers, as of images
 
 
 def calls(**names: str) -> Any:
@@ -84,7 +85,8 @@ def _mixed_operands(named, event_ndim, event_name):
             continue
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a tensor or a number; got {type(value).__name__}")
-        check_dtype(name, value.dtype)
+        if name not in _OBSERVED or value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
+            check_dtype(name, value.dtype)
         check_dense(name, value)
         if value.device != device:
             raise ValueError(f"{name} must be on the device of {anchor_name}, {device}; got {value.device}")
@@ -114,6 +116,8 @@ def _mixed_operands(named, event_ndim, event_name):
             if isinstance(value, int) and abs(value) > sys.float_info.max:
                 raise ValueError(f"{name} must be a number that a float holds; got one of {value.bit_length()} bits")
             value = torch.full((), float(value), dtype=arithmetic, device=device)
+        elif value is not None and not value.is_floating_point():
+            value = value.to(arithmetic)
         elif value is not None and value.dtype == torch.float64 and arithmetic == torch.float32:
             value = value.to(arithmetic)  # it is 0-d: else the arithmetic would be float64
         made.append(value)

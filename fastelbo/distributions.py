@@ -11,6 +11,8 @@ What differs from the originals:
   errors for tensors in host memory; the values of any other tensor are asserted on its device, and nobody waits for it;
 * KL and log-densities of half-precision distributions are computed and returned in float32;
 * KL divergences near 0 keep their digits (docs/numerics.md).
+
+All other names are torch.distributions' own, so that ``import fastelbo.distributions as td`` takes its place.
 """
 
 import math
@@ -26,6 +28,13 @@ from fastelbo.ops.gaussian_log_prob import gaussian_log_prob
 from fastelbo.ops.gaussian_rsample import gaussian_rsample
 
 __all__ = ["Independent", "Normal", "kl_divergence"]
+
+
+def __getattr__(name: str) -> Any:
+    """torch.distributions' own, of what is not here."""
+    if not name.startswith("_") and hasattr(torch.distributions, name):
+        return getattr(torch.distributions, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Normal(torch.distributions.Normal):

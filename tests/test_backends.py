@@ -242,6 +242,13 @@ def test_import_does_not_load_triton():
     assert run("import sys, fastelbo; print('triton' in sys.modules)") == "False"
 
 
+def test_modules_are_there_once_the_package_is_imported():
+    names = ("compat", "distributions", "sampling", "testing")
+    assert run(f"import fastelbo; print(*(getattr(fastelbo, name).__name__ for name in {names}))") == " ".join(
+        f"fastelbo.{name}" for name in names
+    )
+
+
 def test_first_call_may_be_inside_a_compiled_function():
     code = """
 import torch, fastelbo

@@ -558,3 +558,10 @@ def test_errors_name_what_the_caller_named():
         fd.Normal(torch.zeros([1] * 15), 1.0).rsample((2,))
     with pytest.raises(TypeError, match=r"^value must be float32"):
         fd.Normal(torch.zeros(2), 1.0, validate_args=False).log_prob(torch.zeros(2, dtype=torch.complex64))
+
+
+def test_other_names_are_torchs():
+    assert {name for name in td.__all__ if getattr(fd, name) is not getattr(td, name)} == set(fd.__all__)
+    assert fd.constraints is td.constraints
+    with pytest.raises(AttributeError, match=r"^module 'fastelbo.distributions' has no attribute 'Gaussian'$"):
+        fd.Gaussian  # noqa: B018

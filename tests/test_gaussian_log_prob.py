@@ -196,3 +196,20 @@ def test_default_event_holds_no_other_operands_batch(backend):
         assert function(full, row, s, backend=backend).shape == (4,)
         assert function(row, row, 0.0, backend=backend).shape == (4,)
         assert function(torch.zeros(1), torch.zeros(1, 1), 0.0, backend=backend).shape == (1,)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64], ids=str)
+@pytest.mark.parametrize("of_mean", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_data_may_be_integers(dtype, of_mean, backend):
+    """An image's levels, which bfloat16 would round: they are taken in the dtype of the arithmetic."""
+    mean, logvar = (t.to(of_mean).requires_grad_() for t in gaussian((4, 6)))
+    x = torch.randint(0, 256, (4, 6)).to(dtype)
+    found = fastelbo.gaussian_nll(x, mean, logvar, backend=backend)
+    want = fastelbo.gaussian_nll(x.to(found.dtype), mean, logvar, backend=backend)
+    exact = -torch.distributions.Normal(mean.double(), (0.5 * logvar.double()).exp()).log_prob(x.double()).sum(1)
+    assert torch.equal(found, want)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+    gradients = (torch.autograd.grad(out.sum(), (mean, logvar)) for out in (found, want))
+    assert all(map(torch.equal, *gradients))
+    with pytest.raises(TypeError, match=r"^x must be float32, float64, bfloat16 or float16; got torch.bool$"):
+        fastelbo.gaussian_nll(x > 9, mean, logvar, backend=backend)

@@ -163,9 +163,17 @@ def test_small_losses_keep_their_digits(reduction):
     torch.testing.assert_close(loss.double(), torch.full_like(loss, exact, dtype=torch.float64), rtol=2e-7, atol=0)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_targets_may_be_integers(full):
+    target = torch.randint(0, 256, (4, 3), dtype=torch.uint8)
+    mean, var = torch.randn(4, 3), torch.rand(4, 3) + 0.1
+    want = torch.nn.GaussianNLLLoss(full=full)(mean.double(), target, var.double())
+    torch.testing.assert_close(GaussianNLLLoss(full=full)(mean, target, var).double(), want, rtol=1e-6, atol=0)
+
+
 def test_errors_name_the_modules_arguments():
     ones = torch.ones(2, 3)
     with pytest.raises(TypeError, match=r"^target must be float32"):
-        GaussianNLLLoss()(ones, ones.long(), ones)
+        GaussianNLLLoss()(ones, ones.bool(), ones)
     with pytest.raises(TypeError, match=r"^var must be float32"):
         GaussianNLLLoss()(ones, ones, ones.long())

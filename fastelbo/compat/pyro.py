@@ -1,6 +1,7 @@
 """Pyro: Normal and Independent for pyro.sample, with all that Pyro adds to a distribution.
 
-Replaces ``from pyro.distributions import Normal, Independent``. fastelbo.distributions says what differs.
+Replaces ``from pyro.distributions import Normal, Independent``, and ``import pyro.distributions as dist``, whose other
+names are Pyro's own. fastelbo.distributions says what differs.
 
 Where the original is wrong: no digits are left of KLs near 0, which TraceMeanField_ELBO takes.
 """
@@ -11,6 +12,13 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from fastelbo import distributions
 
 __all__ = ["Independent", "Normal"]
+
+
+def __getattr__(name):
+    """Pyro's own, of what is not here."""
+    if not name.startswith("_") and hasattr(pyro.distributions, name):
+        return getattr(pyro.distributions, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Normal(distributions.Normal, TorchDistributionMixin):

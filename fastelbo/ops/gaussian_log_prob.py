@@ -28,7 +28,7 @@ def gaussian_log_prob(
     summed over each event.
 
     Args:
-        x: float32, float64, bfloat16 or float16, any shape and strides; or a number.
+        x: float32, float64, bfloat16 or float16, any shape and strides; integers, as of images; or a number.
         mean, s: mean and raw scale, broadcast with x, or numbers. A 0-d s is one sigma for all, a number a fixed one.
         scale: a Scale or one of its kinds; how s becomes a standard deviation.
         event_ndim: how many trailing dimensions are one event and are summed; all but the first where None, none
