@@ -96,7 +96,8 @@ def usage(compiled) -> dict:
 def narrowed(compiled) -> list:
     """What has the digits of a float32, all of them, where the source's number has more."""
     constants = re.findall(
-        r"(?:dense<|constant )(-?[\d.]+(?:[Ee][-+]?\d+)?)>? ?: (?:tensor<\S*xf64>|f64)", compiled.asm["ttir"]
+        r"(?:dense<|constant )(-?[\d.]+(?:[Ee][-+]?\d+)?)>? ?: (?:tensor<\S*xf64>|f64)",
+        compiled.asm["ttir" if "ttir" in compiled.asm else "ttgir"],
     )
     numbers = torch.tensor([float(constant) for constant in constants], dtype=torch.float64)
     long = numbers.view(torch.int64) & (2**40 - 1) != 0  # more than 12 bits
