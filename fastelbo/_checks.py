@@ -16,6 +16,7 @@ _FLOATS = "float32, float64, bfloat16 or float16"
 _MAX_DIMS = 15
 _OPTIONAL = ("mean_p", "s_p")
 _OBSERVED = ("x",)  # data, which may be integers, as of images
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def calls(**names: str) -> Any:
@@ -85,7 +86,7 @@ def _mixed_operands(named, event_ndim, event_name):
             continue
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a tensor or a number; got {type(value).__name__}")
-        if name not in _OBSERVED or value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
+        if name not in _OBSERVED or value.dtype not in _INTEGERS:
             check_dtype(name, value.dtype)
         check_dense(name, value)
         if value.device != device:
@@ -116,7 +117,7 @@ def _mixed_operands(named, event_ndim, event_name):
             if isinstance(value, int) and abs(value) > sys.float_info.max:
                 raise ValueError(f"{name} must be a number that a float holds; got one of {value.bit_length()} bits")
             value = torch.full((), float(value), dtype=arithmetic, device=device)
-        elif value is not None and not value.is_floating_point():
+        elif value is not None and value.dtype in _INTEGERS:
             value = value.to(arithmetic)
         elif value is not None and value.dtype == torch.float64 and arithmetic == torch.float32:
             value = value.to(arithmetic)  # it is 0-d: else the arithmetic would be float64

@@ -642,6 +642,14 @@ def test_vits_of_equal_sigmas_keeps_its_digits():
     torch.testing.assert_close(loss.item(), exact, rtol=1e-7, atol=0)
 
 
+def test_second_derivatives_of_vits_loss():
+    """Both sigmas of what is inside move, though the slope by one of them is 0."""
+    inputs = [torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    mask = torch.ones(2, 1, 4, dtype=torch.float64)
+    mask[1, :, 2:] = 0
+    assert torch.autograd.gradgradcheck(lambda *inputs: vits.kl_loss(*inputs, mask), inputs)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

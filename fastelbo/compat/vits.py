@@ -47,9 +47,8 @@ def kl_loss(z_p, logs_q, m_p, logs_p, z_mask):
         tensor(0.)
     """
     live = z_mask != 0
-    # With one sigma, half the squared distance, whose slope by that of q is 0. The two logarithms are subtracted from
-    # each other alone.
-    half_square = gaussian_kl(z_p, logs_p.detach(), m_p, logs_p, scale="log_std", event_ndim=0, mask=live)
+    # with one sigma, half the squared distance; the two logarithms are subtracted from each other alone
+    half_square = gaussian_kl(z_p, logs_p, m_p, logs_p, scale="log_std", event_ndim=0, mask=live)
     terms = half_square.sub_(0.5) + torch.sub(*arithmetic(logs_p, logs_q))
     return torch.where(live, terms, 0).sum() / live.sum()
 
