@@ -8,7 +8,7 @@ from torch import nn
 
 from fastelbo import _autograd, _checks, _sharding, backends
 from fastelbo.ops import masked_conv2d as op
-from fastelbo.ops.gaussian_log_prob import log_prob
+from fastelbo.ops.gaussian_log_prob import Terms, log_prob
 from fastelbo.reference.masked_conv2d import activate
 from fastelbo.scale import Scale
 
@@ -636,7 +636,8 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
             input, target = torch.broadcast_tensors(input, target)
         summed = 0 if self.reduction == "none" else input.dim()
         scale = Scale.gaussian_nll_loss(self.eps)
-        loss = log_prob(target, input, var, scale, summed, "none", None, None, negative=True, full=self.full)
+        terms = Terms() if self.full else Terms(constant=0.0)
+        loss = log_prob(target, input, var, scale, summed, "none", None, None, negative=True, terms=terms)
         return loss / input.numel() if self.reduction == "mean" else loss
 
 

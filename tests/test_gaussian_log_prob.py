@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastelbo
+from fastelbo.ops.gaussian_log_prob import Terms, log_prob
 from fastelbo.testing import assert_within_budget, gaussian, plain_log_prob
 
 SCALES = {"full": (6, 5), "per-channel": (5,), "0-d": ()}
@@ -213,3 +214,24 @@ def test_data_may_be_integers(dtype, of_mean, backend):
     assert all(map(torch.equal, *gradients))
     with pytest.raises(TypeError, match=r"^x must be float32, float64, bfloat16 or float16; got torch.bool$"):
         fastelbo.gaussian_nll(x > 9, mean, logvar, backend=backend)
+
+
+@pytest.mark.parametrize("kind", ["log_std", "std"])
+@pytest.mark.parametrize("event_ndim", [0, 1])
+def test_half_square_alone(backend, event_ndim, kind):
+    """Without ln sigma, in the gradient too."""
+    mean, x = (torch.randn(6, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    s = (torch.rand(6, 5, dtype=torch.float64) + 0.1).requires_grad_()
+    std = s.exp() if kind == "log_std" else s
+    expected = 0.5 * ((x - mean) / std) ** 2 - 0.5
+    expected = expected.sum(1) if event_ndim else expected
+    terms = Terms(log_weight=0.0, constant=-0.5)
+    actual = log_prob(x, mean, s, kind, event_ndim, "none", None, backend, negative=True, terms=terms)
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
+    upstream = torch.randn_like(expected)
+    for got, want in zip(
+        torch.autograd.grad(actual, (x, mean, s), upstream),
+        torch.autograd.grad(expected, (x, mean, s), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)

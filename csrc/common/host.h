@@ -74,7 +74,6 @@ Tensor allocate_gradient(const Shape& shape, const std::optional<Tensor>& of, Sc
                          bool wanted = true);
 
 // The constant of a log-density.
-constexpr double kHalfLogTwoPi = 0.91893853320467274178;
 
 // float64 if any tensor is, else float32.
 ScalarType arithmetic_type(std::initializer_list<const Tensor*> tensors);

@@ -9,7 +9,7 @@ struct GaussianLogProb {
   Operand mask;  // none: every element counts
   Scale scale;
   double sign;      // of the negative log-likelihood in the result
-  double constant;  // in that
+  double log_weight, constant;  // of ln sigma in that, and what is added
   bool one_s;       // s is a single number: what depends on it alone leaves the loop
   Tiling tiling;
   Terms* log_prob;
@@ -26,7 +26,7 @@ struct GaussianLogProb {
 namespace fastelbo {
 
 Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double> scale, int64_t event_ndim,
-                             bool negative, std::optional<Tensor> mask, bool full) {
+                             bool negative, std::optional<Tensor> mask, double log_weight, double constant) {
   Shape shape = broadcast_operands({{"x", x}, {"mean", mean}, {"s", s}});
   check_event_ndim(event_ndim, shape);
   check_mask(mask, shape, {"x", x});
@@ -35,7 +35,8 @@ Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double
   Terms log_prob(shape, event_ndim, dtype, mean, tiling);
   GaussianLogProb args{{x, shape}, {mean, shape}, {s, shape}, {mask, shape}, parse_scale(scale)};
   args.sign = negative ? 1 : -1;
-  args.constant = full ? kHalfLogTwoPi : 0;
+  args.log_weight = log_weight;
+  args.constant = constant;
   args.one_s = s.numel() == 1;
   args.tiling = tiling;
   args.log_prob = &log_prob;
@@ -47,7 +48,7 @@ Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double
 // here. The first is empty without x_grad.
 std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x, Tensor mean, Tensor s,
                                                          std::vector<double> scale, int64_t event_ndim, bool negative,
-                                                         std::optional<Tensor> mask, bool x_grad) {
+                                                         std::optional<Tensor> mask, bool x_grad, double log_weight) {
   Shape shape = broadcast_operands({{"x", x}, {"mean", mean}, {"s", s}});
   check_event_ndim(event_ndim, shape);
   check_mask(mask, shape, {"x", x});
@@ -60,6 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
   Tensor d_s = one_s ? allocate(Shape(s), dtype, device) : allocate_gradient(shape, s, dtype, device);
   GaussianLogProb args{{x, shape}, {mean, shape}, {s, shape}, {mask, shape}, parse_scale(scale)};
   args.sign = negative ? 1 : -1;
+  args.log_weight = log_weight;
   args.one_s = one_s;
   args.tiling = {1, shape.numel()};
   args.d_out = {d_out, shape, event_ndim};

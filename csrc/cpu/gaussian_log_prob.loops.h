@@ -33,11 +33,11 @@ void gaussian_log_prob_fwd(const GaussianLogProb& args, int64_t begin, int64_t e
     const T* mean = read_tile(args.mean, start, n, mean_tile);
     const T* s = read_tile(args.s, start, n, s_tile);
     T* out = output_terms(*args.log_prob, tile, out_tile);
-    V sign(args.sign), constant(args.constant);
+    V sign(args.sign), weight(args.log_weight), constant(args.constant);
     with_scale(scale, args.one_s, s, n, p_at, [&](auto, auto spread_at) FASTELBO_LAMBDA {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V delta = load(x + i, part) - load(mean + i, part);
-        store(out + i, sign * gaussian_nll(delta, spread_at(i, part), constant).value, part);
+        store(out + i, sign * gaussian_nll(delta, spread_at(i, part), weight, constant).value, part);
       });
     });
     kept.read(args.mask, start, n);
@@ -64,12 +64,12 @@ void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t e
     T* d_x = x_grad ? output(args.d_x, start, n, d_x_tile) : d_x_tile;
     T* d_mean = output(args.d_mean, start, n, d_mean_tile);
     T* d_s = args.d_s ? output(args.d_s, start, n, d_s_tile) : d_s_tile;
-    V sign(args.sign);
+    V sign(args.sign), weight(args.log_weight);
     with_scale(scale, args.one_s, s, n, p_at, [&](auto raw_at, auto spread_at) FASTELBO_LAMBDA {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw = raw_at(i, part), upstream = sign * load(d_out + i, part);
         Spread<V, exponential> p = spread_at(i, part);
-        GaussianNLL<V> nll = gaussian_nll(load(x + i, part) - load(mean + i, part), p);
+        GaussianNLL<V> nll = gaussian_nll(load(x + i, part) - load(mean + i, part), p, weight);
         V d_delta = upstream * nll.d_x;
         if (x_grad) store(d_x + i, d_delta, part);
         store(d_mean + i, -d_delta, part);

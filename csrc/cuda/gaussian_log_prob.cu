@@ -11,7 +11,8 @@ struct GaussianLogProb {
   Layout layout;
   Work work;
   typename Access::Scale scale;
-  V sign, constant;     // of the negative log-likelihood in the result; in that
+  V sign;               // of the negative log-likelihood in the result
+  V log_weight, constant;  // of ln sigma in that, and what is added
   Operand x, mean, s;   // [rows, columns]
   Operand log_prob;     // [rows, columns], where elementwise
   Sums<V> sums;         // where not
@@ -37,7 +38,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
     Access::load_repeated(args.s, args.layout, place, s);
     FASTELBO_UNROLL
     for (int i = 0; i < n; ++i)
-      x[i] = args.sign * gaussian_nll(x[i] - mean[i], spread<exponential>(args.scale, s[i]), args.constant).value;
+      x[i] = args.sign *
+             gaussian_nll(x[i] - mean[i], spread<exponential>(args.scale, s[i]), args.log_weight, args.constant).value;
     select(Access::kept(args.mask, args.layout, place), x);
     if (args.log_prob.data)
       Access::store_term(args.log_prob, args.layout, place, x);
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
     FASTELBO_UNROLL
     for (int i = 0; i < n; ++i) {
       auto p = spread<exponential>(args.scale, s[i]);
-      auto nll = gaussian_nll(x[i] - mean[i], p);
+      auto nll = gaussian_nll(x[i] - mean[i], p, args.log_weight);
       V signed_upstream = args.sign * upstream[i];
       x[i] = signed_upstream * nll.d_x;
       mean[i] = -x[i];
@@ -94,13 +96,14 @@ namespace fastelbo {
 // What forward and backward read.
 template <class Access>
 device::GaussianLogProb<Access> gaussian_log_prob_args(const Plan& plan, const Scale& scale, bool negative,
-                                                       const View& x, const View& mean, const View& s,
-                                                       const View& mask) {
+                                                       double log_weight, const View& x, const View& mean,
+                                                       const View& s, const View& mask) {
   device::GaussianLogProb<Access> args{};
   args.layout = plan.layout;
   args.work = plan.work;
   args.scale = typename Access::Scale(scale);
   args.sign = negative ? 1 : -1;
+  args.log_weight = log_weight;
   args.x = operand<Access>(x, plan);
   args.mean = operand<Access>(mean, plan);
   args.s = operand<Access>(s, plan);
@@ -109,7 +112,7 @@ device::GaussianLogProb<Access> gaussian_log_prob_args(const Plan& plan, const S
 }
 
 Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double> scale_numbers, int64_t event_ndim,
-                             bool negative, std::optional<Tensor> mask, bool full) {
+                             bool negative, std::optional<Tensor> mask, double log_weight, double constant) {
   Shape shape = broadcast_operands({{"x", x}, {"mean", mean}, {"s", s}});
   check_event_ndim(event_ndim, shape);
   check_mask(mask, shape, {"x", x});
@@ -124,8 +127,8 @@ Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double
   log_prob.make_room(plan);
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
-    auto args = gaussian_log_prob_args<Access>(plan, scale, negative, x_view, mean_view, s_view, mask_view);
-    args.constant = full ? kHalfLogTwoPi : 0;
+    auto args = gaussian_log_prob_args<Access>(plan, scale, negative, log_weight, x_view, mean_view, s_view, mask_view);
+    args.constant = constant;
     args.log_prob = operand<Access>(log_prob.elements, plan);
     args.sums = log_prob.sums<typename Access::Value>();
     launch(device::gaussian_log_prob_fwd_kernel<Access, exponential.value>, args, plan.work.blocks);
@@ -137,7 +140,8 @@ Tensor gaussian_log_prob_fwd(Tensor x, Tensor mean, Tensor s, std::vector<double
 // here. The first is empty without x_grad.
 std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x, Tensor mean, Tensor s,
                                                          std::vector<double> scale_numbers, int64_t event_ndim,
-                                                         bool negative, std::optional<Tensor> mask, bool x_grad) {
+                                                         bool negative, std::optional<Tensor> mask, bool x_grad,
+                                                         double log_weight) {
   Shape shape = broadcast_operands({{"x", x}, {"mean", mean}, {"s", s}});
   check_event_ndim(event_ndim, shape);
   check_mask(mask, shape, {"x", x});
@@ -161,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
   if (one_s) partial = allocate(Shape{plan.work.blocks}, ScalarType::Double, device);
   dispatch(plan, [&](auto access, auto exponential) {
     using Access = decltype(access);
-    auto args = gaussian_log_prob_args<Access>(plan, scale, negative, x_view, mean_view, s_view, mask_view);
+    auto args = gaussian_log_prob_args<Access>(plan, scale, negative, log_weight, x_view, mean_view, s_view, mask_view);
     args.d_out = operand<Access>(d_out_view, plan);
     args.d_x = operand<Access>(d_x_view, plan);
     args.d_mean = operand<Access>(d_mean_view, plan);

@@ -110,13 +110,14 @@ struct GaussianNLL {
   V d_s;  // inside the clamp
 };
 
-// -ln N(x; mean, p.std^2), delta = x - mean; constant: ln(2 pi) / 2, or 0 to leave that out.
+// r^2 / 2 + weight ln p.std + constant of r = delta / p.std: -ln N(x; mean, p.std^2) of delta = x - mean, where the
+// weight is 1 and the constant ln(2 pi) / 2.
 template <class V, bool exponential>
-FASTELBO_INLINE GaussianNLL<V> gaussian_nll(V delta, const Spread<V, exponential>& p, V constant = V(0)) {
+FASTELBO_INLINE GaussianNLL<V> gaussian_nll(V delta, const Spread<V, exponential>& p, V weight, V constant = V(0)) {
   V r = p.divide(delta), d_s;
   if constexpr (exponential)
-    d_s = V(0.5f) * fma(-r, r, V(1)) * p.d_logvar;
+    d_s = V(0.5f) * fma(-r, r, weight) * p.d_logvar;
   else  // r^2 may overflow where that does not
-    d_s = V(0.5f) * fma(-r, r * p.d_logvar, p.d_logvar);
-  return {fma(V(0.5f) * r, r, p.log_std + constant), p.divide(r), d_s};
+    d_s = V(0.5f) * fma(-r, r * p.d_logvar, weight * p.d_logvar);
+  return {fma(V(0.5f) * r, r, fma(weight, p.log_std, constant)), p.divide(r), d_s};
 }

@@ -12,14 +12,14 @@ loss. Here padded frames are never read, and get gradient 0.
 import torch
 
 from fastelbo import _checks
-from fastelbo.ops.gaussian_kl import gaussian_kl
+from fastelbo.ops.gaussian_log_prob import Terms, log_prob
 from fastelbo.ops.gaussian_rsample import gaussian_rsample
 from fastelbo.reference.scale import arithmetic
 
 __all__ = ["kl_loss", "posterior_sample"]
 
 
-@_checks.calls(mean_q="z_p", s_q="logs_p", mean_p="m_p", s_p="logs_p", mask="z_mask")
+@_checks.calls(x="z_p", mean="m_p", s="logs_p", mask="z_mask")
 def kl_loss(z_p, logs_q, m_p, logs_p, z_mask):
     r"""One-sample KL of N(., exp(logs_q)^2), which the flow took to z_p, from N(m_p, exp(logs_p)^2); per frame.
 
@@ -47,10 +47,11 @@ def kl_loss(z_p, logs_q, m_p, logs_p, z_mask):
         tensor(0.)
     """
     live = z_mask != 0
-    # with one sigma, half the squared distance; the two logarithms are subtracted from each other alone
-    half_square = gaussian_kl(z_p, logs_p, m_p, logs_p, scale="log_std", event_ndim=0, mask=live)
-    terms = half_square.sub_(0.5) + torch.sub(*arithmetic(logs_p, logs_q))
-    return torch.where(live, terms, 0).sum() / live.sum()
+    # the two logarithms are subtracted from each other alone
+    terms = Terms(log_weight=0.0, constant=-0.5)
+    distances = log_prob(z_p, m_p, logs_p, "log_std", 1, "none", live, None, negative=True, terms=terms)
+    logarithms = torch.where(live, torch.sub(*arithmetic(logs_p, logs_q)), 0)
+    return (distances.sum() + logarithms.sum()) / live.sum()
 
 
 @_checks.calls(mean="m", s="logs", temperature="noise_scale")

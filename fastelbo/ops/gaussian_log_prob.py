@@ -1,10 +1,13 @@
 """Log-likelihood of a diagonal Gaussian."""
 
+from typing import NamedTuple
+
 import torch
 
 from fastelbo import _autograd, _checks, _library, _sharding, backends, reference
 from fastelbo.ops import _gaussian
 from fastelbo.reference.gaussian_kl import event_sum
+from fastelbo.reference.gaussian_log_prob import HALF_LOG_TWO_PI
 from fastelbo.reference.scale import arithmetic, arithmetic_dtype, log_std_and_std
 from fastelbo.scale import Scale, as_scale, numbers
 
@@ -111,8 +114,15 @@ def gaussian_nll(
     return _gaussian.reduce(event_sum(weight * nll, event_ndim), reduction, shape, event_ndim, mask)
 
 
-def log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative, full=True):
-    """The log-density, or its negative; without ln(2 pi) / 2, unless it is to be in full."""
+class Terms(NamedTuple):
+    """What a negative log-likelihood has beside half the square: ln sigma, times a weight, and a constant."""
+
+    log_weight: float = 1.0
+    constant: float = HALF_LOG_TWO_PI
+
+
+def log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative, terms=Terms()):  # noqa: B008
+    """The log-density, or its negative, with these terms."""
     scale = as_scale(scale)
     (x, mean, s), shape, dtype = _checks.operands(event_ndim, x=x, mean=mean, s=s)
     event_ndim = _checks.check_event_ndim(event_ndim, shape)
@@ -123,7 +133,7 @@ def log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative, 
     s, scale = _gaussian.clamp_before_broadcast(s, shape, scale, dtype)
     tensors = x, mean, s, mask
     kernel_ndim = _gaussian.kernel_event_ndim(event_ndim, reduction, shape)
-    options = scale, kernel_ndim, negative, full
+    options = scale, kernel_ndim, negative, *terms
     if _sharding.sharded(*tensors):
         layout = _sharding.Gaussian(shape, x=x, mean=mean, s=s, mask=mask)
         out = layout.terms(_local(layout.shards(), options, backend), kernel_ndim)
@@ -141,15 +151,15 @@ def _local(tensors, options, backend):
 
 
 def _reference(x, mean, s, mask, options):
-    scale, event_ndim, negative, full = options
+    scale, event_ndim, negative, *terms = options
     function = reference.gaussian_nll if negative else reference.gaussian_log_prob
-    return function(x, mean, s, scale=scale, event_ndim=event_ndim, mask=mask, full=full)
+    return function(x, mean, s, scale=scale, event_ndim=event_ndim, mask=mask, **Terms(*terms)._asdict())
 
 
 def _arguments(x, mean, s, mask, options):
     """As the forward's schema has them."""
-    scale, event_ndim, negative, full = options
-    return x, mean, s, numbers(scale), event_ndim, negative, mask, full
+    scale, event_ndim, negative, *terms = options
+    return x, mean, s, numbers(scale), event_ndim, negative, mask, *terms
 
 
 class _GaussianLogProb(torch.autograd.Function):
@@ -171,8 +181,8 @@ class _GaussianLogProb(torch.autograd.Function):
                 lambda *inputs: _reference(*inputs, mask, ctx.options), inputs, wanted, (d_out,)
             )
         else:
-            scale, event_ndim, negative, _ = ctx.options
-            options = numbers(scale), event_ndim, negative, mask, wanted[0]
+            scale, event_ndim, negative, log_weight, _ = ctx.options
+            options = numbers(scale), event_ndim, negative, mask, wanted[0], log_weight
             grads = _autograd.input_gradients(_BWD[ctx.backend](d_out, *inputs, *options), inputs, wanted)
         return *grads, None, None, None
 
@@ -181,9 +191,8 @@ def _fwd_fake(x, mean, s, scale, event_ndim, *_):
     return _gaussian.empty_terms(_gaussian.joint_shape(x, mean, s), event_ndim, mean, (x, mean, s))
 
 
-def _bwd_fake(d_out, x, mean, s, *options):
+def _bwd_fake(d_out, x, mean, s, scale, event_ndim, negative, mask, x_grad, *_):
     inputs, shape = (x, mean, s), _gaussian.joint_shape(x, mean, s)
-    x_grad = options[-1]
     d_x = _gaussian.empty_gradient(shape, x, inputs) if x_grad else x.new_empty((0,), dtype=torch.float32)
     if s.numel() == 1:
         d_s = s.new_empty(s.shape, dtype=arithmetic_dtype(*inputs))
@@ -195,7 +204,7 @@ def _bwd_fake(d_out, x, mean, s, *options):
 _FWD = _library.define(
     "gaussian_log_prob_fwd",
     "(Tensor x, Tensor mean, Tensor s, float[] scale, int event_ndim, bool negative, Tensor? mask,"
-    " bool full=True) -> Tensor",
+    f" float log_weight=1, float constant={HALF_LOG_TWO_PI!r}) -> Tensor",
     _fwd_fake,
     _gaussian.check,
     _gaussian.differentiable(_GaussianLogProb),
@@ -203,7 +212,7 @@ _FWD = _library.define(
 _BWD = _library.define(
     "gaussian_log_prob_bwd",
     "(Tensor d_out, Tensor x, Tensor mean, Tensor s, float[] scale, int event_ndim, bool negative, Tensor? mask,"
-    " bool x_grad) -> (Tensor, Tensor, Tensor)",
+    " bool x_grad, float log_weight=1) -> (Tensor, Tensor, Tensor)",
     _bwd_fake,
     _gaussian.check,
 )
