@@ -269,6 +269,28 @@ def test_near_a_learned_prior_equals_sixty_digits(backend, scale, unit, dtype):
             assert abs(got - exact) <= BOUND[dtype] * exact, (q, p, got, float(exact))
 
 
+@pytest.mark.parametrize(
+    ("scale", "unit"), CLOSE, ids=lambda value: name(value) if not isinstance(value, float) else ""
+)
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+def test_from_near_to_far_equals_sixty_digits(backend, scale, unit, dtype):
+    """Where one formula takes over from another: distances of ln 2 of a softplus, half a soft clamp, and about them."""
+    of = 1 / scale.beta if scale.kind == "softplus" else 1.0
+    distances = [0.2, 0.45, 0.68, 0.6875, 0.7, 0.99, 1.0, 1.01, 1.49, 1.5, 1.51, 2.49, 2.5, 2.51, 4.0]
+    s = torch.tensor([unit + sign * of * distance for distance in distances for sign in (1, -1)], dtype=dtype)
+    s = s[(s > 0) | (scale.kind not in ("std", "var"))]
+    alone = fastelbo.gaussian_kl(0.0, s, scale=scale, event_ndim=0, backend=backend)
+    beside = fastelbo.gaussian_kl(
+        0.0, s, 0.0, torch.tensor(unit, dtype=dtype), scale=scale, event_ndim=0, backend=backend
+    )
+    with mpmath.workdps(60):
+        p = mpmath.mpf(torch.tensor(unit, dtype=dtype).item())
+        for raw, *two in zip(s.tolist(), alone.tolist(), beside.tolist(), strict=True):
+            for got, prior in zip(two, (None, p), strict=True):
+                exact = exact_kl(scale, mpmath.mpf(raw), prior)
+                assert abs(got - exact) <= 2 * BOUND[dtype] * exact, (raw, prior, got, float(exact))
+
+
 def test_softplus_near_the_prior_by_hand(backend):
     kl = fastelbo.gaussian_kl(0.0, torch.tensor(0.541325), scale="softplus", event_ndim=0, backend=backend)
     torch.testing.assert_close(kl.item(), 5.6076e-15, rtol=1e-3, atol=0)

@@ -48,8 +48,8 @@ Scale parse_scale(const std::vector<double>& values) {
   scale.unit = value(8, INFINITY);
   scale.unit_low = value(9, 0);
   scale.unit_own = std::sqrt(1 - scale.var_eps) - scale.min_std;
-  scale.unit_rest = std::exp(-scale.beta * scale.unit_own);
   scale.unit_slope = -std::expm1(-scale.beta * scale.unit_own);
+  scale.unit_log_slope = std::log(scale.unit_slope);
   return scale;
 }
 

@@ -19,8 +19,7 @@ struct ScaleOf : ScaleKinds {
   Real min_std = 0, var_eps = 0;
   Real beta = 1, inv_beta = 1, log_beta = 0;
   Real unit = Real(__builtin_inf()), unit_low = 0;  // the raw value whose sigma is 1, as a sum; infinite: none
-  Real unit_own = 1, unit_slope = 1,
-       unit_rest = 0;  // there the kind's own sigma; of softplus its slope, and 1 less that
+  Real unit_own = 1, unit_slope = 1, unit_log_slope = 0;  // there the kind's own sigma; of softplus its slope
 
   ScaleOf() = default;
   template <class Other>
@@ -41,7 +40,7 @@ struct ScaleOf : ScaleKinds {
         unit_low(Real(other.unit - Other(Real(other.unit)) + other.unit_low)),
         unit_own(Real(other.unit_own)),
         unit_slope(Real(other.unit_slope)),
-        unit_rest(Real(other.unit_rest)) {}
+        unit_log_slope(Real(other.unit_log_slope)) {}
 
   // sigma is exp of a multiple of the raw value, so ln sigma needs no logarithm
   bool exponential() const { return kind <= log_std && !shifted() && soft_clamp == 0; }

@@ -94,8 +94,8 @@ class GaussiansTile {
   T mean_q_tile[kTile], s_q_tile[kTile], mean_p_tile[kTile], s_p_tile[kTile], d_kl_tile[kTile];
   T d_mean_q_tile[kTile], d_s_q_tile[kTile], d_mean_p_tile[kTile], d_s_p_tile[kTile];
   SpreadTile<T, exponential, kLogStdOfWild | needs | kExcess> q_alone;
-  SpreadTile<T, exponential, kLogStdOfWild | needs | kOwn> q_at;
-  SpreadTile<T, exponential, kLogStdOfWild | (needs & kLogSlope) | kOwn | kOwnSlope> p_at;
+  SpreadTile<T, exponential, kLogStdOfWild | needs | kOwn | kRest> q_at;
+  SpreadTile<T, exponential, kLogStdOfWild | (needs & kLogSlope) | kOwn | kOwnSlope | kRest> p_at;
   RatioTile<T, exponential, part_of> ratio;
   MaskTile<T> kept;
 };

@@ -12,13 +12,14 @@ enum Needs {
   kExcess = 16,
   kOwn = 32,
   kOwnSlope = 64,
+  kRest = 128,
 };
 
 template <class T, bool exponential, int needs>
 struct SpreadTile {
   using V = typename VectorOf<T>::type;
 
-  T std[kTile], log_std[kTile], d_std[kTile], d_logvar[kTile], excess[kTile], own[kTile], own_slope[kTile];
+  T std[kTile], log_std[kTile], d_std[kTile], d_logvar[kTile], excess[kTile], own[kTile], own_slope[kTile], rest[kTile];
   bool by_log, tame;  // tame: no sigma needs its logarithm, and of kLogStdOfWild there is none
 
   void read(const ScaleOf<T>& scale, const T* raw, int n) {
@@ -41,6 +42,7 @@ struct SpreadTile {
     if (needs & kExcess) out.excess = load(excess + i, part);
     if (needs & kOwn) out.own = load(own + i, part);
     if (needs & kOwnSlope) out.own_slope = load(own_slope + i, part);
+    if (needs & kRest) out.rest = load(rest + i, part);
     out.by_log = by_log;
     return out;
   }
@@ -51,7 +53,7 @@ struct SpreadTile {
     const ScaleOf<T> scale = given;  // a copy, which no store to a tile can change
     by_log = needs & (kLogStd | kLogStdOfWild) && kind != Scale::std && kind != Scale::var && !scale.shifted();
     for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-      Spread<V, false> out = spread<false>(scale, load(raw + i, part), kind);
+      Spread<V, false> out = spread<false, (needs & kExcess) != 0>(scale, load(raw + i, part), kind);
       store(std + i, out.std, part);
       if (needs & kLogStd) store(log_std + i, out.log_std, part);
       if (needs & kSlope) store(d_std + i, out.d_std, part);
@@ -59,6 +61,7 @@ struct SpreadTile {
       if (needs & kExcess) store(excess + i, out.excess, part);
       if (needs & kOwn) store(own + i, out.own, part);
       if (needs & kOwnSlope) store(own_slope + i, out.own_slope, part);
+      if (needs & kRest) store(rest + i, out.rest, part);
     });
     if (!(needs & (kLogStd | kLogStdOfWild))) return;
     int wild = 0;
@@ -68,7 +71,7 @@ struct SpreadTile {
     if (needs & kLogStd) return;
     if (tame) return ::std::fill(log_std, log_std + n, T(0));
     for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-      store(log_std + i, spread<false>(scale, load(raw + i, part), kind).log_std, part);
+      store(log_std + i, spread<false, false>(scale, load(raw + i, part), kind).log_std, part);
     });
   }
 };

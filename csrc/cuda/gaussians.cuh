@@ -62,7 +62,7 @@ FASTELBO_INLINE void each_kl(const GaussianOperands<Access>& args, const typenam
   if (!has_prior<prior>(args.mean_p)) {
     FASTELBO_UNROLL
     for (int i = 0; i < n; ++i) {
-      auto q = spread<exponential>(args.scale, s_q[i]);
+      auto q = spread<exponential, true>(args.scale, s_q[i]);
       f(i, q, gaussian_kl(mean_q[i], ratio_terms(q), q), V(0));
     }
   } else {

@@ -110,6 +110,15 @@ FASTELBO_INLINE F32 tanh(F32 x) {
   return flip_sign(-t / (t + F32(2.0f)), as_int(x) & int32_t(0x80000000));
 }
 
+// For |x| <= 1/2.
+FASTELBO_INLINE F32 tanh_near(F32 x) {
+  F32 t = x * x;
+  F32 q = fma(t, F32(0.01725699f), F32(-0.05305295f));
+  q = fma(q, t, F32(0.13325988f));
+  q = fma(q, t, F32(-0.3333315f));
+  return fma(x * t, q, x);
+}
+
 // sin(2 pi u) and cos(2 pi u) for u in [0, 1]; u is reduced exactly.
 FASTELBO_INLINE void sincos_2pi(F32 u, F32& sine, F32& cosine) {
   Integral quarters = round_product(u, 4.0f);
@@ -141,6 +150,7 @@ FASTELBO_INLINE double log_normalised(double a) { return std::log(a); }
 FASTELBO_INLINE double log1p(double a) { return std::log1p(a); }
 FASTELBO_INLINE double log1p_near(double a) { return std::log1p(a); }
 FASTELBO_INLINE double tanh(double a) { return std::tanh(a); }
+FASTELBO_INLINE double tanh_near(double a) { return std::tanh(a); }
 FASTELBO_INLINE void expm1_parts(double x, double& half_e, double& e_minus_x) {
   double e = std::expm1(x);
   half_e = 0.5 * e;

@@ -58,7 +58,7 @@ FASTELBO_INLINE RatioTerms<V> ratio_terms(const Scale& scale, const Scale& scale
     V apart = q.std - p.std, t_q = s_q, t_p = s_p;
     if (same) {
       t_q = clamped(scale, s_q), t_p = clamped(scale_p, s_p);
-      apart = difference(scale, t_q, q.own, t_p, V(0), p.own, p.own_slope, kind);
+      apart = difference(scale, t_q, q.rest, q.own, t_p, V(0), p.rest, p.own, p.own_slope, kind);
       if (scale.var_eps > 0) apart = apart * ((q.own + p.own + V(2 * scale.min_std)) / (q.std + p.std));
     }
     RatioTerms<V> terms(apart, q.std, p.std);

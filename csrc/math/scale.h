@@ -32,6 +32,7 @@ struct Spread {
   V d_std;  // d sigma / d s
   V d_logvar;  // d ln sigma^2 / d s
   V own, own_slope;  // the kind's own sigma, before min_std and var_eps, and its slope
+  V rest;  // (1 - |tanh(t / c)|) / 2 under a soft clamp c
   V excess;  // sigma - 1, without cancellation
   bool by_log = false;  // log_std says more than sigma where that runs out of normal numbers
 
@@ -48,14 +49,17 @@ FASTELBO_INLINE V clamped(const Scale& scale, V s) {
   return scale.clamped ? min(V(scale.clamp_hi), max(V(scale.clamp_lo), s)) : s;  // NaN stays NaN
 }
 
-// c tanh(t / c) of a clamped raw value for a soft clamp c; *slope is its derivative.
+// c tanh(t / c) of a clamped raw value for a soft clamp c, its derivative, and *rest = (1 - |tanh(t / c)|) / 2, which
+// has digits where tanh has none left.
 template <class V, class Scale>
-FASTELBO_INLINE V softened(const Scale& scale, V t, V* slope) {
-  *slope = V(1);
+FASTELBO_INLINE V softened(const Scale& scale, V t, V* slope, V* rest) {
+  *slope = V(1), *rest = V(0);
   if (!(scale.soft_clamp > 0)) return t;
-  V x = t * V(scale.inv_soft_clamp), tail = exp(V(-2) * abs(x));
-  *slope = V(4) * tail / ((V(1) + tail) * (V(1) + tail));  // 1 - tanh^2 has no digits left where that is near 1
-  return V(scale.soft_clamp) * tanh(x);
+  V x = t * V(scale.inv_soft_clamp), exponent = V(-2) * abs(x), tail = exp(exponent), inverse = V(1) / (V(1) + tail);
+  V size = V(-scale.soft_clamp) * expm1(exponent) * inverse;
+  *rest = tail * inverse;
+  *slope = V(4) * *rest * inverse;
+  return select(x < V(0), -size, size);
 }
 
 // Where softplus(x) is exp(x), to the last digit of its logarithm.
@@ -88,24 +92,25 @@ FASTELBO_INLINE V own_std(const Scale& scale, V t, typename Scale::Kind kind, V*
   }
 }
 
-// tanh(a) - tanh(b), apart = a - b: also where both are near 1 or -1, and where they are close.
+// tanh(a) - tanh(b), apart = a - b: also where both are near 1 or -1, and where they are close. Of a and b the signs
+// count, and rest = (1 - |tanh|) / 2: close, it is tanh(a - b) (1 - tanh(a) tanh(b)).
 template <class V>
-FASTELBO_INLINE V tanh_difference(V a, V b, V apart) {
-  V tail_a = exp(V(-2) * abs(a)), tail_b = exp(V(-2) * abs(b));
-  V nearer = select(a * b < V(0), V(1), max(tail_a, tail_b));  // through 0 the tails' product is exp(-2 |apart|)
-  V size = V(-2) * nearer * expm1(V(-2) * abs(apart)) / ((V(1) + tail_a) * (V(1) + tail_b));
-  return select(apart < V(0), -size, size);
+FASTELBO_INLINE V tanh_difference(V a, V rest_a, V b, V rest_b, V apart) {
+  V most_a = V(1) - rest_a, most_b = V(1) - rest_b, gap = abs(apart);
+  auto across = a * b < V(0);
+  V near = tanh_near(min(gap, V(0.5f))) *
+           fma(rest_a, select(across, rest_b, most_b), most_a * select(across, most_b, rest_b));
+  V far = select(across, most_a - rest_b, abs(rest_b - rest_a)), half = select(gap < V(0.5f), near, far);
+  return select(apart < V(0), V(-2), V(2)) * half;
 }
 
 // The kind's own sigma of q less that of p + low, clamped raw values of which that is known, without cancellation.
 template <class V, class Scale>
-FASTELBO_INLINE V difference(const Scale& scale, V q, V own_q, V p, V low, V own_p, V slope_p,
+FASTELBO_INLINE V difference(const Scale& scale, V q, V rest_q, V own_q, V p, V low, V rest_p, V own_p, V slope_p,
                              typename Scale::Kind kind) {
   V apart = q - p - low;
-  if (scale.soft_clamp > 0) {
-    V inverse(scale.inv_soft_clamp);
-    apart = V(scale.soft_clamp) * tanh_difference(q * inverse, p * inverse, apart * inverse);
-  }
+  if (scale.soft_clamp > 0)
+    apart = V(scale.soft_clamp) * tanh_difference(q, rest_q, p, rest_p, apart * V(scale.inv_soft_clamp));
   switch (kind) {
     case Scale::logvar:
     case Scale::log_std: return own_p * expm1(V(kind == Scale::logvar ? 0.5f : 1.0f) * apart);
@@ -122,8 +127,24 @@ FASTELBO_INLINE V difference(const Scale& scale, V q, V own_q, V p, V low, V own
   }
 }
 
-// `kind` is scale.kind; a caller that knows it at compile time gets the code of that kind alone.
-template <bool exponential, class V, class Scale>
+// Of a raw value, limited but not softened, softplus's own sigma less that of the unit, its slope, and that sigma: by
+// one logarithm, near the unit of softplus(x + u) - softplus(x), elsewhere of softplus itself.
+template <class V, class Scale>
+FASTELBO_INLINE V softplus_beyond_unit(const Scale& scale, V t, V* own, V* slope) {
+  V beta(scale.beta), inv_beta(scale.inv_beta), there(scale.beta * scale.unit_own), slope_there(scale.unit_slope);
+  V x = beta * t, u = beta * (t - V(scale.unit) - V(scale.unit_low));
+  auto near = abs(u) < V(0.6875f), below = x < V(0);
+  V exponent = select(near, u, -abs(x)), power = exp(exponent);
+  V grown = select(near, slope_there * expm1(exponent), power), logarithm = log1p_near(grown);
+  *slope = select(near, slope_there * power, select(below, power, V(1))) / (V(1) + grown);
+  *own = (select(near, there, max(x, V(0))) + logarithm) * inv_beta;
+  V step = select(below, -there, u + V(scale.unit_log_slope));
+  return (select(near, V(0), step) + logarithm) * inv_beta;
+}
+
+// `kind` is scale.kind; a caller that knows it at compile time gets the code of that kind alone. Only of an `alone`
+// spread, that of q against the standard normal, the excess is known.
+template <bool exponential, bool alone, class V, class Scale>
 FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s, typename Scale::Kind kind) {
   Spread<V, exponential> out;
   V raw = clamped(scale, s);
@@ -134,8 +155,15 @@ FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s, typename 
     out.d_logvar = V(2) * c;
     out.d_std = out.std * c;
   } else {
-    V slope, t = softened(scale, raw, &slope), own = own_std(scale, t, kind, &out.own_slope), d_own = out.own_slope;
     const bool shifted = scale.min_std > 0 || scale.var_eps > 0, log_kind = kind <= Scale::log_std && !shifted;
+    const bool has_unit = alone && scale.unit < decltype(scale.unit)(__builtin_inff());
+    const bool jointly = has_unit && kind == Scale::softplus && !(scale.soft_clamp > 0);
+    V slope, t = softened(scale, raw, &slope, &out.rest), own;
+    if (jointly)
+      out.excess = softplus_beyond_unit(scale, t, &own, &out.own_slope);
+    else
+      own = own_std(scale, t, kind, &out.own_slope);
+    V d_own = out.own_slope;
     out.std = out.own = own;
     if (shifted) {
       V above = own + V(scale.min_std);
@@ -153,10 +181,14 @@ FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s, typename 
     } else {
       const bool plain_var = kind == Scale::var && !shifted;
       out.log_std = plain_var ? V(0.5f) * log(t) : log(out.std);
-      out.excess = plain_var ? (t - V(1)) / (out.std + V(1)) : out.std - V(1);
-      if (scale.unit < decltype(scale.unit)(__builtin_inff())) {
-        out.excess =
-            difference(scale, raw, own, V(scale.unit), V(scale.unit_low), V(scale.unit_own), V(scale.unit_slope), kind);
+      if (!has_unit) {
+        out.excess = plain_var ? (t - V(1)) / (out.std + V(1)) : out.std - V(1);
+      } else {
+        if (!jointly) {
+          V unit(scale.unit), tail = exp(V(-2) * abs(unit * V(scale.inv_soft_clamp)));
+          out.excess = difference(scale, raw, out.rest, own, unit, V(scale.unit_low), tail / (V(1) + tail),
+                                  V(scale.unit_own), V(scale.unit_slope), kind);
+        }
         if (scale.var_eps > 0)
           out.excess = out.excess * (own + V(scale.min_std) + sqrt(V(1 - scale.var_eps))) / (V(1) + out.std);
       }
@@ -171,9 +203,9 @@ FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s, typename 
   }
   return out;
 }
-template <bool exponential, class V, class Scale>
+template <bool exponential, bool alone = false, class V, class Scale>
 FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s) {
-  return spread<exponential>(scale, s, scale.kind);
+  return spread<exponential, alone>(scale, s, scale.kind);
 }
 
 // The gradient that reaches the raw value s when the limited value is owed `grad`.
