@@ -22,6 +22,8 @@ class _CausalConv2d(nn.Conv2d):
     and it is gone wherever parameters are asked for, copied or saved.
     """
 
+    keep_mask = False
+
     def __init__(
         self,
         in_channels,
@@ -73,9 +75,72 @@ class _CausalConv2d(nn.Conv2d):
     def __getstate__(self):
         """What copies and pickles take."""
         self._clear_dead_taps()
-        return {name: value for name, value in self.__dict__.items() if name != "_dead_taps"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_dead_taps", "_mask")}
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """The live taps as other projects' buffer has them: of the weight's shape, dtype and device, 1 where a tap is
+        live. It is made when first asked for. The layer computes with the taps of its mask_type whatever is written to
+        it: another pattern is a ValueError, in the next forward at the latest."""
+        mask, _ = self.__dict__.get("_mask") or (None, None)
+        weight = self.weight
+        if mask is None or mask.dtype != weight.dtype or mask.device != weight.device:
+            self._check_mask()
+            with torch.inference_mode(False):  # else no backward could save it
+                mask = self._new_mask(weight)
+        if not (_autograd.traced() or _sharding.sharded(mask)):
+            self.__dict__["_mask"] = mask, None
+        return mask
+
+    @mask.setter
+    def mask(self, value):
+        weight = self.weight
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"mask must be a tensor; got {type(value).__name__}")
+        if value.shape != weight.shape:
+            raise ValueError(f"mask must be of the weight's shape {tuple(weight.shape)}; got {tuple(value.shape)}")
+        before = self.__dict__.get("_mask")
+        self.__dict__["_mask"] = value, None
+        try:
+            self._check_mask()
+        except ValueError:
+            self.__dict__["_mask"] = before
+            raise
+
+    def _new_mask(self, weight):
+        live = self._live_taps(weight.device).to(weight.dtype)
+        return _sharding.placed_as(weight, live) if _sharding.sharded(weight) else live
+
+    def _check_mask(self):
+        """Raises if what was handed out as the mask has become another one. Its values are looked at once after it was
+        handed out, and whenever its version says that something was written."""
+        kept = self.__dict__.get("_mask")
+        if kept is None or torch.compiler.is_exporting():
+            return
+        mask, version = kept
+        compiling = torch.compiler.is_compiling()
+        if _autograd.traced() and (not compiling or _autograd.transformed()):
+            return
+        if not compiling:
+            if mask._version == version:
+                return
+            self.__dict__["_mask"] = mask, mask._version
+        valid = mask == self._live_taps(mask.device) if not mask.is_meta else torch.tensor(mask._version == 0)
+        message = f"mask must stay that of {self._describe(self.mask_type, self._mask_options)}; got another one"
+        try:
+            _checks.check_values(valid, message)
+        except ValueError:
+            self.__dict__["_mask"] = mask, None  # to be raised again
+            raise
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.keep_mask:
+            self._check_mask()
+            destination[prefix + "mask"] = self._live_taps(self.weight.device).to(self.weight.dtype)
 
     def _clear_dead_taps(self):
+        self._check_mask()
         if self.__dict__.get("_mask_options") is None or _autograd.traced():
             return
         for name in ("weight", "weight_orig"):  # the latter under torch.nn.utils.prune
@@ -100,6 +165,8 @@ class _CausalConv2d(nn.Conv2d):
 
     def _full_mask(self, mask_type, options, device):
         """A mask of the k x k kernel, whatever torch's default device is."""
+        if torch.compiler.is_compiling():  # which enters no device
+            return op.conv_mask2d(self.out_channels, self.in_channels, self.k, mask_type, **options).to(device)
         with torch.device(device):
             return op.conv_mask2d(self.out_channels, self.in_channels, self.k, mask_type, **options)
 
@@ -179,12 +246,16 @@ class _CausalConv2d(nn.Conv2d):
             return False
         if mask.dim() != 4:
             return False
-        for candidate in (expected, self._crop(expected)):
-            if all(size in (1, own) for size, own in zip(mask.shape, candidate.shape, strict=True)) and (
-                mask.shape[2:] == candidate.shape[2:]
-            ):
-                return torch.equal(mask.cpu().bool().expand_as(candidate), candidate)
-        return False
+        return any(
+            mask.shape[2:] == candidate.shape[2:]
+            and all(size in (1, own) for size, own in zip(mask.shape, candidate.shape, strict=True))
+            and torch.equal(mask.cpu().bool().expand_as(candidate), candidate)
+            for candidate in self._candidates(expected)
+        )
+
+    def _candidates(self, full):
+        """The masks, of kernels of any shape that loads, that stand for a k x k one."""
+        return full, self._crop(full)
 
     @staticmethod
     def _describe(mask_type, options):
@@ -217,10 +288,16 @@ class MaskedConv2d(_CausalConv2d):
         padding_mode: "zeros".
         mask_type: "A" or "B".
         channel_groups, group_order, activation, backend: as for masked_conv2d.
+        keep_mask: whether a state_dict holds the `mask`, a tensor like the weight, as those of projects do whose masked
+            convolutions keep it in a buffer (they load strictly, then); without it, it is one of nn.Conv2d.
         device, dtype: of the parameters.
 
+    Attributes:
+        mask: the live taps as such a buffer has them, 1 where a tap is live. What is written to it must leave it so.
+
     Raises:
-        ValueError: as masked_conv2d, and for a stride or padding at which the output does not lie on the input.
+        ValueError: as masked_conv2d, and for a stride or padding at which the output does not lie on the input; in a
+            call, for a mask to which another one was written.
         NotImplementedError: for groups or another padding mode.
 
     Source:
@@ -250,6 +327,7 @@ class MaskedConv2d(_CausalConv2d):
         channel_groups: int = 1,
         group_order: str = "interleaved",
         activation: "str | None" = None,
+        keep_mask: bool = False,
         backend: "str | None" = None,
     ) -> None:
         kernel_size, dilation = _square("kernel_size", kernel_size), _square("dilation", dilation)
@@ -278,11 +356,13 @@ class MaskedConv2d(_CausalConv2d):
             dtype=dtype,
         )
         self.padding = (same, same)
+        self.keep_mask = keep_mask
 
     def forward(
         self, input: torch.Tensor, cond: "torch.Tensor | None" = None, residual: "torch.Tensor | None" = None
     ) -> torch.Tensor:
         """From input [N, C_in, H, W] to [N, C_out or C_out / 2, H, W]; cond and residual as for masked_conv2d."""
+        self._check_mask()
         return op.masked_conv2d(
             input,
             self.weight,
@@ -367,6 +447,7 @@ class VerticalStackConv2d(_CausalConv2d):
 
     def forward(self, input: torch.Tensor, cond: "torch.Tensor | None" = None) -> torch.Tensor:
         """From input [N, C_in, H, W] to [N, C_out or C_out / 2, H, W]; cond as for causal_conv2d."""
+        self._check_mask()
         return op.causal_conv2d(
             input,
             self.weight,
@@ -443,11 +524,17 @@ class HorizontalStackConv2d(_CausalConv2d):
         rows = self.k // 2 if weight.shape[2:] == (1, self.k) else 0
         return nn.functional.pad(weight, (0, 0, rows, rows))
 
+    def _candidates(self, full):
+        row = full.clone()
+        row[:, :, : self.k // 2] = False
+        return *super()._candidates(full), row
+
     def _where(self, kept):
         return slice(self.k // 2, self.k // 2 + 1), slice(0, kept[1])
 
     def forward(self, input: torch.Tensor, cond: "torch.Tensor | None" = None) -> torch.Tensor:
         """From input [N, C_in, H, W] to [N, C_out or C_out / 2, H, W]; cond as for causal_conv2d."""
+        self._check_mask()
         return op.causal_conv2d(
             input,
             self.weight,

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import fastelbo
-from fastelbo.compat import bayesian, dreamer, guided_diffusion, nvae, pythae, vdvae, vits
+from fastelbo.compat import bayesian, compressai, dreamer, guided_diffusion, nvae, pythae, vdvae, vits
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,17 @@ def torchbnn_model():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)  # at the start it lies on the prior
     return model
+
+
+@functools.cache
+def context_models():
+    """Of CompressAI's mbt2018 and cheng2020: ours and theirs, of the same weights."""
+    ours, theirs = (
+        kind(192, 384, kernel_size=5, padding=2, stride=1)
+        for kind in (compressai.MaskedConv2d, originals.CompressAIMaskedConv2d)
+    )
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
 
 
 def weights_of_network():
@@ -240,6 +251,8 @@ DROP_INS = [
            lambda: two(64, 16, 32, scale=positive), dreamer.kl_loss_v2, originals.dreamer_v2, rival="distributions"),
     DropIn("compat.dreamer", "kl_loss_v3", "the same, as many latents as its 32 x 32 classes",
            lambda: two(64, 16, 1024, scale=positive), dreamer.kl_loss_v3, originals.dreamer_v3, rival="distributions"),
+    DropIn("compat.compressai", "MaskedConv2d", "the context model of 192 latent channels, 256 x 256 pixels",
+           lambda: [mean(8, 192, 16, 16)], lambda x: context_models()[0](x), lambda x: context_models()[1](x)),
     DropIn("nn.GaussianNLLLoss", "", "deep ensembles: 100 examples of a regression",
            lambda: (mean(100, 1), torch.randn(100, 1), positive(100, 1)), *NLL, tests="gaussian_nll_loss"),
     DropIn("nn.GaussianNLLLoss", "", "a Gaussian decoder of 64 x 64 pixels",

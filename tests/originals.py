@@ -154,6 +154,22 @@ def dreamer_v3(*inputs, free_nats=1.0, dyn_scale=1.0, rep_scale=0.1):
     return (dyn_scale * prior_moves + rep_scale * posterior_moves).mean()
 
 
+# CompressAI
+
+
+class CompressAIMaskedConv2d(nn.Conv2d):
+    def __init__(self, *args, mask_type="A", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("mask", torch.ones_like(self.weight.data))
+        h, w = self.weight.shape[2:]
+        self.mask[:, :, h // 2, w // 2 + (mask_type == "B") :] = 0
+        self.mask[:, :, h // 2 + 1 :] = 0
+
+    def forward(self, x):
+        self.weight.data = self.weight.data * self.mask
+        return super().forward(x)
+
+
 # Objectives
 
 

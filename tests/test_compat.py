@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
 import fastelbo
-from fastelbo.compat import PROJECTS, bayesian, dreamer, guided_diffusion, nvae, pythae, vdvae, vits
+from fastelbo.compat import PROJECTS, bayesian, compressai, dreamer, guided_diffusion, nvae, pythae, vdvae, vits
 from fastelbo.compat import diffusers as ours
 from fastelbo.testing import assert_within_budget
 
@@ -674,3 +674,68 @@ def test_errors_name_the_originals_arguments(call, message):
     with pytest.raises((TypeError, ValueError)) as caught:
         call(torch.zeros(2, 3))
     assert message in str(caught.value)
+
+
+# CompressAI
+
+
+def context_model(seed, **options):
+    torch.manual_seed(seed)
+    return compressai.MaskedConv2d(3, 6, 5, padding=2, **options), originals.CompressAIMaskedConv2d(
+        3, 6, 5, padding=2, **options
+    )
+
+
+@pytest.mark.parametrize("mask_type", ["A", "B"])
+def test_compressais_state_dicts_load_strictly_both_ways(mask_type):
+    mine, theirs = context_model(0, mask_type=mask_type)
+    x = randn(2, 3, 6, 7, dtype=torch.float32)
+    theirs.load_state_dict(mine.state_dict(), strict=True)
+    assert list(theirs.state_dict()) == list(mine.state_dict())
+    assert torch.equal(mine.mask, theirs.mask)
+    torch.testing.assert_close(mine(x), theirs(x))
+    mine, _ = context_model(1, mask_type=mask_type)
+    nn.Sequential(mine).load_state_dict(nn.Sequential(theirs).state_dict(), strict=True)
+    torch.testing.assert_close(mine(x), theirs(x))
+    other = "B" if mask_type == "A" else "A"
+    with pytest.raises(RuntimeError, match=f"mask is that of mask_type '{mask_type}'; this module has"):
+        context_model(1, mask_type=other)[0].load_state_dict(theirs.state_dict())
+
+
+def test_compressais_arguments():
+    x = randn(2, 3, 6, 7, dtype=torch.float32)
+    for arguments in ((5,), (5, 1, 0), (3, 1, "valid"), (3, 1, 2, 2), (1,)):
+        mine = compressai.MaskedConv2d(3, 6, *arguments, mask_type="B")
+        theirs = originals.CompressAIMaskedConv2d(3, 6, *arguments, mask_type="B")
+        theirs.load_state_dict(mine.state_dict())
+        torch.testing.assert_close(copy.deepcopy(mine)(x), theirs(x))
+    with pytest.raises(ValueError, match="padding must be 2"):
+        compressai.MaskedConv2d(3, 6, 5, padding=1)
+
+
+def test_compressais_loop_over_pixels_sees_what_the_layer_computes():
+    mine, theirs = context_model(0)
+    theirs.load_state_dict(mine.state_dict())
+    padded = nn.functional.pad(randn(1, 3, 6, 7, dtype=torch.float32), (2, 2, 2, 2))
+    whole = mine(padded)[:, :, 2:-2, 2:-2]
+    for h in range(6):
+        for w in range(7):
+            crop = padded[:, :, h : h + 5, w : w + 5]
+            pixel = nn.functional.conv2d(crop, mine.weight * mine.mask, bias=mine.bias)
+            assert torch.equal(pixel, nn.functional.conv2d(crop, theirs.weight * theirs.mask, bias=theirs.bias))
+            torch.testing.assert_close(pixel[0, :, 0, 0], whole[0, :, h, w])
+
+
+def test_compressai_is_patched_where_it_is_imported(monkeypatch):
+    """A stand-in of the package, which does not install beside the numpy that tests have."""
+    package, layers, google, user = (
+        types.ModuleType(name) for name in ("compressai", "compressai.layers", "compressai.models.google", "user")
+    )
+    layers.MaskedConv2d = google.MaskedConv2d = user.Context = originals.CompressAIMaskedConv2d
+    for module in (package, layers, google):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    with compressai.patch(user):
+        assert layers.MaskedConv2d is google.MaskedConv2d is user.Context is compressai.MaskedConv2d
+    assert layers.MaskedConv2d is google.MaskedConv2d is user.Context is originals.CompressAIMaskedConv2d
+    with compressai.patch():
+        assert layers.MaskedConv2d is compressai.MaskedConv2d and user.Context is originals.CompressAIMaskedConv2d

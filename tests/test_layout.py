@@ -114,7 +114,7 @@ ENDINGS = (".py", ".h", ".cuh", ".cpp", ".cu", ".ninja", ".sh")
 STANDING = [path for folder in (*HOUSE, "docs", "examples") for path in (ROOT / folder).rglob("*.*") if path.is_file()]
 NAMES = {path.name for path in STANDING}
 # Of other projects, whose files our docstrings cite, and of a user.
-OTHERS = re.compile(r"(torch|diffusers|pyro|pythae|bayesian_torch|torchbnn|guided_diffusion)/|[A-Z]+/")
+OTHERS = re.compile(r"(torch|compressai|diffusers|pyro|pythae|bayesian_torch|torchbnn|guided_diffusion)/|[A-Z]+/")
 CITED = {"fastelbo/compat/vdvae.py": {"vae_helpers.py"}, "fastelbo/compat/vits.py": {"losses.py", "models.py"}}
 
 

@@ -462,3 +462,139 @@ def test_the_order_of_groups_is_proved():
     assert_causal(
         by_colour, (3, 3, 4), channel_groups=3, group_order="contiguous", out_channels_per_channel=2, pixels=[(1, 2)]
     )
+
+
+# the mask of other projects' convolutions
+
+
+def layers_with_masks():
+    yield from (MaskedConv2d(3, 6, 5, mask_type=t, channel_groups=g) for t in "AB" for g in (1, 3))
+    yield from (MaskedConv2d(3, 6, 1, mask_type="B"), MaskedConv2d(3, 6, 3, activation="glu", channel_groups=3))
+    yield from (stack(3, 6, 5, mask_type=t) for stack in (VerticalStackConv2d, HorizontalStackConv2d) for t in "AB")
+
+
+@pytest.mark.parametrize("layer", list(layers_with_masks()), ids=repr)
+def test_mask_is_a_tensor_like_the_weight(layer):
+    assert torch.equal(layer.mask, layer.live_taps().float()) and layer.mask is layer.mask
+    other = copy.deepcopy(layer).double()
+    assert torch.equal(other.mask, layer.live_taps().double()) and other.mask.dtype == torch.float64
+    assert layer.to("meta").mask.device.type == "meta" and layer.mask.shape == layer.weight.shape
+    assert "mask" not in layer.state_dict() and not list(layer.buffers())
+
+
+def test_mask_multiplies_weights_as_loops_of_codecs_do():
+    layer, x = MaskedConv2d(3, 6, 5, mask_type="A"), torch.randn(2, 3, 6, 5)
+    refill(layer)
+
+    def lines(x):
+        return nn.functional.conv2d(x, layer.weight * layer.mask, layer.bias, padding=2)
+
+    want = layer(x)
+    with torch.inference_mode():
+        _ = layer.mask  # first asked for where no gradient is known
+    torch.testing.assert_close(lines(x), want)
+    torch.testing.assert_close(torch.compile(lines, fullgraph=True, backend="aot_eager")(x), want)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), want)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), want)
+    (gradient,) = torch.autograd.grad(lines(x).square().sum(), layer.weight)
+    (own,) = torch.autograd.grad(layer(x).square().sum(), layer.weight)
+    torch.testing.assert_close(gradient, own, rtol=1e-4, atol=1e-4)
+
+
+def checkerboard(mask):
+    mask[:] = 1
+    mask[:, :, 0::2, 0::2] = 0
+    mask[:, :, 1::2, 1::2] = 0
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda layer: checkerboard(layer.mask),
+        lambda layer: checkerboard(layer.mask.data),
+        lambda layer: layer.mask[0, 0].__setitem__((4, 4), 1),
+        lambda layer: layer.mask.mul_(0.5),
+    ],
+    ids=["in place", "data", "one tap", "factor"],
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda layer, x: layer(x),
+        lambda layer, x: layer.state_dict(),
+        lambda layer, x: copy.deepcopy(layer),
+        lambda layer, x: torch.export.export(layer, (x,)),
+        lambda layer, x: torch.compile(layer, fullgraph=True, backend="aot_eager")(x),
+        lambda layer, x: layer.double().mask,
+    ],
+    ids=["forward", "state_dict", "copy", "export", "compile", "to"],
+)
+def test_another_mask_that_is_written_is_an_error(write, use):
+    layer, x = MaskedConv2d(3, 6, 5, mask_type="A"), torch.randn(2, 3, 6, 5)
+    write(layer)
+    for _ in range(2):  # it stays one
+        with pytest.raises((ValueError, RuntimeError), match="mask must stay that of mask_type 'A'; got another one"):
+            use(layer, x)
+
+
+def test_masks_that_are_assigned_or_written_anew():
+    layer, x = MaskedConv2d(3, 6, 5, mask_type="B"), torch.randn(2, 3, 6, 5)
+    want = layer(x)
+    layer.mask.fill_(1)  # in one of the usual ways
+    layer.mask[:, :, 2, 3:] = 0
+    layer.mask[:, :, 3:] = 0
+    assert torch.equal(layer(x), want)
+    layer.mask = layer.live_taps().float()
+    assert torch.equal(layer(x), want)
+    for bad, error, message in (
+        (torch.ones(6, 3, 5, 5), ValueError, "mask must stay that of mask_type 'B'; got another one"),
+        (torch.ones(5, 5), ValueError, r"mask must be of the weight's shape \(6, 3, 5, 5\); got \(5, 5\)"),
+        (None, TypeError, "mask must be a tensor; got NoneType"),
+    ):
+        with pytest.raises(error, match=message):
+            layer.mask = bad
+        assert torch.equal(layer(x), want)
+    state = MaskedConv2d(3, 6, 5, mask_type="B", keep_mask=True).state_dict()
+    torch.func.functional_call(layer, state, x)
+    assert torch.equal(layer(x), want)
+
+
+def test_an_average_of_state_dicts_with_masks_loads():
+    """As averages of weights go over all floating-point tensors of a state_dict."""
+    layer = MaskedConv2d(3, 6, 5, mask_type="B", keep_mask=True)
+    average = copy.deepcopy(layer)
+    for _ in range(20):
+        refill(layer)
+        for mine, other in zip(average.state_dict().values(), layer.state_dict().values(), strict=True):
+            mine.mul_(0.9).add_(other, alpha=0.1)
+    x = torch.randn(2, 3, 6, 5)
+    average(x)
+    drifted = {name: 0.9 * x + 0.1 * x for name, x in average.state_dict().items()}
+    average.load_state_dict(drifted)
+    torch.testing.assert_close(average(x), layer_of(average)(x))
+
+
+def layer_of(layer):
+    plain = nn.Conv2d(3, 6, 5, padding=2)
+    plain.load_state_dict({name: x for name, x in layer.state_dict().items() if name != "mask"})
+    return plain
+
+
+@pytest.mark.parametrize("mask_type", ["A", "B"])
+def test_horizontal_stacks_take_masks_of_rows(mask_type):
+    """As 1 x k kernels have them, and k x k ones of which one row is live."""
+    stack = HorizontalStackConv2d(4, 4, 5, mask_type=mask_type)
+    columns = (torch.arange(5) < 2 + (mask_type == "B")).float()
+    row, square = columns.expand(1, 1, 1, 5), torch.zeros(1, 1, 5, 5)
+    square[0, 0, 2] = columns
+    weight = torch.randn(4, 4, 1, 5) * row
+    x = torch.randn(2, 4, 6, 7)
+    for mask in (row, row.expand(4, 4, 1, 5), square, row[..., :3], stack.mask):
+        stack.load_state_dict({"weight": weight, "bias": stack.bias.detach(), "mask": mask})
+        torch.testing.assert_close(stack(x), nn.functional.conv2d(x, weight, stack.bias, padding=(0, 2)))
+    other = "B" if mask_type == "A" else "A"
+    columns = (torch.arange(5) < 2 + (other == "B")).float()
+    with pytest.raises(RuntimeError, match=f"mask is that of mask_type '{other}'; this module has"):
+        stack.load_state_dict({**stack.state_dict(), "mask": columns.expand(1, 1, 1, 5)})
+    with pytest.raises(RuntimeError, match="follows no known convention"):
+        stack.load_state_dict({**stack.state_dict(), "mask": columns.flip(0).expand(1, 1, 1, 5)})

@@ -24,13 +24,11 @@ Where the originals (diffusers 0.42) are wrong:
 Kept: the Oobleck distribution's kl is twice the KL divergence, summed over channels and averaged over batch and time.
 """
 
-import contextlib
 import importlib
-import sys
 
 import torch
 
-from fastelbo import _checks, _seed
+from fastelbo import _checks, _seed, compat
 from fastelbo.ops.gaussian_kl import gaussian_kl
 from fastelbo.ops.gaussian_log_prob import gaussian_nll
 from fastelbo.ops.gaussian_rsample import gaussian_rsample
@@ -198,8 +196,11 @@ class OobleckDiagonalGaussianDistribution(_Posterior):
         return 2 * self.mean.shape[1] * self._kl(other, event_ndim=0, reduction="mean")
 
 
-def patch():
+def patch(*modules):
     """Puts these classes in the place of diffusers' own in all of its modules, those imported later included.
+
+    Args:
+        modules: further ones, as of a user, that hold diffusers' classes under any name.
 
     Returns:
         A context manager: leaving it, or calling its close(), puts diffusers' classes back.
@@ -220,15 +221,4 @@ def patch():
     for home, ours in homes.items():
         module = importlib.import_module(f"diffusers.models.autoencoders.{home}")
         theirs[getattr(module, ours.__name__)] = ours
-    _replace(theirs)
-    undo = contextlib.ExitStack()
-    undo.callback(_replace, {ours: original for original, ours in theirs.items()})
-    return undo
-
-
-def _replace(classes):
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "diffusers":
-            for attribute, value in list(vars(module).items()):
-                if isinstance(value, type) and value in classes:
-                    setattr(module, attribute, classes[value])
+    return compat.replaced("diffusers", theirs, modules)
