@@ -13,11 +13,12 @@ PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 SOURCES := $(wildcard csrc/*.ninja csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu) setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow coverage bench figures lint typecheck docs pictures wheel wheel-test clean
+.PHONY: help setup demo course test test-slow coverage bench figures lint typecheck docs pictures wheel wheel-test clean
 
 help:
 	@echo "make setup      virtual environment in $(VENV), pinned dependencies, fastelbo with its C++ library"
 	@echo "make demo       train a VAE and a PixelCNN on handwritten digits, under two minutes; pictures go to demo/"
+	@echo "make course     programs that hold what they find against what is true, and one table; pictures go to demo/course"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the statistical tests over 10^8 draws, and properties on ten thousand calls, sanitized too"
 	@echo "make bench      benchmarks against eager torch, torch.distributions and torch.compile; appends result rows;"
@@ -48,6 +49,9 @@ $(STAMP): $(SOURCES)
 demo: $(STAMP)
 	@$(BIN)/python examples/train_vae.py --compare --output demo
 	@$(BIN)/python examples/train_pixelcnn.py --compare --output demo/pixelcnn
+
+course: $(STAMP)
+	@$(BIN)/python examples/course.py --output demo/course
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -m "not slow" $(PARALLEL)

@@ -3,6 +3,7 @@
 Runs those whose pictures are not in build/pictures yet, which takes some minutes; `make clean` takes them away.
 """
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ RUNS = {  # a command, and which of its pictures go where
     "train_pixelcnn.py": {"samples": "pixelcnn_samples", "completions": "pixelcnn_completions"},
     "train_pixelcnn.py --data photographs": {"samples": "pixelcnn_photographs"},
 }
+COURSE = runpy.run_path(str(ROOT / "examples" / "course.py"))["PROGRAMS"]
+RUNS |= {f"{name}.py": {name: f"course_{name}"} for name in COURSE}
 COLOURS = 128
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_pictures_are_small_and_shown():
         name for pictures in runpy.run_path(ROOT / "docs/pictures.py")["RUNS"].values() for name in pictures.values()
     }
     assert {path.stem for path in ROOT.glob("docs/images/*")} == written
-    shown = set(re.findall(r"\(images/(\w+)\.png\)", "".join(PAGES.values())))
+    shown = set(re.findall(r"\((?:\.\./)?images/(\w+)\.png\)", "".join(PAGES.values())))
     assert shown == written
     assert max(path.stat().st_size for path in ROOT.glob("docs/images/*")) < 150_000
 

@@ -1,0 +1,194 @@
+"""The course: each program's claims at a small budget, its page, and its behaviour as a program.
+
+A program holds what it found against truths of its own, and ends with 1 where they differ. So each runs once, and what
+it says is true is computed here another way.
+"""
+
+import importlib
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.optimize
+import scipy.stats
+import torch
+from matplotlib.image import imread
+
+import course
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"em": [], "em_to_vae": ["--steps", "250"]}  # options of a run of seconds
+each_program = pytest.mark.parametrize("name", course.PROGRAMS)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A program's claims by name, its truths by name, and the folder of its pictures; each program runs once."""
+    seen = {}
+
+    def once(name):
+        if name not in seen:
+            output = tmp_path_factory.mktemp("course") / name
+            claims = importlib.import_module(name).main([*SMALL[name], "--output", str(output)])
+            seen[name] = (
+                {what: found for what, found, _, _ in claims},
+                {what: true for what, _, true, _ in claims},
+                output,
+            )
+        return seen[name]
+
+    return once
+
+
+def test_every_program_has_a_small_budget_and_is_short():
+    assert list(SMALL) == list(course.PROGRAMS)
+    for name in course.PROGRAMS:
+        text = (ROOT / "examples" / f"{name}.py").read_text()
+        assert len(text.splitlines()) <= 180, name
+        imports = set(re.findall(r"^(?:import|from) (\w+)", text, re.M)) - set(sys.stdlib_module_names)
+        assert imports <= {"torch", "fastelbo", "matplotlib", "tqdm", "sklearn"}
+
+
+def test_all_tell_and_end_alike():
+    """What every program repeats so that it can be copied alone is the same in all."""
+    texts = [(ROOT / "examples" / f"{name}.py").read_text() for name in course.PROGRAMS]
+    assert len({text[text.index("def report(") : text.index("def main(")] for text in texts}) == 1
+    assert len({text[text.index("    try:\n        args.output") :] for text in texts}) == 1
+
+
+@each_program
+def test_claims_hold_and_pictures_are_drawn(name, ran):
+    found, true, output = ran(name)
+    assert len(found) >= 4 and all(map(math.isfinite, [*found.values(), *true.values()]))
+    for path in output.iterdir():
+        picture = imread(path)
+        assert min(picture.shape[:2]) > 200 and picture[..., :3].std() > 0.01
+    assert len(list(output.iterdir())) == 1
+
+
+@each_program
+def test_page_has_the_programs_claims(name, ran):
+    """In the words of the program, and numbers that hold."""
+    page = (ROOT / "docs" / "course" / f"{name}.md").read_text()
+    table = [row for row in page.splitlines() if row.startswith("| ")]
+    rows = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in table]
+    assert rows[0] == ["what", "found", "exact or independent", "within"]
+    assert [row[0] for row in rows[1:]] == list(ran(name)[0])
+    for what, found, true, within in rows[1:]:
+        difference, side = float(found) - float(true), {"at least": 1, "at most": -1}.get(within)
+        if side is None:  # of numbers rounded to seven digits
+            assert abs(difference) <= float(within) + 1e-6 * abs(float(true)), what
+        else:
+            assert side * difference >= 0, what
+
+
+@each_program
+def test_what_differs_ends_with_1(name, monkeypatch, tmp_path, capsys):
+    program = importlib.import_module(name)
+    claims = [("good", 1.0, 1.0, 0), ("nan", math.nan, 1.0, 1.0), ("low", 1.0, 2.0, "at least")]
+    claims += [("high", 2.0, 1.0, "at most"), ("no number", math.nan, 0, "at most")]
+    monkeypatch.setattr(program, "run", lambda args: claims)
+    with pytest.raises(SystemExit) as ended:
+        program.main(["--output", str(tmp_path)])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"{Path(sys.argv[0]).name}: not as it must be: nan; low; high; no number\n"
+
+
+@each_program
+def test_bad_input_and_ctrl_c_end_in_a_sentence(name, monkeypatch, tmp_path, capsys):
+    program = importlib.import_module(name)
+
+    def ended(*options):
+        with pytest.raises(SystemExit) as exit_info:
+            program.main(list(map(str, options)))
+        return exit_info.value.code, *capsys.readouterr()
+
+    code, out, _ = ended("--help")
+    assert code == 0 and "--seed" in out and "--output" in out
+    budget = re.search(r"(--(?:steps|epochs)) ", out)[1]
+    for options in ((budget, 0), (budget, "many"), ("--seed", -1), ("--colour",)):
+        code, out, err = ended(*options, "--output", tmp_path / "out")
+        assert code == 2 and out == "" and options[0] in err.splitlines()[-1] and not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("in the way")
+    for path in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        code, out, err = ended("--output", path)
+        assert code == 2 and out == "" and f"--output: cannot write to {tmp_path / 'file'}" in err
+    for error, expected in ((KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)):
+        monkeypatch.setattr(program, "run", lambda args, error=error: (_ for _ in ()).throw(error))
+        code, _, err = ended("--output", tmp_path / "out")
+        assert (
+            code == expected and ("Interrupted" in err or "No space left" in err) and len(err.strip().splitlines()) == 1
+        )
+
+
+def test_course_runs_programs_and_tells_which_fail(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(course, "PROGRAMS", ("good", "bad"))
+    monkeypatch.setattr(course, "__file__", str(tmp_path / "course.py"))
+    table = "print('text'); print('| what | found |'); print('|:--|--:|'); print('| a | 1 |')"
+    (tmp_path / "good.py").write_text(table)
+    (tmp_path / "bad.py").write_text("import sys; print('| what |'); print('|:--|'); print('| b |'); sys.exit('no')")
+    course.main(["--programs", "good", "--output", str(tmp_path / "out")])
+    out = capsys.readouterr().out
+    assert "| a | 1 |" in out and "text" not in out and "All 1 claims of 1 programs hold" in out
+    with pytest.raises(SystemExit) as ended:
+        course.main(["--output", str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 1 and "| b |" in out and err.splitlines()[-1].endswith("not as they must be: bad")
+    assert "no" in (tmp_path / "out" / "bad" / "printed.txt").read_text()
+    for options in (["--jobs", "0"], ["--output", str(tmp_path / "bad.py")], ["--programs", "none"]):
+        with pytest.raises(SystemExit) as ended:
+            course.main(options)
+        assert ended.value.code == 2
+
+
+# em
+
+
+def test_em_climbs_to_where_scipy_finds_the_top(ran):
+    found, _, _ = ran("em")
+    seen = np.array([0.4, 1.5, -2.2])
+    top = scipy.optimize.minimize_scalar(
+        lambda theta: -scipy.stats.norm(0, math.hypot(theta, 0.7)).logpdf(seen).sum(), (0.5, 1.0), tol=1e-12
+    )
+    assert found["toy: theta after 100 steps of EM; where the likelihood is greatest"] == pytest.approx(top.x, abs=1e-6)
+
+
+def test_bounds_of_em_are_quadratures():
+    import em
+
+    theta, at, noise = 1.3, 0.8, em.NOISE
+    total = 0.0
+    for x in em.SEEN.tolist():
+        q = scipy.stats.norm(at * x / (at**2 + noise**2), noise / math.hypot(at, noise))
+
+        def integrand(z, x=x, q=q):
+            joint = scipy.stats.norm(theta * z, noise).logpdf(x) + scipy.stats.norm.logpdf(z)
+            return q.pdf(z) * (joint - q.logpdf(z))
+
+        total += scipy.integrate.quad(integrand, -12, 12, epsabs=1e-12)[0]
+    bound, best = em.toy_bound(*(torch.tensor(value, dtype=torch.float64) for value in ([theta], at)))
+    assert bound.item() == pytest.approx(total, abs=1e-9)
+    around = best + torch.tensor([-1e-3, 0, 1e-3], dtype=torch.float64)
+    curve, _ = em.toy_bound(around, torch.tensor(at, dtype=torch.float64))
+    assert curve.argmax() == 1
+
+
+# em_to_vae
+
+
+def test_best_linear_model_is_the_one_of_scikit_learns_pca(ran):
+    import sklearn.decomposition
+
+    x = sklearn.datasets.load_digits().data / 16
+    best = sklearn.decomposition.PCA(4, svd_solver="full").fit(x)
+    # Its covariance divides by N - 1.
+    covariance = best.get_covariance() * (len(x) - 1) / len(x)
+    expected = scipy.stats.multivariate_normal(x.mean(0), covariance).logpdf(x).mean()
+    _, true, _ = ran("em_to_vae")
+    assert true["nats an image by a linear VAE; the formula"] == pytest.approx(expected, abs=1e-8)
