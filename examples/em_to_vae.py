@@ -145,12 +145,11 @@ def run(args: argparse.Namespace) -> list[tuple[str, float, float, float | str]]
 def report(claims: list[tuple[str, float, float, float | str]]) -> list[str]:
     """Prints what was found beside what is true, a claim a row; returns those that fail."""
     print("\n| what | found | exact or independent | within |\n|:--|--:|--:|--:|")
-    failed, sides = [], {"at least": 1, "at most": -1}
+    failed, side = [], {"at least": 1, "at most": -1}
     for what, found, true, within in claims:
-        print(f"| {what:<66} | {found:>10.7g} | {true:>10.7g} | {within:>8} |")
-        side = sides.get(within)
-        if not (abs(found - true) <= within if side is None else side * (found - true) >= 0):
-            failed.append(what)
+        print(f"| {what:<66} | {found:>12.7g} | {true:>12.7g} | {within:>8} |")
+        good = side[within] * (found - true) >= 0 if within in side else abs(found - true) <= within
+        failed += [] if good else [what]
     return failed
 
 

@@ -23,7 +23,11 @@ import course
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parent.parent
-SMALL = {"em": [], "em_to_vae": ["--steps", "250"]}  # options of a run of seconds
+SMALL = {  # options of a run of seconds
+    "em": [],
+    "em_to_vae": ["--steps", "250"],
+    "missing_pixels": ["--epochs", "2"],
+}
 each_program = pytest.mark.parametrize("name", course.PROGRAMS)
 
 
@@ -192,3 +196,53 @@ def test_best_linear_model_is_the_one_of_scikit_learns_pca(ran):
     expected = scipy.stats.multivariate_normal(x.mean(0), covariance).logpdf(x).mean()
     _, true, _ = ran("em_to_vae")
     assert true["nats an image by a linear VAE; the formula"] == pytest.approx(expected, abs=1e-8)
+
+
+# missing_pixels
+
+
+@pytest.fixture(scope="module")
+def masked():
+    """The program, a network with all its numbers at random, and images with every filling."""
+    import missing_pixels
+
+    torch.manual_seed(3)
+    model = missing_pixels.pixelcnn(4).requires_grad_(False)
+    fillings = (torch.rand(1, 1, 8, 8) > 0.5).float().repeat(4096, 1, 1, 1)
+    fillings[:, 0, missing_pixels.HIDDEN] = missing_pixels.FILLINGS.float()
+    return missing_pixels, model, fillings
+
+
+def test_fillings_are_numbered_in_binary(masked):
+    missing_pixels, *_ = masked
+    expected = [[int(digit) for digit in f"{number:012b}"] for number in range(4096)]
+    assert missing_pixels.FILLINGS.tolist() == expected
+    assert (missing_pixels.FILLINGS * missing_pixels.PLACES).sum(1).tolist() == list(range(4096))
+
+
+def test_log_probability_is_the_product_of_conditionals(masked):
+    """By NumPy, pixel by pixel, each from an image whose later pixels are noise."""
+    missing_pixels, model, fillings = masked
+    image = fillings[1234, 0].numpy()
+    expected = np.zeros((8, 8))
+    for row, column in np.ndindex(8, 8):
+        seen = image.copy().ravel()
+        seen[8 * row + column :] = np.random.default_rng(0).random(64 - 8 * row - column)
+        logit = model(torch.tensor(seen).view(1, 1, 8, 8))[0, 0, row, column].item()
+        expected[row, column] = -np.logaddexp(0, -logit if image[row, column] else logit)
+    np.testing.assert_allclose(missing_pixels.log_probs(model, fillings[1234:1235])[0], expected, rtol=0, atol=1e-6)
+
+
+def test_best_bernoullis_are_those_that_scipy_finds(masked):
+    missing_pixels, model, fillings = masked
+    log_joint = 3 * missing_pixels.log_probs(model, fillings).sum((1, 2))
+    ours = missing_pixels.best_bernoullis(log_joint, 200)
+    h, log_p = missing_pixels.FILLINGS.numpy(), log_joint.numpy()
+
+    def negative_bound(logits):
+        log_q = (h * -np.logaddexp(0, -logits) + (1 - h) * -np.logaddexp(0, logits)).sum(1)
+        return np.exp(log_q) @ (log_q - log_p)
+
+    best = scipy.optimize.minimize(negative_bound, np.zeros(12), method="BFGS", options={"gtol": 1e-7})
+    assert missing_pixels.bound(log_joint, ours).item() == pytest.approx(-best.fun, abs=1e-9)
+    np.testing.assert_allclose(ours, best.x, atol=1e-3)
