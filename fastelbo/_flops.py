@@ -42,17 +42,31 @@ def _reaching(weight_shape, stack, size, dilation):
     return outputs, inputs, 2 * above + 1 if stack == "square" else above + 1, columns
 
 
-def _forward(input, weight, *arguments, out_shape=None):
-    *_, mask_type, stack, dilation, channel_groups, group_order, activation, _ = arguments
+def _reached(taps, weight_shape, size, dilation):
+    """How many of these taps read the image from some pixel."""
+    rows, columns = weight_shape[2:]
+    offsets = ((tap // columns - rows // 2, tap % columns - columns // 2) for tap in taps)
+    return sum(abs(down) * dilation < size[0] and abs(right) * dilation < size[1] for down, right in offsets)
+
+
+def _forward(
+    input, weight, bias, cond, residual, mask_type, stack, dilation, channel_groups, group_order, activation, keep,
+    taps=(), out_shape=None,
+):  # fmt: skip
     images, _, rows, columns = input
     gated = activation in GATES
+    if taps:
+        return 2 * images * rows * columns * weight[0] * weight[1] * _reached(taps, weight, (rows, columns), dilation)
     part = _reaching(weight, stack, (rows, columns), dilation)
     return 2 * images * rows * columns * live_products(part, mask_type, stack, channel_groups, group_order, gated)
 
 
-def _backward(d_y, input, weight, kept, *arguments, out_shape=None):
-    *options, want_input, want_weight, _, _ = arguments
-    return (want_input + want_weight) * _forward(input, weight, *options, False)
+def _backward(
+    d_y, input, weight, kept, mask_type, stack, dilation, channel_groups, group_order, activation,
+    want_input, want_weight, want_bias, cond_ndim, taps=(), out_shape=None,
+):  # fmt: skip
+    options = mask_type, stack, dilation, channel_groups, group_order, activation
+    return (want_input + want_weight) * _forward(input, weight, None, None, None, *options, False, taps)
 
 
 def _register(counter):

@@ -1,6 +1,7 @@
 """Modules: parameters around the ops, and no mathematics."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class _CausalConv2d(nn.Conv2d):
         stored_size,
         *,
         mask_type,
+        taps=None,
         dilation,
         bias,
         channel_groups,
@@ -48,7 +50,7 @@ class _CausalConv2d(nn.Conv2d):
         super().__init__(
             in_channels, out_channels, stored_size, dilation=dilation, bias=bias, device=device, dtype=dtype
         )
-        self.k = kernel_size
+        self.k, self._taps = kernel_size, taps
         self.mask_type, self.channel_groups, self.group_order = mask_type, channel_groups, group_order
         self.activation, self.backend = activation, backend
         self._mask_options = {"channel_groups": channel_groups, "group_order": group_order}
@@ -126,7 +128,7 @@ class _CausalConv2d(nn.Conv2d):
                 return
             self.__dict__["_mask"] = mask, mask._version
         valid = mask == self._live_taps(mask.device) if not mask.is_meta else torch.tensor(mask._version == 0)
-        message = f"mask must stay that of {self._describe(self.mask_type, self._mask_options)}; got another one"
+        message = f"mask must stay that of {self._mine()}; got another one"
         try:
             _checks.check_values(valid, message)
         except ValueError:
@@ -161,6 +163,9 @@ class _CausalConv2d(nn.Conv2d):
         return self._live_taps(self.weight.device)
 
     def _live_taps(self, device):
+        if self._taps is not None:
+            shape = self.out_channels, self.in_channels, -1, -1
+            return torch.tensor(self._taps, dtype=torch.bool, device=device).expand(shape).contiguous()
         return self._crop(self._full_mask(self.mask_type, self._mask_options, device))
 
     def _full_mask(self, mask_type, options, device):
@@ -175,7 +180,7 @@ class _CausalConv2d(nn.Conv2d):
         return full
 
     def extra_repr(self):
-        options = [f"mask_type={self.mask_type!r}"]
+        options = [f"mask_type={self.mask_type!r}"] if self._taps is None else [f"mask={self._taps}"]
         if self.channel_groups > 1:
             options.append(f"channel_groups={self.channel_groups}, group_order={self.group_order!r}")
         if self.activation is not None:
@@ -227,7 +232,7 @@ class _CausalConv2d(nn.Conv2d):
 
     def _reject(self, mask):
         """None if a mask buffer is this module's, else why not, naming the convention that it follows."""
-        mine = self._describe(self.mask_type, self._mask_options)
+        mine = self._mine()
         if self._matches(mask, self.mask_type, self._mask_options):
             return None
         for mask_type in op.MASK_TYPES:
@@ -240,11 +245,12 @@ class _CausalConv2d(nn.Conv2d):
         return f"of shape {tuple(mask.shape)} follows no known convention; this module has {mine}"
 
     def _matches(self, mask, mask_type, options):
-        try:
-            expected = self._full_mask(mask_type, options, "cpu")
-        except ValueError:
-            return False
         if mask.dim() != 4:
+            return False
+        try:
+            own = mask_type is None
+            expected = self._live_taps("cpu") if own else self._full_mask(mask_type, options, "cpu")
+        except (TypeError, ValueError):
             return False
         return any(
             mask.shape[2:] == candidate.shape[2:]
@@ -256,6 +262,11 @@ class _CausalConv2d(nn.Conv2d):
     def _candidates(self, full):
         """The masks, of kernels of any shape that loads, that stand for a k x k one."""
         return full, self._crop(full)
+
+    def _mine(self):
+        if self._taps is not None:
+            return f"mask {self._taps}"
+        return self._describe(self.mask_type, self._mask_options)
 
     @staticmethod
     def _describe(mask_type, options):
@@ -279,14 +290,16 @@ class MaskedConv2d(_CausalConv2d):
 
     Args:
         in_channels, out_channels: C_in and C_out, the latter before a gate halves them.
-        kernel_size: k, odd.
+        kernel_size: k, odd; with a mask, a pair of any two sides.
         stride: 1; for nn.Conv2d's users.
         padding: k//2 times the dilation, "same", or None for either.
         dilation: the distance between taps.
         groups: 1, too.
         bias: whether there is one.
         padding_mode: "zeros".
-        mask_type: "A" or "B".
+        mask_type: "A" or "B"; "A" where None.
+        mask: in place of a mask type the live taps, nested lists or a tensor, [rows, columns] or of the weight's shape,
+            and then alike for all pairs of channels.
         channel_groups, group_order, activation, backend: as for masked_conv2d.
         keep_mask: whether a state_dict holds the `mask`, a tensor like the weight, as those of projects do whose masked
             convolutions keep it in a buffer (they load strictly, then); without it, it is one of nn.Conv2d.
@@ -323,19 +336,27 @@ class MaskedConv2d(_CausalConv2d):
         device: "torch.device | str | None" = None,
         dtype: "torch.dtype | None" = None,
         *,
-        mask_type: str = "A",
+        mask_type: "str | None" = None,
+        mask: "torch.Tensor | Sequence | None" = None,
         channel_groups: int = 1,
         group_order: str = "interleaved",
         activation: "str | None" = None,
         keep_mask: bool = False,
         backend: "str | None" = None,
     ) -> None:
-        kernel_size, dilation = _square("kernel_size", kernel_size), _square("dilation", dilation)
-        same = kernel_size // 2 * dilation
+        taps, dilation = None, _square("dilation", dilation)
+        if mask is None:
+            kernel_size, mask_type = _square("kernel_size", kernel_size), "A" if mask_type is None else mask_type
+            sides = kernel_size, kernel_size
+        else:
+            sides = _pair("kernel_size", kernel_size)
+            taps = _taps_of(mask, (out_channels, in_channels, *sides), mask_type, channel_groups)
+        same = tuple(side // 2 * dilation for side in sides)
         if _square("stride", stride) != 1:
             raise ValueError(f"stride must be 1, else the output does not lie on the input; got {stride}")
-        if padding not in (None, "same") and _square("padding", padding) != same:
-            raise ValueError(f"padding must be {same}, at which the output has the input's size; got {padding}")
+        if padding not in (None, "same") and _pair("padding", padding) != same:
+            expected = same if same[0] != same[1] else same[0]
+            raise ValueError(f"padding must be {expected}, at which the output has the input's size; got {padding}")
         if groups != 1:
             raise NotImplementedError(f"groups must be 1 (channel_groups are those of a pixel's colours); got {groups}")
         if padding_mode != "zeros":
@@ -343,9 +364,10 @@ class MaskedConv2d(_CausalConv2d):
         super().__init__(
             in_channels,
             out_channels,
-            kernel_size,
-            kernel_size,
+            kernel_size if taps is None else None,
+            sides,
             mask_type=mask_type,
+            taps=taps,
             dilation=dilation,
             bias=bias,
             channel_groups=channel_groups,
@@ -355,7 +377,7 @@ class MaskedConv2d(_CausalConv2d):
             device=device,
             dtype=dtype,
         )
-        self.padding = (same, same)
+        self.padding = same
         self.keep_mask = keep_mask
 
     def forward(
@@ -368,6 +390,7 @@ class MaskedConv2d(_CausalConv2d):
             self.weight,
             self.bias,
             mask_type=self.mask_type,
+            taps=self._taps,
             dilation=self.dilation[0],
             channel_groups=self.channel_groups,
             group_order=self.group_order,
@@ -731,6 +754,36 @@ class GaussianNLLLoss(nn.GaussianNLLLoss):
 def _one_is_1(shape, other):
     """Whether the other shape differs from the first in one dimension, where it is 1."""
     return len(shape) == len(other) and sum(b for a, b in zip(shape, other, strict=True) if a != b) == 1
+
+
+def _taps_of(mask, shape, mask_type, channel_groups):
+    """The rows of live taps of a mask for a weight of that shape."""
+    if mask_type is not None:
+        raise ValueError(f"mask_type must be None where a mask is given; got {mask_type!r}")
+    if channel_groups != 1:
+        raise ValueError(f"channel_groups must be 1 where a mask is given; got {channel_groups}")
+    if not isinstance(mask, torch.Tensor):
+        mask = torch.tensor(mask, device="cpu")
+    live = mask.detach().cpu() != 0
+    if live.dim() == 4 and all(size in (1, own) for size, own in zip(live.shape[:2], shape[:2], strict=True)):
+        if not torch.equal(live, live[:1, :1].expand_as(live)):
+            raise ValueError("mask must be alike for all pairs of channels; got one that is not")
+        live = live[0, 0]
+    if live.shape != shape[2:]:
+        raise ValueError(f"mask must be of shape {shape[2:]} or {shape}; got {tuple(mask.shape)}")
+    if not live.any():
+        raise ValueError("mask must have a tap that is live; got none")
+    return tuple(tuple(row) for row in live.int().tolist())
+
+
+def _pair(name: str, value: Any) -> "tuple[int, int]":
+    """The two numbers that an int or a pair stands for."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be an int or a pair of them; got {pair}")
+    for side in pair:
+        _checks.check_int(name, side)
+    return pair
 
 
 def _square(name: str, value: Any) -> int:

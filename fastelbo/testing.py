@@ -145,9 +145,10 @@ def assert_causal(
     strict: bool = True,
     poison: bool = True,
     pixels: "Iterable[tuple[int, int]] | None" = None,
+    order: "torch.Tensor | Sequence[Sequence[int]] | None" = None,
     seed: int = 0,
 ) -> None:
-    """Asserts that a network's output at a pixel depends on nothing that comes later in raster order.
+    """Asserts that a network's output at a pixel depends on nothing that comes later, in raster order or another one.
 
     Two proofs. By gradients, in float64: the output at a pixel, weighted at random, has gradient exactly 0 with
     respect to every later pixel. By poison: with NaN in every later pixel the output at the pixel stays what it was,
@@ -168,10 +169,13 @@ def assert_causal(
             A; False for a layer or block with mask B).
         poison: whether to try NaN; False for networks that compute statistics over the whole image.
         pixels: (row, column) pairs to test; all where None.
+        order: [H, W], in which step each pixel is drawn, where that is not raster order. Those of one step do not read
+            each other: of a checkerboard in two steps it is (row + column) % 2.
         seed: of the images and weights.
 
     Raises:
         AssertionError: naming the output's pixel and the pixel and channel that it must not read.
+        ValueError: an order of another shape than the image's.
 
     Example:
         >>> conv = fastelbo.nn.MaskedConv2d(1, 4, 3, mask_type="A")
@@ -201,11 +205,16 @@ def assert_causal(
     else:
         group_out = torch.arange(clean.shape[1], device="cpu") // out_channels_per_channel
     group_in, group_out = group_in.to(device), group_out.to(device)
-    position = torch.arange(rows * columns, device=device).reshape(rows, columns)
+    if order is None:
+        step = torch.arange(rows * columns, device=device).reshape(rows, columns)
+    else:
+        step = torch.as_tensor(order, device=device)
+    if step.shape != (rows, columns):
+        raise ValueError(f"order must be of the image's shape {(rows, columns)}; got {tuple(step.shape)}")
     weights = torch.randn(clean.shape, generator=generator, dtype=torch.float64, device="cpu").to(device)
     for row, column in pixels or [(r, c) for r in range(rows) for c in range(columns)]:
         for group in range(channel_groups):
-            later = (position > position[row, column]).expand(channels, -1, -1).clone()
+            later = (step >= step[row, column]).expand(channels, -1, -1).clone()
             later[:, row, column] = group_in >= group if strict else group_in > group
             if not later.any():
                 continue

@@ -2,7 +2,8 @@
 
 Whatever the mask or the stack, the live taps are the first of the kernel in raster order, so that a tap is a number
 below TAPS, and none is looked up or multiplied by zero. Only channel groups, at the tap of the pixel itself, are live
-for some pairs of channels and not for others: that tap then follows the others, one group at a time.
+for some pairs of channels and not for others: that tap then follows the others, one group at a time. Of a list of taps
+each number has its place looked up.
 
 A program owns a tile of M pixels and N output channels (under a gate, as many of each half), and walks K = (tap,
 channel) in steps: steps of one tap's channels, or, for a first layer of few channels, of taps and channels together
@@ -49,6 +50,12 @@ class Taps(NamedTuple):
     GROUPS: int  # 1: no further tap; else that of the pixel itself is live for some pairs
     INTERLEAVED: bool
     STRICT: bool  # mask A: a channel must be of a lesser group, not of the same
+    PLACES: "tuple[int, ...]" = ()  # of live taps, in raster order, where these are not the first
+
+    @property
+    def constants(self):
+        """As a kernel takes them: the places follow their being there."""
+        return *self[:7], len(self.PLACES) > 0, *self.PLACES
 
 
 def _up_left(weight, stack):
@@ -72,10 +79,16 @@ def _part(weight, index):
     return weight if index is None else weight[index]
 
 
-def taps_of(weight, mask_type, stack, groups, order) -> Taps:
-    """The live taps of a weight."""
-    columns = weight.shape[3]
+def taps_of(weight, mask_type, stack, groups, order, listed=(), part=None) -> Taps:
+    """The live taps of a weight, or of a part of it; listed: their places in the whole, where there is a list."""
+    whole, weight = weight.shape[3], _part(weight, part)
+    rows, columns = weight.shape[2:]
     up, left = _up_left(weight, stack)
+    if listed:
+        first_row, first_column = (0, 0) if part is None else (cut.start for cut in part[2:])
+        at = ((tap // whole - first_row, tap % whole - first_column) for tap in listed)
+        places = tuple(row * columns + column for row, column in at if 0 <= row < rows and 0 <= column < columns)
+        return Taps(columns, up, left, len(places), 1, True, False, places)
     if stack == "vertical":
         return Taps(columns, up, left, (up + (mask_type == "B")) * columns, 1, True, False)
     taps = up * columns + left + (mask_type == "B" and groups == 1)
@@ -97,6 +110,19 @@ def _pixels(first, images, rows, columns, SIZE: tl.constexpr):
 def _at(strides, n, row, column):
     """Memory offsets of pixels; strides: of an image, a channel, a row and a column."""
     return n.to(tl.int64) * strides[0] + row.to(tl.int64) * strides[2] + column.to(tl.int64) * strides[3]
+
+
+@triton.jit
+def _place(tap, KERNEL: tl.constexpr):
+    """Where live taps lie in the kernel, in raster order."""
+    if KERNEL[7]:
+        TAPS: tl.constexpr = KERNEL[3]
+        place = tap
+        for i in tl.static_range(TAPS):
+            place = tl.where(tap == i, KERNEL[8 + i], place)
+        return place
+    else:
+        return tap
 
 
 @triton.jit
@@ -173,11 +199,13 @@ def _convolve(
             k = step * K + tl.arange(0, K)
             c = k % INPUTS
             live = k < TAPS * INPUTS
-            tap = (k // INPUTS)[None, :]
+            places = _place(k // INPUTS, KERNEL)
+            k = places * INPUTS + c
+            tap = places[None, :]
         else:
             c = step % BLOCKS * K + tl.arange(0, K)
             live = c < INPUTS
-            tap = step // BLOCKS
+            tap = _place(step // BLOCKS, KERNEL)
             k = tap * INPUTS + c
         down = (tap // COLUMNS - UP) * (dilation * SIGN)
         right = (tap % COLUMNS - LEFT) * (dilation * SIGN)
@@ -354,12 +382,12 @@ def _weight_gradient(
         k = block * N + tl.arange(0, N)
         c = k % INPUTS
         live = k < TAPS * INPUTS
-        tap = (k // INPUTS)[None, :]
+        tap = _place(k // INPUTS, KERNEL)[None, :]
     else:
         c = block % IN_BLOCKS * N + tl.arange(0, N)
         live = c < INPUTS
-        tap = block // IN_BLOCKS
-        k = tap * INPUTS + c
+        k = block // IN_BLOCKS * INPUTS + c
+        tap = _place(block // IN_BLOCKS, KERNEL)
     down = (tap // COLUMNS - UP) * dilation
     right = (tap % COLUMNS - LEFT) * dilation
     away = tl.cast(down, tl.int64) * x_strides[2] + tl.cast(right, tl.int64) * x_strides[3]
@@ -396,6 +424,11 @@ def _add_shares(
     c = index // COLUMNS // rows % INPUTS
     out = index // COLUMNS // rows // INPUTS
     tap = row * COLUMNS + column
+    if KERNEL[7]:
+        place = tap
+        tap = tl.full([SIZE], TAPS, tl.int64)
+        for i in tl.static_range(TAPS):
+            tap = tl.where(place == KERNEL[8 + i], i, tap)
     live = (index < count) & (tap < TAPS)
     if KERNEL[4] > 1:
         read = _group(c, INPUTS, KERNEL[4], KERNEL[5])
@@ -514,7 +547,7 @@ def _convolution(x, weight, bias, cond, residual, y, kept, dilation, sign, halve
     )  # fmt: skip
     constants = {
         "SIGN": sign, "INPUTS": inputs, "INPUT_HALF": inputs // halves[0], "OUTPUTS": outputs, "ACTIVATION": activation,
-        "KERNEL": taps, "KERNEL_ROWS": weight.shape[2], "T": plan.TYPES[arithmetic_dtype(x)],
+        "KERNEL": taps.constants, "KERNEL_ROWS": weight.shape[2], "T": plan.TYPES[arithmetic_dtype(x)],
     }  # fmt: skip
     by_channel = y.stride(1)
     key = ("convolve", sign, dtype, tuple(x.shape), outputs, activation, taps, dilation, by_channel)
@@ -604,12 +637,12 @@ def _weight_gradient_of(d_z, x, d_weight, dilation, halves, taps, boxed):
         splits = triton.cdiv(images * rows * columns, steps * tiles.K)
         share = Launch(
             _weight_gradient, programs * splits, *from_images, steps,
-            INPUTS=inputs, OUTPUTS=outputs, KERNEL=taps, T=plan.TYPES[arithmetic], PRECISION=precision,
+            INPUTS=inputs, OUTPUTS=outputs, KERNEL=taps.constants, T=plan.TYPES[arithmetic], PRECISION=precision,
             IN_PART=_steps_of_a_part(dtype, precision, tiles.K), **tiles._asdict(), enable_fp_fusion=False,
         )  # fmt: skip
         add = Launch(
             _add_shares, triton.cdiv(count, _REDUCE), *to_weight, splits, count, kernel_rows,
-            INPUTS=inputs, OUTPUTS=outputs, OUTPUT_HALF=outputs // halves, KERNEL=taps, SIZE=_REDUCE,
+            INPUTS=inputs, OUTPUTS=outputs, OUTPUT_HALF=outputs // halves, KERNEL=taps.constants, SIZE=_REDUCE,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -635,10 +668,12 @@ def _weight_gradient_of(d_z, x, d_weight, dilation, halves, taps, boxed):
 
 def _plain(x, weight, taps, dilation, halves):
     """The convolution alone by torch: what a tile must compute before it may be chosen for its speed."""
-    weight = weight[:, :, : taps.UP + 1]  # all rows below are dead
+    if not taps.PLACES:
+        weight = weight[:, :, : taps.UP + 1]  # all rows below are dead
     rows, columns = weight.shape[2:]
     tap = torch.arange(rows * columns, device=x.device).reshape(rows, columns)
-    live = (tap < taps.TAPS).expand(weight.shape)
+    among = torch.isin(tap, torch.tensor(taps.PLACES, device=x.device)) if taps.PLACES else tap < taps.TAPS
+    live = among.expand(weight.shape)
     if taps.GROUPS > 1:
         order = "interleaved" if taps.INTERLEAVED else "contiguous"
         own, read = (
@@ -647,24 +682,24 @@ def _plain(x, weight, taps, dilation, halves):
         )
         pairs = read < own[:, None] if taps.STRICT else read <= own[:, None]
         live = live | (pairs[:, :, None, None] & (tap == taps.TAPS))
-    x = F.pad(x, [dilation * size for size in (taps.LEFT, columns - 1 - taps.LEFT, taps.UP, 0)])
+    x = F.pad(x, [dilation * size for size in (taps.LEFT, columns - 1 - taps.LEFT, taps.UP, rows - 1 - taps.UP)])
     return F.conv2d(x, weight.masked_fill(~live, 0), dilation=dilation)
 
 
 def masked_conv2d_fwd(
     results, input, weight, bias, cond, residual,
-    mask_type, stack, dilation, channel_groups, group_order, activation, keep,
+    mask_type, stack, dilation, channel_groups, group_order, activation, keep, listed=(),
 ):  # fmt: skip
     """What fills y and kept; the arguments of the op's schema."""
     y, kept = results
     if y.numel() == 0:
         return lambda *tensors: None
     part = _reaching(weight, stack, input.shape[2:], dilation)
+    taps = taps_of(weight, mask_type, stack, channel_groups, group_order, listed, part)
     weight = _part(weight, part)
-    taps = taps_of(weight, mask_type, stack, channel_groups, group_order)
     halves = 2 if activation in GATES else 1
     kept = kept if keep else None
-    if boxes and stack == "square":
+    if boxes and stack == "square" and not listed:
         extras = activation, bias, cond, residual, kept
         launch = boxes.launcher(boxes.convolution(input, weight, y, taps, dilation, False, *extras))
         if launch:
@@ -693,15 +728,15 @@ def masked_conv2d_fwd(
 
 def masked_conv2d_bwd(
     results, d_y, input, weight, kept, mask_type, stack, dilation, channel_groups, group_order, activation,
-    want_input, want_weight, want_bias, cond_ndim,
+    want_input, want_weight, want_bias, cond_ndim, listed=(),
 ):  # fmt: skip
     """What fills d_input, d_weight, d_bias and d_cond; the arguments of the op's schema."""
     d_input, d_weight, _, d_cond = results
     if d_y.numel() == 0:
         return lambda results, *tensors: [gradient.zero_() for gradient in results]
     part = _reaching(weight, stack, input.shape[2:], dilation)
+    taps = taps_of(weight, mask_type, stack, channel_groups, group_order, listed, part)
     weight = _part(weight, part)
-    taps = taps_of(weight, mask_type, stack, channel_groups, group_order)
     halves = 2 if activation in GATES else 1
     z_shape = input.shape[0], weight.shape[0], *input.shape[2:]
     separate = activation and cond_ndim != 4 and (want_input or want_weight)
@@ -719,7 +754,7 @@ def masked_conv2d_bwd(
     differentiate_activation = _gradient_before_activation(d_y, kept, None if d_z is d_y else d_z, activation, summed)
     if want_input or want_weight:
         d_z = _channels_innermost(d_z)
-    boxed = boxes if stack == "square" else None
+    boxed = boxes if stack == "square" and not listed else None
     if want_input:
         to_input = _input_gradient(d_z, weight, d_input, dilation, halves, taps, boxed)
     if want_weight:

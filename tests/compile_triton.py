@@ -42,6 +42,8 @@ CASES = {
     "samples": ({"num_samples": 8}, (512, 256), torch.float32, WIDEST[:1]),
 }
 
+CHECKERBOARD = [[(row + column) % 2 for column in range(5)] for row in range(5)]
+
 # Layers: image, weight, keywords, dtype. Channels last, but for the last of all.
 LAYERS = {
     "float32": ((8, 64, 28, 28), (64, 64, 7, 7), {}, torch.float32),
@@ -51,6 +53,8 @@ LAYERS = {
     "first-bfloat16": ((8, 1, 28, 28), (64, 1, 7, 7), {"mask_type": "A"}, torch.bfloat16),
     "first-float32": ((8, 3, 32, 32), (256, 3, 7, 7), {"mask_type": "A", "channel_groups": 3}, torch.float32),
     "groups": ((8, 60, 28, 28), (120, 60, 3, 3), {"activation": "glu", "channel_groups": 3}, torch.bfloat16),
+    "taps-bfloat16": ((8, 64, 28, 28), (64, 64, 5, 5), {"taps": CHECKERBOARD}, torch.bfloat16),
+    "taps-first": ((8, 3, 28, 28), (64, 3, 5, 5), {"taps": CHECKERBOARD}, torch.float32),
     "ieee": ((8, 64, 28, 28), (128, 64, 3, 3), {"activation": "tanh_sigmoid"}, torch.float32),
     "contiguous": ((8, 64, 28, 28), (64, 64, 5, 5), {}, torch.bfloat16),
 }
@@ -163,7 +167,8 @@ def run_layer(case, shape, weight_shape, keywords, dtype):
     x, weight = (torch.ones(s, dtype=dtype).to(memory_format=memory_format) for s in (shape, weight_shape))
     bias, cond = torch.ones(weight_shape[0], dtype=dtype), torch.ones(shape[0], weight_shape[0], dtype=dtype)
     inputs = [tensor.requires_grad_() for tensor in (x, weight, bias, cond)]
-    y = fastelbo.masked_conv2d(x, weight, bias, cond=cond, backend="triton", **{"mask_type": "B"} | keywords)
+    keywords = keywords if "taps" in keywords else {"mask_type": "B"} | keywords
+    y = fastelbo.masked_conv2d(x, weight, bias, cond=cond, backend="triton", **keywords)
     torch.autograd.grad(y, inputs, torch.ones_like(y))
 
 

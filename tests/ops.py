@@ -140,6 +140,9 @@ GAUSSIAN = {
 }
 CONVOLUTIONS = {
     "masked_conv2d": Convolution(fastelbo.masked_conv2d, (5, 5), {"mask_type": "A"}),
+    "masked_conv2d-taps": Convolution(
+        fastelbo.masked_conv2d, (3, 4), {"taps": [[0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 0]]}
+    ),
     "masked_conv2d-gate": Convolution(fastelbo.masked_conv2d, (3, 3), {"mask_type": "B", **_GATE}),
     "causal_conv2d-vertical": Convolution(fastelbo.causal_conv2d, (2, 3), {"stack": "vertical", **_GATE}),
     "causal_conv2d-horizontal": Convolution(fastelbo.causal_conv2d, (1, 2), {"stack": "horizontal"}),

@@ -18,6 +18,7 @@ CASES = {
     "colours-B": {"mask_type": "B", "channel_groups": 3, "group_order": "contiguous"},
     "gate": {"mask_type": "B", "channel_groups": 3, "activation": "tanh_sigmoid"},
     "more groups than channels": {"mask_type": "A", "channel_groups": 7, "activation": "glu"},
+    "taps": {"taps": [[0, 1, 0, 1, 0], [1, 0, 1, 0, 1], [0, 0, 0, 1, 0]], "dilation": 3},
     "vertical": {"stack": "vertical"},
     "vertical-A": {"stack": "vertical", "mask_type": "A", "activation": "glu"},
     "horizontal": {"stack": "horizontal", "channel_groups": 3},
@@ -41,6 +42,8 @@ def layer(stack=None, mask_type="B", **keywords):
     if stack == "vertical":
         mask = mask[:, :, : k // 2 + 1].clone()
         mask[:, :, -1] = mask_type == "B"
+    if "taps" in keywords:
+        mask, mask_type = torch.tensor(keywords["taps"], dtype=torch.bool).expand(12, 6, -1, -1), None
     weight = torch.randn(mask.shape, requires_grad=True)
 
     def run(x, backend):

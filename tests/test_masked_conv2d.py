@@ -50,7 +50,9 @@ def published_mask(out_channels, in_channels, k, mask_type, groups=1, order="int
 
 def lines(x, weight, bias=None, *, mask, dilation=1, activation=None, cond=None, residual=None):
     """What users write: a product with the mask, a full convolution, and the rest one by one."""
-    z = F.conv2d(x, weight * mask, bias, padding=mask.shape[-1] // 2 * dilation, dilation=dilation)
+    rows, columns = mask.shape[-2:]
+    around = columns // 2, columns - 1 - columns // 2, rows // 2, rows - 1 - rows // 2
+    z = F.conv2d(F.pad(x, [dilation * size for size in around]), weight * mask, bias, dilation=dilation)
     if cond is not None:
         z = z + (cond[:, :, None, None] if cond.dim() == 2 else cond)
     if activation == "tanh_sigmoid":
@@ -468,6 +470,89 @@ def test_bitwise_the_same_for_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+# any set of taps
+
+TAPS = {
+    "checkerboard": [[0, 1, 0], [1, 0, 1], [0, 1, 0]],
+    "checkerboard 5": [[(row + column) % 2 for column in range(5)] for row in range(5)],
+    "row": [[1, 1, 1, 1, 1]],
+    "column": [[1], [0], [1]],
+    "even sides": [[1, 1], [1, 0]],
+    "below alone": [[0, 0, 0], [0, 0, 0], [1, 0, 1]],
+    "unequal sides": [[1, 0, 1, 0, 1], [0, 1, 0, 1, 0], [1, 0, 0, 0, 1]],
+    "all rows above": [[1] * 5] * 2 + [[0] * 5] * 3,
+    "all": [[1] * 3] * 3,
+}
+
+
+@pytest.mark.parametrize("size, dilation", [((6, 7), 1), ((6, 7), 2), ((2, 9), 1), ((1, 1), 9)], ids=str)
+@pytest.mark.parametrize("taps", TAPS.values(), ids=TAPS)
+def test_any_taps_equal_the_product_with_them(backend, taps, size, dilation):
+    tensors = operands(2, 6, 8, *size, residual=False)
+    mask = torch.tensor(taps, dtype=torch.float64)
+    tensors[1] = torch.randn(8, 6, *mask.shape, dtype=torch.float64) / 8
+    got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, taps=taps, dilation=dilation, backend=backend)
+    assert_close(got, outputs_and_gradients(lines, tensors, mask=mask, dilation=dilation))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_surrounds_taps(backend, activation):
+    taps = TAPS["checkerboard"]
+    tensors = operands(2, 20, 24, 9, 11, activation=activation, cond="image")
+    got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, taps=taps, activation=activation, backend=backend)
+    mask = torch.tensor(taps, dtype=torch.float64)
+    assert_close(got, outputs_and_gradients(lines, tensors, mask=mask, activation=activation))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("taps", [TAPS["checkerboard 5"], TAPS["unequal sides"]], ids=["checkerboard", "unequal"])
+def test_error_budget_of_taps(backend, dtype, taps):
+    tensors = [t.to(dtype) for t in operands(3, 32, 40, 12, 13)]
+    mask = torch.tensor(taps)
+    tensors[1] = (torch.randn(40, 32, *mask.shape) / 18).to(dtype)
+    got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, taps=taps, backend=backend)
+    exact = outputs_and_gradients(lines, [t.double() for t in tensors], mask=mask)
+    plain = outputs_and_gradients(lines, tensors, mask=mask)
+    for name, *three in zip(
+        ("y", "d_input", "d_weight", "d_bias", "d_cond", "d_residual"), got, exact, plain, strict=True
+    ):
+        assert_within_budget(*three, name=name)
+
+
+def test_dead_taps_of_a_list_are_never_read(backend):
+    for taps in TAPS.values():
+        dead = torch.tensor(taps) == 0
+        x, _, bias, *_ = operands(2, 6, 8, 5, 6)
+        weight = torch.randn(8, 6, *dead.shape, dtype=torch.float64)
+
+        def run(x, weight, bias=bias, taps=taps):
+            tensors = [x, weight, bias, None, None]
+            return outputs_and_gradients(fastelbo.masked_conv2d, tensors, taps=taps, backend=backend)
+
+        clean, poisoned = run(x, weight), run(x, weight.masked_fill(dead, float("nan")))
+        assert all(torch.equal(a, b) for a, b in zip(poisoned, clean, strict=True))
+        assert (poisoned[2][:, :, dead] == 0).all()
+        row, column = 2, 3  # a pixel reaches those alone that read it
+        x[:, :, row, column] = float("nan")
+        y = run(x, weight)[0]
+        reached = torch.zeros(5, 6, dtype=torch.bool)
+        rows, columns = dead.shape
+        for i, j in (~dead).nonzero().tolist():
+            r, s = row - i + rows // 2, column - j + columns // 2
+            if 0 <= r < 5 and 0 <= s < 6:
+                reached[r, s] = True
+        assert torch.equal(y.isnan().all(1).all(0), reached)
+        assert torch.equal(y[:, :, ~reached], clean[0][:, :, ~reached])
+
+
+def test_taps_of_a_mask_type_are_that_mask_type(backend):
+    for mask_type in "AB":
+        taps = fastelbo.conv_mask2d(1, 1, 5, mask_type)[0, 0]
+        tensors = operands(2, 6, 8, 6, 7, k=5)
+        got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, taps=taps, backend=backend)
+        assert_close(got, outputs_and_gradients(fastelbo.masked_conv2d, tensors, mask_type=mask_type, backend=backend))
+
+
 # inside torch
 
 
@@ -580,6 +665,25 @@ def test_bad_input(arguments, keywords, error, message):
     with pytest.raises(error) as caught:
         fastelbo.masked_conv2d(*arguments, **{"mask_type": "B", **keywords})
     assert message in str(caught.value)
+
+
+def test_bad_input_of_taps():
+    for taps, error, message in (
+        ([[0, 1]], ValueError, "taps must be of the kernel's shape (3, 3); got rows of lengths [2]"),
+        (torch.ones(3, 4), ValueError, "taps must be of the kernel's shape (3, 3); got rows of lengths [4, 4, 4]"),
+        ([[0] * 3] * 3, ValueError, "taps must have one that is live; got none"),
+        ("A", TypeError, "taps must be rows of numbers, or a tensor of them; got str"),
+        ([1, 1, 1], TypeError, "taps must be rows of numbers, or a tensor of them; got list"),
+        (torch.tensor(1), TypeError, "taps must be rows of numbers, or a tensor of them; got Tensor"),
+    ):
+        with pytest.raises(error) as caught:
+            fastelbo.masked_conv2d(X, W, taps=taps)
+        assert message in str(caught.value)
+    cross = TAPS["checkerboard"]
+    with pytest.raises(ValueError, match="mask_type must be None where taps are given; got 'A'"):
+        fastelbo.masked_conv2d(X, W, mask_type="A", taps=cross)
+    with pytest.raises(ValueError, match="channel_groups must be 1 where taps are given; got 3"):
+        fastelbo.masked_conv2d(X, W, taps=cross, channel_groups=3)
 
 
 def test_bad_input_of_stacks_and_masks():

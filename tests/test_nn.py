@@ -598,3 +598,93 @@ def test_horizontal_stacks_take_masks_of_rows(mask_type):
         stack.load_state_dict({**stack.state_dict(), "mask": columns.expand(1, 1, 1, 5)})
     with pytest.raises(RuntimeError, match="follows no known convention"):
         stack.load_state_dict({**stack.state_dict(), "mask": columns.flip(0).expand(1, 1, 1, 5)})
+
+
+# any set of taps
+
+CHECKERBOARD = [[(row + column) % 2 for column in range(5)] for row in range(5)]
+ABOVE = [[1, 1, 1], [0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("kernel_size, mask", [(5, CHECKERBOARD), (3, ABOVE), ((1, 4), [[1, 0, 0, 1]])], ids=str)
+def test_a_mask_of_ones_own(kernel_size, mask):
+    """nn.Conv2d with the mask's zeros in its weight."""
+    live = torch.tensor(mask) != 0
+    conv = fastelbo.nn.MaskedConv2d(6, 8, kernel_size, mask=mask, dilation=2).double()
+    assert torch.equal(conv.live_taps(), live.expand(8, 6, -1, -1))
+    assert not conv.weight[:, :, ~live].any() and bool(conv.weight[:, :, live].any())
+    x = torch.randn(2, 6, 9, 11, dtype=torch.float64)
+    rows, columns = live.shape
+    around = columns // 2, columns - 1 - columns // 2, rows // 2, rows - 1 - rows // 2
+    want = nn.functional.conv2d(nn.functional.pad(x, [2 * size for size in around]), conv.weight, conv.bias, dilation=2)
+    torch.testing.assert_close(conv(x), want)
+    assert torch.equal(conv.mask, live.expand(8, 6, -1, -1).double())
+    for form in (live, live.expand(8, 6, -1, -1), live.float()[None, None]):
+        other = fastelbo.nn.MaskedConv2d(6, 8, kernel_size, mask=form, dilation=2).double()
+        other.load_state_dict({**conv.state_dict(), "mask": live.expand(8, 6, -1, -1)})
+        assert torch.equal(other(x), conv(x))
+    with pytest.raises(RuntimeError, match=r"mask of shape .* follows no known convention; this module has mask"):
+        conv.load_state_dict({**conv.state_dict(), "mask": ~live.expand(8, 6, -1, -1)})
+    copied = pickle.loads(pickle.dumps(conv))
+    assert torch.equal(copied(x), conv(x)) and "mask=" in repr(copied)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"mask": CHECKERBOARD, "mask_type": "A"}, ValueError, "mask_type must be None where a mask is given; got 'A'"),
+        ({"mask": CHECKERBOARD, "channel_groups": 3}, ValueError, "channel_groups must be 1 where a mask is given"),
+        ({"mask": ABOVE}, ValueError, "mask must be of shape (5, 5) or (6, 6, 5, 5); got (3, 3)"),
+        ({"mask": torch.zeros(5, 5)}, ValueError, "mask must have a tap that is live; got none"),
+        ({"mask": torch.eye(6)[:, :, None, None].expand(-1, -1, 5, 5)}, ValueError, "mask must be alike for all pairs"),
+        ({"mask": CHECKERBOARD, "padding": 1}, ValueError, "padding must be 2, at which the output has the"),
+        ({"kernel_size": (5, 3)}, ValueError, "kernel_size must be the same in both directions; got (5, 3)"),
+        ({"kernel_size": (5, 3, 1), "mask": ABOVE}, ValueError, "kernel_size must be an int or a pair of them"),
+    ],
+)  # fmt: skip
+def test_bad_masks_of_ones_own(arguments, error, message):
+    with pytest.raises(error) as caught:
+        fastelbo.nn.MaskedConv2d(6, 6, **{"kernel_size": 5, **arguments})
+    assert message in str(caught.value)
+
+
+def test_the_sampler_takes_a_mask_that_is_causal():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        fastelbo.nn.MaskedConv2d(1, 8, 3, mask=ABOVE, activation="elu"),
+        fastelbo.nn.MaskedConv2d(8, 8, (1, 3), mask=[[1, 1, 0]], activation="relu"),
+        fastelbo.nn.MaskedConv2d(8, 4, 1, mask_type="B"),
+    )
+    sampler = fastelbo.sampling.IncrementalSampler(network, (1, 6, 5), levels=4)
+    for seed in range(3):
+        assert torch.equal(sampler.sample(4, seed=seed), sampler.sample(4, seed=seed, method="naive"))
+    network[0] = fastelbo.nn.MaskedConv2d(1, 8, 5, mask=CHECKERBOARD)
+    with pytest.raises(ValueError, match="model must be causal"):
+        fastelbo.sampling.IncrementalSampler(network, (1, 6, 5), levels=4)
+
+
+class SecondStep(torch.nn.Module):
+    """Of a checkerboard in two steps: the second's pixels read the first's, and these nothing."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.conv = fastelbo.nn.MaskedConv2d(2, 4, 5, mask=mask)
+
+    def forward(self, x):
+        return torch.where(board(x.shape[2:]) == 1, self.conv(x), 0)
+
+
+def board(size):
+    return torch.arange(size[0])[:, None].add(torch.arange(size[1])) % 2
+
+
+def test_causal_in_another_order():
+    order = board((5, 6))
+    assert_causal(SecondStep(CHECKERBOARD), (2, 5, 6), order=order)
+    assert_causal(SecondStep(CHECKERBOARD), (2, 5, 6), order=order.tolist())
+    with pytest.raises(AssertionError, match="row 0, column 1 has a gradient with respect to"):
+        assert_causal(SecondStep([[1] * 5] * 5), (2, 5, 6), order=order)
+    with pytest.raises(AssertionError, match="has a gradient with respect to"):
+        assert_causal(SecondStep(CHECKERBOARD), (2, 5, 6))
+    with pytest.raises(ValueError, match=r"order must be of the image's shape \(5, 6\); got \(6, 5\)"):
+        assert_causal(SecondStep(CHECKERBOARD), (2, 5, 6), order=order.T)

@@ -54,9 +54,16 @@ void ConvolutionCheck::layer() const {
                   "weight must be of shape [C_out, C_in, rows, columns]; got ", sizes_text(weight));
   operand("weight", weight, {kernel[0], image[1], kernel[2], kernel[3]});
   bool square = stack == "square", vertical = stack == "vertical", horizontal = stack == "horizontal";
+  if (!listed.empty()) {
+    for (size_t i = 0; i < listed.size(); ++i)
+      STD_TORCH_CHECK((i ? listed[i - 1] : -1) < listed[i] && listed[i] < kernel[2] * kernel[3],
+                      "taps must be rising and below ", kernel[2] * kernel[3], "; got ", listed[i]);
+    STD_TORCH_CHECK(square && groups == 1 && mask_type == "B",
+                    "taps must come with mask_type B, the square stack and one group");
+  }
   STD_TORCH_CHECK(square || vertical || horizontal, "stack must be square, vertical or horizontal; got ", stack);
-  STD_TORCH_CHECK((square && kernel[2] == kernel[3] && kernel[3] % 2) || (horizontal && kernel[2] == 1) ||
-                      (vertical && kernel[3] % 2 && kernel[2] <= kernel[3] / 2 + 1),
+  STD_TORCH_CHECK(!listed.empty() || (square && kernel[2] == kernel[3] && kernel[3] % 2) ||
+                      (horizontal && kernel[2] == 1) || (vertical && kernel[3] % 2 && kernel[2] <= kernel[3] / 2 + 1),
                   "weight must have a kernel of the ", stack, " stack; got shape ", sizes_text(weight));
   STD_TORCH_CHECK(mask_type == "A" || mask_type == "B", "mask_type must be A or B; got ", mask_type);
   STD_TORCH_CHECK(order == "interleaved" || order == "contiguous",
@@ -103,30 +110,35 @@ Channels::Channels(int64_t channels, int64_t groups, const std::string& order, b
       rest(half % this->groups) {}
 
 LiveTaps::LiveTaps(const Tensor& weight, const Tensor& input, const std::string& type, const std::string& stack,
-                   int64_t dilation, int64_t groups, const std::string& order, bool gated)
+                   int64_t dilation, int64_t groups, const std::string& order, bool gated,
+                   const std::vector<int64_t>& listed)
     : strict(type == "A"),
       out(weight.sizes()[0], groups, order, gated),
       in(weight.sizes()[1], groups, order, false),
-      groups(int(groups)) {
+      groups(int(groups)),
+      list(!listed.empty()) {
   int rows = int(weight.sizes()[2]), columns = int(weight.sizes()[3]);
   int row = stack == "square" ? rows / 2 : rows - 1, column = stack == "horizontal" ? columns - 1 : columns / 2;
   bool vertical = stack == "vertical";
   auto first_within = [&](int reach, int64_t size) { return int(std::max<int64_t>(reach - (size - 1) / dilation, 0)); };
   first_row = first_within(row, input.sizes()[2]);
+  end_row = list ? rows - first_within(rows - 1 - row, input.sizes()[2]) : row + 1;
   first_column = first_within(column, input.sizes()[3]);
   end_column = columns - first_within(columns - 1 - column, input.sizes()[3]);
-  for (int i = first_row; i <= row; ++i) {
+  for (int i = first_row; i < end_row; ++i) {
     for (int j = first_column; j < end_column; ++j) {
-      bool live = i < row || (vertical ? type == "B" : j < column);
+      bool live = list ? std::binary_search(listed.begin(), listed.end(), int64_t(i) * columns + j)
+                       : i < row || (vertical ? type == "B" : j < column);
       if (live) taps.push_back({i, j, (i - row) * dilation, (j - column) * dilation});
     }
   }
-  centre = !vertical && (type == "B" || groups > 1);
+  centre = !list && !vertical && (type == "B" || groups > 1);
   centre_tap = {row, column, 0, 0};
   for (int c = 0; c < out.all(); ++c) group_out.push_back(out.group(c));
   for (int c = 0; c < in.all(); ++c) group_in.push_back(in.group(c));
   for (const Tap& tap : taps) {
     up = std::max(up, -tap.down);
+    down = std::max(down, tap.down);
     left = std::max(left, -tap.right);
     right = std::max(right, tap.right);
   }

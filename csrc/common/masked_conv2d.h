@@ -40,6 +40,7 @@ struct ConvolutionCheck {
   const std::string &mask_type, &stack;
   int64_t dilation, groups;
   const std::string &order, &activation;
+  const std::vector<int64_t>& listed;
 
   void forward(const std::optional<Tensor>& bias, const std::optional<Tensor>& cond,
                const std::optional<Tensor>& residual) const;
@@ -84,19 +85,21 @@ struct Tap {
 
 // Which taps are live, and for which channels. Those that reach into the image from no pixel are as if they were dead.
 struct LiveTaps {
-  int first_row = 0, first_column = 0, end_column = 0;  // the part of the weight that reaches into the image
-  std::vector<Tap> taps;  // those live for every pair of channels: the first of that part, in raster order
-  bool centre = false;    // whether there is a further one, live for some pairs at least: that of the pixel itself
-  Tap centre_tap;         // the next one in raster order, if it is
-  bool strict = false;    // mask A: a channel must be of a lesser group, not of the same
+  int first_row = 0, end_row = 0, first_column = 0,
+      end_column = 0;  // the part of the weight that reaches into the image
+  std::vector<Tap> taps;  // those live for every pair of channels, in raster order: the first of that part, or a list
+  bool centre = false;  // whether there is a further one, live for some pairs at least: that of the pixel itself
+  Tap centre_tap;  // the next one in raster order, if it is
+  bool strict = false;  // mask A: a channel must be of a lesser group, not of the same
   Channels out, in;
   std::vector<int> group_out, group_in;
   int groups = 1;
-  int64_t up = 0, left = 0, right = 0;  // how far the taps reach
+  bool list = false;
+  int64_t up = 0, down = 0, left = 0, right = 0;  // how far the taps reach
 
   LiveTaps() = default;
   LiveTaps(const Tensor& weight, const Tensor& input, const std::string& type, const std::string& stack,
-           int64_t dilation, int64_t groups, const std::string& order, bool gated);
+           int64_t dilation, int64_t groups, const std::string& order, bool gated, const std::vector<int64_t>& listed);
   bool live(int64_t out, int64_t in) const {
     return strict ? group_in[in] < group_out[out] : group_in[in] <= group_out[out];
   }

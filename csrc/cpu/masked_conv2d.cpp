@@ -194,7 +194,7 @@ int64_t band_rows(int64_t n, int64_t rows, int64_t columns, int64_t channels, in
 
 ConvArgs arguments(const Tensor& input, const Tensor& weight, const std::string& mask_type, const std::string& stack,
                    int64_t dilation, int64_t groups, const std::string& order, const std::string& activation,
-                   const Constants& constants) {
+                   const std::vector<int64_t>& taps, const Constants& constants) {
   ConvArgs args;
   auto sizes = input.sizes();
   args.n = sizes[0];
@@ -204,14 +204,14 @@ ConvArgs arguments(const Tensor& input, const Tensor& weight, const std::string&
   args.activation = parse_activation(activation);
   args.z_channels = weight.sizes()[0];
   args.y_channels = args.gated() ? args.z_channels / 2 : args.z_channels;
-  args.mask = LiveTaps(weight, input, mask_type, stack, dilation, groups, order, args.gated());
+  args.mask = LiveTaps(weight, input, mask_type, stack, dilation, groups, order, args.gated(), taps);
   args.input = image_of(input);
   args.weight = image_of(weight);
   int64_t gap = std::max(args.mask.left, args.mask.right);
-  args.band =
-      band_rows(args.n, args.rows, args.columns + gap, std::max(args.in_channels, args.z_channels), args.mask.up);
+  args.band = band_rows(args.n, args.rows, args.columns + gap, std::max(args.in_channels, args.z_channels),
+                        args.mask.up + args.mask.down);
   args.bands = (args.rows + args.band - 1) / args.band;
-  args.planes = Planes(args.columns, args.band, gap, args.mask.up, 0, constants.slack);
+  args.planes = Planes(args.columns, args.band, gap, args.mask.up, args.mask.down, constants.slack);
   return args;
 }
 
@@ -220,13 +220,13 @@ ConvArgs arguments(const Tensor& input, const Tensor& weight, const std::string&
 std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::optional<Tensor> bias,
                                              std::optional<Tensor> cond, std::optional<Tensor> residual, Text mask_type,
                                              Text stack, int64_t dilation, int64_t channel_groups, Text group_order,
-                                             Text activation, bool keep) {
-  ConvolutionCheck{input, weight, mask_type, stack, dilation, channel_groups, group_order, activation}.forward(
+                                             Text activation, bool keep, std::vector<int64_t> taps) {
+  ConvolutionCheck{input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, taps}.forward(
       bias, cond, residual);
   ScalarType dtype = arithmetic_type({&input});
   Constants constants(dtype);
   ConvArgs args =
-      arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, constants);
+      arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, taps, constants);
   Tensor y = allocate_image(args.n, args.y_channels, input);
   Tensor kept =
       keep ? allocate_image(args.n, args.z_channels, input) : allocate(Shape{0}, input.scalar_type(), Device(input));
@@ -249,18 +249,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
                                                              std::optional<Tensor> kept, Text mask_type, Text stack,
                                                              int64_t dilation, int64_t channel_groups, Text group_order,
                                                              Text activation, bool want_input, bool want_weight,
-                                                             bool want_bias, int64_t cond_ndim) {
-  ConvolutionCheck{input, weight, mask_type, stack, dilation, channel_groups, group_order, activation}.backward(
+                                                             bool want_bias, int64_t cond_ndim,
+                                                             std::vector<int64_t> taps) {
+  ConvolutionCheck{input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, taps}.backward(
       d_y, kept, cond_ndim);
   ScalarType dtype = arithmetic_type({&input}), stored = input.scalar_type();
   Constants constants(dtype);
   ConvArgs args =
-      arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, constants);
+      arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, taps, constants);
   const LiveTaps& mask = args.mask;
   Device device(input);
   args.d_y = image_of(d_y);
   args.kept = image_of(kept);
-  args.d_planes = Planes(args.columns, args.band, args.planes.gap, 0, want_input ? mask.up : 0, constants.slack);
+  args.d_planes = Planes(args.columns, args.band, args.planes.gap, want_input ? mask.down : 0, want_input ? mask.up : 0,
+                         constants.slack);
   Tensor d_input = want_input ? allocate(Shape(input), stored, input) : allocate(Shape{0}, stored, device);
   Tensor d_weight = want_weight ? allocate(Shape(weight), stored, weight) : allocate(Shape{0}, stored, device);
   Tensor d_bias = allocate(Shape{want_bias ? args.z_channels : 0}, stored, device);
@@ -283,17 +285,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
     run_tasks(FASTELBO_CONV_LOOP(conv_pack_backward, dtype), args, args.backward.units());
   }
   args.chunks = std::min(args.units(), 4 * kTasks);
-  int64_t taps = args.taps();
+  int64_t count_of_taps = args.taps();
   if (want_weight) {
     args.d_weight = image_of(d_weight);
     std::memset(d_weight.data_ptr(), 0,
                 size_t(d_weight.numel()) * (stored == ScalarType::Double  ? 8
                                             : stored == ScalarType::Float ? 4
                                                                           : 2));
-    int64_t count = args.in_channels * taps;
+    int64_t count = args.in_channels * count_of_taps;
     args.pairs = (count + constants.pairs - 1) / constants.pairs * constants.pairs;
     for (int64_t in = 0; in < args.in_channels; ++in) {
-      for (int64_t t = 0; t < taps; ++t) {
+      for (int64_t t = 0; t < count_of_taps; ++t) {
         const Tap& tap = args.tap(t);
         args.pair_offset.push_back(int32_t(in * args.planes.size + tap.down * args.planes.pitch + tap.right));
       }

@@ -60,13 +60,14 @@ struct Problem {
   Device device;
 
   Problem(const Tensor& input, const Tensor& weight, const std::string& mask_type, const std::string& stack,
-          int64_t dilation, int64_t groups, const std::string& order, const std::string& activation)
+          int64_t dilation, int64_t groups, const std::string& order, const std::string& activation,
+          const std::vector<int64_t>& listed)
       : n(input.sizes()[0]),
         rows(input.sizes()[2]),
         columns(input.sizes()[3]),
         z_channels(weight.sizes()[0]),
         activation(parse_activation(activation)),
-        mask(weight, input, mask_type, stack, dilation, groups, order, is_gate(this->activation)),
+        mask(weight, input, mask_type, stack, dilation, groups, order, is_gate(this->activation), listed),
         raster(n, rows, columns),
         weight(image_of(weight)),
         format(format_of(input.scalar_type())),
@@ -83,6 +84,13 @@ struct Problem {
               mask.first_column,
               int(weight.sizes()[2] * weight.sizes()[3]),
               int(weight.sizes()[3])};
+    if (!mask.list) return;
+    STD_TORCH_CHECK(mask.taps.size() <= device::kMostListed, "taps: expected at most ", device::kMostListed, ", got ",
+                    mask.taps.size());
+    kernel.listed = int(mask.taps.size());
+    for (const Tap& tap : mask.taps)
+      kernel.list[&tap - mask.taps.data()] =
+          uint16_t((tap.row - mask.first_row) * kernel.columns + tap.column - mask.first_column);
   }
 
   device::Direction direction(bool transposed) const {
@@ -190,11 +198,11 @@ struct Problem {
 std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::optional<Tensor> bias,
                                              std::optional<Tensor> cond, std::optional<Tensor> residual, Text mask_type,
                                              Text stack, int64_t dilation, int64_t channel_groups, Text group_order,
-                                             Text activation, bool keep) {
-  ConvolutionCheck{input, weight, mask_type, stack, dilation, channel_groups, group_order, activation}.forward(
+                                             Text activation, bool keep, std::vector<int64_t> taps) {
+  ConvolutionCheck{input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, taps}.forward(
       bias, cond, residual);
   Launcher launch("masked_conv2d_fwd", input);
-  Problem problem(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation);
+  Problem problem(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, taps);
   Tensor y = allocate_image(problem.n, problem.mask.out.half, input);
   Tensor kept = keep ? allocate_image(problem.n, problem.z_channels, input)
                      : allocate(Shape{0}, input.scalar_type(), problem.device);
@@ -212,11 +220,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
                                                              std::optional<Tensor> kept, Text mask_type, Text stack,
                                                              int64_t dilation, int64_t channel_groups, Text group_order,
                                                              Text activation, bool want_input, bool want_weight,
-                                                             bool want_bias, int64_t cond_ndim) {
-  ConvolutionCheck{input, weight, mask_type, stack, dilation, channel_groups, group_order, activation}.backward(
+                                                             bool want_bias, int64_t cond_ndim,
+                                                             std::vector<int64_t> taps) {
+  ConvolutionCheck{input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, taps}.backward(
       d_y, kept, cond_ndim);
   Launcher launch("masked_conv2d_bwd", input);
-  Problem problem(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation);
+  Problem problem(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, taps);
   ScalarType stored = input.scalar_type();
   const device::Raster& raster = problem.raster;
   int64_t n = problem.n, channels = problem.z_channels;

@@ -73,15 +73,29 @@ FASTELBO_INLINE Pair load_whole(const Pair* from) {
   return {int64_t(uint64_t(bits.y) << 32 | bits.x), int(bits.z), int(bits.w)};
 }
 
-// The taps, live or not, of that part of a weight which reaches into the image, in raster order.
+constexpr int kMostListed = 128;
+
+// The taps, live or not, of that part of a weight which reaches into the image, in raster order; the live ones are the
+// first, or a list.
 struct Kernel {
   int columns, centre_row, centre_column, dilation;
   int first_row, first_column, weight_taps, weight_columns;  // where it lies in the weight, and of all of that
+  int listed;                                                // how many are in the list; 0: there is none
+  uint16_t list[kMostListed];
+
+  // Where the live tap of an index lies, in raster order; and the other way round, or a number beyond all live taps.
+  FASTELBO_INLINE int place(int tap) const { return listed ? list[tap] : tap; }
+  FASTELBO_INLINE int index(int place) const {
+    for (int tap = 0; tap < listed; ++tap)
+      if (list[tap] == place) return tap;
+    return listed ? kMostListed : place;
+  }
 
   // sign: -1 for the input gradient.
   FASTELBO_INLINE Pair pair(int tap, int channel, const Image& image, int sign) const {
-    int64_t down = int64_t(tap / columns - centre_row) * dilation * sign;
-    int64_t right = int64_t(tap % columns - centre_column) * dilation * sign;
+    int at = place(tap);
+    int64_t down = int64_t(at / columns - centre_row) * dilation * sign;
+    int64_t right = int64_t(at % columns - centre_column) * dilation * sign;
     return {channel * image.stride[1] + down * image.stride[2] + right * image.stride[3], int(down), int(right)};
   }
 };
@@ -89,7 +103,7 @@ struct Kernel {
 // Which pairs each group of output channels sums over.
 struct Direction {
   Channels outputs, inputs;
-  int taps;     // live for all channels, the first in raster order
+  int taps;     // live for all channels
   bool centre;  // whether the next one is live for some: that of the pixel itself
   bool strict;  // mask A
   bool transposed;  // the input gradient, whose outputs are the convolution's inputs
@@ -201,12 +215,12 @@ __global__ void __launch_bounds__(kThreads) masked_conv2d_pack_kernel(const __gr
   }
   T weight = 0;
   if (real && unit < outputs.count(group, group + 1)) {
-    int own = outputs.member(group, unit) + position / units * outputs.half;
+    int own = outputs.member(group, unit) + position / units * outputs.half, place = args.kernel.place(tap);
     int64_t out = direction.transposed ? other : own, in = direction.transposed ? own : other;
     weight = read<T>(args.weight.format, args.weight.data,
                      out * args.weight.stride[0] + in * args.weight.stride[1] +
-                         (args.kernel.first_row + tap / args.kernel.columns) * args.weight.stride[2] +
-                         (args.kernel.first_column + tap % args.kernel.columns) * args.weight.stride[3]);
+                         (args.kernel.first_row + place / args.kernel.columns) * args.weight.stride[2] +
+                         (args.kernel.first_column + place % args.kernel.columns) * args.weight.stride[3]);
   }
   args.weights[at] = weight;
 }

@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kThreads) masked_conv2d_reduce_kernel(const __
   int out = int(blockIdx.x % unsigned(blocks)) * 32 + lane, pair = int(blockIdx.x / unsigned(blocks));
   int in = pair % inputs.all(), row = pair / inputs.all() / kernel.weight_columns,
       column = pair / inputs.all() % kernel.weight_columns;
-  int tap = (row - kernel.first_row) * kernel.columns + column - kernel.first_column;
+  int tap = kernel.index((row - kernel.first_row) * kernel.columns + column - kernel.first_column);
   bool reaches = row >= kernel.first_row && unsigned(column - kernel.first_column) < unsigned(kernel.columns);
   bool live = reaches && tap < args.direction.taps;
   if (reaches && tap == args.direction.taps && args.direction.centre && out < outputs.all())

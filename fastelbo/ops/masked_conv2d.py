@@ -1,5 +1,7 @@
 """Masked (autoregressive) convolutions."""
 
+from collections.abc import Sequence
+
 import torch
 
 from fastelbo import _autograd, _checks, _flops, _library, _sharding, backends, reference
@@ -16,7 +18,8 @@ def masked_conv2d(
     weight: torch.Tensor,
     bias: "torch.Tensor | None" = None,
     *,
-    mask_type: str,
+    mask_type: "str | None" = None,
+    taps: "Sequence[Sequence[bool]] | torch.Tensor | None" = None,
     dilation: int = 1,
     channel_groups: int = 1,
     group_order: str = "interleaved",
@@ -39,11 +42,15 @@ def masked_conv2d(
     group c % G ("interleaved") or c G // C ("contiguous"); under a gate, which joins channel c with channel c + C/2,
     each half is numbered for itself.
 
+    In place of a mask type `taps` names the live taps one by one, of a kernel of any sides, rows x columns, which has
+    its centre at (rows // 2, columns // 2): checkerboards, all rows above, one's own mask.
+
     Args:
         input: [N, C_in, H, W] or [C_in, H, W]; float32, float64, bfloat16 or float16, any strides.
-        weight: [C_out, C_in, k, k] with odd k, of the input's dtype.
+        weight: [C_out, C_in, k, k] with odd k, of the input's dtype; [C_out, C_in, rows, columns] for taps.
         bias: [C_out] or None.
         mask_type: "A" (for a network's first layer) or "B".
+        taps: [rows, columns], nested lists or a tensor: what is True, or not 0, is live. At least one is.
         dilation: d, the distance between taps, an int.
         channel_groups: how many groups, G.
         group_order: "interleaved" or "contiguous".
@@ -61,8 +68,9 @@ def masked_conv2d(
         Under autocast all operands are cast first, as those of torch.nn.functional.conv2d are.
 
     Raises:
-        ValueError: an unknown mask type, group order or activation, an even or non-square kernel, shapes that do not
-            match, contiguous groups that do not divide the channels, an odd number of channels under a gate, tensors on
+        ValueError: an unknown mask type, group order or activation, an even or non-square kernel, both a mask type and
+            taps or neither, taps of another shape than the kernel's or with channel groups, shapes that do not match,
+            contiguous groups that do not divide the channels, an odd number of channels under a gate, tensors on
             several devices.
         TypeError: a dtype that is not supported, or not the input's.
         NotImplementedError: an explicit backend that cannot run this input.
@@ -76,11 +84,22 @@ def masked_conv2d(
         >>> fastelbo.masked_conv2d(image, weight, mask_type="A")
         tensor([[[[0., 1., 1.],
                   [2., 4., 3.]]]])
+        >>> fastelbo.masked_conv2d(image, weight, taps=[[0, 1, 0], [1, 0, 1], [0, 1, 0]])
+        tensor([[[[2., 3., 2.],
+                  [2., 3., 2.]]]])
     """
-    _checks.check_one_of("mask_type", mask_type, MASK_TYPES)
     _check_tensors(input, weight, bias, cond, residual)
-    _check_kernel(weight, "square")
-    options = mask_type, "square", dilation, channel_groups, group_order, activation
+    if taps is None:
+        _checks.check_one_of("mask_type", mask_type, MASK_TYPES)
+        _check_kernel(weight, "square")
+        listed: tuple[int, ...] = ()
+    else:
+        if mask_type is not None:
+            raise ValueError(f"mask_type must be None where taps are given; got {mask_type!r}")
+        if channel_groups != 1:
+            raise ValueError(f"channel_groups must be 1 where taps are given; got {channel_groups}")
+        mask_type, listed = "B", live_taps(taps, weight.shape[2:])
+    options = mask_type, "square", dilation, channel_groups, group_order, activation, listed
     return _run((input, weight, bias, cond, residual), options, backend)
 
 
@@ -143,7 +162,7 @@ def causal_conv2d(
     _checks.check_positive_int("channel_groups", channel_groups)
     if stack == "vertical" and channel_groups != 1:
         raise ValueError(f"channel_groups must be 1 for the vertical stack; got {channel_groups}")
-    options = mask_type, stack, dilation, channel_groups, group_order, activation
+    options = mask_type, stack, dilation, channel_groups, group_order, activation, ()
     return _run((input, weight, bias, cond, None), options, backend)
 
 
@@ -194,6 +213,26 @@ def conv_mask2d(
     _check_groups(channel_groups, group_order, in_channels, out_channels // 2 if gated else out_channels)
     options = {"channel_groups": channel_groups, "group_order": group_order, "gated": gated}
     return reference.conv_mask2d(out_channels, in_channels, kernel_size, mask_type, **options)
+
+
+def live_taps(taps, kernel):
+    """Where a mask of taps is live, in raster order, as the ops take it.
+
+    Args:
+        taps: [rows, columns], nested lists or a tensor.
+        kernel: that shape.
+    """
+    rows = taps.tolist() if isinstance(taps, torch.Tensor) else taps
+    if not isinstance(rows, (list, tuple)) or any(not isinstance(row, (list, tuple)) for row in rows):
+        raise TypeError(f"taps must be rows of numbers, or a tensor of them; got {type(taps).__name__}")
+    if [len(row) for row in rows] != [kernel[1]] * kernel[0]:
+        raise ValueError(
+            f"taps must be of the kernel's shape {tuple(kernel)}; got rows of lengths {[len(row) for row in rows]}"
+        )
+    live = tuple(place for place, value in enumerate(value for row in rows for value in row) if value)
+    if not live:
+        raise ValueError("taps must have one that is live; got none")
+    return live
 
 
 def check_options(dilation, activation):
@@ -252,7 +291,7 @@ def _check_kernel(weight, stack):
 def _check_sizes(tensors, options):
     """What must fit the kernel; the output's shape."""
     input, weight, bias, cond, residual = tensors
-    _, _, dilation, groups, order, activation = options
+    _, _, dilation, groups, order, activation, _ = options
     gated = activation in GATES
     check_options(dilation, activation)
     z_channels, in_channels = weight.shape[:2]
@@ -290,12 +329,12 @@ def _run(tensors, options, backend):
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     keep = wanted and not torch.compiler.is_exporting()
     if not _sharding.sharded(*tensors):
-        y = _local(tensors, (*options, keep), backend)
+        y = _local(tensors, (keep, *options), backend)
     else:
-        _, stack, _, groups, order, activation = options
+        _, stack, _, groups, order, activation, _ = options
         gate = activation if activation in GATES else None
         layout = _sharding.Convolution(tensors, 1 if stack == "vertical" else groups, order, gate)
-        y = layout.image(_local(layout.shards(), (*options, keep), backend), (images, *shape[-3:]))
+        y = layout.image(_local(layout.shards(), (keep, *options), backend), (images, *shape[-3:]))
     return y[0] if unbatched else y
 
 
@@ -317,18 +356,18 @@ def _reference(input, weight, bias, cond, residual, options):
     if _autocast(input):  # its arithmetic is float32, whatever autocast wants convolutions to be
         with torch.autocast(input.device.type, enabled=False):
             return _reference(input, weight, bias, cond, residual, options)
-    mask_type, stack, dilation, groups, order, activation, _ = options
+    _, mask_type, stack, dilation, groups, order, activation, taps = options
     keywords = {"mask_type": mask_type, "dilation": dilation, "channel_groups": groups, "group_order": order}
     keywords |= {"activation": activation, "cond": cond}
     if stack == "square":
-        return reference.masked_conv2d(input, weight, bias, residual=residual, **keywords)
+        return reference.masked_conv2d(input, weight, bias, residual=residual, taps=taps, **keywords)
     return reference.causal_conv2d(input, weight, bias, stack=stack, **keywords)
 
 
 def _arguments(input, weight, bias, cond, residual, options):
     """As the forward's schema has them."""
-    *others, activation, keep = options
-    return input, weight, bias, cond, residual, *others, activation or "", keep
+    keep, *others, activation, taps = options
+    return input, weight, bias, cond, residual, *others, activation or "", keep, taps
 
 
 class _MaskedConv2d(torch.autograd.Function):
@@ -336,10 +375,10 @@ class _MaskedConv2d(torch.autograd.Function):
     def forward(ctx, input, weight, bias, cond, residual, options, backend):
         ctx.set_materialize_grads(False)
         ctx.options, ctx.backend = options, backend
-        *others, activation, keep = options
+        keep, *others, activation, taps = options
         # an output that is the activation itself tells its derivative; else what is before a gate or a residual must
         keep_z = keep and activation is not None and (activation in GATES or residual is not None)
-        y, kept = _FWD[backend](*_arguments(input, weight, bias, cond, residual, (*others, activation, keep_z)))
+        y, kept = _FWD[backend](*_arguments(input, weight, bias, cond, residual, (keep_z, *others, activation, taps)))
         if activation is None:
             kept = None
         elif not keep_z:
@@ -359,7 +398,7 @@ class _MaskedConv2d(torch.autograd.Function):
             )
             return *grads, None, None
         input, weight, _, cond, _ = inputs
-        *options, activation, _ = ctx.options
+        _, *options, activation, taps = ctx.options
         want_input, want_weight, want_bias, want_cond, want_residual = wanted
         d_input = d_weight = d_bias = d_cond = None
         if want_cond and activation is None and cond.dim() == 4:
@@ -368,21 +407,21 @@ class _MaskedConv2d(torch.autograd.Function):
             # the sum over the pixels is what bias and a class get, the gradient before it what an image gets
             cond_ndim = cond.dim() if want_cond else 0
             flags = want_input, want_weight, want_bias, cond_ndim
-            found = _BWD[ctx.backend](d_y, input, weight, kept, *options, activation or "", *flags)
+            found = _BWD[ctx.backend](d_y, input, weight, kept, *options, activation or "", *flags, taps)
             d_input, d_weight, d_bias = (g if want else None for g, want in zip(found[:3], wanted, strict=False))
             if want_cond:
                 d_cond = found[3]
         return d_input, d_weight, d_bias, d_cond, d_y if want_residual else None, None, None
 
 
-def _differentiable(backend, activation, keep, **given):
+def _differentiable(backend, activation, keep, taps, **given):
     tensors, options = list(given.values())[:5], list(given.values())[5:]
-    y = _MaskedConv2d.apply(*tensors, (*options, activation or None, True), backend)
+    y = _MaskedConv2d.apply(*tensors, (True, *options, activation or None, tuple(taps)), backend)
     if not keep:
         return y, y.new_empty((0,))
     # for who calls the op by name: exported programs keep nothing, and Functions do not come here
     with torch.no_grad():
-        return y, _FWD[backend](*tensors, *options, activation, keep)[1]
+        return y, _FWD[backend](*tensors, *options, activation, keep, taps)[1]
 
 
 def _empty_image(shape, like):
@@ -392,8 +431,9 @@ def _empty_image(shape, like):
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
-def _fwd_fake(input, weight, bias, cond, residual, *options):
-    *_, activation, keep = options
+def _fwd_fake(
+    input, weight, bias, cond, residual, mask_type, stack, dilation, groups, order, activation, keep, taps=()
+):
     n, _, rows, columns = input.shape
     z = (n, weight.shape[0], rows, columns)
     shape = (n, weight.shape[0] // 2, rows, columns) if activation in GATES else z
@@ -401,8 +441,10 @@ def _fwd_fake(input, weight, bias, cond, residual, *options):
     return _empty_image(shape, input), kept
 
 
-def _bwd_fake(d_y, input, weight, kept, *options):
-    *_, want_input, want_weight, want_bias, cond_ndim = options
+def _bwd_fake(
+    d_y, input, weight, kept, mask_type, stack, dilation, groups, order, activation,
+    want_input, want_weight, want_bias, cond_ndim, taps=(),
+):  # fmt: skip
     n, _, rows, columns = input.shape
     channels = weight.shape[0]
     if cond_ndim == 4:
@@ -430,9 +472,15 @@ def _check(input, weight, stack, activation, **given):
     _check_tensors(input, weight, **forward)
     _checks.check_one_of("mask_type", given["mask_type"], MASK_TYPES)
     _checks.check_one_of("stack", stack, ("square", *STACKS))
-    _check_kernel(weight, stack)
+    taps, most = given["taps"], weight.shape[2] * weight.shape[3]
+    if not taps:
+        _check_kernel(weight, stack)
+    elif not all(before < tap < most for before, tap in zip((-1, *taps), taps, strict=False)):
+        raise ValueError(f"taps must be rising and below {most}; got {taps}")
+    elif (given["mask_type"], stack, given["channel_groups"]) != ("B", "square", 1):
+        raise ValueError("taps must come with mask_type B, the square stack and one group; got others")
     names = "dilation", "channel_groups", "group_order"
-    options = given["mask_type"], stack, *(given[name] for name in names), activation or None
+    options = given["mask_type"], stack, *(given[name] for name in names), activation or None, taps
     shape = _check_sizes((input, weight, *forward.values()), options)
     if "d_y" in given:
         _checks.check_upstream("d_y", given["d_y"], shape, input.device)
@@ -445,11 +493,13 @@ def _check(input, weight, stack, activation, **given):
 
 
 # kept: before the activation for a gate, after it (and before the residual) else; empty without `keep`. An activation
-# of "" is none. cond_ndim: the dimensions of the cond that wants a gradient, 0 for none.
+# of "" is none. cond_ndim: the dimensions of the cond that wants a gradient, 0 for none. taps: the live ones by their
+# places in raster order, rising; empty for those of the mask type.
 _FWD = _library.define(
     "masked_conv2d_fwd",
     "(Tensor input, Tensor weight, Tensor? bias, Tensor? cond, Tensor? residual, str mask_type, str stack,"
-    " int dilation, int channel_groups, str group_order, str activation, bool keep) -> (Tensor y, Tensor kept)",
+    " int dilation, int channel_groups, str group_order, str activation, bool keep, int[] taps=[])"
+    " -> (Tensor y, Tensor kept)",
     _fwd_fake,
     _check,
     _differentiable,
@@ -458,7 +508,7 @@ _BWD = _library.define(
     "masked_conv2d_bwd",
     "(Tensor d_y, Tensor input, Tensor weight, Tensor? kept, str mask_type, str stack, int dilation,"
     " int channel_groups, str group_order, str activation, bool want_input, bool want_weight, bool want_bias,"
-    " int cond_ndim) -> (Tensor d_input, Tensor d_weight, Tensor d_bias, Tensor d_cond)",
+    " int cond_ndim, int[] taps=[]) -> (Tensor d_input, Tensor d_weight, Tensor d_bias, Tensor d_cond)",
     _bwd_fake,
     _check,
 )

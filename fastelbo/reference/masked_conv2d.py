@@ -60,13 +60,13 @@ def _rectangle(x, weight, above, left, dilation):
     rows, columns = x.shape[2:]
     if not torch.compiler.is_compiling():  # whose sizes may be symbols; taps that reach into the image from no pixel
         top, first = (max(before - (size - 1) // dilation, 0) for before, size in ((above, rows), (left, columns)))
-        end = left + (columns - 1) // dilation + 1
-        weight, above, left = weight[:, :, top:, first:end], above - top, left - first
+        bottom, end = (before + (size - 1) // dilation + 1 for before, size in ((above, rows), (left, columns)))
+        weight, above, left = weight[:, :, top : max(bottom, 0), first : max(end, 0)], above - top, left - first
         if weight.numel() == 0:
             return _nothing(x, weight, weight.shape[0])
     down, across = (size - 1 for size in weight.shape[2:])
-    x = F.pad(x, (left * dilation, max(across - left, 0) * dilation, above * dilation, 0))
-    return F.conv2d(x[:, :, : rows + down * dilation, : columns + across * dilation], weight, dilation=dilation)
+    x = F.pad(x, [dilation * size for size in (left, across - left, above, down - above)])  # or cut, below 0
+    return F.conv2d(x, weight, dilation=dilation)
 
 
 def _nothing(x, weight, channels):
@@ -96,13 +96,24 @@ def _centre(x, weight, mask_type, groups, order, gated):
     return torch.cat(pieces, dim=1)[:, back]
 
 
-def _convolve(tensors, mask_type, stack, dilation, groups, order, activation):
+def _runs(taps, columns):
+    """Live taps next to each other in a row: that row, the first column and the one after the last."""
+    starts = [tap for tap in taps if tap % columns == 0 or tap - 1 not in taps]
+    ends = [tap for tap in taps if tap % columns == columns - 1 or tap + 1 not in taps]
+    return [(a // columns, a % columns, b % columns + 1) for a, b in zip(starts, ends, strict=True)]
+
+
+def _convolve(tensors, mask_type, stack, dilation, groups, order, activation, taps=()):
     dtype = tensors[0].dtype
     x, weight, bias, cond, residual = arithmetic(*tensors)
     above = weight.shape[2] // 2 if stack == "square" else weight.shape[2] - 1
     left = weight.shape[3] - 1 if stack == "horizontal" else weight.shape[3] // 2
     parts = []
-    if stack == "vertical":
+    if taps:
+        for row, first, end in _runs(taps, weight.shape[3]):
+            part = weight[:, :, row : row + 1, first:end]
+            parts.append(_rectangle(x, part, above - row, left - first, dilation))
+    elif stack == "vertical":
         rows = above + (mask_type == "B")
         if rows:
             parts.append(_rectangle(x, weight[:, :, :rows], above, left, dilation))
@@ -135,10 +146,11 @@ def masked_conv2d(
     activation=None,
     cond=None,
     residual=None,
+    taps=(),
 ):
-    """A masked convolution; see fastelbo.masked_conv2d. Batched tensors only."""
+    """A masked convolution; see fastelbo.masked_conv2d. Batched tensors only; taps by their places in raster order."""
     tensors = input, weight, bias, cond, residual
-    return _convolve(tensors, mask_type, "square", dilation, channel_groups, group_order, activation)
+    return _convolve(tensors, mask_type, "square", dilation, channel_groups, group_order, activation, taps)
 
 
 def causal_conv2d(
