@@ -13,7 +13,7 @@ from fastelbo import _autograd
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FLOATS = "float32, float64, bfloat16 or float16"
-_MAX_DIMS = 15
+_MAX_DIMS = 64  # torch's own limit
 _OPTIONAL = ("mean_p", "s_p")
 _OBSERVED = ("x",)  # data, which may be integers, as of images
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -1,6 +1,7 @@
 """What the Gaussian ops share: priors and limits of raw scales, sums over events, fakes, and the raw ops' checks."""
 
 import dataclasses
+import itertools
 import math
 
 import torch
@@ -126,6 +127,74 @@ def _counted_events(mask, shape, event_ndim):
     return mask.expand(shape[: len(shape) - event_ndim])
 
 
+# Tensors of many dimensions
+
+MAX_DIMS = 15  # that compiled kernels take: kMaxDims - 1 in csrc/common/host.h
+
+
+class Fold:
+    """Tensors of more dimensions than kernels take, with neighbouring ones made one; row-major order stays.
+
+    Dimensions become one where every tensor has all of them or is broadcast over all: views, where memory allows. If
+    too many remain, broadcast tensors are written out.
+
+    Args:
+        operands: of an op.
+        event_ndim: how many trailing dimensions its kernel sums, which become one with no other.
+        others: a mask, or noise, which may have a dimension of samples in front; None is none.
+
+    Attributes:
+        tensors: operands and others.
+        event_ndim: of theirs.
+    """
+
+    def __init__(self, operands, event_ndim, *others):
+        self.shape, self.events = joint_shape(*operands), event_ndim
+        tensors = (*operands, *others)
+        self._cuts = self._find_cuts([tensor for tensor in tensors if tensor is not None])
+        self._whole = len(self._cuts) - 1 > MAX_DIMS
+        if self._whole:
+            rank = len(self.shape)
+            self._cuts = sorted({0, rank - event_ndim, rank})
+        self.tensors = tuple(self._folded(tensor) for tensor in tensors)
+        self.event_ndim = sum(cut >= len(self.shape) - event_ndim for cut in self._cuts[:-1]) if event_ndim else 0
+
+    def _find_cuts(self, tensors):
+        """Where dimensions end that become one."""
+        rank, cuts, before = len(self.shape), [0], None
+        for d, size in enumerate(self.shape):
+            if d == rank - self.events and d > 0:
+                cuts.append(d)
+                before = None
+            if size == 1:
+                continue
+            varies = [rank - d <= tensor.dim() and tensor.shape[d - rank] != 1 for tensor in tensors]
+            if before is not None and varies != before:
+                cuts.append(d)
+            before = varies
+        return [*cuts, rank]
+
+    def _folded(self, tensor):
+        if tensor is None or tensor.dim() == 0:
+            return tensor
+        rank = len(self.shape)
+        leading = tensor.shape[: max(tensor.dim() - rank, 0)]
+        sizes = (*[1] * (rank - tensor.dim()), *tensor.shape[len(leading) :])
+        if self._whole:
+            sizes = self.shape
+            tensor = tensor.expand(*leading, *sizes)
+        parts = [math.prod(sizes[i:j]) for i, j in itertools.pairwise(self._cuts)]
+        return tensor.reshape(*leading, *parts)
+
+    def sample(self, z):
+        """What a kernel drew of the tensors, with all dimensions."""
+        return z.reshape(*z.shape[: z.dim() - len(self._cuts) + 1], *self.shape)
+
+    def terms(self, value):
+        """Likewise of what it summed over events."""
+        return value.reshape(self.shape[: len(self.shape) - self.events])
+
+
 # Fakes, which lie in memory as csrc/common/host.h allocates results
 
 
@@ -187,6 +256,8 @@ def check(**given):
     else:
         _checks.check_scale_numbers(given["scale"])
     operands = {name: given[name] for name in _OPERANDS if name in given}
+    for name, tensor in operands.items():
+        check_rank(name, tensor)
     shape, device = _checks.operands(**operands)[1], next(iter(operands.values())).device
     upstream = {"d_z": shape}
     if "temperature" in given:
@@ -201,6 +272,12 @@ def check(**given):
     for name in ("d_z", "d_kl", "d_out"):
         if name in given:
             _checks.check_upstream(name, given[name], upstream[name], device)
+
+
+def check_rank(name, tensor, limit=MAX_DIMS):
+    """Of what Fold has not been asked for."""
+    if tensor is not None and tensor.dim() > limit:
+        raise ValueError(f"{name} must have at most {limit} dimensions; got {tensor.dim()}")
 
 
 def check_draw(seed, noise, noise_offset, num_samples, temperature, shape, device):

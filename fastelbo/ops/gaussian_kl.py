@@ -93,14 +93,24 @@ def gaussian_kl(
     tensors = mean_q, s_q, mean_p, s_p, mask
     kernel_ndim = _gaussian.kernel_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
     options = scale, scale_p, kernel_ndim, balance
+    run = _local if len(shape) <= _gaussian.MAX_DIMS else _folded
     if _sharding.sharded(*tensors):
         layout = _sharding.Gaussian(shape, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p, mask=mask)
-        kl = layout.terms(_local(layout.shards(), options, backend), kernel_ndim)
+        kl = layout.terms(run(layout.shards(), options, backend), kernel_ndim)
     else:
-        kl = _local(tensors, options, backend)
+        kl = run(tensors, options, backend)
     if free_bits is not None:
         kl = _gaussian.floored(kl, shape, event_ndim, free_bits, free_bits_per, mask)
     return _gaussian.reduce(kl, reduction, shape, event_ndim, mask)
+
+
+def _folded(tensors, options, backend):
+    if backend == "reference":
+        return _reference(*tensors, options)
+    *operands, mask = tensors
+    scale, scale_p, event_ndim, balance = options
+    fold = _gaussian.Fold(operands, event_ndim, mask)
+    return fold.terms(_local(fold.tensors, (scale, scale_p, fold.event_ndim, balance), backend))
 
 
 def _local(tensors, options, backend):

@@ -134,12 +134,22 @@ def log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative, 
     tensors = x, mean, s, mask
     kernel_ndim = _gaussian.kernel_event_ndim(event_ndim, reduction, shape)
     options = scale, kernel_ndim, negative, *terms
+    run = _local if len(shape) <= _gaussian.MAX_DIMS else _folded
     if _sharding.sharded(*tensors):
         layout = _sharding.Gaussian(shape, x=x, mean=mean, s=s, mask=mask)
-        out = layout.terms(_local(layout.shards(), options, backend), kernel_ndim)
+        out = layout.terms(run(layout.shards(), options, backend), kernel_ndim)
     else:
-        out = _local(tensors, options, backend)
+        out = run(tensors, options, backend)
     return _gaussian.reduce(out, reduction, shape, event_ndim, mask)
+
+
+def _folded(tensors, options, backend):
+    if backend == "reference":
+        return _reference(*tensors, options)
+    *operands, mask = tensors
+    scale, event_ndim, *rest = options
+    fold = _gaussian.Fold(operands, event_ndim, mask)
+    return fold.terms(_local(fold.tensors, (scale, fold.event_ndim, *rest), backend))
 
 
 def _local(tensors, options, backend):

@@ -70,12 +70,22 @@ def gaussian_rsample(
         seed = _seed.as_seed(seed, generator, device, on_cpu)
     s, scale = _gaussian.clamp_before_broadcast(s, shape, scale, dtype)
     options = num_samples, temperature, scale, out_dtype or dtype
+    run = _local if len(shape) <= _gaussian.MAX_DIMS else _folded
     if _sharding.sharded(mean, s, noise):
         layout = _sharding.Gaussian(shape, mean=mean, s=s)
         seed, noise, noise_offset = layout.draw(seed, noise, noise_offset, _gaussian.normals(backend, num_samples))
-        z = _local((*layout.shards(), seed, noise), (noise_offset, *options), backend)
+        z = run((*layout.shards(), seed, noise), (noise_offset, *options), backend)
         return layout.sample(z, num_samples)
-    return _local((mean, s, seed, noise), (noise_offset, *options), backend)
+    return run((mean, s, seed, noise), (noise_offset, *options), backend)
+
+
+def _folded(tensors, options, backend):
+    if backend == "reference":
+        return _reference(*tensors, options)
+    mean, s, seed, noise = tensors
+    fold = _gaussian.Fold((mean, s), 0, noise)
+    mean, s, noise = fold.tensors
+    return fold.sample(_local((mean, s, seed, noise), options, backend))
 
 
 def _local(tensors, options, backend):
@@ -132,6 +142,7 @@ def _bwd_check(d_z, s, seed, noise, noise_offset, num_samples, temperature, scal
     _checks.check_scale_numbers(scale)
     if num_samples is not None and tuple(d_z.shape[:1]) != (num_samples,):
         raise ValueError(f"d_z must have num_samples in front, {num_samples}; got shape {tuple(d_z.shape)}")
+    _gaussian.check_rank("d_z", d_z, _gaussian.MAX_DIMS + (num_samples is not None))
     shape = d_z.shape if num_samples is None else d_z.shape[1:]
     _checks.operands(s=s)
     if _checks.broadcast(s.shape, shape) != shape:

@@ -88,17 +88,30 @@ def gaussian_rsample_kl(
     s_p, scale_p = _gaussian.clamp_before_broadcast(s_p, shape, scale_p, dtype)
     kernel_ndim = _gaussian.kernel_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
     options = num_samples, temperature, scale, scale_p, kernel_ndim, out_dtype, balance
+    run = _local if len(shape) <= _gaussian.MAX_DIMS else _folded
     if _sharding.sharded(mean_q, s_q, mean_p, s_p, noise, mask):
         layout = _sharding.Gaussian(shape, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p, mask=mask)
         seed, noise, noise_offset = layout.draw(seed, noise, noise_offset, _gaussian.normals(backend, num_samples))
         *inputs, local_mask = layout.shards()
-        z, kl = _local((*inputs, seed, noise, local_mask), (noise_offset, *options), backend)
+        z, kl = run((*inputs, seed, noise, local_mask), (noise_offset, *options), backend)
         z, kl = layout.sample(z, num_samples), layout.terms(kl, kernel_ndim)
     else:
-        z, kl = _local((mean_q, s_q, mean_p, s_p, seed, noise, mask), (noise_offset, *options), backend)
+        z, kl = run((mean_q, s_q, mean_p, s_p, seed, noise, mask), (noise_offset, *options), backend)
     if free_bits is not None:
         kl = _gaussian.floored(kl, shape, event_ndim, free_bits, free_bits_per, mask)
     return z, _gaussian.reduce(kl, reduction, shape, event_ndim, mask)
+
+
+def _folded(tensors, options, backend):
+    if backend == "reference":
+        return _reference(*tensors, options)
+    *operands, seed, noise, mask = tensors
+    *draw, event_ndim, out_dtype, balance = options
+    fold = _gaussian.Fold(operands, event_ndim, noise, mask)
+    *operands, noise, mask = fold.tensors
+    options = *draw, fold.event_ndim, out_dtype, balance
+    z, kl = _local((*operands, seed, noise, mask), options, backend)
+    return fold.sample(z), fold.terms(kl)
 
 
 def _local(tensors, options, backend):
