@@ -3,6 +3,7 @@ metadata, but for `values`, which drop-ins use whose originals look at values.""
 
 import functools
 import math
+import numbers
 import re
 import sys
 from typing import Any
@@ -76,20 +77,21 @@ def operands(
 
 
 def _mixed_operands(named, event_ndim, event_name):
-    anchor_name = next((name for name, value in named.items() if isinstance(value, torch.Tensor)), None)
-    if anchor_name is None:
+    tensors = [name for name, value in named.items() if isinstance(value, torch.Tensor)]
+    if not tensors:
         raise TypeError(f"{' or '.join(named)} must be a tensor; got only numbers")
+    anchor_name = next((name for name in tensors if named[name].is_nested or named[name].dim() > 0), tensors[0])
     device = named[anchor_name].device
     shape, widest = torch.Size(()), anchor_name
     for name, value in named.items():
-        if (value is None and name in _OPTIONAL) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        if (value is None and name in _OPTIONAL) or _is_number(value):
             continue
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a tensor or a number; got {type(value).__name__}")
         if name not in _OBSERVED or value.dtype not in _INTEGERS:
             check_dtype(name, value.dtype)
         check_dense(name, value)
-        if value.device != device:
+        if value.device != device and not (value.dim() == 0 and value.device.type == "cpu"):
             raise ValueError(f"{name} must be on the device of {anchor_name}, {device}; got {value.device}")
         if value.dim() == 0:
             continue
@@ -113,7 +115,7 @@ def _mixed_operands(named, event_ndim, event_name):
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     made = []
     for name, value in named.items():
-        if isinstance(value, (int, float)):
+        if _is_number(value):
             if isinstance(value, int) and abs(value) > sys.float_info.max:
                 raise ValueError(f"{name} must be a number that a float holds; got one of {value.bit_length()} bits")
             value = torch.full((), float(value), dtype=arithmetic, device=device)
@@ -121,8 +123,17 @@ def _mixed_operands(named, event_ndim, event_name):
             value = value.to(arithmetic)
         elif value is not None and value.dtype == torch.float64 and arithmetic == torch.float32:
             value = value.to(arithmetic)  # it is 0-d: else the arithmetic would be float64
+        if isinstance(value, torch.Tensor) and value.device != device:
+            value = value.to(device)  # 0-d, of the CPU: a number to torch's arithmetic, too
         made.append(value)
     return tuple(made), shape, dtype
+
+
+def _is_number(value):
+    """A number of Python or NumPy, and no bool."""
+    if isinstance(value, (torch.Tensor, bool)):
+        return False
+    return isinstance(value, (int, float, numbers.Real))
 
 
 def check_dtype(name, dtype):
@@ -138,24 +149,53 @@ def check_one_of(name, value, allowed):
 
 
 def check_int(name, value, rule="an int", symbolic=False):
-    """An int, and no bool; symbolic: or what stands for one where sizes are not yet known."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt) if symbolic else int):
+    """An int, of NumPy or a 0-d tensor too (whose device is waited for), and no bool; symbolic: or what stands for one
+    where sizes are not yet known. The value."""
+    if type(value) is int:
+        return value
+    if isinstance(value, torch.Tensor):
+        _check_0d(name, value)
+        if value.dtype in _INTEGERS:
+            return int(value)
+        raise TypeError(f"{name} must be {rule}; got {value.dtype}")
+    if symbolic and isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be {rule}; got {type(value).__name__}")
+    return int(value)
 
 
 def check_positive_int(name, value):
-    """A number of things, of which there is at least one, as compiled code holds it."""
-    check_int(name, value, symbolic=True)
+    """A number of things, of which there is at least one, as compiled code holds it; the value."""
+    value = check_int(name, value, symbolic=True)
     if value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}")
     if value >= 2**31:
         raise ValueError(f"{name} must be below 2**31; got {value}")
+    return value
 
 
 def check_number(name, value, rule="a number"):
-    """A number, and no bool."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """A number, of NumPy or a 0-d tensor too (whose device is waited for), and no bool. The value."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    if isinstance(value, torch.Tensor):
+        _check_0d(name, value)
+        if value.requires_grad:
+            raise ValueError(f"{name} must be a number, which gets no gradient; got a tensor that requires one")
+        if not (value.is_floating_point() or value.dtype in _INTEGERS):
+            raise TypeError(f"{name} must be {rule}; got {value.dtype}")
+        return value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {rule}; got {type(value).__name__}")
+    return float(value)
+
+
+def _check_0d(name, value):
+    if value.dim() > 0:
+        raise ValueError(f"{name} must be a number or 0-d; got shape {tuple(value.shape)}")
+    if value.is_meta:
+        raise ValueError(f"{name} must be a number or on a device that holds one; got a tensor on meta")
 
 
 def check_dense(name, tensor):
@@ -206,7 +246,7 @@ def check_event_ndim(value, shape, name="event_ndim"):
     rank = len(shape)
     if value is None:
         return max(rank - 1, 0)
-    check_int(name, value, "an int or None")
+    value = check_int(name, value, "an int or None")
     if not 0 <= value <= rank:
         raise ValueError(f"{name} must be between 0 and {rank} for shape {tuple(shape)}; got {value}")
     return value
@@ -215,7 +255,7 @@ def check_event_ndim(value, shape, name="event_ndim"):
 def check_sample_dim(value, shape):
     """The dimension of the samples, of which there must be one."""
     rank = len(shape)
-    check_int("dim", value)
+    value = check_int("dim", value)
     if not -rank <= value < rank:
         raise ValueError(f"dim must be between {-rank} and {rank - 1} for shape {tuple(shape)}; got {value}")
     if shape[value] == 0:
@@ -255,47 +295,52 @@ def check_device(name, tensor, device):
 
 
 def check_scalar(name, value, device, at_least=-math.inf):
-    """A number that training may change: as a 0-d tensor, which no traced function is compiled again for."""
+    """A number that training may change: as a 0-d tensor, which no traced function is compiled again for, nor waited
+    for. The value."""
     if isinstance(value, torch.Tensor):
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a number or a floating-point tensor; got {value.dtype}")
         if value.dim() > 0:
             raise ValueError(f"{name} must be a number or 0-d; got shape {tuple(value.shape)}")
-        check_device(name, value, device)
+        if value.device.type != "cpu":  # torch's arithmetic, too, takes a 0-d tensor of the CPU as a number
+            check_device(name, value, device)
         if at_least > -math.inf and readable(value) and not value.detach() >= at_least:
             raise ValueError(f"{name} must be at least {at_least}; got {value.item()}")
-        return
-    check_number(name, value, "a number or a 0-d tensor")
+        return value
+    value = check_number(name, value, "a number or a 0-d tensor")
     if not value >= at_least:
         raise ValueError(f"{name} must be at least {at_least}; got {value}")
+    return value
 
 
 def check_fraction(name, value):
-    check_number(name, value)
+    value = check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be between 0 and 1; got {value}")
+    return value
 
 
 def check_kl_objective(free_bits, free_bits_per, balance, mask, shape, event_ndim, device, mean_p):
-    """What turns a KL divergence into an objective."""
+    """What turns a KL divergence into an objective; the values of free_bits and balance."""
     if free_bits_per not in ("dim", "example", "batch"):
         raise ValueError(f"free_bits_per must be dim, example or batch; got {free_bits_per!r}")
     if free_bits is not None:
-        check_scalar("free_bits", free_bits, device, at_least=0)
+        free_bits = check_scalar("free_bits", free_bits, device, at_least=0)
         if free_bits_per == "dim" and event_ndim == 0:
             raise ValueError("event_ndim must be at least 1 for free_bits_per='dim'; got 0")
     if balance is not None:
         if mean_p is None:
             raise ValueError("balance must come with mean_p and s_p; got it alone")
-        check_fraction("balance", balance)
+        balance = check_fraction("balance", balance)
     if mask is not None:
         check_mask(mask, shape, device)
+    return free_bits, balance
 
 
 def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperature, shape, device):
-    """Checks what decides a draw, but for the seed's own value."""
+    """Checks what decides a draw, but for the seed; noise_offset, num_samples and temperature as numbers."""
     if num_samples is not None:
-        check_int("num_samples", num_samples, "an int or None", symbolic=True)
+        num_samples = check_int("num_samples", num_samples, "an int or None", symbolic=True)
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1; got {num_samples}")
         if num_samples >= 2**32:
@@ -305,10 +350,10 @@ def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperatu
                 f"num_samples must make no more than {_MAX_DIMS} dimensions; got {num_samples} in front of {len(shape)}"
             )
         shape = torch.Size((num_samples, *shape))
-    check_number("temperature", temperature)
+    temperature = check_number("temperature", temperature)
     if not abs(temperature) <= sys.float_info.max:
         raise ValueError(f"temperature must be finite; got {temperature}")
-    check_int("noise_offset", noise_offset, symbolic=True)
+    noise_offset = check_int("noise_offset", noise_offset, symbolic=True)
     if noise_offset < 0:
         raise ValueError(f"noise_offset must be at least 0; got {noise_offset}")
     if noise_offset >= 2**63:
@@ -316,7 +361,7 @@ def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperatu
     if noise is None:
         if seed is not None and generator is not None:
             raise ValueError("seed and generator must not both be given")
-        return
+        return noise_offset, num_samples, temperature
     if seed is not None or generator is not None:
         raise ValueError("noise must not be given together with seed or generator")
     if not isinstance(noise, torch.Tensor) or noise.dtype not in DTYPES:
@@ -327,6 +372,7 @@ def noise_arguments(noise, seed, generator, noise_offset, num_samples, temperatu
         raise ValueError(f"noise must be on the device of mean, {device}; got {noise.device}")
     if broadcast(noise.shape, shape) != shape:
         raise ValueError(f"noise must broadcast to the sample's shape {tuple(shape)}; got {tuple(noise.shape)}")
+    return noise_offset, num_samples, temperature
 
 
 def check_out_dtype(value):

@@ -110,7 +110,7 @@ def as_seed(seed: Any, generator: Any, device: torch.device, on_cpu: bool = Fals
         if seed.device != device:
             raise ValueError(f"seed must be on the device of mean, {device}; got {seed.device}")
         return seed
-    _checks.check_int("seed", seed, "an int or an int64 tensor", symbolic=True)
+    seed = _checks.check_int("seed", seed, "an int or an int64 tensor", symbolic=True)
     if not _LOW <= seed < 2**64:
         raise ValueError(f"seed must fit in 64 bits; got {seed}")
     return _filled(seed, torch.device("cpu") if on_cpu else device)

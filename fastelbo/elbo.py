@@ -103,7 +103,7 @@ def gaussian_elbo(
         tensor([-5.3447, -5.3447])
     """
     (x, x_mean, x_s), x_shape, _ = _checks.operands(x_event_ndim, "x_event_ndim", x=x, x_mean=x_mean, x_s=x_s)
-    _checks.check_scalar("beta", beta, x.device)
+    beta = _checks.check_scalar("beta", beta, x.device)
     if x_event_ndim is None and 0 < x.dim() < len(x_shape):
         raise ValueError(
             f"x_event_ndim must be given where x_mean and x_s, of shape {tuple(x_shape)}, have more dimensions than x, "

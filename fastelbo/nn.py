@@ -792,5 +792,4 @@ def _square(name: str, value: Any) -> int:
         if len(set(value)) != 1:
             raise ValueError(f"{name} must be the same in both directions; got {tuple(value)}")
         value = value[0]
-    _checks.check_int(name, value)
-    return value
+    return _checks.check_int(name, value)

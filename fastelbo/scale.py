@@ -112,7 +112,8 @@ class Scale:
             value = getattr(self, name)
             if value is None and name == "soft_clamp":
                 continue
-            _checks.check_number(name, value)
+            value = _checks.check_number(name, value)
+            object.__setattr__(self, name, value)
             if not least <= value <= _HUGE:  # in float32, too, as its inverse where it has one
                 rule = "at least 0 and finite" if least == 0 else "positive and finite"
                 where = " in float32" if 0 < value < math.inf else ""

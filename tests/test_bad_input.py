@@ -1,5 +1,6 @@
 """Errors have one voice: the argument, the rule, what came. The same on every backend, in eager and while tracing."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,7 +71,7 @@ CASES = [
     ("kl", (M, S), {"free_bits": 1.0, "event_ndim": 0}, ValueError, "event_ndim must be at least 1 for free_bits_per='dim'; got 0"),
     ("kl", (M, S), {"balance": 0.8}, ValueError, "balance must come with mean_p and s_p; got it alone"),
     ("rsample_kl", (M, S, M, S), {"balance": 1.5}, ValueError, "balance must be between 0 and 1; got 1.5"),
-    ("kl", (M, S, M, S), {"balance": torch.tensor(0.5)}, TypeError, "balance must be a number; got Tensor"),
+    ("kl", (M, S, M, S), {"balance": torch.ones(1)}, ValueError, "balance must be a number or 0-d; got shape (1,)"),
     ("kl", (M, S), {"mask": torch.ones(32)}, TypeError, "mask must be a tensor of bool; got torch.float32"),
     ("rsample_kl", (M, S), {"mask": [True]}, TypeError, "mask must be a tensor of bool; got list"),
     ("nll", (M, M, S), {"mask": torch.ones(8).bool()}, ValueError, "mask must broadcast to shape (8, 32); got (8,)"),
@@ -79,6 +80,16 @@ CASES = [
     ("log_prob", (M, M, S), {"mask": None, "reduction": "all"}, ValueError, "reduction must be none, sum or mean"),
     ("nll", (M, M, S), {"beta_nll": 1.5}, ValueError, "beta_nll must be between 0 and 1; got 1.5"),
     ("nll", (M, M, S), {"beta_nll": None}, TypeError, "beta_nll must be a number; got NoneType"),
+    ("rsample", (M, S), {"temperature": torch.ones(2)}, ValueError, "temperature must be a number or 0-d; got shape (2,)"),
+    ("rsample", (M, S), {"temperature": torch.tensor(True)}, TypeError, "temperature must be a number; got torch.bool"),
+    ("rsample", (M, S), {"temperature": torch.ones((), requires_grad=True)}, ValueError, "temperature must be a number, which gets no gradient; got a tensor that requires one"),
+    ("rsample", (M, S), {"temperature": torch.ones((), device="meta")}, ValueError, "temperature must be a number or on a device that holds one; got a tensor on meta"),
+    ("rsample", (M, S), {"num_samples": torch.tensor(2.0)}, TypeError, "num_samples must be an int or None; got torch.float32"),
+    ("rsample", (M, S), {"num_samples": np.float32(2)}, TypeError, "num_samples must be an int or None; got float32"),
+    ("rsample", (M, S), {"num_samples": np.bool_(True)}, TypeError, "num_samples must be an int or None; got bool"),
+    ("kl", (M, S), {"event_ndim": torch.ones(1).long()}, ValueError, "event_ndim must be a number or 0-d; got shape (1,)"),
+    ("kl", (M, S), {"free_bits": np.bool_(True)}, TypeError, "free_bits must be a number or a 0-d tensor; got bool"),
+    ("kl", (M, np.bool_(True)), {}, TypeError, "s_q must be a tensor or a number; got bool"),
     # events that broadcasting would make of a batch
     ("kl", (M[:, :1], 0.0, M[:, 0], 0.0), {}, ValueError, "mean_p must not have its first dimension broadcast into an event of mean_q, of shape (8, 1), unless event_ndim is given; got (8,)"),
     ("rsample_kl", (M[:, :1], S[:, 0]), {}, ValueError, "s_q must not have its first dimension broadcast into an event of mean_q, of shape (8, 1)"),

@@ -20,6 +20,8 @@ Where the originals are wrong:
 * torchbnn (1.2): ``last_layer_only`` gives the last bias alone, without the last weight.
 """
 
+import numbers
+
 import torch
 
 from fastelbo import _checks
@@ -172,7 +174,7 @@ def sample_weights(means, scales, prior_mean=0.0, prior_std=1.0, *, scale="softp
 
 def _prior(name, value, means):
     """A number as it is; one for each of the means as a tensor, concatenated as they are."""
-    if isinstance(value, (int, float)):
+    if isinstance(value, numbers.Real) or (isinstance(value, torch.Tensor) and value.dim() == 0):
         return value
     values = list(value)
     if len(values) != len(means):

@@ -99,6 +99,9 @@ def kl_loss_v3(mean_q, s_q, mean_p, s_p, *, dyn_scale=1.0, rep_scale=0.1, free_n
         >>> fastelbo.compat.dreamer.kl_loss_v3(zeros, ones, zeros, ones)
         tensor(1.1000)
     """
+    dyn_scale, rep_scale = (
+        _checks.check_number(name, weight) for name, weight in (("dyn_scale", dyn_scale), ("rep_scale", rep_scale))
+    )
     total = dyn_scale + rep_scale
     balance = dyn_scale / total if total else 0.0
     return total * _kl_loss(mean_q, s_q, mean_p, s_p, scale, free_nats, "example", balance=balance)

@@ -86,7 +86,9 @@ def gaussian_kl(
     event_ndim = _checks.check_event_ndim(event_ndim, shape)
     _checks.check_reduction(reduction)
     if free_bits is not None or balance is not None or mask is not None or free_bits_per != "dim":
-        _checks.check_kl_objective(free_bits, free_bits_per, balance, mask, shape, event_ndim, mean_q.device, mean_p)
+        free_bits, balance = _checks.check_kl_objective(
+            free_bits, free_bits_per, balance, mask, shape, event_ndim, mean_q.device, mean_p
+        )
     backend = backends.choose(mean_q.device, backend, backends.only_reference())
     s_q, scale = _gaussian.clamp_before_broadcast(s_q, shape, scale, dtype)
     s_p, scale_p = _gaussian.clamp_before_broadcast(s_p, shape, scale_p, dtype)

@@ -100,7 +100,7 @@ def gaussian_nll(
         >>> fastelbo.gaussian_nll(torch.zeros(2, 3), 0.0, 4.0, scale="var", beta_nll=0.5)
         tensor([9.6725, 9.6725])
     """
-    _checks.check_fraction("beta_nll", beta_nll)
+    beta_nll = _checks.check_fraction("beta_nll", beta_nll)
     if beta_nll == 0:
         return log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative=True)
     scale = as_scale(scale)

@@ -33,7 +33,8 @@ def gaussian_rsample(
         s: the raw scale, broadcast with mean, or a number.
         scale: a Scale or one of its kinds; how s becomes a standard deviation.
         num_samples: K draws, in a new first dimension.
-        temperature: a number that multiplies the standard deviation.
+        temperature: multiplies the standard deviation: a number, of Python or NumPy or a 0-d tensor, whose device is
+            waited for, as for num_samples and noise_offset.
         noise: a tensor to use as the noise, broadcast to the shape of z; then nothing is drawn.
         seed: an int, or an int64 tensor of one element on the device of mean.
         generator: a torch.Generator to draw the seed from. Without seed and generator the seed comes from torch's
@@ -62,7 +63,9 @@ def gaussian_rsample(
     scale = as_scale(scale)
     (mean, s), shape, dtype = _checks.operands(mean=mean, s=s)
     device = mean.device
-    _checks.noise_arguments(noise, seed, generator, noise_offset, num_samples, temperature, shape, device)
+    noise_offset, num_samples, temperature = _checks.noise_arguments(
+        noise, seed, generator, noise_offset, num_samples, temperature, shape, device
+    )
     _checks.check_out_dtype(out_dtype)
     backend = backends.choose(device, backend, backends.only_reference(noise))
     if noise is None:

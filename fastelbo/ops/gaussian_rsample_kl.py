@@ -72,14 +72,18 @@ def gaussian_rsample_kl(
         event_ndim, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p
     )
     device = mean_q.device
-    _checks.noise_arguments(noise, seed, generator, noise_offset, num_samples, temperature, shape, device)
+    noise_offset, num_samples, temperature = _checks.noise_arguments(
+        noise, seed, generator, noise_offset, num_samples, temperature, shape, device
+    )
     _checks.check_out_dtype(out_dtype)
     if out_dtype is None:
         out_dtype = dtype if mean_p is None else _checks.promoted(mean_q, s_q)
     event_ndim = _checks.check_event_ndim(event_ndim, shape)
     _checks.check_reduction(reduction)
     if free_bits is not None or balance is not None or mask is not None or free_bits_per != "dim":
-        _checks.check_kl_objective(free_bits, free_bits_per, balance, mask, shape, event_ndim, device, mean_p)
+        free_bits, balance = _checks.check_kl_objective(
+            free_bits, free_bits_per, balance, mask, shape, event_ndim, device, mean_p
+        )
     backend = backends.choose(device, backend, backends.only_reference(noise))
     if noise is None:
         on_cpu = backend == "cuda" and _seed.by_value(device) and not _sharding.sharded(mean_q, s_q, mean_p, s_p, mask)

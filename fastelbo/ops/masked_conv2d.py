@@ -159,7 +159,7 @@ def causal_conv2d(
     _checks.check_one_of("mask_type", mask_type, MASK_TYPES)
     _check_tensors(input, weight, bias, cond)
     _check_kernel(weight, stack)
-    _checks.check_positive_int("channel_groups", channel_groups)
+    channel_groups = _checks.check_positive_int("channel_groups", channel_groups)
     if stack == "vertical" and channel_groups != 1:
         raise ValueError(f"channel_groups must be 1 for the vertical stack; got {channel_groups}")
     options = mask_type, stack, dilation, channel_groups, group_order, activation, ()
@@ -202,14 +202,16 @@ def conv_mask2d(
                 [0, 0, 0]], dtype=torch.int32)
     """
     _checks.check_one_of("mask_type", mask_type, MASK_TYPES)
-    for name, value in (("out_channels", out_channels), ("in_channels", in_channels), ("kernel_size", kernel_size)):
-        _checks.check_positive_int(name, value)
+    out_channels = _checks.check_positive_int("out_channels", out_channels)
+    in_channels = _checks.check_positive_int("in_channels", in_channels)
+    kernel_size = _checks.check_positive_int("kernel_size", kernel_size)
     if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd; got {kernel_size}")
     if not isinstance(gated, bool):
         raise TypeError(f"gated must be a bool; got {type(gated).__name__}")
     if gated and out_channels % 2:
         raise ValueError(f"out_channels must be even under a gate; got {out_channels}")
+    channel_groups = _checks.check_positive_int("channel_groups", channel_groups)
     _check_groups(channel_groups, group_order, in_channels, out_channels // 2 if gated else out_channels)
     options = {"channel_groups": channel_groups, "group_order": group_order, "gated": gated}
     return reference.conv_mask2d(out_channels, in_channels, kernel_size, mask_type, **options)
@@ -315,6 +317,10 @@ def _check_sizes(tensors, options):
 
 
 def _run(tensors, options, backend):
+    if type(options[2]) is not int or type(options[3]) is not int:  # of NumPy, or a 0-d tensor
+        mask_type, stack, dilation, groups, *rest = options
+        dilation = _checks.check_positive_int("dilation", dilation)
+        options = mask_type, stack, dilation, _checks.check_positive_int("channel_groups", groups), *rest
     shape, input = _check_sizes(tensors, options), tensors[0]
     if _autocast(input):
         dtype = torch.get_autocast_dtype(input.device.type)

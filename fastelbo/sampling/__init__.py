@@ -206,11 +206,13 @@ class IncrementalSampler:
         """
         if self.levels is None:
             raise ValueError("levels must be given to sample; without them there are step and commit")
-        arguments.check_count("n", n)
+        n = arguments.check_count("n", n)
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
         shape = (n, *self.image_shape)
-        _checks.noise_arguments(None, seed, generator, noise_offset, None, temperature, shape, self.device)
+        noise_offset, _, temperature = _checks.noise_arguments(
+            None, seed, generator, noise_offset, None, temperature, shape, self.device
+        )
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be finite and at least 0; got {temperature}")
         image, known = arguments.completion(init, mask, shape, self.levels, self.device)
@@ -278,7 +280,7 @@ class IncrementalSampler:
             n: the number of images.
             cond: the condition, as the model takes it.
         """
-        arguments.check_count("n", n)
+        n = arguments.check_count("n", n)
         with without_autocast(self.device):
             self._run = self._started_run(n, self._condition(n, cond))
         return self

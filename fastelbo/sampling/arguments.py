@@ -11,7 +11,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fastelbo import backends
+from fastelbo import _checks, backends
 
 
 def checked_shape(image_shape: Any) -> tuple[int, int, int]:
@@ -46,12 +46,9 @@ def checked_values(values: Any, levels: int | None, outputs: int, dtype: torch.d
     return found
 
 
-def check_count(name: str, value: Any) -> None:
-    """That a number is an int, and at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}")
+def check_count(name: str, value: Any) -> int:
+    """A number of things, of which there is at least one; the value."""
+    return _checks.check_positive_int(name, value)
 
 
 def completion(
