@@ -27,6 +27,7 @@ SMALL = {  # options of a run of seconds
     "em": [],
     "em_to_vae": ["--steps", "250"],
     "missing_pixels": ["--epochs", "2"],
+    "families": ["--starts", "3"],
 }
 each_program = pytest.mark.parametrize("name", course.PROGRAMS)
 
@@ -115,7 +116,7 @@ def test_bad_input_and_ctrl_c_end_in_a_sentence(name, monkeypatch, tmp_path, cap
 
     code, out, _ = ended("--help")
     assert code == 0 and "--seed" in out and "--output" in out
-    budget = re.search(r"(--(?:steps|epochs)) ", out)[1]
+    budget = re.search(r"(--(?:steps|epochs|starts)) ", out)[1]
     for options in ((budget, 0), (budget, "many"), ("--seed", -1), ("--colour",)):
         code, out, err = ended(*options, "--output", tmp_path / "out")
         assert code == 2 and out == "" and options[0] in err.splitlines()[-1] and not list(tmp_path.iterdir())
@@ -246,3 +247,45 @@ def test_best_bernoullis_are_those_that_scipy_finds(masked):
     best = scipy.optimize.minimize(negative_bound, np.zeros(12), method="BFGS", options={"gtol": 1e-7})
     assert missing_pixels.bound(log_joint, ours).item() == pytest.approx(-best.fun, abs=1e-9)
     np.testing.assert_allclose(ours, best.x, atol=1e-3)
+
+
+# families
+
+
+def test_best_q_for_two_modes_is_the_one_that_scipy_finds():
+    """By Gauss and Hermite's rule in place of a grid, from the densities of SciPy."""
+    import families
+
+    q, (least,) = families.fit(families.kl, families.TWO_MODES, torch.tensor([[[2.0, 0, 0, 0, 0, 0]]]).double(), "full")
+    nodes, quadrature = np.polynomial.hermite_e.hermegauss(60)
+    noise = np.stack(np.meshgrid(nodes, nodes, indexing="ij"), axis=-1).reshape(-1, 2)
+    quadrature = np.outer(quadrature, quadrature).ravel() / (2 * math.pi)
+    modes = [scipy.stats.multivariate_normal([-2, -0.5], families.COVARIANCES[0])]
+    modes += [scipy.stats.multivariate_normal([2, 0.5], families.COVARIANCES[1])]
+
+    def divergence(x):
+        lower = np.array([[math.exp(x[2]), 0], [x[4], math.exp(x[3])]])
+        z = x[:2] + noise @ lower.T
+        log_p = np.logaddexp(math.log(0.35) + modes[0].logpdf(z), math.log(0.65) + modes[1].logpdf(z))
+        return -x[2] - x[3] - 1 - math.log(2 * math.pi) - quadrature @ log_p
+
+    best = scipy.optimize.minimize(divergence, [2.0, 0.5, 0, 0, 0], method="BFGS")
+    assert least.item() == pytest.approx(best.fun, abs=1e-5)
+    np.testing.assert_allclose(q[0][0, 0], best.x[:2], atol=1e-3)
+
+
+def test_share_outside_of_a_region_is_scipys():
+    import families
+
+    lower = torch.tensor([[1.0, 0.0], [1.08, 0.5231]]).double()
+    q = torch.eye(2).double() * 0.5
+    values = np.linalg.eigvalsh((torch.linalg.solve(lower, q) @ torch.linalg.solve(lower, q).T).numpy())
+
+    def given(y):
+        rest = (families.EDGE - values[0] * y**2) / values[1]
+        return scipy.stats.norm.pdf(y) * (scipy.stats.chi2(1).sf(rest) if rest > 0 else 1)
+
+    expected, _ = scipy.integrate.quad(given, -12, 12, limit=500, epsabs=1e-12)
+    drawn, exact = families.outside(q, lower)
+    assert exact == pytest.approx(expected, abs=1e-6)
+    assert abs(drawn - exact) < 5 * math.sqrt(exact / families.DRAWS)
