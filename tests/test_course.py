@@ -28,6 +28,7 @@ SMALL = {  # options of a run of seconds
     "em_to_vae": ["--steps", "250"],
     "missing_pixels": ["--epochs", "2"],
     "families": ["--starts", "3"],
+    "laplace": [],
 }
 each_program = pytest.mark.parametrize("name", course.PROGRAMS)
 
@@ -289,3 +290,25 @@ def test_share_outside_of_a_region_is_scipys():
     drawn, exact = families.outside(q, lower)
     assert exact == pytest.approx(expected, abs=1e-6)
     assert abs(drawn - exact) < 5 * math.sqrt(exact / families.DRAWS)
+
+
+# laplace
+
+
+def test_evidence_on_the_grid_is_scipys_integral():
+    import laplace
+
+    signed = laplace.threes_and_eights()
+    mode, curvature = laplace.laplace(lambda w: laplace.loss(w, signed), torch.zeros(2).double())
+    x = signed.numpy()
+
+    def loss(w):
+        return np.logaddexp(0, -x @ w).mean() + 0.05 * (w @ w)
+
+    best = scipy.optimize.minimize(loss, np.zeros(2), tol=1e-10)
+    np.testing.assert_allclose(mode, best.x, atol=1e-6)
+    centre, half = mode.numpy(), 9 / np.sqrt(20 * np.linalg.eigvalsh(curvature.numpy())[0])
+    nodes, weights = np.polynomial.legendre.leggauss(60)
+    values = [[math.exp(20 * (best.fun - loss(centre + half * np.array([a, b])))) for b in nodes] for a in nodes]
+    expected = math.log(weights @ np.array(values) @ weights * half**2) - 20 * best.fun
+    assert laplace.integrate(signed, 20, mode, curvature)[2].item() == pytest.approx(expected, abs=1e-7)
