@@ -781,9 +781,7 @@ def _pair(name: str, value: Any) -> "tuple[int, int]":
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
         raise ValueError(f"{name} must be an int or a pair of them; got {pair}")
-    for side in pair:
-        _checks.check_int(name, side)
-    return pair
+    return _checks.check_int(name, pair[0]), _checks.check_int(name, pair[1])
 
 
 def _square(name: str, value: Any) -> int:
