@@ -19,6 +19,15 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or transformed() or torch.utils._python_dispatch.is_in_torch_dispatch_mode()
 
 
+def recorded(tensors) -> bool:
+    """Whether autograd records what is computed from these tensors, of which any may be None."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
 def distinct(tensors):
     """The tensors; a view in place of one that comes again, because torch.compile traces no Function that gets a tensor
     twice (a sigma that two Gaussians share)."""

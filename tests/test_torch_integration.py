@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from ops import GAUSSIAN as OPS
+from ops import OPS as EVERY
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -974,3 +975,20 @@ def test_noise_that_wants_a_gradient_is_refused_by_the_raw_ops():
     program = exported(lambda noise: (fastelbo.gaussian_rsample(mean, mean, noise=noise),), (noise.detach(),), False)
     with pytest.raises(NotImplementedError, match="noise must not want a gradient, which only the reference passes on"):
         program.module()(noise)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_what_nothing_records_makes_no_function(name, kernels, monkeypatch):
+    """An autograd.Function takes half of a small call's time."""
+    op = EVERY[name]
+    inputs = op.inputs((3, 4))
+
+    def apply(*args):
+        raise AssertionError("a Function was made")
+
+    monkeypatch.setattr(torch.autograd.Function, "apply", apply)
+    with pytest.raises(AssertionError, match="a Function was made"):
+        op(*inputs, backend=kernels)
+    with torch.no_grad():
+        op(*inputs, backend=kernels)
+    op(*(x.detach() for x in inputs), backend=kernels)

@@ -157,6 +157,8 @@ def _local(tensors, options, backend):
         return _reference(*tensors, options)
     if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
         return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))
+    if not _autograd.recorded(tensors):
+        return _FWD[backend](*_arguments(*tensors, options))
     return _GaussianLogProb.apply(*_autograd.distinct(tensors), options, backend)
 
 
