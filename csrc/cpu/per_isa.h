@@ -56,11 +56,15 @@ namespace fastelbo::FASTELBO_ISA {
 #pragma GCC pop_options
 #endif
 
+#endif
+
+#if defined(FASTELBO_ONLY)  // the namespace of one instruction set: what none is asked for is not compiled
+#define FASTELBO_BEST(loop, T, exponential) (FASTELBO_ONLY::loop<T, exponential>)
+#elif defined(__x86_64__)
 #define FASTELBO_BEST(loop, T, exponential)            \
   (isa() == Isa::avx512 ? avx512::loop<T, exponential> \
    : isa() == Isa::avx2 ? avx2::loop<T, exponential>   \
                         : portable::loop<T, exponential>)
-
 #else
 #define FASTELBO_BEST(loop, T, exponential) (portable::loop<T, exponential>)
 #endif
