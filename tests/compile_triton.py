@@ -1,6 +1,9 @@
 """Compiles the Triton kernels for a GPU that need not be there; prints what they take of it, as JSON.
 
     python tests/compile_triton.py 90
+    python tests/compile_triton.py 80 few
+
+The second compiles but the kernels that take the most.
 
 Runs the launchers on CPU tensors, with a driver that only names the target; nothing is launched.
 """
@@ -64,6 +67,7 @@ LAYERS_OVER_BOXES = {
     "boxes-float16": ((16, 64, 28, 28), (128, 64, 3, 3), {"activation": "tanh_sigmoid"}, torch.float16),
 }
 LAYERS_EVERYWHERE = ("float32", "bfloat16", "float64", "first-bfloat16", "groups")  # the others for sm_90 only
+FEW = ("float32", "bfloat16")  # cases, of Gaussians and layers
 
 
 class NamedTarget:
@@ -125,17 +129,18 @@ def compile_for(capability: int) -> list:
     return compiled
 
 
-def main(capability: int) -> None:
+def main(capability: int, few: bool) -> None:
     compiled = compile_for(capability)
     found = {}
     for case, (keywords, shape, dtype, names) in CASES.items():
-        for op in names:
+        for op in ("rsample_kl", *WIDEST) if few and case in FEW else () if few else names:
             compiled.clear()
             run(ops.KERNELS[op], keywords, shape, dtype)
             for name, kernel, options in compiled:
                 elements = options["R"] * options["C"] // (32 * options["num_warps"])
                 found[f"gaussian_{op}{name}-{case}"] = {**resources(kernel), "elements": elements}
     layers = {**LAYERS, **LAYERS_OVER_BOXES} if capability == 90 else {case: LAYERS[case] for case in LAYERS_EVERYWHERE}
+    layers = {case: layer for case, layer in layers.items() if case in FEW or not few}
     for case, layer in layers.items():
         compiled.clear()
         over_boxes(case in LAYERS_OVER_BOXES)
@@ -173,4 +178,4 @@ def run_layer(case, shape, weight_shape, keywords, dtype):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), "few" in sys.argv)

@@ -9,45 +9,53 @@ from pathlib import Path
 
 import pytest
 
-CAPABILITIES = (80, 90, 100)
-every_capability = pytest.mark.parametrize("capability", CAPABILITIES)
+# Every kernel for one compute capability, and for two the few that take the most; the rest of theirs slowly.
+SLOWLY = [pytest.param(machine, marks=pytest.mark.slow) for machine in ("80", "100")]
+every_machine = pytest.mark.parametrize("machine", ["80 few", "90", "100 few", *SLOWLY])
 
 # Three blocks of four warps each fit the 65536 registers of a multiprocessor; of the matrix products, two.
 MOST_REGISTERS = {"gaussian": 168, "masked": 255}
-KERNELS = {80: 46 + 25, 90: 46 + 45 + 10, 100: 46 + 25}  # of the Gaussian ops, and of the convolution's layers
+KERNELS = {  # of the Gaussian ops, and of the convolution's layers
+    "80 few": 12 + 10,
+    "80": 46 + 25,
+    "90": 46 + 45 + 10,
+    "100 few": 12 + 10,
+    "100": 46 + 25,
+}
 MATRIX_PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "DMMA")  # on tensor cores
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    """Name to resources and instructions of every kernel, for each compute capability."""
+def compiled(request):
+    """Name to resources and instructions of every kernel, for each machine that tests ask for."""
     script = Path(__file__).with_name("compile_triton.py")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    calls = [item.callspec.params for item in request.session.items if item.path == request.path]
+    machines = sorted({parameters["machine"] for parameters in calls})
 
-    def compile_for(capability):
-        done = subprocess.run(
-            [sys.executable, script, str(capability)], env=environment, capture_output=True, text=True, check=False
-        )
+    def compile_for(machine):
+        command = [sys.executable, script, *machine.split()]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(CAPABILITIES, pool.map(compile_for, CAPABILITIES), strict=True))
+        return dict(zip(machines, pool.map(compile_for, machines), strict=True))
 
 
-@every_capability
-def test_every_kernel_compiles_without_spills(compiled, capability):
-    assert len(compiled[capability]) == KERNELS[capability]
-    for name, kernel in compiled[capability].items():
+@every_machine
+def test_every_kernel_compiles_without_spills(compiled, machine):
+    assert len(compiled[machine]) == KERNELS[machine]
+    for name, kernel in compiled[machine].items():
         assert kernel["stack"] == kernel["local"] == 0, name
         assert not kernel["narrowed"], name
         assert not [code for code in kernel["code"] if code.startswith(("LDL", "STL"))], name
         assert kernel["reg"] <= MOST_REGISTERS[name.split("_")[0]], f"{name} takes {kernel['reg']} registers"
 
 
-@every_capability
-def test_whole_rows_are_loaded_16_bytes_at_a_time(compiled, capability):
-    gaussian = {name: kernel for name, kernel in compiled[capability].items() if name.startswith("gaussian")}
+@every_machine
+def test_whole_rows_are_loaded_16_bytes_at_a_time(compiled, machine):
+    gaussian = {name: kernel for name, kernel in compiled[machine].items() if name.startswith("gaussian")}
     for name, kernel in gaussian.items():
         loads = [code for code in kernel["code"] if code.startswith("LDG")]
         wide = [code for code in loads if "128" in code]
@@ -60,36 +68,37 @@ def test_whole_rows_are_loaded_16_bytes_at_a_time(compiled, capability):
             assert wide, name
 
 
-@every_capability
+@every_machine
 @pytest.mark.parametrize(("dtype", "most"), [("float32", 76), ("bfloat16", 69)])
-def test_instructions_of_a_sample_and_its_kl(compiled, capability, dtype, most):
+def test_instructions_of_a_sample_and_its_kl(compiled, machine, dtype, most):
     """docs/performance.md says what they cost."""
-    kernel = compiled[capability][f"gaussian_rsample_kl_fwd-{dtype}"]
+    kernel = compiled[machine][f"gaussian_rsample_kl_fwd-{dtype}"]
     assert len(kernel["code"]) / kernel["elements"] <= most
 
 
-@every_capability
-def test_convolutions_run_on_tensor_cores(compiled, capability):
+@every_machine
+def test_convolutions_run_on_tensor_cores(compiled, machine):
     """But for the elementwise kernels, and for float32 where TF32 is not allowed."""
-    for name, kernel in compiled[capability].items():
+    for name, kernel in compiled[machine].items():
         if name.startswith("masked_conv2d"):
             elementwise = "before_activation" in name or "add_shares" in name
             found = any(code.startswith(MATRIX_PRODUCTS) for code in kernel["code"])
             assert found != (elementwise or name.endswith("ieee")), name
 
 
-@every_capability
+@every_machine
 @pytest.mark.parametrize("case", ["float32", "bfloat16"])
-def test_convolutions_load_16_bytes_at_a_time(compiled, capability, case):
+def test_convolutions_load_16_bytes_at_a_time(compiled, machine, case):
     for kernel in ("fwd", "fwd_input"):
-        code = compiled[capability][f"masked_conv2d_{kernel}-{case}"]["code"]
+        code = compiled[machine][f"masked_conv2d_{kernel}-{case}"]["code"]
         copies = [instruction for instruction in code if instruction.startswith("LDGSTS")]
         assert copies and all("128" in instruction for instruction in copies)
 
 
-def test_operands_of_boxes_pass_through_no_register(compiled):
+@pytest.mark.parametrize("machine", ["90"])
+def test_operands_of_boxes_pass_through_no_register(compiled, machine):
     """From the copy engine (UTMALDG) by shared memory to the tensor cores."""
-    boxes = {name: kernel["code"] for name, kernel in compiled[90].items() if "boxes" in name}
+    boxes = {name: kernel["code"] for name, kernel in compiled[machine].items() if "boxes" in name}
     products = [code for name, code in boxes.items() if "convolve" in name or "weight_shares" in name]
     assert len(products) == 6
     for code in products:
