@@ -6,9 +6,11 @@ import importlib
 import importlib.util
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -340,57 +342,92 @@ def same(found, want):
     return found == want
 
 
-@pytest.mark.parametrize("pass_", ["forward", "d_input", "d_weight"])
-def test_arguments_are_those_that_candidates_were_right_with(kernels, monkeypatch, pass_):
-    monkeypatch.setitem(sys.modules, "masked_conv2d_tma", kernels)
+NAME = r"(\d+)-(\d+) k(\d) (\w) (\d+)x(\d+)x(\d+)"
+
+
+class Layer(NamedTuple):
+    """A layer of the rows, as they write it: 64-64 k7 B 128x28x28."""
+
+    c: int
+    o: int
+    k: int
+    mask: str
+    n: int
+    size: tuple
+
+    @property
+    def live(self):
+        return (self.k**2 - 1) // 2 + (self.mask == "B")
+
+    @property
+    def pixels(self):
+        return self.n * self.size[0] * self.size[1]
+
+    def tile_for(self, kernels, pass_):
+        if pass_ == "d_weight":
+            return kernels.weight_tile_for(self.o, self.c, self.live)
+        outputs, inputs = (self.o, self.c) if pass_ == "forward" else (self.c, self.o)
+        return kernels.tile_for(outputs, inputs, self.pixels, self.k // 2, self.size[0])
+
+
+@pytest.fixture(scope="module")
+def candidates():
+    """Layer to the rows of all tiles that were right in fifty runs on an H100 and timed there."""
+    found = {}
+    with (ROOT / "benchmarks" / "results" / "conv_candidates_h100.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["stage"] == "layers" and row["cold_us"]:
+                c, o, k, mask, n, *size = re.fullmatch(NAME, row["layer"]).groups()
+                layer = Layer(int(c), int(o), int(k), mask, int(n), tuple(map(int, size)))
+                found.setdefault(layer, []).append(row)
+    assert len(found) == 10
+    return found
+
+
+PASSES = ("forward", "d_input", "d_weight")
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+def test_arguments_are_those_that_candidates_were_right_with(kernels, candidates, monkeypatch, pass_):
     monkeypatch.setattr(kernels, "_multiprocessors", lambda tensor: 132)
     monkeypatch.setattr(kernels, "_capability", lambda device: (9, 0))
     today = importlib.import_module("fastelbo.kernels.masked_conv2d")
-    tools = module_of(ROOT / "tools" / "conv_candidates.py")
-    for case in tools.LAYERS:
+    for case in candidates:
         x, weight, d_z = (
             torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
             for shape in ((case.n, case.c, *case.size), (case.o, case.c, case.k, case.k), (case.n, case.o, *case.size))
         )
-        one = {"x": x, "w": weight, "d_z": d_z}
-        out = tools.empty_result(tools.argparse.Namespace(torch=torch), pass_, one)
+        source, result = {"forward": (x, d_z), "d_input": (d_z, x), "d_weight": (d_z, weight)}[pass_]
+        out, tile = torch.empty_like(result), case.tile_for(kernels, pass_)
         kernel = today.taps_of(weight, case.mask, "square", 1, "interleaved")
+        taps = kernels.Taps(case.k, case.k // 2, case.k // 2, case.live, 1)
         if pass_ == "d_weight":
             found = kernels.weight_gradient(d_z, x, out, kernel, 1)
             if found is None:
-                assert case.n * case.size[0] * case.size[1] <= 4096
+                assert case.pixels <= 4096
                 continue
-            tile = kernels.weight_tile_for(case.o, case.c, case.live)
+            want = kernels.prepare_weight_gradient(d_z, x, out, taps, tile)
         else:
-            source, result = (x, d_z) if pass_ == "forward" else (d_z, x)
             found = kernels.convolution(source, weight, out, kernel, 1, pass_ == "d_input")
-            pixels = case.n * case.size[0] * case.size[1]
-            tile = kernels.tile_for(result.shape[1], source.shape[1], pixels, case.k // 2, case.size[0])
-        want = tools.prepare(None, case, pass_, tile, one, out)
+            prepare = kernels.prepare_rows if isinstance(tile, kernels.RowTile) else kernels.prepare_convolution
+            by_taps = weight.permute(0, 2, 3, 1).reshape(case.o, case.k**2, case.c)
+            want = [prepare(source, by_taps, out, taps, tile, transposed=pass_ == "d_input")]
         for (a, grid, arguments), (b, other, wanted) in zip(found, want, strict=True):
             assert a is b and grid == other and arguments.keys() == wanted.keys()
             different = {name for name in wanted if not same(arguments[name], wanted[name])}
             assert different <= {"shares"}
 
 
-def test_tiles_are_the_measured_best(kernels, monkeypatch):
-    """Within 5 % of the best of a layer, of all that was right in fifty runs."""
+def test_tiles_are_the_measured_best(kernels, candidates, monkeypatch):
+    """Within 5 % of the best of a layer."""
     monkeypatch.setattr(kernels, "_RENAMED", False)
-    tools = module_of(ROOT / "tools" / "conv_candidates.py")
-    with (ROOT / "benchmarks" / "results" / "conv_candidates_h100.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["stage"] == "layers" and row["cold_us"]]
-    for case, pass_ in itertools.product(tools.LAYERS, tools.PASSES):
-        times = {r["tile"]: float(r["cold_us"]) for r in rows if (r["layer"], r["pass_"]) == (str(case), pass_)}
-        pixels = case.n * case.size[0] * case.size[1]
-        if pass_ == "d_weight":
-            if not times or pixels <= kernels._FEW_PIXELS:
-                continue
-            tile = kernels.weight_tile_for(case.o, case.c, case.live)
-        else:
-            outputs, inputs = (case.o, case.c) if pass_ == "forward" else (case.c, case.o)
-            tile = kernels.tile_for(outputs, inputs, pixels, case.k // 2, case.size[0])
-        name = tools.name_of(case, pass_, tile).split("|")[2]
-        assert times[name] <= 1.05 * min(times.values()), (str(case), pass_, name)
+    for case, pass_ in itertools.product(candidates, PASSES):
+        times = {row["tile"]: float(row["cold_us"]) for row in candidates[case] if row["pass_"] == pass_}
+        if pass_ == "d_weight" and (not times or case.pixels <= kernels._FEW_PIXELS):
+            continue
+        tile = case.tile_for(kernels, pass_)
+        name = f"{type(tile).__name__}({','.join(str(int(value)) for value in tile)})"
+        assert times[name] <= 1.05 * min(times.values()), (case, pass_, name)
 
 
 @pytest.mark.parametrize("activation", [None, "relu", pytest.param("elu", marks=slow), "tanh_sigmoid",
