@@ -1,10 +1,13 @@
 """What the ranks of a group run for test_distributed.py: every case against the unsharded call, in one process group.
 
-python distributed_cases.py RANK RANKS DIRECTORY writes DIRECTORY/RANK.json, from each case to its traceback or None.
+python distributed_cases.py RANKS DIRECTORY cases CASE... writes of each rank DIRECTORY/RANK.json, from each case to
+its traceback or None; ... example OPTION... runs examples/train_distributed.py as torchrun does.
 """
 
 import argparse
+import functools
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -560,23 +563,14 @@ def compiled_replicas_and_shards():
             torch.testing.assert_close(grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-TWO_RANKS = ("compiled_ops",)  # takes half a minute
-TRAINING = ("vae_trains_as_one_process", "pixelcnn_trains_as_one_process", "compiled_replicas_and_shards")
-
-
-def main(rank, ranks, directory):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
-    options = {"rank": rank, "world_size": ranks, "timeout": timedelta(seconds=60)}
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", **options)
+def run_cases(rank, directory, names):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     outcomes = {}
-    for name, run in CASES.items():
-        if (ranks == 1 and name not in TRAINING) or (ranks == 4 and name in TWO_RANKS):
-            continue
+    for name in names:
         torch.manual_seed(0)
         start = time.perf_counter()
         try:
-            run()
+            CASES[name]()
             outcomes[name] = None
         except Exception:
             outcomes[name] = traceback.format_exc()
@@ -586,5 +580,24 @@ def main(rank, ranks, directory):
     dist.destroy_process_group()
 
 
+def main(rank, ranks, directory, what, *arguments):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    known = {"init_method": f"file://{directory}/rendezvous", "rank": rank, "world_size": ranks}
+    dist.init_process_group = functools.partial(dist.init_process_group, **known)
+    if what == "cases":
+        run_cases(rank, directory, arguments)
+    else:
+        sys.argv[0] = train_distributed.__file__
+        train_distributed.main(arguments)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    torch.set_num_threads(1)  # a process forks as it is while it has no other thread, and imports take it seconds
+    count, *given = sys.argv[1:]
+    fork = multiprocessing.get_context("fork").Process
+    ranks = [fork(target=main, args=(rank, int(count), *given)) for rank in range(int(count))]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    sys.exit(max(abs(rank.exitcode) for rank in ranks))

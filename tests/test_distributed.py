@@ -3,6 +3,7 @@
 What the ranks of a group do, case after case, is in distributed_cases.py; here are one test for each and torchrun.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -46,48 +47,50 @@ def case_names():
 
 
 TRAINING = ["vae_trains_as_one_process", "pixelcnn_trains_as_one_process", "compiled_replicas_and_shards"]
+COMPILED = ["compiled_ops", "compiled_replicas_and_shards"]  # for seconds, on each rank
+GROUPS = {  # what a group of so many ranks runs, quickly and slowly
+    (1, "quick"): TRAINING,
+    (2, "quick"): case_names(),
+    (4, "quick"): [name for name in case_names() if name not in COMPILED],
+    (4, "slow"): COMPILED,
+}
+
+
+def forked(ranks, directory, *what):
+    """The exit status and the errors of ranks that are forked of one process, for each would import for seconds."""
+    directory.mkdir(exist_ok=True)
+    command = [sys.executable, CASES_FILE, str(ranks), directory, *map(str, what)]
+    job = {"env": ENVIRONMENT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **job)
+    _, err = finished(process)
+    return process.returncode, err
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """What each case of each rank came to, by the number of ranks; a group runs once."""
-    known = {}
+    """What each case of each rank came to, by the group; it runs once."""
 
-    def run(ranks):
-        if ranks not in known:
-            directory = tmp_path_factory.mktemp(f"ranks{ranks}")
-            processes = [
-                subprocess.Popen(
-                    [sys.executable, CASES_FILE, str(rank), str(ranks), str(directory)],
-                    env=ENVIRONMENT,
-                    stdout=subprocess.DEVNULL,
-                    stderr=(directory / f"{rank}.err").open("w"),
-                )
-                for rank in range(ranks)
-            ]
-            end = time.monotonic() + TIMEOUT
-            try:
-                for process in processes:
-                    process.wait(max(1, end - time.monotonic()))
-            finally:
-                for process in processes:
-                    process.kill()
-                    process.wait(10)
-            for rank in range(ranks):
-                assert (directory / f"{rank}.json").exists(), (directory / f"{rank}.err").read_text()[-2000:]
-            known[ranks] = [json.loads((directory / f"{rank}.json").read_text()) for rank in range(ranks)]
-        return known[ranks]
+    @functools.cache
+    def run(ranks, pace):
+        directory = tmp_path_factory.mktemp(f"ranks{ranks}")
+        _, err = forked(ranks, directory, "cases", *GROUPS[ranks, pace])
+        for rank in range(ranks):
+            assert (directory / f"{rank}.json").exists(), err[-2000:]
+        return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(ranks)]
 
     return run
 
 
-FOUR_RANKS = [name for name in case_names() if name != "compiled_ops"]
-CASES = [(ranks, name) for ranks, names in ((1, TRAINING), (2, case_names()), (4, FOUR_RANKS)) for name in names]
-
-
-@pytest.mark.parametrize("ranks, case", CASES)
-def test_case(outcomes, ranks, case):
-    for rank, outcome in enumerate(outcomes(ranks)):
+@pytest.mark.parametrize(
+    "ranks, pace, case",
+    [
+        pytest.param(*group, name, marks=[pytest.mark.slow] if group[1] == "slow" else [], id=f"{group[0]}-{name}")
+        for group, names in GROUPS.items()
+        for name in names
+    ],
+)
+def test_case(outcomes, ranks, pace, case):
+    for rank, outcome in enumerate(outcomes(ranks, pace)):
         assert outcome[case] is None, f"rank {rank}: {outcome[case]}"
 
 
@@ -154,17 +157,16 @@ def test_killed_rank_ends_the_job_and_a_restart_continues_the_curve(tmp_path):
 
 def test_four_ranks_resume_from_two(tmp_path):
     for ranks, epochs, more in ((2, 1, ["--parallel", "fsdp"]), (4, 2, ["--parallel", "fsdp", "--resume"])):
-        process = torchrun(ranks, tmp_path / "job", "--epochs", epochs, *more)
-        _, err = finished(process)
-        assert process.returncode == 0, err
+        options = ("--output", tmp_path / "job", "--batch-size", 128, "--epochs", epochs, *more)
+        code, err = forked(ranks, tmp_path / f"ranks{ranks}", "example", *options)
+        assert code == 0, err
     want = torch.tensor(alone(tmp_path / "alone", 2))
     torch.testing.assert_close(torch.tensor(history(tmp_path / "job")), want, rtol=0, atol=1e-4)
 
 
 def test_ranks_refuse_with_one_sentence(tmp_path):
-    process = torchrun(2, tmp_path / "job", "--resume")
-    _, err = finished(process)
-    assert process.returncode != 0
+    code, err = forked(2, tmp_path / "ranks", "example", "--output", tmp_path / "job", "--resume")
+    assert code != 0
     assert err.count(f"{EXAMPLE.name}: --resume: there is no checkpoint in {tmp_path / 'job' / 'checkpoint'}") == 1
 
 
