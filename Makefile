@@ -38,11 +38,12 @@ setup: $(STAMP)
 $(STAMP): $(SOURCES)
 	@echo "fastelbo: setting up $(VENV) with $$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "fastelbo: installing the pinned dependencies of constraints.txt"
+	@echo "fastelbo: installing torch, and all else of constraints.txt while compilers run"
 	@$(BIN)/pip install --quiet -c constraints.txt torch numpy ninja setuptools wheel
 	@echo "fastelbo: compiling; where nvcc is, FASTELBO_CUDA=0 saves the CUDA kernels' five minutes on two cores"
-	@$(BIN)/python setup.py -q build_ext
-	@echo "fastelbo: installing fastelbo and what its tests and documentation need"
+	@$(BIN)/pip install --quiet -r constraints.txt & others=$$!; \
+		$(BIN)/python setup.py -q build_ext || { kill $$others; exit 1; }; wait $$others
+	@echo "fastelbo: installing fastelbo"
 	@$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
 	@touch $@
 

@@ -58,11 +58,12 @@ SAMPLING = ["sampling", "sampling_networks", "sampling_check"]
 @pytest.mark.parametrize(
     ("names", "chosen"),
     [  # a process takes seconds to start, so each runs what has the same choice of tests
-        ([*GAUSSIAN, *SAMPLING, "rows"], "cpu"),
+        ([*GAUSSIAN, *SAMPLING, "rows"], "cpu and not default_device"),
         ([name for name in FILES if name not in GAUSSIAN], "cpu or opcheck"),
         (["memory"], "layout_changes and cpu"),
+        pytest.param(["sampling"], "cpu and default_device", marks=pytest.mark.slow),  # of Python, if of anything
     ],
-    ids=["gaussian and sampling", "convolutions", "memory"],
+    ids=["gaussian and sampling", "convolutions", "memory", "default device"],
 )
 def test_ops(library, names, chosen):
     command = [sys.executable, "-c", RUN, library, *(f"tests/test_{name}.py" for name in names), f"--rootdir={ROOT}"]
