@@ -24,6 +24,29 @@ class _CausalConv2d(nn.Conv2d):
     """
 
     keep_mask = False
+    # What the weight's shape and its dead taps follow from, or nothing reads: nn.Conv2d's may be assigned.
+    _FIXED = frozenset(
+        [
+            "k",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+            "mask_type",
+            "channel_groups",
+            "group_order",
+            "activation",
+        ]
+    )
+
+    def __setattr__(self, name, value):
+        if name in self._FIXED and self.__dict__.get("_made"):
+            before = self.__dict__.get(name)
+            if value != before:
+                raise ValueError(f"{name} of a {type(self).__name__} must stay {before!r}; got {value!r}")
+        super().__setattr__(name, value)
 
     def __init__(
         self,
@@ -55,6 +78,7 @@ class _CausalConv2d(nn.Conv2d):
         self.activation, self.backend = activation, backend
         self._mask_options = {"channel_groups": channel_groups, "group_order": group_order}
         self._mask_options["gated"] = activation in op.GATES
+        self._made = True
         live = self.live_taps()  # checks the options
         with torch.no_grad():
             self.weight.masked_fill_(~live, 0)
@@ -377,7 +401,7 @@ class MaskedConv2d(_CausalConv2d):
             device=device,
             dtype=dtype,
         )
-        self.padding = same
+        self.__dict__["padding"] = same  # which nn.Conv2d has not been told
         self.keep_mask = keep_mask
 
     def forward(

@@ -739,3 +739,122 @@ def test_compressai_is_patched_where_it_is_imported(monkeypatch):
     assert layers.MaskedConv2d is google.MaskedConv2d is user.Context is originals.CompressAIMaskedConv2d
     with compressai.patch():
         assert layers.MaskedConv2d is compressai.MaskedConv2d and user.Context is originals.CompressAIMaskedConv2d
+
+
+# attributes that people assign, or write to
+
+
+def halve(name):
+    def edit(q):
+        setattr(q, name, getattr(q, name) * 0.5)
+
+    return edit
+
+
+def write(name):
+    def edit(q):
+        getattr(q, name).mul_(0.5)
+
+    return edit
+
+
+def number(name):
+    return lambda q: setattr(q, name, torch.tensor(0.25, dtype=torch.float64))
+
+
+def widen_then_look(q):
+    q.std = q.std + 1
+    assert q.var.shape == q.logvar.shape == q.std.shape
+
+
+def two(first, second):
+    return lambda q: (first(q), second(q))
+
+
+EDITS = {
+    **{f"{name} anew": halve(name) for name in ("mean", "std", "var", "logvar")},
+    **{f"{name} in place": write(name) for name in ("mean", "std", "var", "logvar")},
+    **{f"{name} a number": number(name) for name in ("std", "var", "logvar")},
+    "std *=": lambda q: setattr(q, "std", q.std.mul_(0.5)),
+    "std, then others are looked at": widen_then_look,
+    "mean and std": two(halve("mean"), write("std")),
+    "var and logvar": two(halve("var"), lambda q: setattr(q, "logvar", q.var.log())),
+    "only looked at": lambda q: (q.std, q.var, q.logvar),
+    "deterministic": lambda q: setattr(q, "deterministic", True),
+    "parameters": lambda q: setattr(q, "parameters", q.parameters + 1),
+    "scale": lambda q: q.scale.mul_(0.5) if hasattr(q, "scale") else None,
+    "scale anew": lambda q: setattr(q, "scale", q.scale * 0.5) if hasattr(q, "scale") else None,
+}
+
+
+WRITING = {"mean in place", "std in place", "var in place", "std *=", "mean and std", "scale"}
+
+
+@both
+@pytest.mark.parametrize("mode", ["grad", "inference", "no grad"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_what_is_assigned_or_written_counts(pair, edit, mode, monkeypatch):
+    if pair[0] is ours.OobleckDiagonalGaussianDistribution and edit == "deterministic":
+        pytest.skip("there the original draws at random")
+    if mode == "grad" and edit in WRITING:
+        pytest.skip("autograd refuses it of the original, too")
+    noise = randn(2, 3, 4, 5, seed=3)
+    for module in TRUE.values():
+        monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: noise)
+    monkeypatch.setattr(ours, "_seed", types.SimpleNamespace(as_seed=None))
+    draw = fastelbo.gaussian_rsample
+    monkeypatch.setattr(ours, "gaussian_rsample", lambda *args, seed, generator, **k: draw(*args, noise=noise, **k))
+    found = []
+    context = {"grad": torch.enable_grad, "inference": torch.inference_mode, "no grad": torch.no_grad}[mode]
+    for cls in pair:
+        with context():
+            parameters = torch.cat([randn(2, 3, 4, 5), 3 * randn(2, 3, 4, 5, seed=1)], dim=1)
+            leaf = parameters.requires_grad_(mode == "grad")
+            q, other = cls(leaf * 1), cls(leaf.flip(0) * 1)
+            EDITS[edit](q)
+            values = [q.sample(), q.mode(), q.kl()]
+            if hasattr(q, "nll"):
+                values += [q.nll(noise), q.nll(noise, [2])]
+                values += [q.kl(other), other.kl(q)]
+            values += [q.std, q.var, q.logvar]
+        total = sum(torch.as_tensor(value).double().square().sum() for value in values)
+        found.append((values, torch.autograd.grad(total, leaf) if mode == "grad" else ()))
+    torch.testing.assert_close(*found, check_dtype=False)
+
+
+def test_a_copy_of_a_posterior_has_attributes_of_its_own():
+    q = ours.DiagonalGaussianDistribution(randn(2, 6, 4, 5))
+    _ = q.std
+    for other in (copy.copy(q), copy.deepcopy(q)):
+        other.std = other.std * 0
+        assert torch.equal(other.sample(), q.mean) and not torch.equal(q.sample(), q.mean)
+
+
+def test_assigned_attributes_compile():
+    def bottleneck(parameters, cls):
+        q = cls(parameters)
+        q.std = q.std * 0
+        q.logvar.mul_(2)
+        return q.sample(), q.kl()
+
+    parameters = randn(2, 6, 4, 5)
+    want = bottleneck(parameters, THEIRS["DiagonalGaussianDistribution"])
+    got = torch.compile(bottleneck, fullgraph=True, backend="aot_eager")(parameters, ours.DiagonalGaussianDistribution)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("temp", [1.0, 0.7])
+@pytest.mark.parametrize(
+    "edit", [halve("sigma"), write("sigma"), halve("mu"), lambda q: q.sigma], ids=["anew", "in place", "mu", "read"]
+)
+def test_nvaes_sigma_may_be_assigned(edit, temp):
+    mu, log_sigma, eps = randn(3, 4), randn(3, 4, seed=1), randn(3, 4, seed=2)
+    mine, theirs = nvae.Normal(mu, log_sigma, temp), originals.NVAENormal(mu, log_sigma)
+    theirs.sigma = theirs.sigma * temp
+    other = nvae.Normal(mu, log_sigma), originals.NVAENormal(mu, log_sigma)
+    for q in (mine, theirs):
+        edit(q)
+    torch.testing.assert_close(mine.sample_given_eps(eps), theirs.mu + theirs.sigma * eps)
+    torch.testing.assert_close(mine.kl(other[0]), theirs.kl(other[1]))
+    torch.testing.assert_close(other[0].kl(mine), other[1].kl(theirs))
+    torch.testing.assert_close(mine.log_p(eps), Normal(theirs.mu, theirs.sigma).log_prob(eps))

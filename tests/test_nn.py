@@ -600,6 +600,24 @@ def test_horizontal_stacks_take_masks_of_rows(mask_type):
         stack.load_state_dict({**stack.state_dict(), "mask": columns.flip(0).expand(1, 1, 1, 5)})
 
 
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("padding_mode", "circular", "padding_mode of a MaskedConv2d must stay 'zeros'; got 'circular'"),
+        ("padding", (0, 0), r"padding of a MaskedConv2d must stay \(2, 2\); got \(0, 0\)"),
+        ("stride", (2, 2), r"stride of a MaskedConv2d must stay \(1, 1\); got \(2, 2\)"),
+        ("mask_type", "B", "mask_type of a MaskedConv2d must stay 'A'; got 'B'"),
+    ],
+)
+def test_what_nothing_would_read_is_not_assigned_in_silence(name, value, message):
+    """As one that makes all convolutions of a model circular."""
+    layer = MaskedConv2d(3, 6, 5)
+    with pytest.raises(ValueError, match=message):
+        setattr(layer, name, value)
+    setattr(layer, name, getattr(layer, name))
+    assert layer(torch.zeros(1, 3, 4, 4)).shape == (1, 6, 4, 4)
+
+
 # any set of taps
 
 CHECKERBOARD = [[(row + column) % 2 for column in range(5)] for row in range(5)]

@@ -8,6 +8,8 @@ import contextlib
 import importlib
 import sys
 
+import torch
+
 from fastelbo import _seed
 from fastelbo.ops.gaussian_rsample import gaussian_rsample
 
@@ -30,6 +32,46 @@ def __getattr__(name):
     if name in PROJECTS:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class Derived:
+    """An attribute that is computed when it is first asked for, and kept. Whoever assigns it, or writes to it, changes
+    what methods compute, as of an attribute that is there from the start: those ask `changed`, and go past it where
+    nobody has.
+
+    Args:
+        compute: takes the object.
+    """
+
+    def __init__(self, compute):
+        self.compute, self.__doc__ = compute, compute.__doc__
+
+    def __set_name__(self, cls, name):
+        self.place = f"_{name}"
+
+    def __get__(self, instance, cls=None):
+        if instance is None:
+            return self
+        kept = vars(instance).get(self.place)
+        if kept is not None:
+            return kept[0]
+        value = self.compute(instance)
+        # what is traced, and inference tensors, have no version that is a number: they count as changed
+        known = not (torch.compiler.is_compiling() or value.is_inference())
+        vars(instance)[self.place] = value, value._version if known else None
+        return value
+
+    def __set__(self, instance, value):
+        vars(instance)[self.place] = value, None
+
+
+def changed(instance, *names):
+    """Whether one of an object's derived attributes was assigned or written to."""
+    for name in names:
+        kept = vars(instance).get(f"_{name}")
+        if kept is not None and (kept[1] is None or kept[0]._version != kept[1]):
+            return True
+    return False
 
 
 def sample_and_noise(mean, s, scale):

@@ -7,8 +7,10 @@ Replaces::
 
 and, in models and pipelines as they are, with ``fastelbo.compat.diffusers.patch()``.
 
-Both read the network's output in place, and compute std, var and logvar only for those who ask. A draw follows from the
-generator's state, as there, but is another one.
+Both read the network's output in place, and compute std, var and logvar only for those who ask. Whoever assigns these,
+or writes to them, changes what follows as there: a draw is of mean and std; kl and nll are of mean, var and logvar. The
+output itself, parameters, must not be written to, but through mean. A draw follows from the generator's state, as
+there, but is another one.
 
 Where the originals (diffusers 0.42) are wrong:
 
@@ -25,13 +27,17 @@ Kept: the Oobleck distribution's kl is twice the KL divergence, summed over chan
 """
 
 import importlib
+import math
 
 import torch
 
 from fastelbo import _checks, _seed, compat
+from fastelbo.compat import Derived, changed
 from fastelbo.ops.gaussian_kl import gaussian_kl
 from fastelbo.ops.gaussian_log_prob import gaussian_nll
 from fastelbo.ops.gaussian_rsample import gaussian_rsample
+from fastelbo.reference.gaussian_kl import event_sum
+from fastelbo.reference.scale import arithmetic
 from fastelbo.scale import Scale
 
 __all__ = ["DiagonalGaussianDistribution", "OobleckDiagonalGaussianDistribution", "patch"]
@@ -51,32 +57,48 @@ class _Posterior:
         Args:
             generator: a torch.Generator, of the CPU or of the parameters' device, or a list of one for each example.
         """
-        temperature = 0.0 if self.deterministic else 1.0
+        s, scale, temperature = self._s, self._scale, 0.0 if self._without_noise() else 1.0
+        if changed(self, "std"):
+            s, scale, temperature = self.std, "std", 1.0
         if isinstance(generator, list) and len(generator) == 1:
             generator = generator[0]
         if not isinstance(generator, list):
-            return _draw(self.mean, self._s, self._scale, temperature, generator)
+            return _draw(self.mean, s, scale, temperature, generator)
+        s = torch.as_tensor(s, device=self.mean.device).expand_as(self.mean)
         return torch.cat(
-            [
-                _draw(self.mean[i : i + 1], self._s[i : i + 1], self._scale, temperature, generator[i])
-                for i in range(len(self.mean))
-            ]
+            [_draw(self.mean[i : i + 1], s[i : i + 1], scale, temperature, generator[i]) for i in range(len(self.mean))]
         )
 
     def mode(self):
         """The mean."""
         return self.mean
 
+    def _without_noise(self):
+        return self.deterministic
+
     def _zero(self):
         return self.parameters.new_zeros(1, dtype=torch.float32)
 
     @_checks.calls(mean_q="parameters", s_q="parameters", mean_p="other.parameters", s_p="other.parameters")
     def _kl(self, other, **options):
-        if other is None:
-            return gaussian_kl(self.mean, self._s, scale=self._scale, **options)
-        s_p = torch.chunk(other.parameters, 2, dim=1)[1]
-        kl = gaussian_kl(self.mean, self._s, other.mean, s_p, scale=self._scale, **options)
-        return torch.full_like(kl, torch.inf) if other.deterministic else kl
+        asked = self if other is None else other
+        if isinstance(asked, _Posterior) and not (changed(self, "var", "logvar") or changed(asked, "var", "logvar")):
+            prior = () if other is None else (other.mean, other._s)
+            kl = gaussian_kl(self.mean, self._s, *prior, scale=self._scale, **options)
+        else:
+            mean, var, logvar = _moments(self)
+            mean_p, var_p, logvar_p = (0.0, 1.0, 0.0) if other is None else _moments(other)
+            kl = 0.5 * ((mean - mean_p) ** 2 / var_p + var / var_p - 1 - logvar + logvar_p)
+            kl = kl.mean() if options else event_sum(kl, kl.dim() - 1)
+        if other is None or changed(other, "var", "logvar"):
+            return kl
+        narrow = other._without_noise() if isinstance(other, _Posterior) else other.deterministic
+        return torch.full_like(kl, torch.inf) if narrow else kl
+
+
+def _moments(q):
+    tensors = (torch.as_tensor(value, device=q.mean.device) for value in (q.mean, q.var, q.logvar))
+    return arithmetic(*tensors)
 
 
 def _draw(mean, s, scale, temperature, generator):
@@ -98,7 +120,7 @@ class DiagonalGaussianDistribution(_Posterior):
     Attributes:
         parameters: as given.
         deterministic: as given.
-        mean: [B, C, ...], as are logvar, std and var, which are computed when asked for.
+        mean: [B, C, ...], as are logvar, std and var, which are computed when asked for; any may be assigned.
 
     Raises:
         ValueError, TypeError: in a method, as the op that computes it.
@@ -114,20 +136,30 @@ class DiagonalGaussianDistribution(_Posterior):
 
     _scale = Scale.diffusers()
 
-    @property
+    def __init__(self, parameters, deterministic=False):
+        super().__init__(parameters, deterministic)
+        self._narrow = deterministic  # of std and var, for good
+
+    def _without_noise(self):
+        return self._narrow
+
+    @Derived
     def logvar(self):
         """The clamped log-variance."""
+        return self._clamped()
+
+    def _clamped(self):
         return torch.clamp(self._s, *self._scale.clamp)
 
-    @property
+    @Derived
     def std(self):
         """The standard deviation."""
-        return torch.zeros_like(self.mean) if self.deterministic else torch.exp(0.5 * self.logvar)
+        return torch.zeros_like(self.mean) if self._narrow else torch.exp(0.5 * self._clamped())
 
-    @property
+    @Derived
     def var(self):
         """The variance."""
-        return torch.zeros_like(self.mean) if self.deterministic else torch.exp(self.logvar)
+        return torch.zeros_like(self.mean) if self._narrow else torch.exp(self._clamped())
 
     def kl(self, other=None):
         """KL from another such distribution, other, or from the standard normal: [B]."""
@@ -138,6 +170,10 @@ class DiagonalGaussianDistribution(_Posterior):
         """Negative log-likelihood of a sample, summed over dims, or over all but the first dimension: [B]."""
         if self.deterministic:
             return self._zero()
+        if changed(self, "var", "logvar"):
+            mean, var, logvar = _moments(self)
+            nll = 0.5 * (math.log(2 * math.pi) + logvar + (sample - mean) ** 2 / var)
+            return event_sum(nll, nll.dim() - 1) if dims is None else nll.sum(dim=dims)
         if dims is None:
             return gaussian_nll(sample, self.mean, self._s, scale=self._scale)
         return gaussian_nll(sample, self.mean, self._s, scale=self._scale, event_ndim=0).sum(dim=dims)
@@ -153,7 +189,8 @@ class OobleckDiagonalGaussianDistribution(_Posterior):
     Attributes:
         parameters: as given.
         deterministic: as given.
-        mean: [B, C, T], as are scale, and std, var and logvar, which are computed when asked for.
+        mean: [B, C, T], as are scale, and std, var and logvar, which are computed when asked for; any may be
+            assigned.
 
     Raises:
         ValueError, TypeError: in a method, as the op that computes it.
@@ -171,23 +208,31 @@ class OobleckDiagonalGaussianDistribution(_Posterior):
 
     @property
     def scale(self):
-        """The network's output."""
+        """The network's output. What is written to it changes none of the others, which are kept from now on."""
+        for name in ("std", "var", "logvar"):
+            setattr(self, name, getattr(self, name))
         return self._s
 
-    @property
+    @scale.setter
+    def scale(self, value):
+        """Nothing is computed from it any more."""
+        _ = self.scale
+        self._s = value
+
+    @Derived
     def std(self):
         """The standard deviation."""
         return torch.nn.functional.softplus(self._s) + self._scale.min_std
 
-    @property
+    @Derived
     def var(self):
         """The variance."""
-        return self.std**2
+        return type(self).std.compute(self) ** 2
 
-    @property
+    @Derived
     def logvar(self):
         """The log-variance."""
-        return torch.log(self.var)
+        return torch.log(type(self).var.compute(self))
 
     def kl(self, other=None):
         """Twice the KL from another such distribution, other, or the standard normal; nats per example and time."""

@@ -12,7 +12,7 @@ residual posteriors are by construction; under autocast in half precision it is 
 import torch
 
 from fastelbo import _checks
-from fastelbo.compat import sample_and_noise
+from fastelbo.compat import Derived, changed, sample_and_noise
 from fastelbo.ops.gaussian_kl import gaussian_kl
 from fastelbo.ops.gaussian_log_prob import gaussian_log_prob
 from fastelbo.ops.gaussian_rsample import gaussian_rsample
@@ -21,7 +21,7 @@ from fastelbo.scale import Scale
 
 __all__ = ["Normal"]
 
-_SCALE = Scale.nvae()
+_SCALE, _STD = Scale.nvae(), Scale("std")
 
 
 class Normal:
@@ -32,7 +32,7 @@ class Normal:
         temp: multiplies the standard deviation.
 
     Attributes:
-        mu: the mean; sigma is the standard deviation.
+        mu: the mean; sigma is the standard deviation. Both may be assigned, or written to.
 
     Raises:
         ValueError, TypeError: in a method, as the op that computes it.
@@ -49,32 +49,38 @@ class Normal:
 
     def __init__(self, mu, log_sigma, temp=1.0):
         self.mu = _SCALE.soft_clamp * torch.tanh(mu / _SCALE.soft_clamp)
-        self._s, self._scale = log_sigma, _SCALE
+        self._log_sigma = log_sigma
         if temp != 1.0:
-            self._s, self._scale = self.sigma * temp, Scale("std")
+            self.sigma = self.sigma * temp
 
-    @property
+    @Derived
     def sigma(self):
         """The standard deviation."""
-        return log_std_and_std(self._s, self._scale)[1]
+        return log_std_and_std(self._log_sigma, _SCALE)[1]
+
+    def _spread(self):
+        """A raw scale, and what it is."""
+        return (self.sigma, _STD) if changed(self, "sigma") else (self._log_sigma, _SCALE)
 
     @_checks.calls(mean="mu", s="log_sigma")
     def sample(self):
         """(z, eps): a draw, and the noise in it."""
-        return sample_and_noise(self.mu, self._s, self._scale)
+        return sample_and_noise(self.mu, *self._spread())
 
     @_checks.calls(mean="mu", s="log_sigma", noise="eps")
     def sample_given_eps(self, eps):
         """The draw that has this noise, eps."""
-        return gaussian_rsample(self.mu, self._s, scale=self._scale, noise=eps)
+        s, scale = self._spread()
+        return gaussian_rsample(self.mu, s, scale=scale, noise=eps)
 
     @_checks.calls(mean="mu", s="log_sigma", x="samples")
     def log_p(self, samples):
         """Log-density of samples, elementwise."""
-        return gaussian_log_prob(samples, self.mu, self._s, scale=self._scale, event_ndim=0)
+        s, scale = self._spread()
+        return gaussian_log_prob(samples, self.mu, s, scale=scale, event_ndim=0)
 
     @_checks.calls(mean_q="mu", s_q="log_sigma", mean_p="normal_dist.mu", s_p="normal_dist.log_sigma")
     def kl(self, normal_dist):
         """KL of this from another such Normal, normal_dist, elementwise."""
-        other = normal_dist
-        return gaussian_kl(self.mu, self._s, other.mu, other._s, scale=self._scale, scale_p=other._scale, event_ndim=0)
+        (s, scale), (s_p, scale_p) = self._spread(), normal_dist._spread()
+        return gaussian_kl(self.mu, s, normal_dist.mu, s_p, scale=scale, scale_p=scale_p, event_ndim=0)
