@@ -58,17 +58,25 @@ class Derived:
         value = self.compute(instance)
         # what is traced, and inference tensors, have no version that is a number: they count as changed
         known = not (torch.compiler.is_compiling() or value.is_inference())
-        vars(instance)[self.place] = value, value._version if known else None
+        self._keep(instance, value, value._version if known else None)
         return value
 
     def __set__(self, instance, value):
-        vars(instance)[self.place] = value, None
+        self._keep(instance, value, None)
+
+    def _keep(self, instance, value, version):
+        names = instance.__dict__
+        names[self.place] = value, version
+        names["_derived"] = True
 
 
 def changed(instance, *names):
     """Whether one of an object's derived attributes was assigned or written to."""
+    own = instance.__dict__
+    if "_derived" not in own:
+        return False
     for name in names:
-        kept = vars(instance).get(f"_{name}")
+        kept = own.get(f"_{name}")
         if kept is not None and (kept[1] is None or kept[0]._version != kept[1]):
             return True
     return False

@@ -49,7 +49,7 @@ class _Posterior:
     def __init__(self, parameters, deterministic=False):
         self.parameters = parameters
         self.mean, self._s = torch.chunk(parameters, 2, dim=1)
-        self.deterministic = deterministic
+        self.deterministic = self._narrow = deterministic  # the latter for good
 
     def sample(self, generator=None):
         """A draw.
@@ -57,7 +57,7 @@ class _Posterior:
         Args:
             generator: a torch.Generator, of the CPU or of the parameters' device, or a list of one for each example.
         """
-        s, scale, temperature = self._s, self._scale, 0.0 if self._without_noise() else 1.0
+        s, scale, temperature = self._s, self._scale, 0.0 if self._narrow else 1.0
         if changed(self, "std"):
             s, scale, temperature = self.std, "std", 1.0
         if isinstance(generator, list) and len(generator) == 1:
@@ -73,26 +73,24 @@ class _Posterior:
         """The mean."""
         return self.mean
 
-    def _without_noise(self):
-        return self.deterministic
-
     def _zero(self):
         return self.parameters.new_zeros(1, dtype=torch.float32)
 
     @_checks.calls(mean_q="parameters", s_q="parameters", mean_p="other.parameters", s_p="other.parameters")
     def _kl(self, other, **options):
-        asked = self if other is None else other
-        if isinstance(asked, _Posterior) and not (changed(self, "var", "logvar") or changed(asked, "var", "logvar")):
-            prior = () if other is None else (other.mean, other._s)
-            kl = gaussian_kl(self.mean, self._s, *prior, scale=self._scale, **options)
+        alone, plain = other is None, not changed(self, "var", "logvar")
+        if alone and plain:
+            return gaussian_kl(self.mean, self._s, scale=self._scale, **options)
+        if plain and isinstance(other, _Posterior) and not changed(other, "var", "logvar"):
+            kl = gaussian_kl(self.mean, self._s, other.mean, other._s, scale=self._scale, **options)
         else:
             mean, var, logvar = _moments(self)
-            mean_p, var_p, logvar_p = (0.0, 1.0, 0.0) if other is None else _moments(other)
+            mean_p, var_p, logvar_p = (0.0, 1.0, 0.0) if alone else _moments(other)
             kl = 0.5 * ((mean - mean_p) ** 2 / var_p + var / var_p - 1 - logvar + logvar_p)
             kl = kl.mean() if options else event_sum(kl, kl.dim() - 1)
-        if other is None or changed(other, "var", "logvar"):
+        if alone or changed(other, "var", "logvar"):
             return kl
-        narrow = other._without_noise() if isinstance(other, _Posterior) else other.deterministic
+        narrow = other._narrow if isinstance(other, _Posterior) else other.deterministic
         return torch.full_like(kl, torch.inf) if narrow else kl
 
 
@@ -135,13 +133,6 @@ class DiagonalGaussianDistribution(_Posterior):
     """
 
     _scale = Scale.diffusers()
-
-    def __init__(self, parameters, deterministic=False):
-        super().__init__(parameters, deterministic)
-        self._narrow = deterministic  # of std and var, for good
-
-    def _without_noise(self):
-        return self._narrow
 
     @Derived
     def logvar(self):
