@@ -29,6 +29,7 @@ SMALL = {  # options of a run of seconds
     "missing_pixels": ["--epochs", "2"],
     "families": ["--starts", "3"],
     "laplace": [],
+    "density": ["--epochs", "20"],
 }
 each_program = pytest.mark.parametrize("name", course.PROGRAMS)
 
@@ -312,3 +313,20 @@ def test_evidence_on_the_grid_is_scipys_integral():
     values = [[math.exp(20 * (best.fun - loss(centre + half * np.array([a, b])))) for b in nodes] for a in nodes]
     expected = math.log(weights @ np.array(values) @ weights * half**2) - 20 * best.fun
     assert laplace.integrate(signed, 20, mode, curvature)[2].item() == pytest.approx(expected, abs=1e-7)
+
+
+# density
+
+
+def test_every_image_is_counted_by_its_number():
+    import density
+
+    torch.manual_seed(0)
+    model = density.PixelCNN().requires_grad_(False)
+    table = density.count_all(model, 2)
+    assert table.shape == (65536, 2)
+    for number in (0, 1, 4711, 65535):
+        image = torch.tensor([int(digit) for digit in f"{number:016b}"]).float().view(1, 1, 4, 4)
+        ours = model.log_prob(image.repeat(2, 1, 1, 1), torch.arange(2))
+        torch.testing.assert_close(table[number], ours, rtol=0, atol=1e-5)
+    assert (table.exp().sum(0) - 1).abs().max() < 1e-6
