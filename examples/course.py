@@ -14,7 +14,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-PROGRAMS = ("em", "em_to_vae", "missing_pixels", "families", "laplace", "density")  # in the order of the lectures
+PROGRAMS = (
+    "em",
+    "em_to_vae",
+    "missing_pixels",
+    "families",
+    "laplace",
+    "density",
+    "gan",
+)  # in the order of the lectures
 
 
 def run(program: str, output: Path) -> tuple[str, int]:

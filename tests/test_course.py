@@ -30,6 +30,7 @@ SMALL = {  # options of a run of seconds
     "families": ["--starts", "3"],
     "laplace": [],
     "density": ["--epochs", "20"],
+    "gan": ["--steps", "300"],
 }
 each_program = pytest.mark.parametrize("name", course.PROGRAMS)
 
@@ -330,3 +331,35 @@ def test_every_image_is_counted_by_its_number():
         ours = model.log_prob(image.repeat(2, 1, 1, 1), torch.arange(2))
         torch.testing.assert_close(table[number], ours, rtol=0, atol=1e-5)
     assert (table.exp().sum(0) - 1).abs().max() < 1e-6
+
+
+# gan
+
+
+@pytest.mark.parametrize("shift", [0.5, 2.0])
+def test_divergences_are_scipys_integrals(shift):
+    import gan
+
+    def p(x):
+        return 0.5 * scipy.stats.norm.pdf(x, -1.5, 0.7) + 0.5 * scipy.stats.norm.pdf(x, 1.0, 0.5)
+
+    def q(x):
+        return scipy.stats.norm.pdf(x, shift, 1.2)
+
+    def kl(a, b):
+        return scipy.integrate.quad(lambda x: a(x) * math.log(a(x) / b(x)), -11, 11, limit=200, epsabs=1e-11)[0]
+
+    jsd = kl(p, lambda x: (p(x) + q(x)) / 2) + kl(q, lambda x: (p(x) + q(x)) / 2)
+    np.testing.assert_allclose(gan.divergences(shift), (jsd, kl(q, p)), rtol=1e-6)
+
+
+def test_gradients_of_the_generator_are_differences_of_its_losses():
+    """With D held, q's draws moved by a little."""
+    import gan
+
+    _, cell, p, q = gan.densities(2.0)
+    d = p / (p + q)
+    ahead, behind = gan.densities(2.0 + 1e-4)[3], gan.densities(2.0 - 1e-4)[3]
+    losses = torch.log1p(-d), -d.log()
+    expected = [((ahead - behind) / 2e-4 * loss).sum().item() * cell.item() for loss in losses]
+    np.testing.assert_allclose(gan.generator_gradients(2.0), expected, rtol=1e-3)
