@@ -18,7 +18,7 @@ MOST_REGISTERS = {"gaussian": 168, "masked": 255}
 KERNELS = {  # of the Gaussian ops, and of the convolution's layers
     "80 few": 12 + 10,
     "80": 46 + 25,
-    "90": 46 + 45 + 10,
+    "90": 46 + 55 + 10,
     "100 few": 12 + 10,
     "100": 46 + 25,
 }
