@@ -170,6 +170,16 @@ class CompressAIMaskedConv2d(nn.Conv2d):
         return super().forward(x)
 
 
+class CompressAICheckerboardMaskedConv2d(CompressAIMaskedConv2d):
+    def __init__(self, *args, mask_type="A", **kwargs):
+        super().__init__(*args, **kwargs)
+        h, w = self.weight.shape[2:]
+        self.mask[:] = 1
+        self.mask[:, :, 0::2, 0::2] = 0
+        self.mask[:, :, 1::2, 1::2] = 0
+        self.mask[:, :, h // 2, w // 2] = mask_type == "B"
+
+
 # Objectives
 
 

@@ -713,6 +713,26 @@ def test_compressais_arguments():
         compressai.MaskedConv2d(3, 6, 5, padding=1)
 
 
+@pytest.mark.parametrize("mask_type", ["A", "B"])
+@pytest.mark.parametrize("name", ["MaskedConv2d", "CheckerboardMaskedConv2d"])
+@pytest.mark.parametrize("kernel_size", [5, (3, 5), (5, 3), (1, 5)], ids=str)
+def test_compressais_masks(name, kernel_size, mask_type):
+    """Of kernels of unequal sides, and of checkerboards."""
+    x, padding = randn(2, 3, 6, 7, dtype=torch.float32), "same"
+    mine = getattr(compressai, name)(3, 6, kernel_size, padding=padding, mask_type=mask_type)
+    theirs = getattr(originals, f"CompressAI{name}")(3, 6, kernel_size, padding=padding, mask_type=mask_type)
+    theirs.load_state_dict(mine.state_dict(), strict=True)
+    assert torch.equal(mine.mask, theirs.mask)
+    torch.testing.assert_close(mine(x), theirs(x))
+    again = getattr(compressai, name)(3, 6, kernel_size, padding=padding, mask_type=mask_type)
+    again.load_state_dict(theirs.state_dict(), strict=True)
+    torch.testing.assert_close(again(x), theirs(x))
+    inner = getattr(compressai, name)(3, 6, kernel_size, mask_type=mask_type)
+    inner.load_state_dict(theirs.state_dict())
+    rows, columns = (size // 2 for size in inner.kernel_size)
+    assert torch.equal(inner(x), again(x)[:, :, rows : 6 - rows, columns : 7 - columns])
+
+
 def test_compressais_loop_over_pixels_sees_what_the_layer_computes():
     mine, theirs = context_model(0)
     theirs.load_state_dict(mine.state_dict())
