@@ -1,9 +1,8 @@
 """Compiles the Triton kernels for a GPU that need not be there; prints what they take of it, as JSON.
 
-    python tests/compile_triton.py 90
-    python tests/compile_triton.py 80 few
+    python tests/compile_triton.py 90 most
 
-The second compiles but the kernels that take the most.
+After the capability: few of the kernels, those that take the most, or most of them; else all.
 
 Runs the launchers on CPU tensors, with a driver that only names the target; nothing is launched.
 """
@@ -66,8 +65,10 @@ LAYERS_OVER_BOXES = {
     "boxes-bfloat16": ((16, 128, 28, 28), (128, 128, 5, 5), {"activation": "relu"}, torch.bfloat16),
     "boxes-float16": ((16, 64, 28, 28), (128, 64, 3, 3), {"activation": "tanh_sigmoid"}, torch.float16),
 }
-LAYERS_EVERYWHERE = ("float32", "bfloat16", "float64", "first-bfloat16", "groups")  # the others for sm_90 only
-FEW = ("float32", "bfloat16")  # cases, of Gaussians and layers
+# Cases of Gaussians and layers. All layers are compiled for sm_90 alone.
+FEW = ("float32", "bfloat16")
+EVERYWHERE = (*FEW, "float64", "first-bfloat16", "groups")
+MOST = (*EVERYWHERE, "taps-bfloat16", "taps-first", "boxes-bfloat16", "softplus", "ragged", "long", "samples")
 
 
 class NamedTarget:
@@ -129,18 +130,20 @@ def compile_for(capability: int) -> list:
     return compiled
 
 
-def main(capability: int, few: bool) -> None:
+def main(capability: int, share: str = "") -> None:
     compiled = compile_for(capability)
     found = {}
+    chosen = {"few": FEW, "most": MOST}.get(share, (*CASES, *LAYERS, *LAYERS_OVER_BOXES))
     for case, (keywords, shape, dtype, names) in CASES.items():
-        for op in ("rsample_kl", *WIDEST) if few and case in FEW else () if few else names:
+        names = ("rsample_kl", *WIDEST) if share == "few" else names
+        for op in names if case in chosen else ():
             compiled.clear()
             run(ops.KERNELS[op], keywords, shape, dtype)
             for name, kernel, options in compiled:
                 elements = options["R"] * options["C"] // (32 * options["num_warps"])
                 found[f"gaussian_{op}{name}-{case}"] = {**resources(kernel), "elements": elements}
-    layers = {**LAYERS, **LAYERS_OVER_BOXES} if capability == 90 else {case: LAYERS[case] for case in LAYERS_EVERYWHERE}
-    layers = {case: layer for case, layer in layers.items() if case in FEW or not few}
+    layers = {**LAYERS, **LAYERS_OVER_BOXES} if capability == 90 else {case: LAYERS[case] for case in EVERYWHERE}
+    layers = {case: layer for case, layer in layers.items() if case in chosen}
     for case, layer in layers.items():
         compiled.clear()
         over_boxes(case in LAYERS_OVER_BOXES)
@@ -178,4 +181,4 @@ def run_layer(case, shape, weight_shape, keywords, dtype):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), "few" in sys.argv)
+    main(int(sys.argv[1]), *sys.argv[2:])
