@@ -20,7 +20,7 @@ help:
 	@echo "make demo       train a VAE and a PixelCNN on handwritten digits, under two minutes; pictures go to demo/"
 	@echo "make course     programs that hold what they find against what is true, and one table; pictures go to demo/course"
 	@echo "make test       the test suite"
-	@echo "make test-slow  the statistical tests over 10^8 draws, and properties on ten thousand calls, sanitized too"
+	@echo "make test-slow  the exhaustive rest: 10^8 draws, ten thousand calls, sanitized too, all products in Triton"
 	@echo "make bench      benchmarks against eager torch, torch.distributions and torch.compile; appends result rows;"
 	@echo "                ARGS=\"--quick --no-save\" or others, see $(BIN)/python -m pytest benchmarks --help"
 	@echo "make figures    the figures in docs/figures from the rows in benchmarks/results"
