@@ -29,6 +29,10 @@ from fastelbo.ops.gaussian_rsample import gaussian_rsample
 
 __all__ = ["Independent", "Normal", "kl_divergence"]
 
+# torch's, whatever compat.patch puts in their place
+_Normal, _Independent = torch.distributions.Normal, torch.distributions.Independent
+_kl_divergence = torch.distributions.kl_divergence
+
 
 def __getattr__(name: str) -> Any:
     """torch.distributions' own, of what is not here."""
@@ -37,7 +41,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Normal(torch.distributions.Normal):
+class Normal(_Normal):
     """torch.distributions.Normal on the fused ops.
 
     Args:
@@ -64,7 +68,7 @@ class Normal(torch.distributions.Normal):
         validate = self._validate_args if validate_args is None else validate_args
         readable = _checks.readable(self.loc)
         # past torch's Normal, whose constructor is what stands above
-        super(torch.distributions.Normal, self).__init__(self.loc.shape, validate_args=validate and readable)
+        super(_Normal, self).__init__(self.loc.shape, validate_args=validate and readable)
         self._validate_args = validate
         if validate and not readable:
             for name, constraint in self.arg_constraints.items():
@@ -116,7 +120,7 @@ class Normal(torch.distributions.Normal):
             super()._validate_sample(value)
 
 
-class Independent(torch.distributions.Independent):
+class Independent(_Independent):
     """torch.distributions.Independent, whose log-density of a Normal is summed where it is computed.
 
     Args:
@@ -174,7 +178,7 @@ def kl_divergence(p: torch.distributions.Distribution, q: torch.distributions.Di
         >>> fastelbo.distributions.kl_divergence(p, q)
         tensor([0.5000, 0.5000, 0.5000])
     """
-    function = _KL.get((type(p), type(q)), torch.distributions.kl_divergence)
+    function = _KL.get((type(p), type(q)), _kl_divergence)
     return function(p, q)
 
 
@@ -195,16 +199,16 @@ def _kl_normal(p, q, event_ndim=0):
 
 def _kl_independent(p, q):
     bases, ndims = (p.base_dist, q.base_dist), (p.reinterpreted_batch_ndims, q.reinterpreted_batch_ndims)
-    if ndims[0] == ndims[1] and all(isinstance(base, torch.distributions.Normal) for base in bases):
+    if ndims[0] == ndims[1] and all(isinstance(base, _Normal) for base in bases):
         return _kl_normal(*bases, ndims[0])
-    plain = (torch.distributions.Independent(base, n) for base, n in zip(bases, ndims, strict=True))
-    return torch.distributions.kl_divergence(*plain)
+    plain = (_Independent(base, n) for base, n in zip(bases, ndims, strict=True))
+    return _kl_divergence(*plain)
 
 
 _KL: dict[Any, Any] = {}
 for _ours, _theirs, _function in (
-    (Normal, torch.distributions.Normal, _kl_normal),
-    (Independent, torch.distributions.Independent, _kl_independent),
+    (Normal, _Normal, _kl_normal),
+    (Independent, _Independent, _kl_independent),
 ):
     for _pair in ((_ours, _ours), (_ours, _theirs), (_theirs, _ours)):
         _KL[_pair] = torch.distributions.register_kl(*_pair)(_function)

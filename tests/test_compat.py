@@ -878,3 +878,67 @@ def test_nvaes_sigma_may_be_assigned(edit, temp):
     torch.testing.assert_close(mine.kl(other[0]), theirs.kl(other[1]))
     torch.testing.assert_close(other[0].kl(mine), other[1].kl(theirs))
     torch.testing.assert_close(mine.log_p(eps), Normal(theirs.mu, theirs.sigma).log_prob(eps))
+
+
+# modules that are imported under an alias
+
+
+def test_patch_reaches_modules_under_an_alias():
+    """In a process of its own, as it changes torch."""
+    code = """
+import torch
+import torch.distributions as td
+from torch.distributions import Normal as Gaussian
+import types, fastelbo
+user = types.ModuleType("user")
+user.Gaussian, user.other = Gaussian, td.Bernoulli
+loc = torch.randn(3, 4, dtype=torch.float64)
+def lines():
+    q = td.Independent(td.Normal(loc, 1.0), 1)
+    p = td.Independent(td.Normal(torch.zeros_like(loc), 2.0).expand((3, 4)), 1)
+    x = td.TransformedDistribution(user.Gaussian(loc, 1.0), [td.ExpTransform()])
+    return td.kl_divergence(q, p), q.log_prob(loc), td.LogNormal(loc, 1.0).log_prob(loc.exp()), x.log_prob(loc.exp())
+want = lines()
+with fastelbo.compat.patch(fastelbo.distributions, td, user):
+    print(td.Normal is user.Gaussian is fastelbo.distributions.Normal, td.kl_divergence.__module__, user.other.__module__)
+    torch.testing.assert_close(lines(), want)
+    assert td.Normal(loc, 1.0).rsample((2,)).shape == (2, 3, 4) and isinstance(td.Normal(loc, 1.0), Gaussian)
+    with fastelbo.compat.patch(fastelbo.distributions, td): pass
+    assert td.Normal is fastelbo.distributions.Normal
+assert td.Normal is user.Gaussian is Gaussian
+torch.testing.assert_close(lines(), want)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "True fastelbo.distributions torch.distributions.bernoulli\n"
+
+
+def test_patch_reaches_pyros_names():
+    code = """
+import pyro.distributions as dist, torch, fastelbo
+with fastelbo.compat.patch(fastelbo.compat.pyro, dist):
+    q = dist.Normal(torch.zeros(2, 3), 1.0).to_event(1)
+    print(type(q).__module__, type(q.base_dist).__module__, q.log_prob(torch.zeros(2, 3)).tolist())
+print(dist.Normal.__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    value = Independent(Normal(torch.zeros(2, 3), 1.0), 1).log_prob(torch.zeros(2, 3)).tolist()
+    assert done.stdout == f"fastelbo.compat.pyro fastelbo.compat.pyro {value}\npyro.distributions.torch\n"
+
+
+def test_patch_of_a_projects_own_files():
+    helpers, model = types.ModuleType("vae_helpers"), types.ModuleType("vae")
+    names = ("gaussian_analytical_kl", "draw_gaussian_diag_samples")
+    for name in names:
+        setattr(helpers, name, getattr(originals, name))
+    model.kl, model.torch = originals.gaussian_analytical_kl, torch
+    with fastelbo.compat.patch(vdvae, helpers, model):
+        assert all(getattr(helpers, name) is getattr(vdvae, name) for name in names)
+        assert model.kl is vdvae.gaussian_analytical_kl and model.torch is torch
+    assert all(getattr(helpers, name) is getattr(originals, name) for name in names)
+    assert model.kl is originals.gaussian_analytical_kl
+    message = "^modules must have one of gaussian_analytical_kl, draw_gaussian_diag_samples; got math$"
+    for modules, message in (((math,), message.replace("draw", "draw")), ((), message.replace("math", "no module"))):
+        names_in = "one of draw_gaussian_diag_samples, gaussian_analytical_kl"
+        with pytest.raises(ValueError, match=f"^modules must have {names_in}; got "):
+            fastelbo.compat.patch(vdvae, *modules)

@@ -89,6 +89,43 @@ def sample_and_noise(mean, s, scale):
     return gaussian_rsample(mean, s, scale=scale, seed=seed), noise
 
 
+def patch(ours, *modules):
+    """Puts what a drop-in has in the place of what modules have under the same names, for code that reaches these under
+    an alias (``import torch.distributions as td``), and wherever these modules have the same under other names.
+
+    A module of a package is that one alone: what its inner modules hold stays. Objects that were made before keep the
+    class that they had.
+
+    Args:
+        ours: fastelbo.distributions, or one of the files here.
+        modules: one or more, as of another project or of a user.
+
+    Returns:
+        A context manager: leaving it, or calling its close(), puts theirs back.
+
+    Raises:
+        ValueError: modules that have none of the names.
+
+    Example:
+        >>> import torch.distributions as td
+        >>> with fastelbo.compat.patch(fastelbo.distributions, td):
+        ...     td.Normal(torch.zeros(2), 1.0).__module__
+        'fastelbo.distributions'
+        >>> td.Normal.__module__
+        'torch.distributions.normal'
+    """
+    names = [name for name in ours.__all__ if name != "patch"]
+    theirs = {}
+    for module in modules:
+        for name in names:
+            if name in vars(module) and vars(module)[name] is not getattr(ours, name):
+                theirs[id(vars(module)[name])] = getattr(ours, name)
+    if not theirs and not any(name in vars(module) for module in modules for name in names):
+        given = ", ".join(module.__name__ for module in modules) or "no module"
+        raise ValueError(f"modules must have one of {', '.join(names)}; got {given}")
+    return _undoing(modules, theirs)
+
+
 def replaced(package, replacements, modules=()):
     """Puts objects in the place of others.
 
@@ -101,11 +138,17 @@ def replaced(package, replacements, modules=()):
         A contextlib.ExitStack: leaving or closing it puts theirs back, in the package's modules that were loaded since,
         too.
     """
+    undo = _undoing(modules, {id(theirs): ours for theirs, ours in replacements.items()})
+    _replace_all(package, {id(theirs): ours for theirs, ours in replacements.items()})
+    undo.callback(_replace_all, package, {id(ours): theirs for theirs, ours in replacements.items()})
+    return undo
+
+
+def _undoing(modules, replacements):
+    """Replaces in modules; what undoes that."""
     undo = contextlib.ExitStack()
     for module in modules:
         undo.callback(vars(module).update, dict(_replace(vars(module), replacements)))
-    _replace_all(package, replacements)
-    undo.callback(_replace_all, package, {ours: theirs for theirs, ours in replacements.items()})
     return undo
 
 
@@ -116,7 +159,7 @@ def _replace_all(package, replacements):
 
 
 def _replace(names, replacements):
-    """Replaces in a module's names; what they stood for before."""
-    found = [(name, value) for name, value in names.items() if isinstance(value, type) and value in replacements]
-    names.update((name, replacements[value]) for name, value in found)
+    """Replaces in a module's names, by identity; what they stood for before."""
+    found = [(name, value) for name, value in list(names.items()) if id(value) in replacements]
+    names.update((name, replacements[id(value)]) for name, value in found)
     return found

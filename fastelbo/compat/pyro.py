@@ -13,6 +13,8 @@ from fastelbo import distributions
 
 __all__ = ["Independent", "Normal"]
 
+_Independent = pyro.distributions.Independent  # Pyro's, whatever patch puts in its place
+
 
 def __getattr__(name):
     """Pyro's own, of what is not here."""
@@ -43,7 +45,7 @@ class Normal(distributions.Normal, TorchDistributionMixin):
         return _ours(super().to_event(reinterpreted_batch_ndims))
 
 
-class Independent(distributions.Independent, pyro.distributions.Independent):
+class Independent(distributions.Independent, _Independent):
     """fastelbo.distributions.Independent for Pyro; what Normal.to_event returns.
 
     Args:
@@ -68,6 +70,6 @@ class Independent(distributions.Independent, pyro.distributions.Independent):
 
 def _ours(distribution):
     """Pyro's Independent as ours."""
-    if type(distribution) is pyro.distributions.Independent:
+    if type(distribution) is _Independent:
         return Independent(distribution.base_dist, distribution.reinterpreted_batch_ndims)
     return distribution
