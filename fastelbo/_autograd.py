@@ -28,6 +28,11 @@ def recorded(tensors) -> bool:
     return False
 
 
+def exported_to_onnx() -> bool:
+    """Whether what runs is on its way to ONNX, which knows no op of ours."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
 def distinct(tensors):
     """The tensors; a view in place of one that comes again, because torch.compile traces no Function that gets a tensor
     twice (a sigma that two Gaussians share)."""

@@ -74,6 +74,12 @@ _DRAW = _library.define_helper(
 )
 
 
+def _drawn_by_onnx(device):
+    """Of 46 bits: ONNX draws integers as float32 numbers."""
+    high, low = (torch.randint(0, 2**23, (1,), device=device) for _ in range(2))
+    return high * 2**23 + low
+
+
 def at(seed: "torch.Tensor | None", device: torch.device) -> "torch.Tensor | None":
     """A seed on a device."""
     return None if seed is None else seed.to(device)
@@ -94,6 +100,8 @@ def as_seed(seed: Any, generator: Any, device: torch.device, on_cpu: bool = Fals
     """
     if seed is None:
         if generator is None:
+            if _autograd.exported_to_onnx():
+                return _drawn_by_onnx(device)
             if torch.compiler.is_compiling() and not _autograd.transformed():
                 return _DRAW(torch.empty((), device=device))
             return _draw(device, None, on_cpu)

@@ -251,7 +251,7 @@ def only_reference(noise: "torch.Tensor | None" = None) -> "str | None":
         noise: the noise that the call is given, or None.
 
     Returns:
-        None or the reason: a noise that wants a gradient, torch.func, forward-mode differentiation.
+        None or the reason: a noise that wants a gradient, torch.func, forward-mode differentiation, an export to ONNX.
 
     Example:
         >>> fastelbo.backends.only_reference(torch.zeros(3, requires_grad=True))
@@ -263,4 +263,6 @@ def only_reference(noise: "torch.Tensor | None" = None) -> "str | None":
         return "torch.func transforms run on the reference"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation runs on the reference"
+    if _autograd.exported_to_onnx():
+        return "ONNX knows the reference's ops alone"
     return None

@@ -41,7 +41,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Normal(_Normal):
+class Normal(torch.distributions.Normal):
     """torch.distributions.Normal on the fused ops.
 
     Args:
@@ -120,7 +120,7 @@ class Normal(_Normal):
             super()._validate_sample(value)
 
 
-class Independent(_Independent):
+class Independent(torch.distributions.Independent):
     """torch.distributions.Independent, whose log-density of a Normal is summed where it is computed.
 
     Args:

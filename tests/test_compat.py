@@ -900,7 +900,8 @@ def lines():
     return td.kl_divergence(q, p), q.log_prob(loc), td.LogNormal(loc, 1.0).log_prob(loc.exp()), x.log_prob(loc.exp())
 want = lines()
 with fastelbo.compat.patch(fastelbo.distributions, td, user):
-    print(td.Normal is user.Gaussian is fastelbo.distributions.Normal, td.kl_divergence.__module__, user.other.__module__)
+    print(td.Normal is user.Gaussian is fastelbo.distributions.Normal, td.kl_divergence.__module__)
+    print(user.other.__module__)
     torch.testing.assert_close(lines(), want)
     assert td.Normal(loc, 1.0).rsample((2,)).shape == (2, 3, 4) and isinstance(td.Normal(loc, 1.0), Gaussian)
     with fastelbo.compat.patch(fastelbo.distributions, td): pass
@@ -910,7 +911,7 @@ torch.testing.assert_close(lines(), want)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "True fastelbo.distributions torch.distributions.bernoulli\n"
+    assert done.stdout == "True fastelbo.distributions\ntorch.distributions.bernoulli\n"
 
 
 def test_patch_reaches_pyros_names():
@@ -937,8 +938,7 @@ def test_patch_of_a_projects_own_files():
         assert model.kl is vdvae.gaussian_analytical_kl and model.torch is torch
     assert all(getattr(helpers, name) is getattr(originals, name) for name in names)
     assert model.kl is originals.gaussian_analytical_kl
-    message = "^modules must have one of gaussian_analytical_kl, draw_gaussian_diag_samples; got math$"
-    for modules, message in (((math,), message.replace("draw", "draw")), ((), message.replace("math", "no module"))):
-        names_in = "one of draw_gaussian_diag_samples, gaussian_analytical_kl"
-        with pytest.raises(ValueError, match=f"^modules must have {names_in}; got "):
+    for modules, given in (((math,), "math"), ((), "no module")):
+        message = f"^modules must have one of draw_gaussian_diag_samples, gaussian_analytical_kl; got {given}$"
+        with pytest.raises(ValueError, match=message):
             fastelbo.compat.patch(vdvae, *modules)
