@@ -6,6 +6,7 @@ from fastelbo import backends, distributed, nn, reference
 from fastelbo.elbo import (
     ELBO,
     gaussian_elbo,
+    gaussian_kl_per_latent,
     gaussian_one_sample_kl,
     gaussian_rsample_log_prob,
     importance_weighted_log_likelihood,
@@ -32,6 +33,7 @@ __all__ = [
     "distributions",
     "gaussian_elbo",
     "gaussian_kl",
+    "gaussian_kl_per_latent",
     "gaussian_log_prob",
     "gaussian_nll",
     "gaussian_one_sample_kl",

@@ -136,6 +136,68 @@ def gaussian_elbo(
     return ELBO(-(nll + weighted), nll, kl)
 
 
+def gaussian_kl_per_latent(
+    mean_q: "torch.Tensor | float",
+    s_q: "torch.Tensor | float",
+    mean_p: "torch.Tensor | float | None" = None,
+    s_p: "torch.Tensor | float | None" = None,
+    *,
+    scale: "str | Scale" = "logvar",
+    scale_p: "str | Scale | None" = None,
+    event_ndim: "int | None" = None,
+    mask: "torch.Tensor | None" = None,
+    backend: "str | None" = None,
+) -> torch.Tensor:
+    r"""KL divergence of each latent dimension in the mean over the batch, for logs and for counting active ones: by one
+    kernel, and nothing of the batch's size is written.
+
+    .. math:: \tfrac{1}{B} \sum_b \mathrm{KL}(q_{b d} \| p_{b d})
+
+    Args:
+        mean_q, s_q, mean_p, s_p, scale, scale_p, backend: as in gaussian_kl.
+        event_ndim: how many trailing dimensions are the latent's; all but the first where None.
+        mask: bool, broadcasts to the shape of q and p: True where an element counts. The mean of a latent is over those
+            that count; NaN over none.
+
+    Returns:
+        KL in nats, float32 (float64 for float64 inputs), of the latent's shape: the last event_ndim dimensions of the
+        shape to which q and p broadcast.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as gaussian_kl.
+
+    Source:
+        Active units: Burda et al. 2016, "Importance Weighted Autoencoders", section 5.
+
+    Example:
+        >>> mean = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+        >>> kl = fastelbo.gaussian_kl_per_latent(mean, torch.zeros(2, 3))
+        >>> kl, (kl > 0.01).sum()
+        (tensor([1.0000, 0.2500, 0.0000]), tensor(2))
+    """
+    _checks.check_prior(mean_p, s_p, scale_p)
+    tensors, shape, _ = _checks.operands(event_ndim, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p)
+    if mask is not None:
+        _checks.check_mask(mask, shape, tensors[0].device)
+    rank = len(shape)
+    batch = rank - _checks.check_event_ndim(event_ndim, shape)
+    order = (*range(batch, rank), *range(batch))
+
+    def batch_last(tensor):
+        """The event where a kernel expects the batch."""
+        if tensor is None or tensor.dim() == 0:
+            return tensor
+        return tensor.reshape((1,) * (rank - tensor.dim()) + tensor.shape).permute(order)
+
+    mean_q, s_q, mean_p, s_p, turned = map(batch_last, (*tensors, mask))
+    options: dict[str, Any] = {"scale": scale, "scale_p": scale_p, "mask": turned, "backend": backend}
+    total = gaussian_kl(mean_q, s_q, mean_p, s_p, event_ndim=batch, **options)
+    if turned is None:
+        return total / math.prod(shape[:batch])
+    counted = turned.expand([shape[d] for d in order])
+    return total / (counted.sum(dim=tuple(range(rank - batch, rank))) if batch else counted)
+
+
 def iwae_bound(
     log_p_x: "torch.Tensor | float",
     log_p_z: "torch.Tensor | float",

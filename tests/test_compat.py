@@ -942,3 +942,52 @@ def test_patch_of_a_projects_own_files():
         message = f"^modules must have one of draw_gaussian_diag_samples, gaussian_analytical_kl; got {given}$"
         with pytest.raises(ValueError, match=message):
             fastelbo.compat.patch(vdvae, *modules)
+
+
+# what projects log
+
+
+def test_bklloss():
+    model = bnn()
+    for arguments in ((), ("sum",), ("mean", False)):
+        loss, theirs = bayesian.BKLLoss(*arguments), torchbnn.BKLLoss(*arguments)
+        torch.testing.assert_close(loss(model), theirs(model))
+        loss.reduction = theirs.reduction = "sum"
+        torch.testing.assert_close(loss(model), theirs(model))
+    torch.testing.assert_close(bayesian.BKLLoss(last_layer_only=True)(model), bayesian.BKLLoss("sum")(model[-1:]))
+
+
+@pytest.mark.parametrize("free_nats", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize("version", ["v1", "v2", "v2 each", "v3"])
+def test_dreamers_parts(version, free_nats):
+    inputs = [x.requires_grad_() for x in (randn(6, 5, 4), randn(6, 5, 4, seed=1).exp(), randn(6, 5, 4, seed=2),
+                                            randn(6, 5, 4, seed=3).exp())]  # fmt: skip
+    loss_function, options = {
+        "v1": (dreamer.kl_loss_v1, {}),
+        "v2": (dreamer.kl_loss_v2, {"alpha": 0.7}),
+        "v2 each": (dreamer.kl_loss_v2, {"free_avg": False}),
+        "v3": (dreamer.kl_loss_v3, {"dyn_scale": 0.5, "rep_scale": 0.1}),
+    }[version]
+    loss = loss_function(*inputs, free_nats=free_nats, **options)
+    parts = loss_function(*inputs, free_nats=free_nats, **options, parts=True)
+    torch.testing.assert_close(parts.loss, loss)
+    torch.testing.assert_close(parts.per_step.mean(), loss)
+    for value in (parts.loss, parts.per_step.mean()):
+        torch.testing.assert_close(torch.autograd.grad(value, inputs, retain_graph=True),
+                                   torch.autograd.grad(loss, inputs, retain_graph=True))  # fmt: skip
+    kl = originals.dreamer_kl(*inputs).detach()
+    torch.testing.assert_close(parts.kl, kl)
+    assert not parts.kl.requires_grad
+    if version == "v1":
+        assert parts.dyn is parts.rep is None
+        return
+    floored = kl.mean().clamp(min=free_nats) if version == "v2" else kl.clamp(min=free_nats).mean()
+    torch.testing.assert_close((parts.dyn, parts.rep), (floored, floored))
+    if version == "v3":
+        torch.testing.assert_close(parts.per_step, 0.6 * kl.clamp(min=free_nats))
+        torch.testing.assert_close(loss, 0.5 * parts.dyn + 0.1 * parts.rep)
+
+
+def test_dreamers_parts_check_the_floor():
+    with pytest.raises(ValueError, match=r"^free_nats must be at least 0; got -1"):
+        dreamer.kl_loss_v1(*FOUR, free_nats=-1, parts=True)

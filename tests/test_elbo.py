@@ -290,3 +290,48 @@ def test_an_exported_program_is_no_estimator_of_weighted_gradients(strict):
     assert torch.equal(
         torch.export.export(bound, tuple(arguments), strict=strict).module()(*arguments), bound(*arguments)
     )
+
+
+# each latent
+
+
+@pytest.mark.parametrize("event_ndim", [None, 0, 1, 2, 3])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("prior", [False, True])
+def test_kl_per_latent(backend, event_ndim, masked, prior):
+    def randn(*shape, seed):
+        x = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+        return x.to(torch.get_default_device())
+
+    leaves = [randn(5, 3, 4, seed=0), randn(3, 4, seed=1)] + ([randn(5, 1, 1, seed=2), randn(seed=3)] if prior else [])
+    leaves = [x.requires_grad_() for x in leaves]
+    mask = randn(5, 3, 1, seed=4) > 0 if masked else None
+    if event_ndim is None:
+        leaves[1] = randn(1, 3, 4, seed=1).requires_grad_()
+    kl = fastelbo.gaussian_kl_per_latent(*leaves, event_ndim=event_ndim, mask=mask, backend=backend)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    mean, s, mean_p, s_p = (*exact, *([] if prior else [torch.zeros(()), torch.zeros(())]))
+    terms = 0.5 * ((s - s_p).exp() + (mean - mean_p) ** 2 / s_p.exp() - 1 - s + s_p)
+    counts = torch.ones(5, 3, 4) if mask is None else mask.expand(5, 3, 4).double()
+    terms = terms * counts
+    for _ in range(3 - (2 if event_ndim is None else event_ndim)):
+        terms, counts = terms.sum(0), counts.sum(0)
+    want = terms / counts
+    torch.testing.assert_close(kl.double(), want, rtol=1e-5, atol=1e-6, equal_nan=True)
+    live = torch.isfinite(want.detach())
+    torch.testing.assert_close(
+        [g.double() for g in torch.autograd.grad(kl[live].sum(), leaves)],
+        list(torch.autograd.grad((terms / counts.clamp(min=1))[live].sum(), exact)), rtol=1e-4, atol=1e-6,
+    )  # fmt: skip
+
+
+def test_kl_per_latent_bad_input():
+    x = torch.zeros(2, 3)
+    for arguments, keywords, message in (
+        ((x, torch.zeros(2)), {}, "s_q must broadcast with mean_q of shape"),
+        ((x, x), {"event_ndim": 3}, "event_ndim must be between 0 and 2"),
+        ((x, x), {"mask": torch.ones(3, 2).bool()}, r"mask must broadcast to shape \(2, 3\); got \(3, 2\)"),
+        ((x, x, x), {}, "mean_p and s_p must both be given"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fastelbo.gaussian_kl_per_latent(*arguments, **keywords)

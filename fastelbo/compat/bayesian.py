@@ -2,8 +2,8 @@
 
 Replaces ``BaseVariationalLayer_.kl_div`` (assign ``staticmethod(kl_div)`` to it) and
 ``bayesian_torch.models.dnn_to_bnn.get_kl_loss``, which average over each weight tensor;
-``torchbnn.functional.bayesian_kl_loss``, which sums or averages over all weights; and, for all layers at once by
-sample_weights, ::
+``torchbnn.functional.bayesian_kl_loss`` and ``torchbnn.BKLLoss``, which sum or average over all weights; and, for all
+layers at once by sample_weights, ::
 
     sigma = torch.log1p(torch.exp(rho))
     weight = mu + sigma * torch.randn_like(mu)
@@ -28,7 +28,7 @@ from fastelbo import _checks
 from fastelbo.ops.gaussian_kl import gaussian_kl
 from fastelbo.ops.gaussian_rsample_kl import gaussian_rsample_kl
 
-__all__ = ["bayesian_kl_loss", "get_kl_loss", "kl_div", "sample_weights"]
+__all__ = ["BKLLoss", "bayesian_kl_loss", "get_kl_loss", "kl_div", "sample_weights"]
 
 
 @_checks.calls(mean_q="mu_q", s_q="sigma_q", mean_p="mu_p", s_p="sigma_p")
@@ -123,6 +123,32 @@ def bayesian_kl_loss(model, reduction="mean", last_layer_only=False):
     if reduction not in ("mean", "sum"):
         raise ValueError(f"{reduction} is not valid")
     return total / count if reduction == "mean" else total
+
+
+class BKLLoss(torch.nn.Module):
+    """bayesian_kl_loss as torchbnn's module.
+
+    Args:
+        reduction, last_layer_only: as in bayesian_kl_loss.
+
+    Raises:
+        ValueError: in a call, for an unknown reduction.
+
+    Source:
+        Blundell et al. 2015, "Weight Uncertainty in Neural Networks"; torchbnn/modules/loss.py.
+
+    Example:
+        >>> fastelbo.compat.bayesian.BKLLoss(reduction="sum")(torch.nn.Linear(2, 3))
+        tensor([0.])
+    """
+
+    def __init__(self, reduction="mean", last_layer_only=False):
+        super().__init__()
+        self.reduction, self.last_layer_only = reduction, last_layer_only
+
+    def forward(self, model):
+        """The KL of a model, a tensor of shape [1]."""
+        return bayesian_kl_loss(model, self.reduction, self.last_layer_only)
 
 
 @_checks.calls(mean_q="means", s_q="scales", mean_p="prior_mean", s_p="prior_std")
