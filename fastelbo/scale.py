@@ -158,6 +158,36 @@ class Scale:
         return cls("softplus", min_std=min_std, beta=beta)
 
     @classmethod
+    def softclip(cls, minimum: float = -6.0, kind: str = "log_std") -> "Scale":
+        r"""A raw value t softly clipped from below, minimum + softplus(s - minimum), as optimal sigma-VAEs have it.
+
+        No softplus is left in it: :math:`\exp(m + \ln(1 + \exp(s - m))) = \exp(s) + \exp(m)`, so that a logarithm of
+        the standard deviation has a min_std, and one of the variance a var_eps.
+
+        Args:
+            minimum: m, which the clipped raw value never reaches.
+            kind: "log_std", or "logvar".
+
+        Source:
+            Rybkin et al. 2021, "Simple and Effective VAE Training with Calibrated Decoders".
+
+        Example:
+            >>> log_sigma, scale = torch.tensor([-9.0, -6.0, 0.0]), fastelbo.Scale.softclip()
+            >>> z = fastelbo.gaussian_rsample(torch.zeros(3), log_sigma, scale=scale, noise=torch.ones(3))
+            >>> torch.allclose(z, (-6 + torch.nn.functional.softplus(log_sigma + 6)).exp())
+            True
+        """
+        _checks.check_one_of("kind", kind, ("log_std", "logvar"))
+        minimum = _checks.check_number("minimum", minimum)
+        try:
+            least = math.exp(minimum)
+        except OverflowError:
+            least = math.inf
+        if not least <= _HUGE:
+            raise ValueError(f"minimum must be one whose exponential is finite in float32; got {minimum!r}")
+        return cls(kind, min_std=least) if kind == "log_std" else cls(kind, var_eps=least)
+
+    @classmethod
     def nvae(cls) -> "Scale":
         """exp(5 tanh(s / 5)) + 0.01, as NVAE has it (which limits its means in the same way).
 

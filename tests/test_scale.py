@@ -401,3 +401,50 @@ def test_gradients_near_a_learned_prior(backend, scale, unit):
             assert abs(d_q - exact) <= 1e-6 * abs(exact), (q, p)
             exact = mpmath.diff(lambda t, q=q: exact_kl(scale, q, t), p)
             assert abs(d_p - exact) <= 1e-6 * abs(exact), (q, p)
+
+
+@pytest.mark.parametrize("minimum", [-6.0, -3.5, 0.5, -80.0])
+@pytest.mark.parametrize("kind", ["log_std", "logvar"])
+def test_softclip(backend, kind, minimum):
+    """min + softplus(s - min), as it is written, in float64."""
+    home = torch.get_default_device()
+    x, mean, s = (torch.randn(7, 40, generator=torch.Generator("cpu").manual_seed(i), device="cpu") for i in range(3))
+    s = (6 * s + min(max(minimum, -8), 0)).clamp(min=-20)
+    scale = fastelbo.Scale.softclip(minimum, kind)
+
+    def clipped(s):
+        return minimum + torch.nn.functional.softplus(s - minimum, threshold=1e9)
+
+    leaves = [t.to(home).requires_grad_() for t in (x, mean, s)]
+    exact = [t.double().requires_grad_() for t in (x, mean, s)]
+    logvar = clipped(exact[2]) * (2 if kind == "log_std" else 1)
+    wanted = {
+        "nll": 0.5 * (((exact[0] - exact[1]) ** 2 * (-logvar).exp() + logvar).sum(1) + 40 * math.log(2 * math.pi)),
+        "kl": 0.5 * (exact[1] ** 2 + logvar.exp() - 1 - logvar).sum(1),
+        "z": exact[1] + (0.5 * logvar).exp() * exact[0],
+    }
+    options = {"scale": scale, "backend": backend}
+    found = {
+        "nll": fastelbo.gaussian_nll(*leaves, **options),
+        "kl": fastelbo.gaussian_kl(*leaves[1:], **options),
+        "z": fastelbo.gaussian_rsample(*leaves[1:], noise=leaves[0].detach(), **options),
+    }
+    for name, value in found.items():
+        torch.testing.assert_close(value.double().cpu(), wanted[name], rtol=2e-5, atol=1e-5)
+        grads = torch.autograd.grad(value.sum(), leaves[1:], retain_graph=True)
+        for grad, want in zip(
+            grads, torch.autograd.grad(wanted[name].sum(), exact[1:], retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(grad.double().cpu(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_softclip_bad_input():
+    for arguments, error, message in (
+        (("low",), TypeError, "minimum must be a number; got str"),
+        ((100.0,), ValueError, "minimum must be one whose exponential is finite in float32; got 100.0"),
+        ((1e6,), ValueError, "minimum must be one whose exponential is finite"),
+        ((-6, "std"), ValueError, "kind must be one of log_std, logvar; got 'std'"),
+    ):
+        with pytest.raises(error, match=message):
+            fastelbo.Scale.softclip(*arguments)
+    assert fastelbo.Scale.softclip(-6) == fastelbo.Scale("log_std", min_std=math.exp(-6))
