@@ -100,10 +100,9 @@ def as_seed(seed: Any, generator: Any, device: torch.device, on_cpu: bool = Fals
     """
     if seed is None:
         if generator is None:
-            if _autograd.exported_to_onnx():
-                return _drawn_by_onnx(device)
             if torch.compiler.is_compiling() and not _autograd.transformed():
-                return _DRAW(torch.empty((), device=device))
+                onnx = _autograd.exported_to_onnx()
+                return _drawn_by_onnx(device) if onnx else _DRAW(torch.empty((), device=device))
             return _draw(device, None, on_cpu)
         if not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}")

@@ -263,6 +263,6 @@ def only_reference(noise: "torch.Tensor | None" = None) -> "str | None":
         return "torch.func transforms run on the reference"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation runs on the reference"
-    if _autograd.exported_to_onnx():
+    if torch.compiler.is_exporting() and _autograd.exported_to_onnx():  # first what costs less, and is rare
         return "ONNX knows the reference's ops alone"
     return None
