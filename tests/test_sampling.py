@@ -309,7 +309,7 @@ def test_bad_arguments_of_sample(sampler, options, error, expected):
         ([1], TypeError, "cond must be a tensor; got list"),
         (torch.zeros(3, 5), ValueError, r"cond must be of 2 images; got shape \(3, 5\)"),
         (torch.zeros(2, 4), ValueError, r"cond must be what the model takes; got shape \(2, 4\)"),
-        (torch.zeros(2, 5, 3, 4), ValueError, "cond must lead to features of 4 x 5 pixels or of one; got 3 x 4"),
+        (torch.zeros(2, 5, 3, 4), ValueError, r"cond must be what the model takes; got shape \(2, 5, 3, 4\)"),
     ],
 )
 def test_bad_conditions(cond, error, expected):

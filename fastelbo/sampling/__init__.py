@@ -1,8 +1,10 @@
 """Drawing images from PixelCNNs, at the cost of each pixel's new work only."""
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,26 +109,70 @@ class IncrementalSampler:
         self.device = floats[0].device if floats else torch.device("cpu")
         self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in floats) else torch.float32
         self.backend = arguments.choose(self.device, self.dtype, backend)
+        trace.check_signature(model, conditional)
         self.model = arguments.copied(model, self.dtype)
+        self.levels = levels
+        self.values: Any = None  # until the network has been followed
+        self._given_values = values
+        self._plans: dict[Any, Plan] = {}
+        self._run: Run | None = None
+        self._settle()
+
+    def _settle(self):
+        """Follows the network once, with a condition that it may take if it takes one."""
+        if not self.conditional:
+            self._plan_of(None).compiled  # noqa: B018
+            return
+        refused = []
+        for guess in arguments.guesses(self.model, self.image_shape[1:], self.dtype, self.device):
+            try:
+                self._plan_of(guess)
+            except (NotImplementedError, ValueError) as error:
+                refused.append(error)
+            else:
+                return
+        if refused and len({str(error) for error in refused}) == 1:
+            raise refused[0]
+
+    @torch.no_grad()  # as it is drawn from
+    def _plan_of(self, cond, small=True):
+        """How images are drawn with a condition of this kind."""
+        key = None if cond is None else (cond.shape[1:], cond.dtype)
+        if small and key in self._plans:
+            return self._plans[key]
         # Of a copy that shares the parameters alone, since a forward may keep what it meets.
         parameters = {id(parameter): parameter for parameter in self.model.parameters()}
-        with torch.no_grad():  # as it is drawn from
-            network = trace.network_of(
-                copy.deepcopy(self.model, parameters), shape[0], conditional, bernoulli=levels == 2
-            )
-        outputs = len(network.logits.channels) // shape[0]
-        if levels is not None and levels != outputs:
+        network, form = trace.network_of(
+            copy.deepcopy(self.model, parameters),
+            self.image_shape,
+            None if cond is None else cond[:1],
+            order=self.order,
+            bernoulli=self.levels == 2,
+            small=small and self.check,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        outputs = len(network.logits.channels) // self.image_shape[0]
+        if self.levels is not None and self.levels != outputs:
             raise ValueError(
-                f"levels must be {max(outputs, 2)}: the model has {outputs * shape[0]} outputs for {shape[0]} "
-                f"colour(s); got {levels}"
+                f"levels must be {max(outputs, 2)}: the model has {outputs * self.image_shape[0]} outputs for "
+                f"{self.image_shape[0]} colour(s); got {self.levels}"
             )
-        self.levels = levels
-        self.values = arguments.checked_values(values, levels, outputs, self.dtype, self.device)
-        self._plan = Plan(network, shape, order, self.dtype, self.device, self.backend)
-        self._run: Run | None = None
-        if not conditional:
-            with torch.no_grad():
-                self._plan.compiled(self._plan.constants(None))
+        if form.integers and self.levels is None:
+            raise ValueError("levels must be given for a model that takes integers; got None")
+        values = arguments.checked_values(self._given_values, self.levels, outputs, self.dtype, self.device)
+        if form.integers and not torch.equal(values, values.round()):
+            raise ValueError("values must be integers, as the model takes them")
+        plan = Plan(network, form, self.image_shape, self.order, self.dtype, self.device, self.backend)
+        self.values, self._plans[key] = values, plan
+        return plan
+
+    @property
+    def _plan(self):
+        """That of the last kind of condition that was met."""
+        if not self._plans:
+            raise RuntimeError("the steps must follow a sample or a reset: they depend on the condition")
+        return next(reversed(self._plans.values()))
 
     # What the network is
 
@@ -150,7 +196,27 @@ class IncrementalSampler:
 
         A condition counts as one of a class until a spatial one has been given.
         """
-        return n * self._plan.any_program().size * self.dtype.itemsize
+        return n * self._plan.compiled.program.size * self.dtype.itemsize
+
+    def __getstate__(self):
+        """All but the plans, which are made anew, and a run's numbers."""
+        state = {name: value for name, value in vars(self).items() if name not in ("_plans", "_run")}
+        size = self.image_shape[1:]
+        state["kinds"] = [(key, plan.form.size != size, plan.compiled.checked) for key, plan in self._plans.items()]
+        if (run := self._run) is not None:
+            key = next(key for key, plan in self._plans.items() if plan is run.plan)
+            state["run"] = key, run.n, run.workspace, run.step, run.advanced
+        return state
+
+    def __setstate__(self, state):
+        kinds, run = state.pop("kinds"), state.pop("run", None)
+        vars(self).update(state, _plans={}, _run=None)
+        for key, small, checked in kinds:
+            cond = None if key is None else torch.zeros(1, *key[0], dtype=key[1], device=self.device)
+            self._plan_of(cond, small).compiled.checked = checked
+        if run is not None:
+            key, n, workspace, step, advanced = run
+            self._run = Run.resumed(self._plans[key], n, workspace, step, advanced)
 
     def __repr__(self):
         return (
@@ -219,52 +285,68 @@ class IncrementalSampler:
         cond = self._condition(n, cond)
         uniforms = philox_uniform(_seed.as_seed(seed, generator, self.device), image.shape, noise_offset=noise_offset)
         with without_autocast(self.device):
+            plan = self._plan_for(cond)
             draw_all = {"cached": self._cached, "naive": self._naive, "fixed_point": self._fixed_point}[method]
-            draw_all(image, known, cond, uniforms, abs(float(temperature)), progress)  # -0.0 is 0
+            draw_all(plan, image, known, cond, uniforms, abs(float(temperature)), progress)  # -0.0 is 0
         if bool((image < 0).any()):
             raise ValueError("model must return logits that make a distribution; got NaN or infinity in some")
         return image
 
-    def _cached(self, image, known, cond, uniforms, temperature, progress):
-        run = self._started_run(len(image), cond)
-        for steps in progress_bar(self._plan.rows_of_steps(), progress):
+    def _cached(self, plan, image, known, cond, uniforms, temperature, progress):
+        run = self._started_run(plan, len(image), cond)
+        for steps in progress_bar(plan.rows_of_steps(), progress):
             run.draw(image, known, uniforms, self.values, temperature, steps)
 
-    def _naive(self, image, known, cond, uniforms, temperature, progress):
-        for step in progress_bar(range(self.steps), progress):
-            logits, where = self._logits(image, cond), self._plan.where(step)
+    def _naive(self, plan, image, known, cond, uniforms, temperature, progress):
+        for step in progress_bar(range(plan.steps), progress):
+            logits, where = self._logits(plan, image, cond), plan.where(step)
             drawn = draw(logits.movedim(1, -1)[where].movedim(-1, 1), uniforms[where], temperature)
             image[where] = drawn if known is None else torch.where(known[where], image[where], drawn)
 
-    def _fixed_point(self, image, known, cond, uniforms, temperature, progress):
-        for _ in progress_bar(range(self.steps + 1), progress):
-            drawn = draw(self._logits(image, cond), uniforms, temperature)
+    def _fixed_point(self, plan, image, known, cond, uniforms, temperature, progress):
+        for _ in progress_bar(range(plan.steps + 1), progress):
+            drawn = draw(self._logits(plan, image, cond), uniforms, temperature)
             if known is not None:
                 drawn = torch.where(known, image, drawn)
             if torch.equal(drawn, image):
                 return
             image.copy_(drawn)
 
-    def _logits(self, image, cond):
+    def _logits(self, plan, image, cond):
         """The model's own, [n, K, C, H, W]."""
-        x = self.values[image.clamp(min=0)]
-        return self._outputs(self.model, x, cond)
+        return self._outputs(plan, self.model, self.values[image.clamp(min=0)], cond)
 
-    def _outputs(self, model, x, cond):
+    def _outputs(self, plan, model, x, cond):
         """A model's, [n, K, C, H, W]."""
-        outputs = (model(x, cond) if self.conditional else model(x)).unflatten(1, (-1, self.image_shape[0]))
+        x = plan.form.image(x)
+        size = x.shape[-2:]  # which may be the first rows alone
+        outputs = plan.form.arranged(model(x, cond) if self.conditional else model(x), (self.image_shape[0], *size))
         if self.levels == 2 and outputs.shape[1] == 1:
             return torch.cat([torch.zeros_like(outputs), outputs], 1)
         return outputs
 
-    def _started_run(self, n, cond):
+    def _plan_for(self, cond):
+        """How images are drawn with a condition that is given."""
+        try:
+            return self._plan_of(cond)
+        except trace.RaisedError as error:
+            raise ValueError(f"cond must be what the model takes; got shape {tuple(cond.shape)}: {error}") from error
+
+    def _started_run(self, plan, n, cond):
         """A run of n images, of a program that is checked."""
-        run = Run(self._plan, n, cond)
-        if self.check and not run.compiled.checked:
-            rows = check.rows_to_compare(run)
-            plan = self._plan if rows == self.image_shape[1] else self._plan.of_rows(rows)
-            check.compare(plan, self.model, self._outputs, self.levels, self.values, cond)
-            run.compiled.checked = True
+        run = Run(plan, n, cond)
+        if not self.check or plan.compiled.checked:
+            return run
+        rows = check.rows_to_compare(run)
+        part = plan if rows == self.image_shape[1] else plan.of_rows(rows)
+        outputs = functools.partial(self._outputs, plan)
+        try:
+            check.compare(part, self.model, outputs, self.levels, self.values, cond)
+        except NotImplementedError:
+            if plan.form.size == self.image_shape[1:]:
+                raise
+            return self._started_run(self._plan_of(cond, small=False), n, cond)  # of an image as large as they are
+        plan.compiled.checked = True
         return run
 
     def _condition(self, n, cond):
@@ -282,18 +364,21 @@ class IncrementalSampler:
         """
         n = arguments.check_count("n", n)
         with without_autocast(self.device):
-            self._run = self._started_run(n, self._condition(n, cond))
+            cond = self._condition(n, cond)
+            self._run = self._started_run(self._plan_for(cond), n, cond)
         return self
 
     @property
     def pixels(self) -> list[tuple[int, int]]:
         """Rows and columns that the next step is about: one pixel in raster order."""
-        return self._plan.pixels(self._started().step)
+        run = self._started()
+        return run.plan.pixels(run.step)
 
     @property
     def colours(self) -> list[int]:
         """The colours of these pixels that the next step is about."""
-        return self._plan.colours(self._started().step)
+        run = self._started()
+        return run.plan.colours(run.step)
 
     @torch.no_grad()
     def step(self) -> torch.Tensor:
@@ -309,7 +394,8 @@ class IncrementalSampler:
         """
         run = self._started()
         with without_autocast(self.device):
-            return run.advance(run.step, alone=True).clone()
+            outputs = run.advance(run.step, alone=True)
+            return outputs.log_softmax(1) if run.plan.network.normalised else outputs.clone()
 
     @torch.no_grad()
     def commit(self, values: torch.Tensor) -> None:
@@ -344,6 +430,6 @@ class IncrementalSampler:
     def _started(self):
         if self._run is None:
             raise RuntimeError("step and commit must follow reset")
-        if self._run.step == self.steps:
-            raise RuntimeError(f"all {self.steps} steps are done: reset starts other images")
+        if self._run.step == self._run.plan.steps:
+            raise RuntimeError(f"all {self._run.step} steps are done: reset starts other images")
         return self._run

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fastelbo import _checks, backends
+from fastelbo import nn as ours
 
 
 def checked_shape(image_shape: Any) -> tuple[int, int, int]:
@@ -106,6 +108,32 @@ def choose(device: torch.device, dtype: torch.dtype, backend: str | None) -> str
     raise NotImplementedError(f"backend {wanted!r} cannot run this sampler ({why})")
 
 
+def guesses(model: nn.Module, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Conditions of one image that a model may take: until one is given, its steps are those with such a one."""
+    shapes: list[tuple[int, ...]] = []
+    for part in model.modules():
+        if isinstance(part, ours.GatedMaskedConv2d) and part.cond is not None:
+            shapes.append((1, part.cond.in_channels))
+        elif isinstance(part, nn.Linear):
+            shapes.append((1, part.in_features))
+        elif isinstance(part, nn.Conv2d):
+            shapes += [(1, part.in_channels, *size), (1, part.in_channels)]
+    label = torch.zeros(1, dtype=torch.int64, device=device)
+    found = [label] if any(isinstance(part, nn.Embedding) for part in model.modules()) else []
+    return [*found, *(torch.zeros(shape, dtype=dtype, device=device) for shape in dict.fromkeys(shapes))]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """A module without what compiles it or runs it on several devices."""
+    while isinstance(model, OptimizedModule | nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    for part in model.modules():
+        for name, child in part.named_children():
+            if (own := unwrapped(child)) is not child:
+                setattr(part, name, own)
+    return model
+
+
 def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of a module for evaluation, without the hooks that only set a weight."""
     # of tensors in a graph, as those hooks leave them, there is no deepcopy
@@ -117,6 +145,6 @@ def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
                     hook.remove(part)
                     del part._forward_pre_hooks[key]
-        return own.to(dtype).eval().requires_grad_(False)
+        return unwrapped(own).to(dtype).eval().requires_grad_(False)
     except Exception as error:  # of any kind: it is the user's code
         raise TypeError(f"model must be one that copy.deepcopy copies; got {type(model).__name__}: {error}") from error

@@ -16,10 +16,11 @@ SEEN = 4096  # pixels of a large image that the check computes
 def rows_to_compare(run: Run) -> int:
     """How many rows of large images the check computes, whose program is the same but for their number."""
     _, rows, columns = run.plan.image_shape
-    if any(run.program.spatial.values()):
+    if any(const.spatial for const in run.plan.network.constants()):
         return rows
     deepest = max(reads.up for reads in run.program.reads.values())
-    return min(rows, max(deepest + 2, -(-SEEN // columns)))  # until all rows that are kept have been reused
+    wanted = max(deepest + 2, -(-SEEN // columns))  # until all rows that are kept have been reused
+    return min(rows, wanted + (wanted == run.plan.form.size[0]))  # what depends on the size shows
 
 
 def compare(
@@ -98,7 +99,8 @@ def _logits_of_steps(run, image, values):
     seen = run.workspace.new_empty(*image.shape, len(run.program.logit_positions) // colours)
     for steps in run.plan.rows_of_steps():
         run.draw(image, known, uniforms, values, 1.0, steps, seen)
-    return seen.movedim(-1, 1)
+    logits = seen.movedim(-1, 1)
+    return logits.log_softmax(1) if run.plan.network.normalised else logits
 
 
 def _exactly(model, own, x, cond, generator):

@@ -1,365 +1,547 @@
-"""The modules and functions that the sampler knows, each with the steps that it takes.
+"""The operators of torch that the sampler knows, each with the steps that it takes.
 
-A handler takes the network, the module if there is one, and the arguments by torch's names: what tensors hold, or, of a
-sharing one (memory.py), the tensors. It returns None for a call that it does not know after all.
+A handler takes the tracer and an operator's arguments, tensors of the image among them, and returns the names
+(atoms.py) of what the operator computes, or None for a call that it does not know after all. MOVES are the operators
+that compute nothing: they are applied to names.
 """
 
-import itertools
-import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastelbo import nn as ours
-from fastelbo.sampling.memory import Padded, contiguous, getitem, setitem, sharing
-from fastelbo.sampling.network import Const, View, unknown
+from fastelbo.reference.masked_conv2d import GATES, conv_mask2d
+from fastelbo.sampling.atoms import Atoms, Obscure, window
+from fastelbo.sampling.network import CONVOLUTIONS, Const, NotCausalError, View, unknown
 
-_CODE = ("__call__", "_call_impl", "forward", "_conv_forward", "live_taps")
-_BLOCK = {
-    "vertical": ours.VerticalStackConv2d,
-    "horizontal": ours.HorizontalStackConv2d,
-    "link": nn.Conv2d,
-    "out": ours.MaskedConv2d,
-}
+# fmt: off
+MOVES = frozenset((
+    "alias", "cat", "clone", "constant_pad_nd", "detach", "diagonal", "expand", "flip", "gather", "index",
+    "index_select", "lift_fresh", "masked_fill", "permute", "repeat", "roll", "select", "select_scatter", "slice",
+    "slice_scatter", "split", "split_with_sizes", "squeeze", "stack", "t", "transpose", "tril", "triu", "unbind",
+    "unfold", "unsafe_split", "unsafe_split_with_sizes", "unsqueeze", "view", "where", "_reshape_alias",
+    "_unsafe_view",
+))
+# fmt: on
 
-
-def parts(module: nn.Module) -> list[tuple[str, nn.Module, type[nn.Module] | None]]:
-    """The modules whose code the sampler stands in for where a module is a known layer, and which layers they are."""
-    kind = next((kind for kind in MODULES if isinstance(module, kind)), None)
-    inside = _BLOCK if kind is ours.GatedMaskedConv2d else {}
-    return [("", module, kind), *((name, getattr(module, name), kind) for name, kind in inside.items())]
+#: Functions that are 0 where one operand is.
+_ODD = frozenset(("relu", "elu", "leaky_relu", "tanh", "silu", "gelu", "gelu_tanh", "abs", "mul", "prelu", "glu"))
 
 
-def layer(module: nn.Module) -> type[nn.Module] | None:
-    """The known layer that a module is, if it computes what that layer's code says."""
-    for _, part, kind in parts(module):
-        if kind is None or not isinstance(part, kind) or any(name in vars(part) for name in _CODE):
+# Where channels, rows and columns are
+
+
+def arrange(atoms: Atoms, names: Tensor) -> Tensor:
+    """Where in flat names of any shape the elements of [channels, rows, columns] are.
+
+    Rows and columns may be any two dimensions that follow one another, or lie in one.
+    """
+    rows, columns = atoms.size
+    places = torch.arange(names.numel(), device="cpu").reshape(names.shape)
+    for row in range(names.dim() - 2, -1, -1):
+        found = places.movedim((row, row + 1), (-2, -1)).flatten(0, -3) if names.dim() > 2 else places[None]
+        if _is_image(atoms, names, found):
+            return found
+    for dim, size in enumerate(names.shape):
+        if size % (rows * columns) == 0:
+            for row, sizes in ((dim + 1, (-1, rows, columns)), (dim, (rows, columns, -1))):
+                found = places.unflatten(dim, sizes).movedim((row, row + 1), (-2, -1)).flatten(0, -3)
+                if _is_image(atoms, names, found):
+                    return found
+    raise unknown("features whose rows and columns lie in no dimensions of their own")
+
+
+def _is_image(atoms, names, places):
+    """Whether the first plane with features shows rows and columns of what they were computed at."""
+    flat = names.flatten()
+    for channel in range(len(places)):
+        plane = flat[places[channel].flatten()].reshape(places.shape[1:])
+        index = atoms.which(plane)
+        used = int(index.max())
+        if used < 0:
+            continue
+        source = atoms.sources[used]
+        if isinstance(source, Obscure):
+            raise source.error
+        at = (index == used).nonzero()
+        inside = (plane[index == used] - source.base) % (source.shape[1] * source.shape[2])
+        lies = torch.stack([inside // source.shape[2], inside % source.shape[2]], 1) - at
+        return bool((lies == lies[0]).all())
+    return False
+
+
+# Convolutions
+
+
+class _Input:
+    """What a convolution reads: features, and constants among them.
+
+    Args:
+        padded: names [channels, rows, columns], the convolution's padding with them.
+        padding: rows above and columns to the left that were padded.
+    """
+
+    def __init__(self, atoms: Atoms, padded: Tensor, padding: tuple[int, int]) -> None:
+        self.atoms, self.padding = atoms, padding
+        self.seen, self.still = padded, None
+        if bool((padded < 0).any()):
+            self.seen, self.still = padded.clamp(min=0), padded.clamp(max=0)
+        self.reads = (self.seen.flatten(1).amax(1) > 0).nonzero()[:, 0].tolist()  # channels
+        self.found: tuple[View, tuple[int, int]] | None = None
+
+    def features(self) -> "tuple[View, tuple[int, int]]":
+        """The channels that depend on the image, and where the image lies in the padded tensor."""
+        if self.found is None:
+            names = self.seen[self.reads]
+            self.found = self._as_computed(names) or self._as_seen(names)
+        return self.found
+
+    def _as_computed(self, names):
+        """If they are nothing but features of their own pixels, with zeros around them."""
+        atoms, (rows, columns) = self.atoms, self.atoms.size
+        named = atoms.named(names)
+        _, _, down, right = named[0]
+        if any(one[0].shape[1:] != atoms.size or one[2:] != (down, right) for one in named):
             return None
-        if any(getattr(type(part), name, None) is not getattr(kind, name, None) for name in _CODE):
+        starts = torch.tensor([one[0].base + one[1] * rows * columns for one in named], device="cpu")
+        whole = starts[:, None, None] + torch.arange(rows * columns, device="cpu").reshape(rows, columns)
+        if not torch.equal(window(whole, (down, right), names.shape[1:]), names):
             return None
-    return parts(module)[0][2]
+        try:
+            views = [(one[0].at((0, 0)), one[1]) for one in named]  # the same one for each source
+        except NotCausalError:
+            return None
+        return atoms.together(views), (-down, -right)
+
+    def _as_seen(self, names):
+        """If they are zeros but for a part of the image's size."""
+        used = (names != 0).any(0)
+        top, left = (int(used.any(dim).nonzero()[0, 0]) for dim in (1, 0))
+        for place in (self.padding, (top, left)):
+            inside = window(names, place, self.atoms.size)
+            if int((inside != 0).sum()) == int((names != 0).sum()):
+                view = self.atoms.read(inside)
+                return self.atoms.join([view]) if view.down or view.right else view, place
+        raise unknown("a convolution of features that are padded otherwise than by zeros", "pad by zeros")
 
 
-# Layers
+def convolve(
+    tracer: Any,
+    names: Tensor,
+    weight: Tensor,
+    live: Tensor,
+    bias: "Tensor | None",
+    pad: tuple[int, int, int, int],
+    dilation: tuple[int, int] = (1, 1),
+    cond: "Tensor | None" = None,
+    activation: "str | None" = None,
+    residual: "Tensor | None" = None,
+) -> Tensor:
+    """Names of a convolution's output, [channels, rows, columns].
+
+    Args:
+        tracer: whose network takes the step.
+        names: of the input, [channels, rows, columns].
+        weight, live: [out, in, rows, columns]; what is not live is not read.
+        bias: [out].
+        pad: left, right, above and below.
+        dilation: down and to the right.
+        cond, residual: names of what is added, [channels, rows, columns].
+        activation: between the two.
+    """
+    atoms: Atoms = tracer.atoms
+    network, what, size = atoms.network, tracer.what(), atoms.size
+    if names.shape[1:] != size:
+        atoms.refuse_obscure(names)
+    if len(names) != weight.shape[1]:
+        raise ValueError(f"model must match its own layers: {what} got {len(names)} channels")
+    left, _, above, _ = pad
+    padded = F.pad(names, pad)
+    given = _Input(atoms, padded, (above, left))
+    cond, residual = (None if more is None else more.clone() for more in (cond, residual))
+    steps = [((i * dilation[0]), (j * dilation[1])) for i in range(weight.shape[2]) for j in range(weight.shape[3])]
+    shape = tuple(have - last for have, last in zip(padded.shape[1:], steps[-1], strict=True))
+    weight, live = weight.detach().clone(), live.to(weight.device)
+
+    def make(place):
+        added = [None if more is None else atoms.read(window(more, place, size)) for more in (cond, residual)]
+        still = _still(atoms, given.still, torch.where(live, weight, 0), shape, dilation, place)
+        if still is not None:
+            added[0] = still if added[0] is None else _plus(network, added[0], still)
+        reads, image, taps = given.reads, View(network.image, ()), []
+        if live[:, reads].any():
+            image, (row, column) = given.features()
+            taps = [(down + place[0] - row, right + place[1] - column) for down, right in steps]
+        else:
+            reads = []
+        flat = (kernel[:, reads].flatten(2)[:, :, : len(taps)] for kernel in (weight, live))
+        try:
+            return network.conv(image, *flat, taps, bias, added[0], activation, added[1])
+        except NotCausalError as error:
+            raise NotCausalError(f"{str(error).replace('a convolution', what)}: {CONVOLUTIONS}") from None
+
+    return atoms.node((len(weight) // (1 + (activation in GATES)), *shape), make)
 
 
-def _causal_conv(network, module, input, cond=None, residual=None):
-    _check_channels(input, module.in_channels, module)
-    rows, columns = module.weight.shape[2:]
-    if isinstance(module, ours.VerticalStackConv2d):
-        row, column = rows - 1, columns // 2
-    elif isinstance(module, ours.HorizontalStackConv2d):
-        row, column = 0, columns - 1
-    else:
-        row, column = rows // 2, columns // 2
-    dilation = module.dilation[0]
-    taps = [((i - row) * dilation, (j - column) * dilation) for i in range(rows) for j in range(columns)]
-    live = module.live_taps().to(module.weight.device).flatten(2)
-    return network.conv(input, module.weight.flatten(2), live, taps, module.bias, cond, module.activation, residual)
-
-
-def _stack(network, module, input, cond=None):
-    return _causal_conv(network, module, input, cond)
-
-
-def _conv_1x1(network, module, input):
-    """nn.Conv2d; None for one that reads other pixels."""
-    if module.kernel_size != (1, 1) or module.stride != (1, 1) or module.padding not in ((0, 0), "same", "valid"):
+def _still(atoms, names, weight, shape, dilation, place):
+    """What constants among a convolution's inputs add to it; None if nothing."""
+    if names is None:
         return None
-    _check_channels(input, module.in_channels, module)
-    outputs, inputs = module.weight.shape[:2]
-    live = torch.zeros(outputs, module.in_channels, dtype=torch.bool, device=module.weight.device)
-    weight = module.weight.new_zeros(outputs, module.in_channels)
-    for group in range(module.groups):
-        rows = slice(group * outputs // module.groups, (group + 1) * outputs // module.groups)
-        columns = slice(group * inputs, (group + 1) * inputs)
-        live[rows, columns] = True
-        weight[rows, columns] = module.weight.detach()[rows, :, 0, 0]
-    return network.conv(input, weight[:, :, None], live[:, :, None], [(0, 0)], module.bias)
+    reads = (names != 0).flatten(1).any(1).nonzero()[:, 0].tolist()
+    if not reads or not weight[:, reads].any():
+        return None
+    own = atoms.constants(names[reads])
+    kernel = weight[:, reads]
+    spatial = own.spatial
+
+    def value(known):
+        x = own(known).to(kernel)
+        if not spatial:
+            x = x.expand(*x.shape[:2], *kernel.shape[2:]) if kernel.shape[2:] != (1, 1) else x
+            return F.conv2d(x, kernel)
+        if x.shape[2:] != names.shape[1:]:
+            x = x.expand(*x.shape[:2], *names.shape[1:])
+        return window(F.conv2d(x, kernel, dilation=dilation), place, atoms.size)
+
+    if own.of_image:
+        return Const(value, True, spatial, len(weight))
+    now = value({})
+    return Const(lambda known: now, False, spatial, len(weight))
 
 
-def _gated(network, module, v, h, cond=None):
-    """GatedMaskedConv2d, as its forward has it."""
-    if (cond is None) != (module.cond is None):
-        raise ValueError(f"cond must {'not ' if module.cond is None else ''}be given: cond_channels decides")
-    v_cond = h_cond = None
-    if cond is not None:
-        if not isinstance(cond, Const):
-            raise unknown("GatedMaskedConv2d with a cond that depends on the image", "compute it from the condition")
-        both = Const(
-            lambda known: module.cond(c if (c := cond(known)).dim() == 4 else c[:, :, None, None]), cond.of_image
-        )
-        v_cond, h_cond = (
-            Const(lambda known, half=half: both(known).chunk(2, dim=1)[half], cond.of_image) for half in (0, 1)
-        )
-    z = _causal_conv(network, module.vertical, v)
-    seen = View(z.value, z.channels, 1) if module.link_convention == "shift" else z
-    link = _conv_1x1(network, module.link, seen)
-    if h_cond is not None:
-        link = network.point("add", link, h_cond)
-    gated = _causal_conv(network, module.horizontal, h, cond=link)
-    half = len(z.channels) // 2
-    summed = z if v_cond is None else network.point("add", z, v_cond)
-    v = network.point(module.activation, summed.select(range(half)), summed.select(range(half, 2 * half)))
-    return v, _causal_conv(network, module.out, gated, residual=h if module.residual else None)
+def _plus(network, a, b):
+    """The sum of a constant, and of one or features."""
+    if isinstance(a, View):
+        return network.point("add", a, b)
+    return Const(lambda known: a(known) + b(known), a.of_image or b.of_image, a.spatial or b.spatial, a.channels)
 
 
-def _check_channels(x, expected, module):
-    if not isinstance(x, View):
-        raise unknown(f"{type(module).__name__} of {type(x).__name__}")
-    if len(x.channels) != expected:
-        raise ValueError(f"model must match its own layers: {module} got {len(x.channels)} channels")
+def _conv(tracer, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
+    what = tracer.what()
+    if not isinstance(weight, Tensor) or tracer.traced(weight) or tracer.traced(bias):
+        return tracer.obscure(unknown(f"{what} whose weight depends on what the model is given", "use a parameter"))
+    if transposed or set(stride) != {1}:
+        raised = f"{what} of stride {tuple(stride)}" if not transposed else f"{what} that is transposed"
+        return tracer.obscure(unknown(raised, "each of its outputs must be a pixel's own"))
+    if weight.dim() != 4:
+        return None
+    if not input.is_floating_point():
+        raise RuntimeError("a convolution's input must be floating point")
+    outputs, inputs = weight.shape[:2]
+    weight = weight.detach()
+    if groups > 1:
+        whole = weight.new_zeros(outputs, inputs * groups, *weight.shape[2:])
+        for group in range(groups):
+            rows = slice(group * outputs // groups, (group + 1) * outputs // groups)
+            whole[rows, group * inputs : (group + 1) * inputs] = weight[rows]
+        weight = whole
+    (down, right), names = padding, tracer.names(input)
+    return convolve(tracer, names[0], weight, weight != 0, bias, (right, right, down, down), dilation)[None]
 
 
-def _batch_norm(network, module, input):
-    if module.running_mean is None:
-        raise unknown("nn.BatchNorm2d without running statistics", "track_running_stats=True")
-    factor = (module.running_var.detach() + module.eps).rsqrt()
-    if module.weight is not None:
-        factor = factor * module.weight.detach()
-    shift = -module.running_mean.detach() * factor
-    if module.bias is not None:
-        shift = shift + module.bias.detach()
-    scaled = network.point("mul", input, Const(lambda known: factor[:, None, None]))
-    return network.point("add", scaled, Const(lambda known: shift[:, None, None]))
+def _masked(tracer, input, weight, bias, cond, residual, mask_type, stack, dilation, groups, order, activation, keep):
+    """The operator of fastelbo's masked convolutions."""
+    rows, columns = weight.shape[2:]
+    gated = activation in GATES
+    live = torch.ones(weight.shape, dtype=torch.bool, device="cpu")
+    row = rows // 2 if stack == "square" else rows - 1
+    column = columns - 1 if stack == "horizontal" else columns // 2
+    if stack == "vertical":
+        live[:, :, row] = mask_type == "B"
+    else:
+        with torch.device("cpu"):
+            centre = conv_mask2d(*weight.shape[:2], 1, mask_type, channel_groups=groups, group_order=order, gated=gated)
+        live[:, :, row + 1 :] = False
+        live[:, :, row, column + 1 :] = False
+        live[:, :, row, column] = centre[:, :, 0, 0]
+    pad = (column * dilation, (columns - 1 - column) * dilation, row * dilation, (rows - 1 - row) * dilation)
+    names = tracer.names(input)[0]
+    image = names.shape[1:]
+    more = []
+    for added in (cond, residual):
+        added = None if added is None else tracer.names(added)[0]
+        more.append(added if added is None or added.dim() == 3 else added[:, None, None].expand(len(added), *image))
+    out = convolve(tracer, names, weight, live, bias, pad, (dilation, dilation), more[0], activation or None, more[1])
+    return out[None], torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
-# Channels
+def _linear(tracer, bias, input, weight, beta=1, alpha=1):
+    """Of [pixels, channels], the product with [channels, outputs]."""
+    if tracer.traced(weight) or tracer.traced(bias) or beta != 1 or alpha != 1 or weight.dim() != 2:
+        return None
+    atoms, names = tracer.atoms, tracer.names(input)
+    kernel = weight.T[:, :, None, None]
+    out = names.new_zeros(len(names), len(kernel))
+    for places in arrange(atoms, names[:, 0]):
+        planes = names[places.flatten()].T.reshape(-1, *places.shape)
+        found = convolve(tracer, planes, kernel, kernel != 0, bias, (0, 0, 0, 0))
+        out[places.flatten()] = found.flatten(1).T
+    return out
 
 
-def _cat(network, tensors, dim=0, axis=None):
-    if (dim if axis is None else axis) not in (1, -3):
-        raise unknown("cat along another dimension than the channels", "cat along dim=1")
-    parts = tuple(tensors)
-    if not all(isinstance(part, View) for part in parts):
-        raise unknown("cat of features and a constant", "add the constant as a condition")
-    return network.join(parts)
-
-
-@sharing
-def _split(network, tensor, split_size_or_sections, dim=0):
-    if dim not in (1, -3):
-        raise unknown("split along another dimension than the channels", "split along dim=1")
-    sizes = split_size_or_sections
-    if not isinstance(sizes, list | tuple):
-        count = len(tensor.channels)
-        sizes = [min(sizes, count - start) for start in range(0, count, sizes)]
-    starts = [0, *itertools.accumulate(sizes)]
-    return tuple(tensor.select(range(start, start + size)) for start, size in zip(starts, sizes, strict=False))
-
-
-@sharing
-def _chunk(network, input, chunks, dim=0):
-    return _split(network, input, -(-len(input.channels) // chunks), dim)
-
-
-def _pad(network, input, pad, mode="constant", value=None):
-    left, right, above, below = (*pad, 0, 0)[:4] if len(pad) in (2, 4) else (0, -1, 0, 0)
-    if mode != "constant" or value or right or below or left < 0 or above < 0:
-        raise unknown("pad other than by zeros above and to the left", "pad so, and slice as much off the other side")
-    return Padded(input, above, left)
+def _product(tracer, a, b):
+    """Of batches of matrices with one that all of them share."""
+    flipped = tracer.traced(b)
+    x, matrix = (tracer.names(b).transpose(1, 2), a) if flipped else (tracer.names(a), b)
+    if tracer.traced(matrix) or (len(matrix) > 1 and matrix.stride(0)):
+        return None
+    out = _linear(tracer, None, tracer.lift(x.flatten(0, 1)), matrix[0].T if flipped else matrix[0])
+    out = out.unflatten(0, x.shape[:2])
+    return out.transpose(1, 2) if flipped else out
 
 
 # Pointwise functions
 
 
-def _add(network, input, other, alpha=1):
+def pointwise(tracer: Any, function: str, *operands: Any, parameters: tuple = ()) -> Tensor:
+    """Names of a pointwise function of tensors, in their common shape."""
+    atoms: Atoms = tracer.atoms
+    network, size = atoms.network, atoms.size
+    names = torch.broadcast_tensors(*map(tracer.names, operands))
+    first = next(own for own, operand in zip(names, operands, strict=True) if tracer.of_image(operand))
+    plain = first.dim() > 2 and _is_image(atoms, first, _planes(first))
+    places = None if plain else arrange(atoms, first)
+    # as they are now: what is asked for later may have been written to
+    planes = [own.reshape(-1, *own.shape[-2:]).clone() if plain else own.flatten()[places] for own in names]
+
+    def make(place):
+        reads = [atoms.read(window(own, place, size)) for own in planes]
+        if not any(isinstance(read, View) for read in reads):  # zeros alone, at these pixels
+            reads[0] = atoms.still(reads[0])
+        return network.point(function, *reads, parameters=parameters)
+
+    out = atoms.node(tuple(planes[0].shape), make)
+    if planes[0].shape[1:] != size and function in _ODD:
+        out = torch.where(planes[0] == 0, 0, out)
+    if places is not None:
+        placed = torch.empty_like(out).flatten()
+        placed[places.flatten()] = out.flatten()
+        out = placed
+    return out.reshape(first.shape)
+
+
+def _planes(names):
+    """The last two dimensions' first plane."""
+    return torch.arange(names.shape[-2] * names.shape[-1], device="cpu").reshape(1, *names.shape[-2:])
+
+
+def _affine(tracer, x, scale, shift):
+    """Of numbers."""
+    if (scale, shift) == (1, 0):
+        return tracer.names(x).clone()
+    return pointwise(tracer, "affine", x, parameters=(scale, shift))
+
+
+def _number(value):
+    """A Python number that an operand is, or None."""
+    return value if isinstance(value, int | float) else None
+
+
+def _add(tracer, a, b, alpha=1, sign=1):
+    x, y = _number(a), _number(b)
+    if y is not None:
+        return _affine(tracer, a, 1, sign * alpha * y)
+    if x is not None:
+        return _affine(tracer, b, sign * alpha, x)
     if alpha != 1:
-        raise unknown("add with alpha", "multiply before")
-    return _binary("add", network, input, other)
+        b = tracer.lift(_affine(tracer, b, alpha, 0)) if tracer.of_image(b) else b * alpha
+    return pointwise(tracer, "sub" if sign < 0 else "add", a, b)
 
 
-def _sub(network, input, other, alpha=1):
-    if alpha != 1:
-        raise unknown("sub with alpha", "multiply before")
-    return _binary("sub", network, input, other)
+def _mul(tracer, a, b):
+    x, y = _number(a), _number(b)
+    if x is None and y is None:
+        return pointwise(tracer, "mul", a, b)
+    return _affine(tracer, *((a, y) if x is None else (b, x)), 0)
 
 
-def _binary(function, network, input, other):
-    numbers = [operand for operand in (input, other) if isinstance(operand, int | float)]
-    if not numbers:
-        return network.point(function, input, other)
-    (a,) = numbers
-    scale, shift = {"add": (1, a), "sub": (1, -a), "mul": (a, 0), "div": (1 / a if a else 0, 0)}[function]
-    if isinstance(input, View):
-        if function == "div" and a == 0:
-            raise unknown("a division by 0")
-        return network.point("affine", input, parameters=(scale, shift))
-    if function == "sub":
-        return network.point("affine", other, parameters=(-1, a))
-    if function == "div":
-        number = torch.tensor(float(a), dtype=torch.float64, device="cpu")
-        return network.point("div", Const(lambda known: number), other)
-    return network.point("affine", other, parameters=(scale, shift))
+def _div(tracer, a, b, rounding_mode=None):
+    if rounding_mode is not None or _number(b) == 0:
+        return None
+    if (y := _number(b)) is not None:
+        return _affine(tracer, a, 1 / y, 0)
+    return pointwise(tracer, "div", torch.tensor(float(a), device="cpu") if _number(a) is not None else a, b)
 
 
-def _elu(network, input, alpha=1.0, inplace=False):
-    return network.point("elu", input, parameters=(alpha,))
+def _pow(tracer, x, exponent):
+    if exponent not in (1, 2, 3, 4):
+        return None
+    square = tracer.lift(pointwise(tracer, "mul", x, x)) if exponent > 1 else x
+    other = {1: None, 2: None, 3: x, 4: square}[exponent]
+    return tracer.names(square).clone() if other is None else pointwise(tracer, "mul", square, other)
 
 
-def _leaky_relu(network, input, negative_slope=0.01, inplace=False):
-    return network.point("leaky_relu", input, parameters=(negative_slope,))
+def _elu(tracer, x, alpha=1.0, scale=1.0, input_scale=1.0):
+    x = x if input_scale == 1 else tracer.lift(_affine(tracer, x, input_scale, 0))
+    out = pointwise(tracer, "elu", x, parameters=(alpha * input_scale,))
+    return out if scale == input_scale else _affine(tracer, tracer.lift(out), scale / input_scale, 0)
 
 
-def _gelu(network, input, approximate="none"):
-    return network.point("gelu_tanh" if approximate == "tanh" else "gelu", input)
+def _clamp(tracer, x, low=None, high=None):
+    if not all(limit is None or _number(limit) is not None for limit in (low, high)):
+        return None
+    low, high = (-float("inf") if low is None else low), (float("inf") if high is None else high)
+    return pointwise(tracer, "clamp", x, parameters=(low, high))
 
 
-def _softplus(network, input, beta=1.0, threshold=20.0):
-    return network.point("softplus", input, parameters=(beta, threshold))
+def _glu(tracer, x, dim=-1):
+    a, b = tracer.names(x).chunk(2, dim)
+    return pointwise(tracer, "glu", tracer.lift(a), tracer.lift(b))
 
 
-def _clamp(network, input, min=None, max=None):
-    low, high = (-float("inf") if min is None else min), (float("inf") if max is None else max)
-    return network.point("clamp", input, parameters=(low, high))
+def _chain(*names):
+    """Functions of one operand, one after the other; a pair is affine."""
 
-
-def _hardtanh(network, input, min_val=-1.0, max_val=1.0, inplace=False):
-    return _clamp(network, input, min_val, max_val)
-
-
-def _relu6(network, input, inplace=False):
-    return _clamp(network, input, 0, 6)
-
-
-@sharing
-def _dropout(network, input, p=0.5, training=True, inplace=False):
-    if training:
-        raise unknown("dropout while training", "training=self.training, which is False in evaluation mode")
-    return input
-
-
-def _unary(name):
-    return lambda network, input, inplace=False: network.point(name, input)
-
-
-def _square(network, input):
-    return network.point("mul", input, input)
-
-
-def _neg(network, input):
-    return network.point("affine", input, parameters=(-1, 0))
-
-
-def _prelu(network, input, weight):
-    return network.point("prelu", input, Const(lambda known: weight(known).reshape(-1, 1, 1), weight.of_image))
-
-
-def _glu(network, input, dim=-1):
-    a, b = _chunk(network, input, 2, dim)
-    return network.point("glu", a, b)
-
-
-def _module(name, *attributes):
-    """A pointwise module as the function of that name."""
-
-    def handle(network, module, input):
-        return _UNARY[name](network, input, **{attribute: getattr(module, attribute) for attribute in attributes})
+    def handle(tracer, x):
+        for name in names:
+            out = _affine(tracer, x, *name) if isinstance(name, tuple) else pointwise(tracer, name, x)
+            x = tracer.lift(out)
+        return out
 
     return handle
 
 
-_UNARY = {
-    **{name: _unary(name) for name in ("relu", "sigmoid", "tanh", "silu", "exp", "abs")},
-    "elu": _elu,
-    "leaky_relu": _leaky_relu,
-    "gelu": _gelu,
-    "softplus": _softplus,
-    "hardtanh": _hardtanh,
-    "relu6": _relu6,
-    "glu": _glu,
-    "neg": _neg,
-    "square": _square,
-    "clamp": _clamp,
-    "dropout": _dropout,
-}
-
-_BINARY = {
-    "add": _add,
-    "sub": _sub,
-    "mul": lambda network, input, other: _binary("mul", network, input, other),
-    "div": lambda network, input, other: _binary("div", network, input, other),
-}
+def _log_sigmoid(tracer, x):
+    soft = pointwise(tracer, "softplus", tracer.lift(_affine(tracer, x, -1, 0)), parameters=(1.0, 88.0))
+    return _affine(tracer, tracer.lift(soft), -1, 0), torch.zeros(0, dtype=torch.int64, device="cpu")
 
 
-@sharing
-def _split_method(network, tensor, split_size, dim=0):
-    return _split(network, tensor, split_size, dim)
+def _mish(tracer, x):
+    soft = tracer.lift(pointwise(tracer, "softplus", x, parameters=(1.0, 20.0)))
+    return pointwise(tracer, "mul", x, tracer.lift(pointwise(tracer, "tanh", soft)))
 
 
-@sharing
-def _identity(network, module, input):
-    return input
+def _hardsigmoid(tracer, x):
+    return _clamp(tracer, tracer.lift(_affine(tracer, x, 1 / 6, 0.5)), 0, 1)
 
 
-@sharing
-def _float(network, x):
-    return x
+def _batch_norm(tracer, x, weight, bias, mean, variance, training, momentum, eps):
+    if training or mean is None:
+        why = "without running statistics" if mean is None else "that trains in evaluation mode"
+        advice = "track_running_stats=True" if mean is None else "let train() and eval() decide"
+        return tracer.obscure(unknown(f"{tracer.what()} {why}", advice))
+    factor = (variance.detach() + eps).rsqrt()
+    factor = factor if weight is None else factor * weight.detach()
+    shift = -mean.detach() * factor
+    shift = shift if bias is None else shift + bias.detach()
+    each = (-1, *[1] * (x.dim() - 2))
+    scaled = tracer.lift(pointwise(tracer, "mul", x, factor.reshape(each)))
+    none = torch.zeros(0, dtype=torch.int64, device="cpu")
+    return pointwise(tracer, "add", scaled, shift.reshape(each)), none, none
 
 
-# What is known
+# Levels as integers
 
 
-DROPOUTS = (nn.Dropout, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-#: Functions that write into their first operand.
-IN_PLACE = tuple(getattr(operator, "i" + name) for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"))
+def _equal(tracer, x, other):
+    """1 where levels equal integers."""
+    if not tracer.of_image(x):
+        x, other = other, x
+    if x.is_floating_point() and not bool((tracer.names(x) > tracer.atoms.image.numel()).any()):
+        raise RuntimeError("levels that are compared must be integers")
+    if tracer.of_image(other) or x.is_floating_point():
+        return None
+    off = tracer.lift(_add(tracer, x, _number(other) if _number(other) is not None else other, sign=-1))
+    return _chain("abs", (-1, 1), "relu")(tracer, off)
 
 
-MODULES: dict[type[nn.Module], Callable] = {
-    ours.GatedMaskedConv2d: _gated,
-    ours.MaskedConv2d: _causal_conv,
-    ours.VerticalStackConv2d: _stack,
-    ours.HorizontalStackConv2d: _stack,
-    nn.Conv2d: _conv_1x1,
-    nn.BatchNorm2d: _batch_norm,
-    nn.PReLU: lambda network, module, input: _prelu(network, input, Const(lambda known: module.weight.detach())),
-    nn.ReLU6: _module("relu6"),
-    nn.Hardtanh: _module("hardtanh", "min_val", "max_val"),
-    nn.ReLU: _module("relu"),
-    nn.ELU: _module("elu", "alpha"),
-    nn.LeakyReLU: _module("leaky_relu", "negative_slope"),
-    nn.Sigmoid: _module("sigmoid"),
-    nn.Tanh: _module("tanh"),
-    nn.SiLU: _module("silu"),
-    nn.GELU: _module("gelu", "approximate"),
-    nn.Softplus: _module("softplus", "beta", "threshold"),
-    nn.GLU: _module("glu", "dim"),
-    **dict.fromkeys((nn.Identity, *DROPOUTS), _identity),
-}
+def _scatter(tracer, x, dim, index, value, reduce=None):
+    """A number at the place along a dimension that a level names, in zeros."""
+    names = tracer.names(x)
+    whole = _number(value) is not None and tracer.of_image(index) and index.shape[dim] == 1 and reduce is None
+    if not whole or bool((names != 0).any()):
+        return None
+    places = torch.arange(x.shape[dim], device=x.device).reshape(-1, *[1] * (x.dim() - 1 - dim % x.dim()))
+    return _affine(tracer, tracer.lift(_equal(tracer, index, places)), value, 0)
 
-FUNCTIONS: dict[Callable, Callable] = {
+
+def _embedding(tracer, weight, x, *options):
+    """The rows of a table that levels name: the table's product with what is 1 at the level, and 0 elsewhere."""
+    if tracer.traced(weight) or weight.dim() != 2:
+        return None
+    if x.is_floating_point():
+        raise RuntimeError("indices must be integers")
+    count, width = weight.shape
+    atoms, names = tracer.atoms, tracer.names(x)
+    places = arrange(atoms, names)
+    out = names.new_zeros(names.numel(), width)
+    levels = torch.arange(count, device=weight.device).to(weight.dtype)
+    one = torch.ones(count, 1, 1, 1, dtype=weight.dtype, device=weight.device)
+    table = weight.detach().T[:, :, None, None]
+    for plane in places:
+        off = convolve(
+            tracer, names.flatten()[plane.flatten()].reshape(1, *plane.shape), one, one > 0, -levels, [0] * 4
+        )
+        (hot,) = _chain("abs", (-1, 1), "relu")(tracer, tracer.lift(off[None]))
+        found = convolve(tracer, hot, table, torch.ones_like(table) > 0, None, (0, 0, 0, 0))
+        out[plane.flatten()] = found.flatten(1).T
+    return out.reshape(*names.shape, width)
+
+
+def _log_softmax(tracer, x, dim, half_to_float=False):
+    error = unknown(f"{tracer.what()} within a network", "it joins levels: it may be the last step alone")
+    names = tracer.names(x)
+    return tracer.atoms.obscure(names.shape, error, normalised=names.clone(), dim=dim % names.dim())
+
+
+HANDLERS: dict[str, Callable] = {
     **{
-        getattr(place, name + suffix): _UNARY[name]
-        for name in _UNARY
-        for place in (torch, F)
-        for suffix in ("", "_")
-        if callable(getattr(place, name + suffix, None))
+        name: lambda tracer, x, *inplace, name=name: pointwise(tracer, name, x)
+        for name in ("relu", "sigmoid", "tanh", "silu", "exp", "abs")
     },
-    **{getattr(torch, name): handler for name, handler in _BINARY.items()},
-    **{getattr(operator, name): _BINARY[name] for name in ("add", "sub", "mul")},
-    operator.truediv: _BINARY["div"],
-    **{getattr(operator, "i" + name): _BINARY[name] for name in ("add", "sub", "mul")},
-    operator.itruediv: _BINARY["div"],
-    operator.neg: _neg,
-    F.prelu: _prelu,
-    F.dropout2d: _dropout,
-    torch.cat: _cat,
-    torch.concat: _cat,
-    torch.chunk: _chunk,
-    torch.split: _split,
-    F.pad: _pad,
-    operator.getitem: getitem,
-    operator.setitem: setitem,
+    "add": _add,
+    "sub": lambda tracer, a, b, alpha=1: _add(tracer, a, b, alpha, -1),
+    "rsub": lambda tracer, a, b, alpha=1: _add(tracer, b, a, alpha, -1),
+    "mul": _mul,
+    "div": _div,
+    "neg": lambda tracer, x: _affine(tracer, x, -1, 0),
+    "reciprocal": lambda tracer, x: _div(tracer, 1, x),
+    "pow": _pow,
+    "elu": _elu,
+    "leaky_relu": lambda tracer, x, slope=0.01: pointwise(tracer, "leaky_relu", x, parameters=(slope,)),
+    "gelu": lambda tracer, x, approximate="none": pointwise(
+        tracer, "gelu_tanh" if approximate == "tanh" else "gelu", x
+    ),
+    "softplus": lambda tracer, x, beta=1, threshold=20: pointwise(tracer, "softplus", x, parameters=(beta, threshold)),
+    "hardtanh": lambda tracer, x, low=-1, high=1: _clamp(tracer, x, low, high),
+    "clamp": _clamp,
+    "clamp_min": _clamp,
+    "clamp_max": lambda tracer, x, high: _clamp(tracer, x, None, high),
+    "_prelu_kernel": lambda tracer, x, weight: pointwise(tracer, "prelu", x, weight),
+    "glu": _glu,
+    "mish": _mish,
+    "hardsigmoid": _hardsigmoid,
+    "hardswish": lambda tracer, x: _mul(tracer, x, tracer.lift(_hardsigmoid(tracer, x))),
+    "log_sigmoid_forward": _log_sigmoid,
+    "native_batch_norm": _batch_norm,
+    "_native_batch_norm_legit_no_training": lambda tracer, x, weight, bias, mean, variance, momentum, eps: _batch_norm(
+        tracer, x, weight, bias, mean, variance, False, momentum, eps
+    ),
+    "cudnn_batch_norm": _batch_norm,
+    "convolution": _conv,
+    "masked_conv2d_fwd": _masked,
+    "addmm": _linear,
+    "mm": lambda tracer, x, weight: _linear(tracer, None, x, weight),
+    "bmm": _product,
+    "celu": lambda tracer, x, alpha=1.0: _elu(tracer, x, alpha, 1.0, 1 / alpha),
+    "selu": lambda tracer, x: _elu(tracer, x, 1.6732632423543772, 1.0507009873554805),
+    "eq": _equal,
+    "embedding": _embedding,
+    "scatter": _scatter,
+    "_log_softmax": _log_softmax,
 }
 
+#: Functions of the image whose result only its numbers say.
+DECIDING = frozenset(("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "unique", "_unique2"))
 
-METHODS: dict[str, Callable] = {
-    **{name: handler for name, handler in (_UNARY | _BINARY).items() if hasattr(Tensor, name)},
-    **{name + "_": handler for name, handler in (_UNARY | _BINARY).items() if hasattr(Tensor, name + "_")},
-    "chunk": _chunk,
-    "split": _split_method,
-    "contiguous": contiguous,
-    "float": _float,
+_ATTENTION = "softmax and products of features, as attention takes, read what no fixed order of steps does"
+
+ADVICE = {
+    "native_group_norm": "it joins pixels or channels that are not known together; nn.BatchNorm2d does not",
+    "native_layer_norm": "it joins channels that may not be known together; nn.BatchNorm2d does not",
+    "_softmax": _ATTENTION,
+    "bmm": _ATTENTION,
+    "im2col": "masks that differ from pixel to pixel are no convolution",
 }

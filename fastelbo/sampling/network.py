@@ -59,8 +59,10 @@ class View:
 class Const:
     """What depends on the condition and on parameters only: a function of what is known so far."""
 
-    function: Callable[[dict], Any]  # to a tensor, or to what becomes part of one
+    function: Callable[[dict], Any]  # to [1, channels or 1, rows or 1, columns or 1], or to what becomes part of it
     of_image: bool = False  # whether it depends on the condition, which each image has its own of
+    spatial: bool = False  # whether it has an image's size; if not, it is the same for all pixels
+    channels: int = 1
 
     def __call__(self, known: dict) -> Any:
         """Its value, which is found once."""
@@ -106,14 +108,18 @@ class Join:
 
 
 KNOWN = (
-    "the layers of fastelbo.nn, nn.Conv2d with 1 x 1 kernels, torch's pointwise functions, cat, chunk and split of "
-    "channels"
+    "convolutions of stride 1 that are causal, torch's pointwise functions, nn.BatchNorm2d, nn.Embedding, and what "
+    "moves channels, or pixels by a shift"
 )
 CONVOLUTIONS = "use fastelbo.nn.MaskedConv2d, or VerticalStackConv2d and HorizontalStackConv2d"
 
 
 class UnknownError(NotImplementedError):
     """What a network is refused with, told from what its own code raises."""
+
+
+class NotCausalError(ValueError):
+    """What reads pixels that come later: in its place, if not where a shift puts it."""
 
 
 def unknown(what: str, advice: str = f"build the network of {KNOWN}") -> UnknownError:
@@ -131,16 +137,20 @@ class Network:
 
     Args:
         colours: channels of the image.
+        order: "raster" or "wavefront", which has no start of a row: there constants come with their pixels.
 
     Attributes:
         logits: what `finish` was told.
         stages: colours that are drawn together, in order.
+        normalised: whether the model's outputs are the logits' log_softmax.
     """
 
     logits: View
+    normalised = False
 
-    def __init__(self, colours: int) -> None:
+    def __init__(self, colours: int, order: str = "raster") -> None:
         self.colours = colours
+        self.constant_phase = PIXEL if order == "wavefront" else ABOVE
         self.image = Value(PIXEL, [1 << colour for colour in range(colours)])
         self.steps: list[Conv | Point | Join] = []
         self.stages: list[list[int]] = []
@@ -148,6 +158,14 @@ class Network:
     def level(self, colours: int) -> int:
         """The number of stages that must be drawn before a feature that depends on these colours is known."""
         return max((n + 1 for n, stage in enumerate(self.stages) if any(colours >> c & 1 for c in stage)), default=0)
+
+    def constants(self) -> list[Const]:
+        """What depends on the condition and on parameters alone, and is read by a step."""
+        found: dict[Const, None] = {}
+        for step in self.steps:
+            operands = (step.cond, step.residual) if isinstance(step, Conv) else getattr(step, "operands", ())
+            found.update((operand, None) for operand in operands if isinstance(operand, Const))
+        return list(found)
 
     # Steps
 
@@ -165,12 +183,12 @@ class Network:
         """Adds a convolution; weight and live are [out, in, taps]."""
         read = [tap for n, tap in enumerate(taps) if live[:, :, n].any()]
         if any(down > 0 for down, _ in read):
-            raise ValueError("model must be causal; got a convolution that reads rows below its pixel")
-        if x.right and any(right > 0 for _, right in read):
-            x = self.join([x])  # whose zeros to the right of the image the shifted view has not
+            raise NotCausalError("model must be causal; got a convolution that reads rows below its pixel")
         own_row = [right for down, right in read if down == 0]
         colours = [0] * len(weight)
-        if not own_row:
+        if not read:
+            phase = self.constant_phase
+        elif not own_row:
             phase = ABOVE
         elif x.phase == PIXEL and max(own_row) > 0:
             phase = ROW
@@ -182,8 +200,6 @@ class Network:
         for name, operand, count in (("cond", cond, len(weight)), ("residual", residual, len(weight) // (1 + gated))):
             if isinstance(operand, View) and len(operand.channels) != count:
                 raise ValueError(f"{name} must have {count} channels; got {len(operand.channels)}")
-            if operand is not None and not isinstance(operand, Operand):
-                raise unknown(f"a {name} that is {type(operand).__name__}")
         phase, colours = _with(phase, colours, cond)
         if gated:
             half = len(colours) // 2
@@ -196,13 +212,8 @@ class Network:
 
     def point(self, function: str, *operands: Any, parameters: Sequence[float] = ()) -> View:
         """Adds a pointwise function; a constant has one channel for each of the other operand's, or one for all."""
-        for operand in operands:
-            if not isinstance(operand, Operand):
-                raise unknown(f"{function} of features and {type(operand).__name__}")
         counts = [len(operand.channels) for operand in operands if isinstance(operand, View)]
-        if any(count != counts[0] for count in counts):
-            raise unknown(f"{function} of features with {' and '.join(map(str, counts))} channels")
-        phase, colours = ABOVE, [0] * counts[0]
+        phase, colours = self.constant_phase, [0] * counts[0]
         for operand in operands:
             phase, colours = _with(phase, colours, operand)
         out = _value(phase, colours)
@@ -223,15 +234,8 @@ class Network:
             bernoulli: whether one output for each colour is the logit of level 1, to which 0 joins for level 0.
         """
         if not isinstance(logits, View):
-            raise ValueError(
-                f"model must return one image of logits that depends on its input; got {type(logits).__name__}"
-            )
+            raise ValueError("model must return one image of logits that depends on its input; got constants")
         channels = len(logits.channels)
-        if channels % self.colours:
-            raise ValueError(
-                f"model must return levels x {self.colours} channels of logits, one for each level and colour; "
-                f"got {channels}"
-            )
         if bernoulli and channels == self.colours:
             logits = self.join([self.point("affine", logits, parameters=(0, 0)), logits])
         self.logits = logits
@@ -240,14 +244,26 @@ class Network:
                 "model must be causal; got logits that depend on the whole row of their pixel: shift a vertical stack "
                 "down before it meets the horizontal one, or start with mask_type 'A'"
             )
-        needs = [0] * self.colours
-        for channel, colours in enumerate(logits.colours):
-            needs[channel % self.colours] |= colours
-        self._order(needs)
+        levels = len(logits.channels) // self.colours
+        try:
+            self.stages = self._order([channel % self.colours for channel in range(len(logits.channels))])
+        except ValueError as error:
+            try:
+                self._order([channel // levels for channel in range(len(logits.channels))])
+            except ValueError:
+                raise error from None
+            raise ValueError(
+                "model must be causal, and return logits [N, levels x colours, H, W] with the colours innermost; got "
+                "outputs whose levels are innermost, as contiguous channel groups have them: return "
+                f"logits.unflatten(1, ({self.colours}, {levels})), [N, colours, levels, H, W]"
+            ) from None
 
-    def _order(self, needs):
-        """The stages; needs: of each colour, those that its logits depend on, as bits."""
-        drawn = 0
+    def _order(self, colour_of):
+        """The stages, if each channel of the logits belongs to a colour."""
+        needs = [0] * self.colours
+        for channel, colours in enumerate(self.logits.colours):
+            needs[colour_of[channel]] |= colours
+        drawn, stages = 0, []
         while drawn != (1 << self.colours) - 1:
             stage = [c for c in range(self.colours) if not drawn >> c & 1 and not needs[c] & ~drawn]
             if not stage:
@@ -258,8 +274,9 @@ class Network:
                     "pixel: a first layer needs mask_type 'A', and every layer, 1 x 1 ones too, the colours' "
                     "channel_groups"
                 )
-            self.stages.append(stage)
+            stages.append(stage)
             drawn |= sum(1 << c for c in stage)
+        return stages
 
 
 def _whole(value):

@@ -104,12 +104,11 @@ class Program:
         network: its steps.
         shape: (colours, rows, columns) of an image.
         wavefront: whether pixels of several rows are computed together.
-        spatial: for each Const whether it has an image's size; others have one value for all pixels.
         dtype: of the arithmetic.
     """
 
-    def __init__(self, network: Network, shape, wavefront: bool, spatial: dict[Const, bool], dtype: torch.dtype):
-        self.network, self.spatial, self.dtype = network, spatial, dtype
+    def __init__(self, network: Network, shape, wavefront: bool, dtype: torch.dtype):
+        self.network, self.dtype = network, dtype
         self.colours, self.rows, self.columns = shape
         self.wavefront = wavefront
         self.size = 0  # numbers in an image's workspace
@@ -206,7 +205,7 @@ class Program:
         """A constant's place, its channels as the layout has them."""
         key = const, tuple(channels), tuple(layout.positions)
         if key not in self.constants:
-            if self.spatial[const]:
+            if const.spatial:
                 row_stride = self.columns * layout.width
                 ref = Ref(self._take(self.rows * row_stride), row_stride, layout.width, self.rows)
             else:

@@ -3,15 +3,15 @@
 import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastelbo import _library
 from fastelbo.reference.sampling import Line, Scattered, Section, draw
-from fastelbo.sampling.network import PIXEL, Const, Conv, Network
+from fastelbo.sampling.network import PIXEL, Const, Network
 from fastelbo.sampling.program import Program
+from fastelbo.sampling.trace import Form
 
 
 class Plan:
@@ -19,6 +19,7 @@ class Plan:
 
     Args:
         network: its steps.
+        form: how the model takes images and gives logits.
         image_shape: (colours, rows, columns).
         order: "raster" or "wavefront".
         dtype, device: of the arithmetic.
@@ -31,6 +32,7 @@ class Plan:
     def __init__(
         self,
         network: Network,
+        form: Form,
         image_shape: tuple[int, int, int],
         order: str,
         dtype: torch.dtype,
@@ -42,24 +44,23 @@ class Plan:
                 "order must be raster for a network whose features depend on whole rows above, as those of a vertical "
                 f"stack do ({len(rowwise)} of its {len(network.steps)} steps); got {order!r}"
             )
-        self.network, self.image_shape, self.order = network, image_shape, order
+        self.network, self.form, self.image_shape, self.order = network, form, image_shape, order
         self.dtype, self.device, self.backend = dtype, device, backend
-        self._programs: dict[tuple[bool, ...], Compiled] = {}
-        self._lag: int | None = None
+        self._compiled: Compiled | None = None
 
     def of_rows(self, rows: int) -> "Plan":
         """The same of images of another height."""
         colours, _, columns = self.image_shape
-        return Plan(self.network, (colours, rows, columns), self.order, self.dtype, self.device, self.backend)
+        return Plan(
+            self.network, self.form, (colours, rows, columns), self.order, self.dtype, self.device, self.backend
+        )
 
     # Which colours of which pixels a step is about
 
     @property
     def lag(self) -> int:
         """Columns by which the wavefront has a row follow the one above it."""
-        if self._lag is None:
-            self._lag = self.any_program().lag
-        return self._lag
+        return self.compiled.program.lag
 
     @property
     def steps(self) -> int:
@@ -95,64 +96,22 @@ class Plan:
 
     def constants(self, cond: Tensor | None) -> dict[Const, Tensor]:
         """The values of all constants, each [n or 1, C or 1, H, W] or with 1 for both H and W."""
-        operands = self._operands()
-        known: dict[Any, Any] = {}
-        fixed = {c: self._constant(c, known, layer) for c, layer in operands.items() if not c.of_image}
-        if cond is None or len(fixed) == len(operands):
+        every = self.network.constants()
+        fixed = {const: const({}) for const in every if not const.of_image}
+        if cond is None or len(fixed) == len(every):
             return fixed
-        own = [const for const in operands if const not in fixed]
+        own = [const for const in every if const not in fixed]
         with one_thread(self.device):  # image by image: libraries' sums depend on the batch
-            images = [{**known, "cond": image.clone(), "all": cond} for image in cond.split(1)]
-            found = {const: [self._constant(const, image, operands[const]) for image in images] for const in own}
-        return {const: fixed[const] if const in fixed else torch.cat(found[const]) for const in operands}
+            images = [{"cond": image.clone()} for image in cond.split(1)]
+            found = {const: [const(image) for image in images] for const in own}
+        return {const: fixed[const] if const in fixed else torch.cat(found[const]) for const in every}
 
-    def _operands(self) -> dict[Const, bool]:
-        """All constants, with whether they are a layer's cond, which may be [n, C]."""
-        found = {}
-        for step in self.network.steps:
-            layer = isinstance(step, Conv)
-            operands = (step.cond, step.residual) if isinstance(step, Conv) else getattr(step, "operands", ())
-            for operand in operands:
-                if isinstance(operand, Const):
-                    found[operand] = layer
-        return found
-
-    def _constant(self, const, known, layer):
-        try:
-            value = const(known)
-        except (RuntimeError, IndexError, ValueError, AttributeError) as error:
-            if "cond" not in known:
-                raise
-            shape = tuple(known["all"].shape)
-            raise ValueError(f"cond must be what the model takes; got shape {shape}: {error}") from error
-        if isinstance(value, int | float):
-            value = torch.tensor(float(value), dtype=torch.float64, device=self.device)
-        if layer and value.dim() == 2:
-            value = value[:, :, None, None]
-        if const.of_image and value.dim() == 4 and len(value) != 1:
-            raise ValueError(f"cond must lead to features of one image from that of one; got {len(value)}")
-        value = value.reshape((1,) * (4 - value.dim()) + value.shape)
-        size, image = value.shape[2:], self.image_shape[1:]
-        if any(own not in (1, whole) for own, whole in zip(size, image, strict=True)):
-            raise ValueError(
-                f"cond must lead to features of {image[0]} x {image[1]} pixels or of one; got {size[0]} x {size[1]}"
-            )
-        return value if size == (1, 1) else value.expand(*value.shape[:2], *image)
-
-    def compiled(self, constants: dict[Const, Tensor]) -> "Compiled":
-        """The program for constants of these sizes."""
-        spatial = {const: value.shape[2:] != (1, 1) for const, value in constants.items()}
-        key = tuple(spatial.values())
-        if key not in self._programs:
-            self._programs[key] = Compiled(self, spatial)
-        return self._programs[key]
-
-    def any_program(self) -> Program:
-        """The last one; where there is none yet, that for a condition of one class."""
-        if not self._programs:
-            spatial = dict.fromkeys(self._operands(), False)
-            return Program(self.network, self.image_shape, self.order == "wavefront", spatial, self.dtype)
-        return next(reversed(self._programs.values())).program
+    @property
+    def compiled(self) -> "Compiled":
+        """The program."""
+        if self._compiled is None:
+            self._compiled = Compiled(self)
+        return self._compiled
 
 
 class Compiled:
@@ -160,14 +119,13 @@ class Compiled:
 
     Args:
         plan: whose it is.
-        spatial: for each constant whether it has an image's size.
 
     Attributes:
         checked: whether its steps were found to be the network's own.
     """
 
-    def __init__(self, plan: Plan, spatial: dict[Const, bool]) -> None:
-        program = Program(plan.network, plan.image_shape, plan.order == "wavefront", spatial, plan.dtype)
+    def __init__(self, plan: Plan) -> None:
+        program = Program(plan.network, plan.image_shape, plan.order == "wavefront", plan.dtype)
         self.program, self.weights, self.checked = program, program.weights.to(plan.device), False
         if plan.backend != "reference":
             self.encoded = program.encode().to(plan.device)
@@ -187,21 +145,27 @@ class Run:
     def __init__(self, plan: Plan, n: int, cond: Tensor | None) -> None:
         self.plan, self.n, self.step, self.advanced = plan, n, 0, -1
         constants = plan.constants(cond)
-        self.compiled = plan.compiled(constants)
+        self.compiled = plan.compiled
         self.program = program = self.compiled.program
         self.workspace = torch.zeros(n, program.size, dtype=plan.dtype, device=plan.device)
         for const, channels, buffer in program.constants.values():
-            self._store(constants[const], channels, buffer)
+            self._store(constants[const], const.spatial, channels, buffer)
 
-    def _store(self, value, channels, buffer):
+    @classmethod
+    def resumed(cls, plan: Plan, n: int, workspace: Tensor, step: int, advanced: int) -> "Run":
+        """A run that was written down."""
+        run = cls.__new__(cls)
+        run.plan, run.n, run.step, run.advanced = plan, n, step, advanced
+        run.compiled, run.program, run.workspace = plan.compiled, plan.compiled.program, workspace
+        return run
+
+    def _store(self, value, spatial, channels, buffer):
         """A constant's channels, as the buffer has them."""
         channels = torch.tensor(channels, device=value.device)
         if value.shape[1] == 1:
             channels = torch.zeros_like(channels)
-        elif int(channels.max()) >= value.shape[1]:
-            raise ValueError(f"cond must lead to {int(channels.max()) + 1} channels or more; got {value.shape[1]}")
         ref = buffer.ref
-        rows, columns = value.shape[2:]
+        rows, columns = self.plan.image_shape[1:] if spatial else (1, 1)
         view = self.workspace.as_strided(
             (self.n, rows, columns, buffer.width),
             (self.program.size, ref.row_stride, ref.column_stride, 1),

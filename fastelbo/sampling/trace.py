@@ -1,257 +1,526 @@
-"""Follows a module's forward with torch.fx, to the steps of a network."""
+"""Runs a module's own forward on tensors that know what their elements are, to the steps of a network."""
 
-import functools
+import contextlib
 import inspect
-import operator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from torch import Tensor, fx, nn
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
 
-from fastelbo import nn as ours
 from fastelbo.sampling import layers
-from fastelbo.sampling.memory import SHARING, Shared, contents, storing, write
-from fastelbo.sampling.network import CONVOLUTIONS, KNOWN, Const, Network, UnknownError, View, unknown
+from fastelbo.sampling.atoms import Atoms, Obscure
+from fastelbo.sampling.fuse import fuse
+from fastelbo.sampling.network import KNOWN, Const, Network, UnknownError, unknown
+
+#: Operators that make tensors without numbers of others, which may be written to.
+MAKERS = frozenset(
+    [*(f"{kind}{name}" for kind in ("", "new_") for name in ("zeros", "ones", "full", "empty"))]
+    + [f"{name}_like" for name in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")]
+)
+LARGE, SMALL = 4096, (53, 59)  # pixels of an image that is followed at a smaller size, and that size
+#: Functions of Python that copy, or do not, as the batch has it.
+_MAY_COPY = (Tensor.contiguous, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten)
+
+_CASTS = (Tensor.to, Tensor.half, Tensor.bfloat16, Tensor.type)
 
 
-class _Proxy(fx.Proxy):
-    """One that sees what is done to it in place, too: fx has a += b as a = a + b."""
+class Traced(torch.Tensor):
+    """A tensor of one image. It has names of what depends on the image, or a value that depends on a condition."""
 
-    def __setattr__(self, name, value):
-        if name not in ("tracer", "node"):
-            raise unknown(f"a forward that sets Tensor.{name}", "compute a tensor of its own")
-        super().__setattr__(name, value)
+    names: "Tensor | None"
+    value: "Tensor | None"
+    slot: int
+    tracer: "Tracer"
 
-    def __setitem__(self, index, value):
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+    @staticmethod
+    def __new__(cls, tracer, like, dtype, **_):
+        """Of the shape and strides of `like`."""
+        return torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=dtype, device=tracer.device
+        )
 
-    def __len__(self):
-        return 2 if self.tracer.is_stacks(self.node) else super().__len__()
+    def __init__(self, tracer, like, dtype, value=None, slot=-1):
+        self.tracer, self.value, self.slot = tracer, value, slot
+        self.names = like if value is None else None
 
+    __torch_function__ = classmethod(lambda cls, func, types, args=(), kwargs=None: _function(func, args, kwargs or {}))
 
-def _in_place(function):
-    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
-
-
-for _operator in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
-    setattr(_Proxy, f"__i{_operator}__", _in_place(getattr(operator, f"__i{_operator}__")))
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module, name):
-        return bool(layers.layer(module)) or ("forward" not in vars(module) and super().is_leaf_module(module, name))
-
-    def proxy(self, node):
-        return _Proxy(node, self)
-
-    def is_stacks(self, node):
-        """Whether a node is both stacks that a block returns, which `*block(v, h)` unpacks."""
-        return node.op == "call_module" and isinstance(self.root.get_submodule(node.target), ours.GatedMaskedConv2d)
-
-    def iter(self, obj):
-        return iter((obj[0], obj[1])) if self.is_stacks(obj.node) else super().iter(obj)
-
-    def call_module(self, module, forward, arguments, keywords):
-        if "forward" not in vars(module):
-            return super().call_module(module, forward, arguments, keywords)
-        try:
-            return super().call_module(module, forward, arguments, keywords)
-        except UnknownError:
-            raise
-        except Exception as error:  # of any kind: it is the user's code
-            what = f"{self.path_of_module(module).removeprefix('model.')}, {_short(module)} with a forward of its own"
-            raise unknown(f"{what} ({error})", "make it a module's") from error
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        tracer = next(leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Traced)).tracer
+        return tracer.call(func, args, kwargs or {})
 
 
-class _Plain(nn.Module):
-    def __init__(self, model):
+def _function(func, args, kwargs):
+    """What operators do not show."""
+    name = getattr(func, "__name__", "")
+    if name == "__set__" and func == Tensor.data.__set__:
+        raise unknown("a forward that sets Tensor.data", "compute a tensor of its own")
+    if name.endswith("dropout") and kwargs.get("training", [*args, True, True, True][2]):
+        raise unknown("dropout while training", "training=self.training, which is False in evaluation mode")
+    with torch._C.DisableTorchFunctionSubclass():
+        result = func(*args, **kwargs)
+    if func in _CASTS and isinstance(result, Traced) and result.names is not None:
+        dtype, own = result.dtype, result.tracer.dtype
+        narrow = dtype.is_floating_point and dtype.itemsize < own.itemsize
+        if narrow and not torch.is_autocast_enabled(result.device.type):
+            raise unknown(f"features in {dtype}", f"the sampler computes in {own}")
+    if func in _MAY_COPY and args and isinstance(args[0], Traced) and args[0].names is not None:
+        storage = args[0].names.untyped_storage()
+        if result.names.untyped_storage().data_ptr() == storage.data_ptr() and storage.nbytes() > 8 * result.numel():
+            args[0].tracer.ambiguous[storage.data_ptr()] = storage, func.__name__
+    return result
+
+
+class Tape:
+    """What was computed from the condition alone, and is again from another image's."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Callable, Any, Any, list[int]]] = []
+        self.count = 1
+        self.played = Const(self._play, True)
+
+    def add(self, func: Callable, args: Any, kwargs: Any, count: int) -> list[int]:
+        """Writes a call down; the slots of its results."""
+        slots = list(range(self.count, self.count + count))
+        self.count += count
+        args, kwargs = tree_map(lambda leaf: _Slot(leaf.slot) if isinstance(leaf, Traced) else leaf, (args, kwargs))
+        self.calls.append((func, args, kwargs, slots))
+        return slots
+
+    def _play(self, known):
+        found = {0: known["cond"]}
+        for func, args, kwargs, slots in self.calls:
+            args, kwargs = tree_map(lambda leaf: found[leaf.slot] if isinstance(leaf, _Slot) else leaf, (args, kwargs))
+            results = [leaf for leaf in tree_flatten(func(*args, **kwargs))[0] if isinstance(leaf, Tensor)]
+            found.update(zip(slots, results, strict=True))
+        return found
+
+
+class _Slot:
+    def __init__(self, slot):
+        self.slot = slot
+
+
+class _Mode(TorchDispatchMode):
+    def __init__(self, tracer):
         super().__init__()
-        self.model = model
+        self.tracer = tracer
 
-    def forward(self, image):
-        return self.model(image)
-
-
-class _Conditional(_Plain):
-    def forward(self, image, cond):
-        return self.model(image, cond)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.tracer.call(func, args, kwargs or {})
 
 
-def network_of(model: nn.Module, colours: int, conditional: bool, bernoulli: bool = False) -> Network:
-    """The steps of a network in evaluation mode.
+class Tracer:
+    """Follows a forward.
 
     Args:
-        model: from an image, and a condition if conditional, to logits.
-        colours: channels of the image.
-        conditional: whether the model takes a condition.
-        bernoulli: whether one output for each colour is the logit of level 1, to which 0 joins for level 0.
-
-    Raises:
-        NotImplementedError: for a layer that is not known.
-        ValueError: for a network that is not causal, or takes other arguments.
+        network: takes the steps.
+        size: rows and columns of an image.
+        dtype, device: of the network's parameters.
     """
-    root = (_Conditional if conditional else _Plain)(model)
+
+    def __init__(self, network: Network, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.atoms, self.tape = Atoms(network, size, device), Tape()
+        self.ambiguous: dict[int, tuple[Any, str]] = {}
+        self.stack: list[nn.Module] = []
+        self.paths: dict[nn.Module, str] = {}
+        self.function = ""
+
+    # Tensors
+
+    def lift(self, names: Tensor, dtype: "torch.dtype | None" = None) -> Traced:
+        """A tensor of names."""
+        return Traced(self, names, dtype or self.dtype)
+
+    def condition(self, value: Tensor, slot: int = 0) -> Traced:
+        """A tensor that depends on the condition alone."""
+        return Traced(self, value, value.dtype, value=value, slot=slot)
+
+    @staticmethod
+    def traced(value: Any) -> bool:
+        """Whether a value depends on what the model is given."""
+        return isinstance(value, Traced)
+
+    @staticmethod
+    def of_image(value: Any) -> bool:
+        """Whether a tensor has names."""
+        return isinstance(value, Traced) and value.names is not None
+
+    def names(self, value: Any) -> Tensor:
+        """Names of a tensor's elements, or of a number."""
+        if isinstance(value, Traced):
+            if value.names is not None:
+                return value.names
+            (slot,) = self.tape.add(torch.clone, (value,), {}, 1)  # as it is now
+            return self.atoms.constant(value.shape, lambda known: self.tape.played(known)[slot])
+        tensor = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+        return self.atoms.constant(tensor.shape, tensor)
+
+    def obscure(self, error: Exception) -> Exception:
+        """What a handler returns for a call that ends in an error if its result is needed."""
+        return error
+
+    def what(self) -> str:
+        """What is being called, for errors."""
+        module = self.stack[-1] if self.stack else None
+        if module is None or not type(module).__module__.startswith(("torch.nn", "fastelbo.nn")):
+            return {"convolution": "conv2d"}.get(self.function, self.function.strip("_"))
+        text = str(module)
+        return f"{self.paths[module]}, {text if len(text) < 200 else type(module).__name__}"
+
+    # Calls
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operator of torch gives."""
+        name = func._schema.name.split("::")[1]
+        traced = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Traced)]
+        if not traced or name in MAKERS:
+            given = tree_map(lambda leaf: _blank(leaf) if isinstance(leaf, Traced) else leaf, (args, kwargs))
+            made = func(*given[0], **given[1])
+            return self.lift(self.names(made), made.dtype) if name in MAKERS else made
+        self.function = name
+        if all(leaf.names is None for leaf in traced):
+            return self._of_condition(name, func, args, kwargs)
+        if name in layers.DECIDING:
+            raise unknown(f"control flow that depends on the image ({self.what()})", "decide without it")
+        if "out" in kwargs:
+            raise unknown(f"{name} with out=", "take what it returns")
+        writes = func._schema.is_mutable and name.endswith("_")
+        own = name[:-1] if writes else name
+        if own not in layers.MOVES and own not in ("copy", "fill", "zero"):
+            still = {id(leaf) for leaf in traced if not self._seen(leaf)}
+            given = tree_map(lambda leaf: self._number(leaf) if id(leaf) in still else leaf, (args, kwargs))
+            if all(id(leaf) in still for leaf in traced):
+                made = func(*given[0], **given[1])
+                return self._write(name, traced[0], self.names(made)) if writes else made
+            args, kwargs = (args[0], *given[0][1:]) if writes else given[0], given[1]
+        if not writes:
+            return self._wrapped(func, args, kwargs, self._computed(own, func, args, kwargs))
+        target = args[0]
+        if not isinstance(target, Traced) or target.names is None:
+            raise unknown(f"Tensor.{name} in place on what depends on the image not at all", "do it out of place")
+        if own in ("copy", "fill", "zero"):
+            found = self.names(0 if own == "zero" else args[1])
+        else:
+            found = self._computed(own, func, args, kwargs)
+        return self._write(name, target, found)
+
+    def _write(self, name, target, found):
+        storage = target.names.untyped_storage()
+        if (ambiguous := self.ambiguous.get(storage.data_ptr())) is not None:
+            raise unknown(
+                f"Tensor.{name} in place on what Tensor.{ambiguous[1]} copied or did not, as the batch has it",
+                "do it out of place, or on a clone",
+            )
+        if isinstance(found, Exception):
+            found = self.atoms.obscure(target.shape, found)
+        target.names.copy_(found[0] if isinstance(found, tuple) else found)
+        return target
+
+    def _seen(self, leaf):
+        return leaf.names is None or bool((leaf.names > 0).any())
+
+    def _number(self, leaf):
+        """The numbers of a tensor with names of constants alone."""
+        flat = self.atoms.constants(leaf.names.reshape(1, 1, -1))
+        if flat.of_image:
+            raise unknown(f"{self.what()} of a tensor that the condition was written to", "make it of the condition")
+        return flat({}).expand(1, 1, 1, leaf.numel()).reshape(leaf.shape).to(leaf.device, leaf.dtype)
+
+    def _of_condition(self, name, func, args, kwargs):
+        if name in layers.DECIDING:
+            raise unknown(f"control flow that depends on the condition ({self.what()})", "decide without it")
+        given = tree_map(lambda leaf: leaf.value if isinstance(leaf, Traced) else leaf, (args, kwargs))
+        made = func(*given[0], **given[1])
+        count = sum(isinstance(leaf, Tensor) for leaf in tree_flatten(made)[0])
+        slots = iter(self.tape.add(func, args, kwargs, count))
+        if func._schema.is_mutable:
+            return args[0] if isinstance(args[0], Traced) else made
+        return tree_map(lambda leaf: self.condition(leaf, next(slots)) if isinstance(leaf, Tensor) else leaf, made)
+
+    def _computed(self, own, func, args, kwargs):
+        """Names of a call's results, or the error for it."""
+        try:
+            return self._found(own, func, args, kwargs)
+        except UnknownError as error:
+            return error
+
+    def _found(self, own, func, args, kwargs):
+        if own in layers.MOVES:
+            return self._moved(own, func, args, kwargs)
+        if own == "_to_copy":
+            return self._cast(args[0], kwargs)
+        found = None
+        if own in layers.HANDLERS:
+            found = layers.HANDLERS[own](self, *args, **kwargs)
+        return unknown(self.what(), layers.ADVICE.get(own, f"build the network of {KNOWN}")) if found is None else found
+
+    def _moved(self, own, func, args, kwargs):
+        """Of an operator that moves elements, by what it does to names."""
+        if own == "index" and not self.of_image(args[0]) and len(args[1]) == 1:
+            return layers.HANDLERS["embedding"](self, args[0], args[1][0])
+        data = {"where": (1, 2), "cat": (0,), "stack": (0,), "slice_scatter": (0, 1), "select_scatter": (0, 1)}
+        data_of = data.get(own, (0,))
+        given = []
+        for position, argument in enumerate(args):
+            if position in data_of:
+                several = isinstance(argument, list | tuple)
+                given.append([self.names(one) for one in argument] if several else self.names(argument))
+            elif any(isinstance(leaf, Traced) for leaf in tree_flatten(argument)[0]):
+                return unknown(f"{self.what()} by what depends on the image or the condition", "move by numbers")
+            else:
+                given.append(tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, argument))
+        if own in ("constant_pad_nd", "masked_fill"):
+            value = given.pop(2) if len(given) > 2 else kwargs.get("value", 0)
+            value = value.item() if isinstance(value, Tensor) else value
+            given.append(int(self.names(value)) if value else 0)
+            func = getattr(torch.ops.aten, own)
+        elif func._schema.name.endswith("_"):
+            func = getattr(torch.ops.aten, own)
+        return func(*given, **{key: value for key, value in kwargs.items() if key != "value"})
+
+    def _cast(self, x, kwargs):
+        self.atoms.refuse_obscure(x.names)
+        dtype = kwargs.get("dtype") or x.dtype
+        names = (
+            x.names.clone()
+            if kwargs.get("memory_format") is None
+            else x.names.clone(memory_format=kwargs["memory_format"])
+        )
+        if dtype == torch.bool:
+            return unknown("a cast to bool", f"build the network of {KNOWN}")
+        if (
+            not dtype.is_floating_point
+            and x.is_floating_point()
+            and bool((names >= self.atoms.image.numel() + 1).any())
+        ):
+            return unknown("a cast to integers of what is computed", "cast the image itself")
+        return names
+
+    def _wrapped(self, func, args, kwargs, found):
+        """Tensors of a call's results."""
+        if isinstance(found, Exception):
+            given = tree_map(lambda leaf: _blank(leaf, "meta"), (args, kwargs))
+            if "device" in given[1]:
+                given[1]["device"] = "meta"
+            try:
+                made = func(*given[0], **given[1])
+            except Exception:  # of any kind: the operator has no shapes for what is not there
+                raise found from None
+            return tree_map(
+                lambda leaf: (
+                    self.lift(self.atoms.obscure(leaf.shape, found), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+                ),
+                made,
+            )
+        dtype = self._dtype(func, args, kwargs)
+        return tree_map(lambda leaf: self.lift(leaf, dtype) if isinstance(leaf, Tensor) else leaf, found)
+
+    def _dtype(self, func, args, kwargs):
+        if (dtype := kwargs.get("dtype")) is not None:
+            return dtype
+        name = func._schema.name.split("::")[1]
+        leaves = tree_flatten(args)[0]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if name in layers.MOVES and name != "where":
+            return tensors[0].dtype
+        if name == "eq":
+            return torch.bool
+        floating = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+        if floating:
+            return floating[0]
+        whole = name in ("add", "sub", "rsub", "mul", "neg", "abs", "where", "pow", "clamp")
+        return tensors[0].dtype if whole and not any(isinstance(leaf, float) for leaf in leaves) else self.dtype
+
+    # Results
+
+    def finish(self, outputs: Any, form: "Form", bernoulli: bool) -> None:
+        """Has the network end with what the model returns."""
+        network = self.atoms.network
+        if self.of_image(outputs):
+            self.atoms.refuse_obscure(outputs.names, normalised=True)
+        else:
+            raise ValueError(
+                f"model must return one image of logits that depends on its input; got {type(outputs).__name__}"
+            )
+        names = form.arranged(outputs.names, (network.colours, *self.atoms.size))[0]
+        index = self.atoms.which(names)
+        source = self.atoms.sources[int(index.max())] if int(index.max()) >= 0 else None
+        if isinstance(source, Obscure) and source.normalised is not None and bool((index == index.max()).all()):
+            names, network.normalised = _unnormalised(source, names), True
+        logits = self.atoms.read(names.flatten(0, 1))
+        network.finish(logits, bernoulli)
+        fuse(network)
+
+    @contextlib.contextmanager
+    def watching(self, model: nn.Module) -> "Iterator[None]":
+        """Knows which module's code runs."""
+        self.paths = {module: name for name, module in model.named_modules()}
+        thread = threading.get_ident()
+
+        def enter(module, inputs):
+            if threading.get_ident() == thread and module in self.paths:
+                self.stack.append(module)
+
+        def leave(module, inputs, outputs):
+            if threading.get_ident() == thread and module in self.paths:
+                self.stack.pop()
+
+        handles = [
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave),
+        ]
+        try:
+            with _Mode(self):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _blank(leaf, device=None):
+    """A tensor of the same kind, without numbers."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=device or leaf.device)
+
+
+def _unnormalised(source, names):
+    """What a log_softmax over the levels, the first dimension, was taken of."""
+    shape, dim = source.normalised.shape, source.dim
+    rest = torch.Size((*shape[:dim], 1, *shape[dim + 1 :]))
+    group = torch.arange(rest.numel(), device="cpu").reshape(rest).expand(shape).flatten()[names - source.base]
+    if shape[dim] != len(names) or not torch.equal(group, group[:1].expand_as(group)):
+        raise source.error
+    return source.normalised.flatten()[names - source.base]
+
+
+class Form:
+    """How a model takes images, and gives logits.
+
+    Args:
+        integers: whether images are of integers.
+        channels: whether images of one colour have a dimension for it.
+        size: rows and columns at which the model was followed.
+    """
+
+    def __init__(self, integers: bool, channels: bool, size: tuple[int, int]) -> None:
+        self.integers, self.channels, self.size = integers, channels, size
+
+    def image(self, x: Tensor) -> Tensor:
+        """Images [n, colours, rows, columns] as the model takes them."""
+        x = x if self.channels else x[:, 0]
+        return x.long() if self.integers else x
+
+    @staticmethod
+    def arranged(outputs: Tensor, image_shape: Sequence[int]) -> Tensor:
+        """Logits as [n, levels, colours, rows, columns]."""
+        colours, *size = image_shape
+        shape = list(outputs.shape[1:])
+        if shape[1:] == size and len(shape) == 3:
+            if shape[0] % colours:
+                raise ValueError(
+                    f"model must return levels x {colours} channels of logits, one for each level and colour; "
+                    f"got {shape[0]}"
+                )
+            return outputs.unflatten(1, (-1, colours))
+        if len(shape) == 4 and shape[2:] == size and colours in shape[:2]:
+            return outputs if shape[1] == colours else outputs.transpose(1, 2)
+        if shape[:-1] == [colours, *size]:
+            return outputs.movedim(-1, 1)
+        if colours == 1 and shape[:-1] == size:
+            return outputs.movedim(-1, 1)[:, :, None]
+        if colours == 1 and shape == size:
+            return outputs[:, None, None]
+        raise ValueError(
+            f"model must return logits [N, levels x {colours}, {size[0]}, {size[1]}], or with a dimension of their own "
+            f"for the colours; got {('N', *shape)}"
+        )
+
+
+def check_signature(model: nn.Module, conditional: bool) -> None:
+    """That a model takes an image, and a condition if it is to."""
     try:
         inspect.signature(model.forward).bind(*[None] * (1 + conditional))
     except TypeError as error:
         takes = "an image and a condition" if conditional else "one image (conditional=True: and a condition)"
         raise ValueError(f"model must take {takes}; got {type(model).__name__}.forward: {error}") from None
-    try:
-        graph = _Tracer().trace(root)
-    except UnknownError:
-        raise
-    except fx.proxy.TraceError as error:
-        raise unknown(f"control flow that depends on its input ({error})", "decide without it") from None
-    except Exception as error:  # of any kind: it is the user's code
-        raise unknown(f"a forward that torch.fx cannot follow ({error})") from error
-    return _Follower(root, Network(colours)).run(graph, bernoulli)
 
 
-def _short(module) -> str:
-    text = str(module)
-    return text if len(text) < 200 else type(module).__name__
+def network_of(
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    cond: "Tensor | None" = None,
+    *,
+    order: str = "raster",
+    bernoulli: bool = False,
+    small: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: "torch.device | str" = "cpu",
+) -> "tuple[Network, Form]":
+    """The steps of a network in evaluation mode, and the form of what it takes.
+
+    Args:
+        model: from an image, and a condition if there is one, to logits.
+        image_shape: (colours, rows, columns).
+        cond: the condition of one image.
+        order: "raster" or "wavefront".
+        bernoulli: whether one output for each colour is the logit of level 1, to which 0 joins for level 0.
+        small: whether large images may be followed at a smaller size, which somebody then checks.
+        dtype, device: of the model's parameters.
+
+    Raises:
+        NotImplementedError: for a layer that is not known.
+        ValueError: for a network that is not causal, or takes other arguments.
+    """
+    colours, rows, columns = image_shape
+    given = dtype, torch.device(device)
+    if small and rows * columns > LARGE:
+        size = min(rows, SMALL[0]), min(columns, SMALL[1])
+        with contextlib.suppress(UnknownError, ValueError):
+            network, form = _in_some_form(model, (colours, *size), cond, order, bernoulli, *given)
+            if not any(const.spatial for const in network.constants()):
+                return network, form
+    return _in_some_form(model, image_shape, cond, order, bernoulli, *given)
 
 
-def _method(name):
-    return lambda tensor, *arguments, **keywords: getattr(tensor, name)(*arguments, **keywords)
+def _in_some_form(model, image_shape, *options):
+    refused = None
+    for channels in (True, False)[: 1 + (image_shape[0] == 1)]:
+        for integers in (False, True):
+            form = Form(integers, channels, image_shape[1:])
+            try:
+                return _traced(model, image_shape, form, *options), form
+            except RaisedError as error:
+                refused = refused or error
+    raise refused
 
 
-def _evaluate(value, known):
-    return fx.node.map_aggregate(value, lambda leaf: leaf(known) if isinstance(leaf, Const) else leaf)
+class RaisedError(ValueError):
+    """What a model's own code raises for images of a form."""
 
 
-class _Follower:
-    """Follows the graph with features and constants in place of tensors."""
-
-    def __init__(self, model, network):
-        self.model, self.network = model, network
-
-    def run(self, graph, bernoulli):
-        environment = {}
-        image = View(self.network.image, tuple(range(self.network.colours)))
-        inputs = iter((storing(image), Const(lambda known: known["cond"], True)))
-        for node in graph.nodes:
-            arguments, keywords = (fx.node.map_arg(a, environment.__getitem__) for a in (node.args, node.kwargs))
-            if node.op == "placeholder":
-                environment[node] = next(inputs)
-            elif node.op == "output":
-                (result,) = arguments
-                self.network.finish(result.content if isinstance(result, Shared) else result, bernoulli)
-            elif node.op == "get_attr":
-                environment[node] = self.attribute(node.target)
-            else:
-                environment[node] = self.call(node, arguments, keywords)
-        return self.network
-
-    def attribute(self, name):
-        tensor = operator.attrgetter(name)(self.model)
-        return Const(lambda known: tensor.detach()) if isinstance(tensor, Tensor) else tensor
-
-    def call(self, node, arguments, keywords):
-        if not any(isinstance(leaf, Shared) for leaf in _leaves((arguments, keywords))):
-            return self.constant(node, arguments, keywords)
-        if node.target is operator.getitem and isinstance(arguments[0], tuple | list | dict):
-            return arguments[0][arguments[1]]
-        what, function = self.lookup(node)
-        if function is None:
-            raise unknown(what, self.advice(node))
+def _traced(model, image_shape, form, cond, order, bernoulli, dtype, device):
+    colours, *size = image_shape
+    network = Network(colours, order)
+    tracer = Tracer(network, tuple(size), dtype, device)
+    image = tracer.lift(tracer.atoms.image[None], dtype)
+    given = [image] if cond is None else [image, tracer.condition(cond.clone())]
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), tracer.watching(model):
+        given[0] = form.image(given[0])
         try:
-            if node.target is not operator.getitem:
-                contents((arguments, keywords))  # refuses padded ones
-            if function.func in SHARING:
-                return function(*arguments, **keywords)
-            _without_out(node, keywords)
-            target = self.in_place(node, function, arguments, keywords)
-            found = function(*contents(arguments), **contents(keywords))
-        except (TypeError, AttributeError, LookupError) as error:
-            raise unknown(f"{what} ({error})") from None
-        if found is None:
-            raise unknown(what, self.advice(node))
-        return storing(found) if target is None else write(self.network, what, target, found)
-
-    def lookup(self, node):
-        """What to call a node in an error, and what handles it, if anything does."""
-        if node.op == "call_module":
-            module = self.model.get_submodule(node.target)
-            what = f"{node.target.removeprefix('model.')}, {_short(module)}"
-            self.without_hooks(node.target)
-            kind = layers.layer(module)
-            if kind in (nn.BatchNorm2d, *layers.DROPOUTS) and module.training:
-                raise unknown(f"{what} that trains in evaluation mode", "let train() and eval() decide")
-            return what, kind and functools.partial(layers.MODULES[kind], self.network, module)
-        if node.op == "call_method":
-            what, handler = f"Tensor.{node.target}", layers.METHODS.get(node.target)
-        else:
-            what, handler = getattr(node.target, "__name__", str(node.target)), layers.FUNCTIONS.get(node.target)
-            if node.target is getattr:
-                what = f"Tensor.{node.args[1]}"
-        return what, handler and functools.partial(handler, self.network)
-
-    def without_hooks(self, target):
-        """Refuses a layer whose hooks the sampler would leave out, its own or those of a layer inside of it."""
-        for inner, part, _ in layers.parts(self.model.get_submodule(target)):
-            if part._forward_hooks or part._forward_pre_hooks:
-                name = f"{target}.{inner}".removeprefix("model.").rstrip(".")
-                raise unknown(f"{name}, {_short(part)} with forward hooks", "remove them")
-
-    def advice(self, node) -> str:
-        if node.op == "call_module":
-            module = self.model.get_submodule(node.target)
-            if isinstance(module, nn.modules.conv._ConvNd):
-                return CONVOLUTIONS
-            if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.InstanceNorm2d):
-                return "it joins pixels or channels that are not known together; nn.BatchNorm2d does not"
-        elif "conv" in str(node.target):
-            return CONVOLUTIONS
-        return f"build the network of {KNOWN}"
-
-    def in_place(self, node, function, arguments, keywords):
-        """The operand that a call changes, None for a call that does not."""
-        if node.op == "call_module":
-            changes = getattr(self.model.get_submodule(node.target), "inplace", False)
-        else:
-            changes = _writes(node)
-        bound = inspect.signature(function).bind(*arguments, **keywords).arguments
-        changes = changes or bound.get("inplace", False)
-        return next(iter(bound.values())) if changes else None
-
-    def constant(self, node, arguments, keywords):
-        _without_out(node, keywords)
-        if node.op == "call_module":
-            function = self.model.get_submodule(node.target)
-        else:
-            function = _method(node.target) if node.op == "call_method" else node.target
-            if _writes(node) or keywords.get("inplace"):
-                function = _on_a_clone(node, function)
-        of_image = any(isinstance(leaf, Const) and leaf.of_image for leaf in _leaves((arguments, keywords)))
-        return Const(lambda known: function(*_evaluate(arguments, known), **_evaluate(keywords, known)), of_image)
-
-
-def _name(node):
-    return str(getattr(node.target, "__name__", node.target))
-
-
-def _without_out(node, keywords):
-    if "out" in keywords:
-        raise unknown(f"{_name(node)} with out=", "take what it returns")
-
-
-def _writes(node):
-    """Whether a function or method writes into its first operand, by its name."""
-    return (_name(node).endswith("_") and not _name(node).endswith("__")) or node.target in layers.IN_PLACE
-
-
-def _on_a_clone(node, function):
-    """A function that writes into what depends on the condition alone, which nothing else reads, without doing so."""
-    first = (*node.args, *node.kwargs.values())[0]
-    if not isinstance(first, fx.Node):
-        return function
-    if first.op in ("placeholder", "get_attr") or len(first.users) > 1:
-        raise unknown(
-            f"{_name(node)} in place on the condition, on a parameter or on what is used again", "do it out of place"
-        )
-    return lambda first, *rest, **more: function(first.clone(), *rest, **more)
-
-
-def _leaves(value):
-    leaves = []
-    fx.node.map_aggregate(value, leaves.append)
-    return leaves
+            outputs = model(*given)
+        except UnknownError:
+            raise
+        except Exception as error:  # of any kind: it is the user's code
+            raised = f"{type(error).__name__}: {error}"
+            takes = ", ".join(map(str, image_shape[0 if form.channels else 1 :]))
+            raise RaisedError(f"model must take images [N, {takes}]; got {raised}") from error
+    tracer.finish(outputs, form, bernoulli)
+    return network
