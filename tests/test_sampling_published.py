@@ -418,3 +418,141 @@ def test_a_published_joint_model(order, backend):
     want = model(y, params).unflatten(1, (2, 6))
     torch.testing.assert_close(teacher_forced(sampler, y, params), want, rtol=0, atol=2e-5)
     assert sampler.steps == (20 if order == "raster" else 5 + 3 * 3)
+
+
+def down_shift(x):
+    return F.pad(x[:, :, : x.size(2) - 1, :], (0, 0, 1, 0))
+
+
+def right_shift(x):
+    return F.pad(x[:, :, :, : x.size(3) - 1], (1, 0))
+
+
+def concat_elu(x):
+    return F.elu(torch.cat([x, -x], dim=1))
+
+
+class Shifted(nn.Module):
+    """PixelCNN++'s convolutions: padded above and to the left, weight-normed, or shifted afterwards."""
+
+    def __init__(self, inputs, outputs, kernel, pad, stride=1, shift=None):
+        super().__init__()
+        conv = nn.Conv2d(inputs, outputs, kernel, stride)
+        self.conv, self.pad, self.shift = nn.utils.parametrizations.weight_norm(conv), nn.ZeroPad2d(pad), shift
+
+    def forward(self, x):
+        x = self.conv(self.pad(x))
+        return self.shift(x) if self.shift else x
+
+
+def down_shifted(inputs, outputs, stride=1, shift=None, kernel=(2, 3)):
+    side = (kernel[1] - 1) // 2
+    return Shifted(inputs, outputs, kernel, (side, side, kernel[0] - 1, 0), stride, shift)
+
+
+def down_right_shifted(inputs, outputs, stride=1, shift=None, kernel=(2, 2)):
+    return Shifted(inputs, outputs, kernel, (kernel[1] - 1, 0, kernel[0] - 1, 0), stride, shift)
+
+
+class GatedResnet(nn.Module):
+    def __init__(self, width, conv, skip=0):
+        super().__init__()
+        self.first, self.last = conv(2 * width, width), conv(2 * width, 2 * width)
+        self.skip = nn.Conv2d(2 * skip, width, 1) if skip else None
+        self.dropout = nn.Dropout2d(0.5)
+
+    def forward(self, x, other=None):
+        y = self.first(concat_elu(x))
+        if self.skip is not None:
+            y += self.skip(concat_elu(other))
+        a, b = torch.chunk(self.last(self.dropout(concat_elu(y))), 2, dim=1)
+        return x + a * torch.sigmoid(b)
+
+
+class Mixtures(nn.Module):
+    """PixelCNN++, of one size of features or of two."""
+
+    def __init__(self, strided, colours=3, width=6, mixtures=2):
+        super().__init__()
+        self.strided, self.padding = strided, None
+        self.u_first = down_shifted(colours + 1, width, shift=down_shift)
+        self.ul_down = down_shifted(colours + 1, width, shift=down_shift, kernel=(1, 3))
+        self.ul_right = down_right_shifted(colours + 1, width, shift=right_shift, kernel=(2, 1))
+        self.u, self.ul = GatedResnet(width, down_shifted), GatedResnet(width, down_right_shifted, width)
+        self.smaller = down_right_shifted(width, width, 2) if strided else None
+        self.larger = nn.ConvTranspose2d(width, width, 2, 2) if strided else None
+        self.out = nn.Conv2d(width, (3 * colours + 1) * mixtures, 1)
+
+    def forward(self, x):
+        xs = [int(size) for size in x.size()]
+        self.padding = torch.ones(xs[0], 1, xs[2], xs[3])
+        x = torch.cat((x, self.padding), 1)
+        u, ul = self.u_first(x), self.ul_down(x) + self.ul_right(x)
+        u = self.u(u)
+        ul = self.ul(ul, u)
+        if self.strided:
+            ul = self.larger(self.smaller(ul))
+        return self.out(F.elu(ul))
+
+
+class Attention(nn.Module):
+    """PixelSNAIL's block: what is above and to the left, as its contents have it."""
+
+    def __init__(self, width=8, levels=4):
+        super().__init__()
+        self.first = down_right_shifted(1, width, shift=right_shift)
+        self.query, self.value = nn.Linear(width, width), nn.Linear(width, width)
+        self.out = nn.Conv2d(2 * width, levels, 1)
+
+    def forward(self, x):
+        h = self.first(x)
+        n, c, rows, columns = h.shape
+        pixels = h.flatten(2).transpose(1, 2)
+        scores = self.query(pixels) @ pixels.transpose(1, 2)
+        later = torch.triu(torch.ones(rows * columns, rows * columns), 0).bool()
+        found = scores.masked_fill(later, -1e4).softmax(2) @ self.value(pixels)
+        return self.out(torch.cat([h, found.transpose(1, 2).reshape(n, c, rows, columns)], 1))
+
+
+class LocallyMasked(nn.Module):
+    """lmconv's: a mask for each pixel."""
+
+    def __init__(self, levels=4):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(levels, 9))
+        self.register_buffer("mask", (torch.rand(9, 30) < 0.5).float())
+
+    def forward(self, x):
+        columns = F.unfold(x, 3, padding=1) * self.mask
+        return (self.weight @ columns).view(x.shape[0], -1, *x.shape[2:])
+
+
+REFUSED = {
+    "PixelCNN++": (
+        lambda: Mixtures(True),
+        3,
+        r"got smaller.conv, .*Conv2d.* of stride \(2, 2\): each of its outputs must be",
+    ),
+    "PixelSNAIL": (Attention, 1, "got softmax|got bmm: softmax and products of features, as attention takes"),
+    "lmconv": (LocallyMasked, 1, "got im2col: masks that differ from pixel to pixel are no convolution"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_published_networks_are_refused_with_the_cause(name):
+    make, colours, expected = REFUSED[name]
+    with pytest.raises(
+        NotImplementedError, match=f"(?s)model must be made of layers that the sampler knows.*({expected})"
+    ):
+        IncrementalSampler(lively(make()), (colours, 5, 6))
+
+
+def test_pixelcnn_plus_plus_of_one_size(backend):
+    model = lively(Mixtures(False), 1.5)
+    images = torch.randn(2, 3, 5, 6)
+    with pytest.raises(ValueError, match="model must return levels x 3 channels"):
+        IncrementalSampler(model, (3, 5, 6), backend=backend)
+    model.out = lively(nn.Conv2d(6, 21, 1))
+    sampler = IncrementalSampler(model, (3, 5, 6), backend=backend)
+    want = model(images).unflatten(1, (7, 3))
+    torch.testing.assert_close(teacher_forced(sampler, images), want, rtol=0, atol=1e-5)

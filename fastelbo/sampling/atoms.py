@@ -143,6 +143,8 @@ class Atoms:
             names: of any shape.
             normalised: whether a log_softmax may be.
         """
+        if not any(isinstance(source, Obscure) for source in self.sources):
+            return
         for used in self.which(names).unique().tolist():
             source = self.sources[used] if used >= 0 else None
             if isinstance(source, Obscure) and not (normalised and source.normalised is not None):

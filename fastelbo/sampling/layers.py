@@ -219,7 +219,8 @@ def _plus(network, a, b):
 
 
 def _conv(tracer, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
-    what = tracer.what()
+    what, names = tracer.what(), tracer.names(input)
+    tracer.atoms.refuse_obscure(names)
     if not isinstance(weight, Tensor) or tracer.traced(weight) or tracer.traced(bias):
         return tracer.obscure(unknown(f"{what} whose weight depends on what the model is given", "use a parameter"))
     if transposed or set(stride) != {1}:
@@ -237,7 +238,7 @@ def _conv(tracer, input, weight, bias, stride, padding, dilation, transposed, ou
             rows = slice(group * outputs // groups, (group + 1) * outputs // groups)
             whole[rows, group * inputs : (group + 1) * inputs] = weight[rows]
         weight = whole
-    (down, right), names = padding, tracer.names(input)
+    down, right = padding
     return convolve(tracer, names[0], weight, weight != 0, bias, (right, right, down, down), dilation)[None]
 
 

@@ -21,7 +21,7 @@ MAKERS = frozenset(
     [*(f"{kind}{name}" for kind in ("", "new_") for name in ("zeros", "ones", "full", "empty"))]
     + [f"{name}_like" for name in ("zeros", "ones", "full", "empty", "rand", "randn", "randint")]
 )
-LARGE, SMALL = 4096, (53, 59)  # pixels of an image that is followed at a smaller size, and that size
+LARGE, SMALL = 256, (11, 13)  # pixels of an image that is followed at a smaller size, and that size
 #: Functions of Python that copy, or do not, as the batch has it.
 _MAY_COPY = (Tensor.contiguous, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten)
 
@@ -481,7 +481,7 @@ def network_of(
     """
     colours, rows, columns = image_shape
     given = dtype, torch.device(device)
-    if small and rows * columns > LARGE:
+    if small and rows * columns > LARGE and (cond is None or cond.shape[-2:] != (rows, columns)):
         size = min(rows, SMALL[0]), min(columns, SMALL[1])
         with contextlib.suppress(UnknownError, ValueError):
             network, form = _in_some_form(model, (colours, *size), cond, order, bernoulli, *given)
