@@ -324,6 +324,21 @@ def test_a_mask_at_each_call_makes_the_taps(backend):
     assert taps.live.any(0).any(0).sum() == 5
 
 
+@pytest.mark.parametrize("order", ["raster", "wavefront"])
+def test_any_taps_that_are_causal(order, backend):
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = MaskedConv2d(1, 8, 3, mask=torch.tensor([[1, 0, 1], [1, 0, 0], [0, 0, 0]]))
+            self.weight = nn.Parameter(torch.randn(4, 8, 2, 3))
+
+        def forward(self, x):
+            h = self.a(x)
+            return fastelbo.masked_conv2d(h, self.weight, taps=[[1, 0, 1], [0, 1, 0]], activation="elu") + h[:, :4]
+
+    assert_equals_full_forward(lively(Listed(), 2), (1, 4, 5), backend, order=order)
+
+
 # Levels as integers
 
 

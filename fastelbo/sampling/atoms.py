@@ -288,7 +288,7 @@ class Atoms:
                 if found is None:
                     found = tensor.new_zeros(names.shape)
                 found[where.to(tensor.device)] = tensor[elements.to(tensor.device)]
-            return (torch.zeros(names.shape) if found is None else found)[None].to(self.device)
+            return (torch.zeros(names.shape, device="cpu") if found is None else found)[None].to(self.device)
 
         of_image = any(not isinstance(given, Tensor) for _, _, given in parts)
         if not of_image:

@@ -242,14 +242,19 @@ def _conv(tracer, input, weight, bias, stride, padding, dilation, transposed, ou
     return convolve(tracer, names[0], weight, weight != 0, bias, (right, right, down, down), dilation)[None]
 
 
-def _masked(tracer, input, weight, bias, cond, residual, mask_type, stack, dilation, groups, order, activation, keep):
+def _masked(
+    tracer, input, weight, bias, cond, residual, mask_type, stack, dilation, groups, order, activation, keep, taps=()
+):
     """The operator of fastelbo's masked convolutions."""
     rows, columns = weight.shape[2:]
     gated = activation in GATES
     live = torch.ones(weight.shape, dtype=torch.bool, device="cpu")
     row = rows // 2 if stack == "square" else rows - 1
     column = columns - 1 if stack == "horizontal" else columns // 2
-    if stack == "vertical":
+    if taps:
+        listed = torch.tensor([place in taps for place in range(rows * columns)], device="cpu").reshape(rows, columns)
+        live = listed.expand(weight.shape)
+    elif stack == "vertical":
         live[:, :, row] = mask_type == "B"
     else:
         with torch.device("cpu"):
