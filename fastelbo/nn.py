@@ -604,15 +604,17 @@ class GatedMaskedConv2d(nn.Module):
     a 1 x 1 link, what v has read. h alone leads to the output of a network. Both start from the image:
     ``v, h = first(x, x)``.
 
-    Two conventions keep the pixel's own row, which v could read, from h. ``link="shift"``: v reads its own row and the
-    link shifts it down by one (the paper's). ``link="mask-first-layer"``: the network's first block has mask A in v
-    too, and the link stays in place. All blocks of a network must follow the same.
+    Three conventions keep the pixel's own row, which v could read, from h. ``link="shift"``: v reads its own row and
+    the link shifts it down by one (the paper's): above the first row it is 0. ``link="pad-first"``: the same, of an
+    image that was padded before v's convolution, so that above the first row it is the convolution's bias.
+    ``link="mask-first-layer"``: the network's first block has mask A in v too, and the link stays in place. All blocks
+    of a network must follow the same.
 
     Args:
         in_channels, out_channels: of both stacks; C_out is what remains after the gate.
         kernel_size: k, odd.
         mask_type: "A" for a network's first block, "B" for all others.
-        link: "shift" or "mask-first-layer".
+        link: "shift", "pad-first" or "mask-first-layer".
         dilation: the distance between taps.
         cond_channels: channels of a condition; None for no condition.
         residual: whether the horizontal stack adds its input; None for where it can: mask B and C_in = C_out.
@@ -656,7 +658,7 @@ class GatedMaskedConv2d(nn.Module):
     ) -> None:
         super().__init__()
         _checks.check_one_of("mask_type", mask_type, op.MASK_TYPES)
-        _checks.check_one_of("link", link, ("shift", "mask-first-layer"))
+        _checks.check_one_of("link", link, ("shift", "pad-first", "mask-first-layer"))
         _checks.check_one_of("activation", activation, op.GATES)
         can_add = mask_type == "B" and in_channels == out_channels
         if residual and not can_add:
@@ -713,8 +715,11 @@ class GatedMaskedConv2d(nn.Module):
             v_cond, h_cond = self.cond(cond if cond.dim() == 4 else cond[:, :, None, None]).chunk(2, dim=1)
         z = self.vertical(v)
         seen = z
-        if self.link_convention == "shift":
+        if self.link_convention != "mask-first-layer":
             seen = nn.functional.pad(z, (0, 0, 1, 0))[:, :, :-1]
+        if self.link_convention == "pad-first" and self.vertical.bias is not None:
+            above = self.vertical.bias[:, None, None].expand(len(z), -1, 1, z.shape[3])
+            seen = torch.cat([above.to(z.dtype), seen[:, :, 1:]], dim=2)
         gated = self.horizontal(h, cond=self.link(seen) + h_cond)
         return activate(z + v_cond, self.activation), self.out(gated, residual=h if self.residual else None)
 

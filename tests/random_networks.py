@@ -89,7 +89,7 @@ class Maker:
         if kind == "masked":
             return kind, Part(lambda m, h, kept, cond: m[0](h), self.masked(colours, w, k, "A"))
         if kind == "gated":
-            link = r.choice(("shift", "mask-first-layer"))
+            link = r.choice(("shift", "pad-first", "mask-first-layer"))
             cond = {"cond_channels": self.cond_channels} if self.conditional else {}
             blocks = [GatedMaskedConv2d(colours, w, k, mask_type="A", link=link, **self.groups, **cond)]
             blocks += [GatedMaskedConv2d(w, w, 3, link=link, **self.groups, **cond) for _ in range(r.randrange(2))]

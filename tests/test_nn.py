@@ -17,7 +17,7 @@ import fastelbo
 from fastelbo.nn import GatedMaskedConv2d, HorizontalStackConv2d, MaskedConv2d, VerticalStackConv2d
 from fastelbo.testing import assert_causal
 
-LINKS = ["shift", "mask-first-layer"]
+LINKS = ["shift", "pad-first", "mask-first-layer"]
 
 
 class PixelCNN(nn.Module):
@@ -404,7 +404,7 @@ def test_bad_stacks(stack, keywords, error, message):
 def test_bad_blocks():
     with pytest.raises(ValueError, match="residual needs mask_type 'B'"):
         GatedMaskedConv2d(4, 4, 3, mask_type="A", residual=True)
-    with pytest.raises(ValueError, match="link must be one of shift, mask-first-layer; got 'none'"):
+    with pytest.raises(ValueError, match="link must be one of shift, pad-first, mask-first-layer; got 'none'"):
         GatedMaskedConv2d(4, 4, 3, link="none")
     with pytest.raises(ValueError, match="activation must be one of tanh_sigmoid, glu; got 'relu'"):
         GatedMaskedConv2d(4, 4, 3, activation="relu")
@@ -706,3 +706,19 @@ def test_causal_in_another_order():
         assert_causal(SecondStep(CHECKERBOARD), (2, 5, 6))
     with pytest.raises(ValueError, match=r"order must be of the image's shape \(5, 6\); got \(6, 5\)"):
         assert_causal(SecondStep(CHECKERBOARD), (2, 5, 6), order=order.T)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_link_that_pads_first_is_a_crop_of_a_padded_convolution(bias, rows):
+    """As networks have it whose vertical convolution is padded by a row more, and cropped."""
+    torch.manual_seed(0)
+    block = GatedMaskedConv2d(3, 4, 3, link="pad-first", bias=bias).double()
+    v, h = torch.randn(2, 3, rows, 5, dtype=torch.float64), torch.randn(2, 3, rows, 5, dtype=torch.float64)
+    weight, at = block.vertical.weight, block.vertical.bias
+    padded = torch.nn.functional.conv2d(torch.nn.functional.pad(v, (1, 1, 2, 0)), weight, at)
+    z, seen = padded[:, :, 1:], padded[:, :, :-1]
+    a, b = z.chunk(2, 1)
+    found_v, found_h = block(v, h)
+    torch.testing.assert_close(found_v, torch.tanh(a) * torch.sigmoid(b), rtol=0, atol=1e-14)
+    torch.testing.assert_close(found_h, block.out(block.horizontal(h, cond=block.link(seen))), rtol=0, atol=1e-14)

@@ -30,7 +30,7 @@ def backend(request):
         yield request.param
 
 
-@pytest.mark.parametrize("link", ["shift", "mask-first-layer"])
+@pytest.mark.parametrize("link", ["shift", "pad-first", "mask-first-layer"])
 @pytest.mark.parametrize("order", ["interleaved", "contiguous"])
 @pytest.mark.parametrize("colours", [1, 3])
 def test_gated_networks(link, order, colours, backend):
@@ -58,7 +58,7 @@ def test_both_stacks_of_a_block_may_be_handed_on_at_once(backend):
 
 @pytest.mark.parametrize("activation", ["tanh_sigmoid", "glu"])
 @pytest.mark.parametrize("spatial", [False, True])
-@pytest.mark.parametrize("link", ["shift", "mask-first-layer"])
+@pytest.mark.parametrize("link", ["shift", "pad-first", "mask-first-layer"])
 def test_gates_and_conditions(activation, spatial, link, backend):
     model = lively(Gated(activation=activation, cond_channels=5, link=link, dilations=(2,)))
     cond = torch.randn(3, 5, 4, 6) if spatial else torch.randn(3, 5)
