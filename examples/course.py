@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-PROGRAMS = (
+PROGRAMS = (  # in the order of the lectures
     "em",
     "em_to_vae",
     "missing_pixels",
@@ -22,7 +22,8 @@ PROGRAMS = (
     "laplace",
     "density",
     "gan",
-)  # in the order of the lectures
+    "diffusion_as_vae",
+)
 
 
 def run(program: str, output: Path) -> tuple[str, int]:

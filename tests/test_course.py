@@ -31,6 +31,7 @@ SMALL = {  # options of a run of seconds
     "laplace": [],
     "density": ["--epochs", "20"],
     "gan": ["--steps", "300"],
+    "diffusion_as_vae": ["--steps", "100"],
 }
 each_program = pytest.mark.parametrize("name", course.PROGRAMS)
 
@@ -363,3 +364,29 @@ def test_gradients_of_the_generator_are_differences_of_its_losses():
     losses = torch.log1p(-d), -d.log()
     expected = [((ahead - behind) / 2e-4 * loss).sum().item() * cell.item() for loss in losses]
     np.testing.assert_allclose(gan.generator_gradients(2.0), expected, rtol=1e-3)
+
+
+# diffusion_as_vae
+
+
+def test_bound_of_a_diffusion_is_that_of_torch_distributions_by_draws():
+    """Of one image and a way back that is not the best, beside a mean over draws of all levels."""
+    import diffusion_as_vae
+
+    torch.manual_seed(0)
+    x, levels, draws = torch.tensor([[0.7, -1.3]]).double(), 4, 400_000
+    gains, logvars = 0.5 + torch.rand(levels, 2).double(), torch.randn(levels, 2).double()
+    prior = torch.tensor([0.3, -0.2]).double()
+    a, _ = diffusion_as_vae.schedule(levels)
+    log_ratio, below = torch.zeros(draws).double(), x.expand(draws, 2)
+    for t in range(1, levels + 1):
+        r = a[t] / a[t - 1]
+        step = torch.distributions.Normal(r * below, (1 - r**2).sqrt())
+        above = step.sample()
+        back = torch.distributions.Normal(gains[t - 1] * above, (logvars[t - 1] / 2).exp())
+        log_ratio += (step.log_prob(above) - back.log_prob(below)).sum(1)
+        below = above
+    log_ratio -= torch.distributions.Normal(0.0, (prior / 2).exp()).log_prob(below).sum(1)
+    ours = diffusion_as_vae.bound(x, gains, logvars, prior).item()
+    assert abs(log_ratio.mean().item() - ours) < 4 * log_ratio.std().item() / math.sqrt(draws)
+    assert log_ratio.std() / math.sqrt(draws) < 0.01 * abs(ours)
