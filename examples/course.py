@@ -23,6 +23,7 @@ PROGRAMS = (  # in the order of the lectures
     "density",
     "gan",
     "diffusion_as_vae",
+    "ring",
 )
 
 

@@ -32,6 +32,7 @@ SMALL = {  # options of a run of seconds
     "density": ["--epochs", "20"],
     "gan": ["--steps", "300"],
     "diffusion_as_vae": ["--steps", "100"],
+    "ring": ["--steps", "300"],
 }
 each_program = pytest.mark.parametrize("name", course.PROGRAMS)
 
@@ -390,3 +391,18 @@ def test_bound_of_a_diffusion_is_that_of_torch_distributions_by_draws():
     ours = diffusion_as_vae.bound(x, gains, logvars, prior).item()
     assert abs(log_ratio.mean().item() - ours) < 4 * log_ratio.std().item() / math.sqrt(draws)
     assert log_ratio.std() / math.sqrt(draws) < 0.01 * abs(ours)
+
+
+# ring
+
+
+def test_density_of_the_ring_is_what_scipy_integrates_to_1():
+    import ring
+
+    def density(y, x):
+        return ring.log_density(torch.tensor([x, y], dtype=torch.float64)).exp().item()
+
+    total, _ = scipy.integrate.quad(lambda r: 2 * math.pi * r * density(0.0, r), 1, 3)
+    assert total == pytest.approx(1, abs=1e-8)
+    draws = ring.ring(torch.randn(20000, 2, dtype=torch.float64)).norm(dim=1).numpy()
+    assert scipy.stats.kstest(draws, scipy.stats.rayleigh(1, 0.1).cdf).pvalue > 0.001
