@@ -24,6 +24,7 @@ PROGRAMS = (  # in the order of the lectures
     "gan",
     "diffusion_as_vae",
     "ring",
+    "autoencoder_to_vae",
 )
 
 

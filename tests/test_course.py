@@ -33,6 +33,7 @@ SMALL = {  # options of a run of seconds
     "gan": ["--steps", "300"],
     "diffusion_as_vae": ["--steps", "100"],
     "ring": ["--steps", "300"],
+    "autoencoder_to_vae": ["--epochs", "30"],
 }
 each_program = pytest.mark.parametrize("name", course.PROGRAMS)
 
@@ -406,3 +407,22 @@ def test_density_of_the_ring_is_what_scipy_integrates_to_1():
     assert total == pytest.approx(1, abs=1e-8)
     draws = ring.ring(torch.randn(20000, 2, dtype=torch.float64)).norm(dim=1).numpy()
     assert scipy.stats.kstest(draws, scipy.stats.rayleigh(1, 0.1).cdf).pvalue > 0.001
+
+
+# autoencoder_to_vae
+
+
+def test_parts_of_the_rate_are_those_by_draws():
+    import autoencoder_to_vae
+
+    mean = torch.tensor([[0.0, 1.0], [0.5, -1.0], [-1.5, 0.2]]).double()
+    logvar = torch.tensor([[-2.0, -1.0], [-3.0, -1.5], [0.0, -2.0]]).double()
+    tells, misses, mass = autoencoder_to_vae.parts_of_the_rate(mean, logvar)
+    each = torch.distributions.Independent(torch.distributions.Normal(mean, (logvar / 2).exp()), 1)
+    z = each.sample((200_000,))
+    log_q = each.log_prob(z[:, :, None])
+    log_all = log_q.logsumexp(-1) - math.log(3)
+    log_own, log_p = each.log_prob(z), torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    assert tells == pytest.approx((log_own - log_all).mean().item(), abs=0.01)
+    assert misses == pytest.approx((log_all - log_p).mean().item(), abs=0.02)
+    assert mass == pytest.approx(1, abs=1e-6)
