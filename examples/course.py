@@ -25,6 +25,7 @@ PROGRAMS = (  # in the order of the lectures
     "diffusion_as_vae",
     "ring",
     "autoencoder_to_vae",
+    "pixelrnn",
 )
 
 

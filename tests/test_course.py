@@ -19,6 +19,7 @@ import torch
 from matplotlib.image import imread
 
 import course
+import fastelbo.testing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,6 +35,7 @@ SMALL = {  # options of a run of seconds
     "diffusion_as_vae": ["--steps", "100"],
     "ring": ["--steps", "300"],
     "autoencoder_to_vae": ["--epochs", "30"],
+    "pixelrnn": ["--epochs", "5"],
 }
 each_program = pytest.mark.parametrize("name", course.PROGRAMS)
 
@@ -426,3 +428,32 @@ def test_parts_of_the_rate_are_those_by_draws():
     assert tells == pytest.approx((log_own - log_all).mean().item(), abs=0.01)
     assert misses == pytest.approx((log_all - log_p).mean().item(), abs=0.02)
     assert mass == pytest.approx(1, abs=1e-6)
+
+
+# pixelrnn
+
+
+@pytest.mark.parametrize("layer", ["Row LSTM", "Diagonal BiLSTM", "PixelCNN"])
+def test_recurrent_networks_are_causal(layer):
+    import pixelrnn
+
+    fastelbo.testing.assert_causal(pixelrnn.network(layer), (1, 5, 6))
+
+
+def test_diagonal_lstm_is_the_loop_over_pixels():
+    """Row by row, column by column, from the states of the left neighbour and of the one above."""
+    import pixelrnn
+
+    torch.manual_seed(1)
+    layer, x = pixelrnn.DiagonalBiLSTM().double(), torch.randn(1, pixelrnn.CHANNELS, 3, 4).double()
+    weight = layer.of_state[0].weight
+    h, cell, zero = {}, {}, torch.zeros(pixelrnn.CHANNELS).double()
+    for row, column in np.ndindex(3, 4):
+        left, above = (row, column - 1), (row - 1, column)
+        gates = layer.of_input[0](x)[0, :, row, column]
+        gates = gates + weight[..., 0] @ h.get(above, zero) + weight[..., 1] @ h.get(left, zero)
+        out, forget, new, content = gates.chunk(4)
+        cell[row, column] = forget.sigmoid() * cell.get(left, zero) + new.sigmoid() * content.tanh()
+        h[row, column] = out.sigmoid() * cell[row, column].tanh()
+    expected = torch.stack([h[place] for place in np.ndindex(3, 4)], dim=1).view(1, -1, 3, 4)
+    torch.testing.assert_close(layer.along(x, 0), expected)
