@@ -153,3 +153,15 @@ def test_traces_of_the_reference_are_torchscript():
             again = torch.jit.load(file)
         others = tuple(x.flip(0) for x in inputs)
         torch.testing.assert_close(again(*others), function(*others))
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_a_compiled_package_of_kernels_asks_for_them(tmp_path):
+    """In torch's own words, which docs/deployment.md quotes."""
+    program, path = torch.export.export(Calls(fastelbo.gaussian_kl), (M, S)), str(tmp_path / "package.pt2")
+    torch._inductor.aoti_compile_and_package(program, package_path=path)
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(M, S), fastelbo.gaussian_kl(M, S))
+    code = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert "Could not find schema for fastelbo::gaussian_kl_fwd" in done.stderr
