@@ -51,6 +51,9 @@ CALLS = {
     "noise_scale": (lambda x: vits.posterior_sample(A[None], B[None], torch.zeros(1, 4, 6), x), 0.5),
     "prior_std": (lambda x: bayesian.sample_weights([A], [B], prior_std=x, seed=torch.tensor([1])), 0.5),
     "sample_shape": (lambda n: Q.rsample((n,)).shape, 3),
+    "image_shape": (
+        lambda n: fastelbo.sampling.IncrementalSampler(PIXELS, (n // n, n, n), levels=2).sample(2, seed=1), 3,
+    ),
     "n": (lambda n: fastelbo.sampling.IncrementalSampler(PIXELS, (1, 3, 3), levels=2).sample(n, seed=n), 2),
 }  # fmt: skip
 PIXELS = torch.nn.Sequential(fastelbo.nn.MaskedConv2d(1, 2, 3))

@@ -21,9 +21,13 @@ def checked_shape(image_shape: Any) -> tuple[int, int, int]:
     if not isinstance(image_shape, Sequence):
         raise TypeError(f"image_shape must be (C, H, W), all at least 1; got {image_shape!r}")
     shape = tuple(image_shape)
-    if len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape):
+    try:
+        sizes = tuple(0 if isinstance(size, bool) else operator.index(size) for size in shape)
+    except TypeError:
+        sizes = ()
+    if len(sizes) != 3 or min(sizes) < 1:
         raise ValueError(f"image_shape must be (C, H, W), all at least 1; got {shape}")
-    return shape
+    return sizes
 
 
 def checked_levels(levels: Any) -> int | None:
