@@ -190,6 +190,7 @@ PROJECTS = [getattr(fastelbo.compat, name) for name in fastelbo.compat.PROJECTS]
 DOCUMENTED = [
     fastelbo,
     fastelbo.backends,
+    fastelbo.compat,
     fastelbo.distributed,
     fastelbo.distributions,
     fastelbo.nn,
@@ -230,7 +231,7 @@ def test_docstring_has_its_sections(name):
     described = {argument for names in described for argument in names.split(", ")}
     assert set(inspect.signature(thing).parameters) == described
     ours = ("fastelbo.ELBO", "fastelbo.Scale", "fastelbo.backends.", "fastelbo.distributed.", "fastelbo.testing.")
-    if not name.startswith((*ours, "fastelbo.compat.diffusers.patch")):
+    if not name.startswith((*ours, "fastelbo.compat.diffusers.patch", "fastelbo.compat.patch")):
         assert {"Raises", "Source"} <= set(sections)
     if not inspect.isclass(thing):
         assert "Returns" in sections or thing.__name__.startswith("assert_")

@@ -13,6 +13,8 @@ import torch
 from fastelbo import _seed
 from fastelbo.ops.gaussian_rsample import gaussian_rsample
 
+__all__ = ["PROJECTS", "patch"]
+
 PROJECTS = (
     "bayesian",
     "compressai",
