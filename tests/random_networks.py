@@ -72,7 +72,7 @@ class Maker:
         self.width = self.colours * r.choice((2, 4, 6, 8, 12))
         self.conditional = r.random() < 0.3
         self.cond_channels = 3
-        self.unseen = False
+        self.unseen, self.levels = False, 2
         self.dilation = r.choice((1, 1, 1, 2))
         self.groups = {"channel_groups": self.colours}
 
@@ -84,10 +84,14 @@ class Maker:
 
     def stem(self):
         r, w, colours = self.random, self.width, self.colours
-        kind = r.choice(("masked", "masked", "masked", "gated", "stacks"))
+        kind = r.choice(("masked", "masked", "masked", "gated", "stacks", "levels", "padded"))
         k = r.choice((3, 3, 5, 7))
         if kind == "masked":
             return kind, Part(lambda m, h, kept, cond: m[0](h), self.masked(colours, w, k, "A"))
+        if kind == "levels":
+            return kind, self.levels_stem(k)
+        if kind == "padded":
+            return kind, self.padded_stem(k)
         if kind == "gated":
             link = r.choice(("shift", "pad-first", "mask-first-layer"))
             cond = {"cond_channels": self.cond_channels} if self.conditional else {}
@@ -109,6 +113,133 @@ class Maker:
             return m[1](h) + F.pad(v, (0, 0, 1, 0))[:, :, :-1]
 
         return kind, Part(run, vertical, horizontal)
+
+    def levels_stem(self, k):
+        """Images that an embedding, or a one-hot, takes as integers."""
+        colours, which = self.colours, self.random.randrange(4)
+        size = self.levels if which == 0 else 3
+        table = nn.Embedding(self.levels, size)
+        order = {"channel_groups": colours, "group_order": "contiguous"}
+        conv = MaskedConv2d(colours * size, colours * (self.width // colours), k, mask_type="A", **order)
+
+        def run(m, h, kept, cond):
+            if which == 0:
+                x = F.one_hot(h.long(), m[0].num_embeddings).to(torch.float32)
+            elif which == 1:
+                x = m[0](h.long())
+            elif which == 2:
+                x = m[0](h)  # which takes integers alone
+            else:
+                x = m[0](h.flatten().long()).view(*h.shape, -1)
+            x = m[1](x.movedim(-1, 2).flatten(1, 2))
+            return x.unflatten(1, (colours, -1)).transpose(1, 2).flatten(1, 2)  # groups in turn
+
+        return Part(run, table, conv)
+
+    def padded_stem(self, k):
+        """A plain convolution of an image that is padded above, whose output is cropped, or not."""
+        plain, which = nn.Conv2d(self.colours, self.width, (k // 2, k)), self.random.randrange(3)
+
+        def run(m, h, kept, cond):
+            rows = h.shape[2]
+            if which == 0:
+                return m[0](F.pad(h, (k // 2, k // 2, k // 2, 0)))[:, :, :rows]
+            if which == 1:
+                return m[0](F.pad(h, (k // 2, k // 2, k // 2, 3))).tanh()[:, :, : h.size(2)]
+            return F.pad(F.conv2d(h, m[0].weight, m[0].bias, padding=(k // 2, k // 2)), (0, 0, 1, 2))[
+                :, :, 1 : rows + 1
+            ]
+
+        return Part(run, plain)
+
+    def reshaped(self):
+        """Moves elements there and back, and asks for sizes."""
+        which, groups = self.random.randrange(8), self.width // self.colours
+
+        def run(m, h, kept, cond):
+            n, c, rows, columns = h.size()
+            assert c == h.shape[1] and len(h) == n
+            if which == 0:
+                return torch.tanh(h.view(n, c, rows * columns)).reshape(n, c, rows, columns)
+            if which == 1:
+                return h.permute(0, 2, 3, 1).contiguous().sigmoid().permute(0, 3, 1, 2)
+            if which == 2:
+                return torch.stack(h.unbind(1), dim=1) * (rows + columns) / (rows + columns + 1)
+            if which == 3:
+                return h.unflatten(1, (groups, self.colours)).flip(1).flatten(1, 2)
+            if which == 4:
+                return h**2 - h.new_ones(c, 1, 1) * 0.5 + torch.zeros_like(h)
+            if which == 5:
+                return torch.where(torch.arange(columns) % 2 == 0, h, h.clone().neg())
+            if which == 6:
+                padded = F.pad(h, (2, 1, 2, 0))
+                return F.softplus(padded)[:, :, 2:, 2:-1] - padded[..., :rows, 1 : columns + 1]
+            made = h.new_zeros(n, c, rows + 1, columns)
+            made[:, :, 1:] = h
+            return made[:, :, :-1] + h
+
+        return Part(run)
+
+    def cropped(self):
+        """A convolution of torch, padded or cropped so that it is causal; of one colour, or of rows above."""
+        which, w = self.random.randrange(4), self.width
+        above = nn.Conv2d(w, w, (2, 3), padding=(2, 1))
+        own = nn.Conv2d(w, w, (1, 2), padding=(0, 1))
+        if self.random.random() < 0.4:
+            above = nn.utils.parametrizations.weight_norm(above)
+
+        def run(m, h, kept, cond):
+            rows, columns = h.shape[2:]
+            seen = m[0](h)[:, :, :rows]
+            if which == 0:
+                return seen + h
+            if which == 1:
+                return F.elu(m[0](h))[:, :, :rows] * 0.5 + h
+            if which == 2 and self.colours == 1:
+                return m[1](h)[..., :columns] + seen
+            weight = m[0].weight * (torch.arange(2)[:, None] == 0)
+            return F.conv2d(h, weight, m[0].bias, padding=(2, 1))[:, :, 1 : rows + 1] - h
+
+        return Part(run, above, own)
+
+    def joined(self):
+        """Constants and conditions among the channels."""
+        which, w = self.random.randrange(5), self.width
+        conv = self.masked(w + self.colours, w, self.random.choice((1, 3)))
+        linear = nn.Linear(self.cond_channels, self.colours)
+
+        def run(m, h, kept, cond):
+            n, _, rows, columns = h.shape
+            if which == 0 or cond is None:
+                more = h.new_ones(n, self.colours, rows, columns)
+            elif which == 1:
+                more = m[1](cond)[:, :, None, None].expand(-1, -1, rows, columns)
+            elif which == 2:
+                more = m[1](cond)[:, :, None, None] * torch.linspace(-1, 1, columns).expand(rows, columns)
+            elif which == 3:
+                more = F.pad(m[1](cond).view(n, -1, 1, 1), (0, columns - 1, 0, rows - 1))
+            else:
+                more = torch.full((n, self.colours, rows, columns), 0.5)
+            return m[0](torch.cat([more, h] if which % 2 else [h, more], dim=1))
+
+        return Part(run, conv, linear)
+
+    def head(self, outputs):
+        """Logits, in one of the forms that they may have."""
+        which, colours = self.random.randrange(7), self.colours
+
+        def run(m, h, kept, cond):
+            out = m[0](h)
+            n, _, rows, columns = out.shape
+            if which == 0:
+                return out.view(n, outputs, colours, rows, columns)
+            if which == 1 and outputs != colours:
+                return out.unflatten(1, (outputs, colours)).permute(0, 2, 1, 3, 4)
+            if which == 2 and outputs > 1:
+                return out.reshape(n, outputs, colours, rows, columns).log_softmax(1)
+            return out.clone() if which == 3 else out
+
+        return Part(run, self.masked(self.width, outputs * colours, 1))
 
     def conv(self):
         w, act = self.width, self.random.choice((None, "relu", "elu", "tanh_sigmoid", "glu"))
@@ -282,11 +413,11 @@ class Maker:
 
         def run(m, h, kept, cond):
             if which == 0:
-                return h * 2 if isinstance(h, torch.Tensor) else h
+                return h * 2 if type(h) is torch.Tensor else h
             if which == 1:
                 m.count = getattr(m, "count", 0) + 1
                 return h * m.count
-            return h + 0.3 * torch.randn(h.shape if isinstance(h, torch.Tensor) else ())
+            return h + 0.3 * torch.randn(h.shape)
 
         return Part(run)
 
@@ -311,6 +442,7 @@ class Maker:
 
 LIKELY = {
     **{"conv": 5, "point": 4, "residual": 4, "gate": 2, "in_place": 5, "shift": 4, "join": 3, "norm": 2},
+    **{"reshaped": 4, "cropped": 3, "joined": 3},
     **{"one_by_one": 1, "condition": 2, "wrapped": 1, "hooked": 1, "hidden": 0.15, "wild": 0.3},
 }
 
@@ -320,17 +452,18 @@ def make(seed):
     torch.manual_seed(seed)
     maker = Maker(seed)
     r, levels = maker.random, maker.random.choice((2, 3, 4, 5))
+    maker.levels = levels
     kind, stem = maker.stem()
     names = r.choices(list(LIKELY), list(LIKELY.values()), k=r.randrange(1, 6))
     parts = [getattr(maker, name)() for name in names]
     outputs = 1 if levels == 2 and r.random() < 0.5 else levels
-    head = Part(lambda m, h, kept, cond: m[0](h), maker.masked(maker.width, outputs * maker.colours, 1))
+    head = maker.head(outputs)
     model = Network(stem, parts, [r.random() < 0.5 for _ in parts], head)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.7) if parameter.dim() > 1 else parameter.normal_(std=0.4)
     shape = (maker.colours, r.randrange(1, 5), r.randrange(1, 6))
-    order = "wavefront" if kind == "masked" and r.random() < 0.3 else "raster"
+    order = "wavefront" if kind in ("masked", "levels") and r.random() < 0.3 else "raster"
     backend = "reference" if r.random() < 0.2 else "cpu"
     cond = torch.randn(3, maker.cond_channels) if maker.conditional else None
     return Made(model.eval(), shape, levels, order, backend, cond, maker.unseen, [kind, *names])
@@ -364,15 +497,18 @@ def _assert_rounding(made, sampler, drawn, naive, seed, what):
     """The first level of an image that differs must have its uniform number within rounding of the levels' boundary."""
     uniforms = fastelbo.reference.philox_uniform(torch.tensor([seed]), drawn.shape).double()
     exact = copy.deepcopy(sampler.model).double()
+    plan = sampler._plan
     logits = [
-        sampler._outputs(model, sampler.values[naive].to(dtype), None if made.cond is None else made.cond.to(dtype))
+        sampler._outputs(
+            plan, model, sampler.values[naive].to(dtype), None if made.cond is None else made.cond.to(dtype)
+        )
         for model, dtype in ((sampler.model, torch.float32), (exact, torch.float64))
     ]
     off = (logits[0] - logits[1]).abs().max() + torch.finfo(torch.float32).eps
     sums = logits[1].softmax(1).cumsum(1)
     for image in range(len(drawn)):
         for step in range(sampler.steps):
-            (_, colours, rows, columns) = sampler._plan.where(step)
+            (_, colours, rows, columns) = plan.where(step)
             one, other = (t[image][colours, rows, columns] for t in (drawn, naive))
             if torch.equal(one, other):
                 continue

@@ -173,6 +173,9 @@ CONSTANTS = {
     ),
     "ones around": lambda h: F.pad(h, (1, 0), value=1.0)[..., :-1] + h,
     "product": lambda h: h * torch.arange(8.0).view(8, 1, 1) + torch.arange(h.shape[3]) / 4,
+    "integers and others": lambda h: torch.cat(
+        [h[:, :6], *(c.expand(len(h), 1, *h.shape[2:]) for c in (torch.arange(h.shape[3]), torch.tensor(0.3)))], 1
+    ),
     "between": lambda h: torch.cat([h[:, :3], torch.ones_like(h[:, :2]), h[:, 5:]], 1),
 }
 

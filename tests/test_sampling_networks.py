@@ -148,7 +148,7 @@ def test_pointwise_functions(name, backend):
         (Wild(lambda x: x if float(x[0, 0, 0, 0]) > 0 else -x), "control flow that depends on the image"),
         (Wild(lambda x: x + torch.cat([x, x], 1)), r"take images \[N, 1, 4, 4\]; got RuntimeError: The size"),
         (Wild(lambda x: (x, x)), "return one image of logits .* got tuple"),
-        (Wild(lambda x: torch.zeros(1, 4, 4, 4)), "return one image of logits that depends on its input"),
+        (Wild(lambda x: torch.rand(1, 4, 4, 4)), "return one image of logits that depends on its input; got Tensor"),
         (Wild(lambda x: x.half()), "got features in torch.float16"),
         (Wild(lambda x: x.round().long().float()), "got round"),
         (Wild(lambda x: x.long().float()), "cast to integers of what is computed"),
@@ -161,6 +161,15 @@ def test_pointwise_functions(name, backend):
 def test_an_unknown_layer_is_named(model, expected):
     with pytest.raises((NotImplementedError, ValueError), match=f"(?s)model must.*({expected})"):
         IncrementalSampler(model, (1, 4, 4))
+
+
+def test_a_network_that_reads_nothing(backend):
+    class Constant(Between):
+        def forward(self, x):
+            return self.b(torch.ones_like(self.a(x)))
+
+    model = lively(Constant(None), 3)
+    assert_draws_as_the_naive_loop(model, (1, 3, 4), backend)
 
 
 def test_what_is_not_read_may_be_anything(backend):

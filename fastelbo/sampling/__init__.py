@@ -28,14 +28,16 @@ class IncrementalSampler:
     stack of a Gated PixelCNN) is computed a row at a time, the rest when its pixel or colour comes, and kept as long as
     other pixels read it. The values are those of the full forward, up to the order of additions.
 
-    The network may consist of the layers of fastelbo.nn, nn.Conv2d with 1 x 1 kernels, torch's pointwise layers and
-    functions, BatchNorm2d, dropout (none is applied), +, -, * and /, cat, chunk, split and slices of channels, a pad
-    above or to the left with the slice that undoes it, and of any containers, residual and skip links. What depends on
-    the condition alone may be anything. The network is copied, in evaluation mode: what is trained afterwards does not
-    show.
+    The network's own forward runs once, on tensors that know which number each of their elements is: shapes and
+    Python's control flow are its own, hooks and masks that its author applies at a call are followed. It may compute
+    with convolutions of stride 1 (the layers of fastelbo.nn, nn.Conv2d and nn.Linear, weighed and masked as it likes),
+    torch's pointwise functions, +, -, \*, / and powers, BatchNorm2d, embeddings and one-hots of the image; dropout is
+    not applied. Whatever moves elements may stand between: slices, pads, crops, reshapes, cat, stack, writes in place.
+    It is causal if its taps are, where they end up. What depends on the condition alone may be anything, and what the
+    logits do not depend on, too. The network is copied, in evaluation mode: what is trained afterwards does not show.
 
-    What a network does in Python that these steps do not show (its own autocast, a global hook, state that a forward
-    changes) makes other images than its own. So the first draw, or the first reset, takes two random images through the
+    What a run does not show (its own autocast, state that a forward changes, code that tells tensors from ours) makes
+    other images than the network's own. So the first draw, or the first reset, takes two random images through the
     steps and through the network itself: logits that differ by more than rounding are an error.
 
     The caches take n times
@@ -48,12 +50,15 @@ class IncrementalSampler:
 
     Args:
         model: a module, from images [N, C, H, W] to logits [N, K C, H, W] with the colours innermost: channel
-            k C + c belongs to colour c, so that logits.unflatten(1, (K, C)) is [N, K, C, H, W].
+            k C + c belongs to colour c, so that logits.unflatten(1, (K, C)) is [N, K, C, H, W]; or to [N, K, C, H, W],
+            [N, C, K, H, W] or [N, C, H, W, K]. A log_softmax over the levels may be the last step. Images may be taken
+            as integers, and those of one colour as [N, H, W].
         image_shape: (C, H, W).
         levels: K, where the outputs are logits of a softmax over grey levels; 2 also for a network of one output, the
             logit of level 1, beside which level 0 has 0. None for other outputs, which step and commit work with.
         values: what the network takes for each level, K numbers; 0 to K - 1 where None.
-        conditional: whether the model takes a second argument, the condition.
+        conditional: whether the model takes a second argument, the condition. It is followed for each shape and dtype
+            of one image's condition; until one was given, for a label or a vector that it may take.
         order: "raster", or "wavefront": pixels of several rows together, each row a few columns behind the one above,
             which takes W + L (H - 1) steps in place of H W, with L = k//2 + 1 for kernels of k x k (W at most). For
             networks without a vertical stack.
@@ -192,10 +197,7 @@ class IncrementalSampler:
         return self._plan.steps
 
     def cache_bytes(self, n: int = 1) -> int:
-        """Bytes that the caches of n images take, as the class's formula has it.
-
-        A condition counts as one of a class until a spatial one has been given.
-        """
+        """Bytes that the caches of n images take, as the class's formula has it, with the last kind of condition."""
         return n * self._plan.compiled.program.size * self.dtype.itemsize
 
     def __getstate__(self):

@@ -10,6 +10,7 @@ cropped): then it is computed at those of their pixels that are asked for.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -282,13 +283,12 @@ class Atoms:
                     parts.append((where, -names[where] - constant.base, constant.value))
 
         def value(known):
-            found = None
-            for where, elements, given in parts:
-                tensor = (given if isinstance(given, Tensor) else given(known)).flatten()
-                if found is None:
-                    found = tensor.new_zeros(names.shape)
-                found[where.to(tensor.device)] = tensor[elements.to(tensor.device)]
-            return (torch.zeros(names.shape, device="cpu") if found is None else found)[None].to(self.device)
+            tensors = [(given if isinstance(given, Tensor) else given(known)).to(self.device) for _, _, given in parts]
+            dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.bool)
+            found = torch.zeros(names.shape, dtype=dtype, device=self.device)
+            for (where, elements, _), tensor in zip(parts, tensors, strict=True):
+                found[where.to(self.device)] = tensor.flatten()[elements.to(self.device)].to(dtype)
+            return found[None]
 
         of_image = any(not isinstance(given, Tensor) for _, _, given in parts)
         if not of_image:

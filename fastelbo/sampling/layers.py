@@ -50,6 +50,8 @@ def arrange(atoms: Atoms, names: Tensor) -> Tensor:
                 found = places.unflatten(dim, sizes).movedim((row, row + 1), (-2, -1)).flatten(0, -3)
                 if _is_image(atoms, names, found):
                     return found
+    if names.shape[-2:] == atoms.size:  # with parts of them moved
+        return places.reshape(-1, rows, columns)
     raise unknown("features whose rows and columns lie in no dimensions of their own")
 
 

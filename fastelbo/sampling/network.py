@@ -226,15 +226,13 @@ class Network:
         self.steps.append(Join(tuple(parts), out))
         return _whole(out)
 
-    def finish(self, logits: Any, bernoulli: bool) -> None:
+    def finish(self, logits: View, bernoulli: bool) -> None:
         """Says what the logits are; finds the order in which colours are drawn.
 
         Args:
             logits: what the model returns.
             bernoulli: whether one output for each colour is the logit of level 1, to which 0 joins for level 0.
         """
-        if not isinstance(logits, View):
-            raise ValueError("model must return one image of logits that depends on its input; got constants")
         channels = len(logits.channels)
         if bernoulli and channels == self.colours:
             logits = self.join([self.point("affine", logits, parameters=(0, 0)), logits])

@@ -35,6 +35,7 @@ class Traced(torch.Tensor):
     value: "Tensor | None"
     slot: int
     tracer: "Tracer"
+    loose = False  # whether torch may have laid it out otherwise, in the order of what it was computed from
 
     @staticmethod
     def __new__(cls, tracer, like, dtype, **_):
@@ -71,7 +72,8 @@ def _function(func, args, kwargs):
             raise unknown(f"features in {dtype}", f"the sampler computes in {own}")
     if func in _MAY_COPY and args and isinstance(args[0], Traced) and args[0].names is not None:
         storage = args[0].names.untyped_storage()
-        if result.names.untyped_storage().data_ptr() == storage.data_ptr() and storage.nbytes() > 8 * result.numel():
+        part = args[0].loose or storage.nbytes() > 8 * result.numel()
+        if part and result.names.untyped_storage().data_ptr() == storage.data_ptr():
             args[0].tracer.ambiguous[storage.data_ptr()] = storage, func.__name__
     return result
 
@@ -187,10 +189,6 @@ class Tracer:
         self.function = name
         if all(leaf.names is None for leaf in traced):
             return self._of_condition(name, func, args, kwargs)
-        if name in layers.DECIDING:
-            raise unknown(f"control flow that depends on the image ({self.what()})", "decide without it")
-        if "out" in kwargs:
-            raise unknown(f"{name} with out=", "take what it returns")
         writes = func._schema.is_mutable and name.endswith("_")
         own = name[:-1] if writes else name
         if own not in layers.MOVES and own not in ("copy", "fill", "zero"):
@@ -198,8 +196,18 @@ class Tracer:
             given = tree_map(lambda leaf: self._number(leaf) if id(leaf) in still else leaf, (args, kwargs))
             if all(id(leaf) in still for leaf in traced):
                 made = func(*given[0], **given[1])
-                return self._write(name, traced[0], self.names(made)) if writes else made
+                if writes:
+                    return self._write(name, traced[0], self.names(made))
+                return tree_map(
+                    lambda one: self.lift(self.names(one), one.dtype) if isinstance(one, Tensor) else one, made
+                )
+            if not writes and all(leaf.names is None or id(leaf) in still for leaf in traced):
+                return self._of_condition(name, func, *given)
             args, kwargs = (args[0], *given[0][1:]) if writes else given[0], given[1]
+        if name in layers.DECIDING:
+            raise unknown(f"control flow that depends on the image ({self.what()})", "decide without it")
+        if "out" in kwargs:
+            raise unknown(f"{name} with out=", "take what it returns")
         if not writes:
             return self._wrapped(func, args, kwargs, self._computed(own, func, args, kwargs))
         target = args[0]
@@ -231,7 +239,8 @@ class Tracer:
         flat = self.atoms.constants(leaf.names.reshape(1, 1, -1))
         if flat.of_image:
             raise unknown(f"{self.what()} of a tensor that the condition was written to", "make it of the condition")
-        return flat({}).expand(1, 1, 1, leaf.numel()).reshape(leaf.shape).to(leaf.device, leaf.dtype)
+        numbers = flat({}).expand(1, 1, 1, leaf.numel()).reshape(leaf.shape).to(leaf.device, leaf.dtype)
+        return numbers.clone(memory_format=torch.contiguous_format)
 
     def _of_condition(self, name, func, args, kwargs):
         if name in layers.DECIDING:
@@ -319,8 +328,16 @@ class Tracer:
                 ),
                 made,
             )
-        dtype = self._dtype(func, args, kwargs)
-        return tree_map(lambda leaf: self.lift(leaf, dtype) if isinstance(leaf, Tensor) else leaf, found)
+        dtype, moves = self._dtype(func, args, kwargs), func._schema.name.split("::")[1] in layers.MOVES
+        given = [leaf for leaf in tree_flatten(args)[0] if self.of_image(leaf)]
+        loose = any(leaf.loose or not (moves or leaf.is_contiguous()) for leaf in given)
+
+        def lifted(leaf):
+            made = self.lift(leaf, dtype)
+            made.loose = loose
+            return made
+
+        return tree_map(lambda leaf: lifted(leaf) if isinstance(leaf, Tensor) else leaf, found)
 
     def _dtype(self, func, args, kwargs):
         if (dtype := kwargs.get("dtype")) is not None:
@@ -355,7 +372,7 @@ class Tracer:
         if isinstance(source, Obscure) and source.normalised is not None and bool((index == index.max()).all()):
             names, network.normalised = _unnormalised(source, names), True
         logits = self.atoms.read(names.flatten(0, 1))
-        network.finish(logits, bernoulli)
+        network.finish(self.atoms.still(logits) if isinstance(logits, Const) else logits, bernoulli)
         fuse(network)
 
     @contextlib.contextmanager
