@@ -26,6 +26,7 @@ PROGRAMS = (  # in the order of the lectures
     "ring",
     "autoencoder_to_vae",
     "pixelrnn",
+    "decoder_variance",
 )
 
 

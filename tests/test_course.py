@@ -36,6 +36,7 @@ SMALL = {  # options of a run of seconds
     "ring": ["--steps", "300"],
     "autoencoder_to_vae": ["--epochs", "30"],
     "pixelrnn": ["--epochs", "5"],
+    "decoder_variance": ["--epochs", "12"],
 }
 each_program = pytest.mark.parametrize("name", course.PROGRAMS)
 
@@ -457,3 +458,19 @@ def test_diagonal_lstm_is_the_loop_over_pixels():
         h[row, column] = out.sigmoid() * cell[row, column].tanh()
     expected = torch.stack([h[place] for place in np.ndindex(3, 4)], dim=1).view(1, -1, 3, 4)
     torch.testing.assert_close(layer.along(x, 0), expected)
+
+
+# decoder_variance
+
+
+def test_mass_of_a_grey_level_is_scipys():
+    import decoder_variance
+
+    images = torch.tensor([[0.0, 1.0, 8.0, 15.0, 16.0]])
+    mean, logvar = torch.tensor([[0.1, 0.6, 0.5, 0.1, 0.2]]), torch.tensor(2 * math.log(0.07))
+    edges = np.array([[-np.inf, 1, 8, 15, 16], [1, 2, 9, 16, np.inf]]) / 17
+    normal = scipy.stats.norm(mean.numpy()[0].astype(float), math.exp(logvar.item() / 2))
+    mass = np.where(
+        edges[0] > mean.numpy(), normal.sf(edges[0]) - normal.sf(edges[1]), np.diff(normal.cdf(edges), axis=0)
+    )
+    np.testing.assert_allclose(decoder_variance.log_levels(images, mean, logvar), np.log(mass), rtol=1e-5)
