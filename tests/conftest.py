@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,18 +46,21 @@ def pytest_collection_modifyitems(items):
     """Puts long files first, marks some of Triton's cases as slow, and skips what this machine has no compiler for.
 
     A case of Triton's takes seconds to compile, or as long in the interpreter as hundreds of other backends' do. Of a
-    product of three parameters every second one runs, of more every third, and any two values of two of them meet in
+    product of three or more parameters every second or third one runs, so that any two values of two of them meet in
     one. Without Python's headers (Debian's python3-dev) torch.compile's default backend compiles nothing.
     """
-    ranks: dict[tuple, dict[int, int]] = {}  # of the values of each parameter of each test
+    products: dict[Callable, list] = {}  # of each test: its cases, and the rank of each parameter's value
+    ranks: dict[tuple, dict[int, int]] = {}
     for item in items:
         names = [re.split(r"\W+", str(mark.args[0]))[0] for mark in item.iter_markers("parametrize")]
         if len(names) >= 3 and re.search(r"\btriton\b", item.name):
-            total = 0
-            for name in names:
-                rank = ranks.setdefault((item.function, name), {})
-                total += rank.setdefault(id(item.callspec.params[name]), len(rank))
-            if total % min(len(names) - 1, 3):
+            known = [(ranks.setdefault((item.function, name), {}), id(item.callspec.params[name])) for name in names]
+            products.setdefault(item.function, []).append((item, [r.setdefault(v, len(r)) for r, v in known]))
+    for cases in products.values():
+        highest = sorted(map(max, zip(*(values for _, values in cases), strict=True)))
+        nth = min(1 + sum(highest[:-2]), 3)  # what the others add to any two values comes to that many sums
+        for item, values in cases:
+            if sum(values) % nth:
                 item.add_marker("slow")
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
