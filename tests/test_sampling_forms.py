@@ -241,6 +241,38 @@ def test_each_kind_of_condition_is_followed_by_itself(backend):
         assert torch.equal(drawn, sampler.sample(2, cond, seed=0, method="naive"))
 
 
+def test_what_a_condition_alone_leads_to_may_be_anything(backend):
+    class Sequence(nn.Module):
+        """Layers that write into zeros of their own."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = MaskedConv2d(1, 8, 3, mask_type="A"), nn.Conv2d(8, 4, 1)
+            self.lstm, self.gru = nn.LSTM(3, 8, batch_first=True), nn.GRU(8, 8, batch_first=True)
+            self.attention = nn.TransformerEncoderLayer(8, 2, batch_first=True)
+
+        def forward(self, x, cond):
+            kept = torch.zeros(len(cond), 8)
+            kept[:, ::2] = cond[:, 0, :1]
+            kept += self.gru(self.attention(self.lstm(cond)[0]))[0].mean(1)
+            return self.b(self.a(x) + kept.sin()[:, :, None, None])
+
+    model = lively(Sequence(), 1.5)
+    sampler = IncrementalSampler(model, (1, 4, 5), levels=4, conditional=True, backend=backend)
+    cond = torch.randn(3, 6, 3)
+    drawn = sampler.sample(3, cond, seed=0)
+    assert torch.equal(drawn, sampler.sample(3, cond, seed=0, method="naive"))
+    assert torch.equal(sampler.sample(3, cond.flip(0), seed=0), sampler.sample(3, cond.flip(0), seed=0, method="naive"))
+
+    class Keeping(Between):
+        def forward(self, x, cond):
+            self.a.bias.copy_(cond[0])
+            return self.b(self.a(x))
+
+    with pytest.raises(NotImplementedError, match="got copy_ of the condition in place on what is none of it"):
+        IncrementalSampler(Keeping(None), (1, 4, 5), levels=4, conditional=True).sample(1, torch.randn(1, 8))
+
+
 def test_steps_that_no_guess_knows_follow_a_condition():
     class Odd(nn.Module):
         def __init__(self):

@@ -267,20 +267,22 @@ class Atoms:
             self._still[const] = self.network.conv(View(self.network.image, ()), none, none > 0, [], None, const)
         return self._still[const]
 
+    def parts(self, names: Tensor) -> list[tuple[Tensor, Tensor, Constant]]:
+        """The constants that names are of, each with where they are, and which of its elements."""
+        if not bool((names != 0).any()):
+            return []
+        bases = torch.tensor([constant.base for constant in self.fixed], device="cpu")
+        index = torch.bucketize(-names.contiguous(), bases, right=True) - 1
+        used = [(index == n, self.fixed[n]) for n in index.unique().tolist() if n >= 0]
+        return [(where, -names[where] - constant.base, constant) for where, constant in used]
+
     def constants(self, names: Tensor) -> Const:
         """Names of constants alone, [channels, rows, columns], as an operand."""
         same = names[:, :1, :1]
         if torch.equal(names, same.expand_as(names)):
             names = same
         spatial = names.shape[1:] != (1, 1)
-        parts = []
-        if bool((names != 0).any()):
-            bases = torch.tensor([constant.base for constant in self.fixed], device="cpu")
-            index = torch.bucketize(-names.contiguous(), bases, right=True) - 1
-            for used in index.unique().tolist():
-                if used >= 0:
-                    where, constant = index == used, self.fixed[used]
-                    parts.append((where, -names[where] - constant.base, constant.value))
+        parts = [(where, elements, constant.value) for where, elements, constant in self.parts(names)]
 
         def value(known):
             tensors = [(given if isinstance(given, Tensor) else given(known)).to(self.device) for _, _, given in parts]

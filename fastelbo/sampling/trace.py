@@ -103,6 +103,16 @@ class Tape:
         return found
 
 
+class _Played:
+    """A function to what a tensor of the tape is, of what is known of a condition."""
+
+    def __init__(self, tape, tensor):
+        self.tape, self.tensor = tape, tensor
+
+    def __call__(self, known):
+        return self.tape.played(known)[self.tensor.slot]
+
+
 class _Slot:
     def __init__(self, slot):
         self.slot = slot
@@ -159,8 +169,8 @@ class Tracer:
         if isinstance(value, Traced):
             if value.names is not None:
                 return value.names
-            (slot,) = self.tape.add(torch.clone, (value,), {}, 1)  # as it is now
-            return self.atoms.constant(value.shape, lambda known: self.tape.played(known)[slot])
+            now = self._played(torch.clone, (value,), {})  # as it is now
+            return self.atoms.constant(value.shape, _Played(self.tape, now))
         tensor = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
         return self.atoms.constant(tensor.shape, tensor)
 
@@ -191,18 +201,14 @@ class Tracer:
             return self._of_condition(name, func, args, kwargs)
         writes = func._schema.is_mutable and name.endswith("_")
         own = name[:-1] if writes else name
-        if own not in layers.MOVES and own not in ("copy", "fill", "zero"):
-            still = {id(leaf) for leaf in traced if not self._seen(leaf)}
+        still = {id(leaf) for leaf in traced if not self._seen(leaf)}
+        mixed = any(leaf.names is None for leaf in traced) and all(
+            leaf.names is None or id(leaf) in still for leaf in traced
+        )
+        if mixed or (own not in layers.MOVES and own not in ("copy", "fill", "zero")):
             given = tree_map(lambda leaf: self._number(leaf) if id(leaf) in still else leaf, (args, kwargs))
-            if all(id(leaf) in still for leaf in traced):
-                made = func(*given[0], **given[1])
-                if writes:
-                    return self._write(name, traced[0], self.names(made))
-                return tree_map(
-                    lambda one: self.lift(self.names(one), one.dtype) if isinstance(one, Tensor) else one, made
-                )
-            if not writes and all(leaf.names is None or id(leaf) in still for leaf in traced):
-                return self._of_condition(name, func, *given)
+            if mixed or all(id(leaf) in still for leaf in traced):
+                return self._without_image(name, func, args, given, writes and id(args[0]) in still)
             args, kwargs = (args[0], *given[0][1:]) if writes else given[0], given[1]
         if name in layers.DECIDING:
             raise unknown(f"control flow that depends on the image ({self.what()})", "decide without it")
@@ -218,6 +224,21 @@ class Tracer:
         else:
             found = self._computed(own, func, args, kwargs)
         return self._write(name, target, found)
+
+    def _without_image(self, name, func, args, given, writes):
+        """A call of what does not depend on the image, if some of it has names, for which the numbers are given."""
+        depends = any(isinstance(leaf, Traced) for leaf in tree_flatten(given)[0])
+        if writes:
+
+            def fresh(first, *rest, **more):
+                return func(first.clone(), *rest, **more)
+
+            made = self._played(fresh, *given) if depends else func(*given[0], **given[1])
+            return self._write(name, args[0], self.names(made))
+        if depends:
+            return self._of_condition(name, func, *given)
+        made = func(*given[0], **given[1])
+        return tree_map(lambda one: self.lift(self.names(one), one.dtype) if isinstance(one, Tensor) else one, made)
 
     def _write(self, name, target, found):
         storage = target.names.untyped_storage()
@@ -235,23 +256,33 @@ class Tracer:
         return leaf.names is None or bool((leaf.names > 0).any())
 
     def _number(self, leaf):
-        """The numbers of a tensor with names of constants alone."""
-        flat = self.atoms.constants(leaf.names.reshape(1, 1, -1))
-        if flat.of_image:
-            raise unknown(f"{self.what()} of a tensor that the condition was written to", "make it of the condition")
-        numbers = flat({}).expand(1, 1, 1, leaf.numel()).reshape(leaf.shape).to(leaf.device, leaf.dtype)
-        return numbers.clone(memory_format=torch.contiguous_format)
+        """The numbers of a tensor with names of constants alone, which may depend on the condition."""
+        parts = self.atoms.parts(leaf.names)
+        given = [part.value.tensor if isinstance(part.value, _Played) else part.value for _, _, part in parts]
+
+        def assemble(tensors):
+            made = torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+            for (where, elements, _), tensor in zip(parts, tensors, strict=True):
+                own = tensor.to(leaf.device, leaf.dtype).flatten()
+                made[where.to(leaf.device)] = own[elements.to(leaf.device)]
+            return made
+
+        return self._played(assemble, (given,), {}) if any(map(self.traced, given)) else assemble(given)
+
+    def _played(self, func, args, kwargs):
+        """Calls a function of what depends on the condition, and writes it down."""
+        given = tree_map(lambda leaf: leaf.value if isinstance(leaf, Traced) else leaf, (args, kwargs))
+        made = func(*given[0], **given[1])
+        slots = iter(self.tape.add(func, args, kwargs, sum(isinstance(leaf, Tensor) for leaf in tree_flatten(made)[0])))
+        return tree_map(lambda leaf: self.condition(leaf, next(slots)) if isinstance(leaf, Tensor) else leaf, made)
 
     def _of_condition(self, name, func, args, kwargs):
         if name in layers.DECIDING:
             raise unknown(f"control flow that depends on the condition ({self.what()})", "decide without it")
-        given = tree_map(lambda leaf: leaf.value if isinstance(leaf, Traced) else leaf, (args, kwargs))
-        made = func(*given[0], **given[1])
-        count = sum(isinstance(leaf, Tensor) for leaf in tree_flatten(made)[0])
-        slots = iter(self.tape.add(func, args, kwargs, count))
-        if func._schema.is_mutable:
-            return args[0] if isinstance(args[0], Traced) else made
-        return tree_map(lambda leaf: self.condition(leaf, next(slots)) if isinstance(leaf, Tensor) else leaf, made)
+        if func._schema.is_mutable and not isinstance(args[0], Traced):
+            raise unknown(f"{name} of the condition in place on what is none of it", "do it out of place")
+        made = self._played(func, args, kwargs)
+        return args[0] if func._schema.is_mutable else made
 
     def _computed(self, own, func, args, kwargs):
         """Names of a call's results, or the error for it."""
