@@ -27,6 +27,7 @@ PROGRAMS = (  # in the order of the lectures
     "autoencoder_to_vae",
     "pixelrnn",
     "decoder_variance",
+    "family_tree",
 )
 
 

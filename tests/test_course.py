@@ -37,6 +37,7 @@ SMALL = {  # options of a run of seconds
     "autoencoder_to_vae": ["--epochs", "30"],
     "pixelrnn": ["--epochs", "5"],
     "decoder_variance": ["--epochs", "12"],
+    "family_tree": ["--epochs", "6"],
 }
 each_program = pytest.mark.parametrize("name", course.PROGRAMS)
 
@@ -90,7 +91,7 @@ def test_claims_hold_and_pictures_are_drawn(name, ran):
 def test_page_has_the_programs_claims(name, ran):
     """In the words of the program, and numbers that hold."""
     page = (ROOT / "docs" / "course" / f"{name}.md").read_text()
-    table = [row for row in page.splitlines() if row.startswith("| ")]
+    table = [row for row in page[page.index("| what | found") :].splitlines() if row.startswith("| ")]
     rows = [[cell.strip() for cell in row.strip("| ").split(" | ")] for row in table]
     assert rows[0] == ["what", "found", "exact or independent", "within"]
     assert [row[0] for row in rows[1:]] == list(ran(name)[0])
@@ -474,3 +475,22 @@ def test_mass_of_a_grey_level_is_scipys():
         edges[0] > mean.numpy(), normal.sf(edges[0]) - normal.sf(edges[1]), np.diff(normal.cdf(edges), axis=0)
     )
     np.testing.assert_allclose(decoder_variance.log_levels(images, mean, logvar), np.log(mass), rtol=1e-5)
+
+
+# family_tree
+
+
+def test_sums_of_the_boltzmann_machine_are_scikit_learns():
+    """Its free energies, and what its own chain would do next."""
+    import sklearn.neural_network
+
+    import family_tree
+
+    x = (np.random.default_rng(0).random((200, 12)) < 0.3).astype(float)
+    fitted = sklearn.neural_network.BernoulliRBM(5, n_iter=5, random_state=0).fit(x)
+    rbm = family_tree.RBM(fitted)
+    np.testing.assert_allclose(rbm.log_joint(torch.tensor(x)), -fitted._free_energy(x), rtol=1e-12)
+    images = np.array([[int(digit) for digit in f"{number:012b}"] for number in range(4096)], dtype=float)
+    assert np.exp(-fitted._free_energy(images) - rbm.log_z.item()).sum() == pytest.approx(1, abs=1e-12)
+    mean = np.exp(-fitted._free_energy(images) - rbm.log_z.item()) @ images
+    np.testing.assert_allclose((rbm.log_h - rbm.log_z).exp() @ rbm.logits.sigmoid(), mean, rtol=1e-10)
