@@ -22,7 +22,7 @@ WRONG = {
     'fastelbo.gaussian_kl("mean", s)': 'Argument 1 to "gaussian_kl" has incompatible type "str"',
     "fastelbo.gaussian_kl(mean, s, scale=1.0)": 'Argument "scale" to "gaussian_kl" has incompatible type "float"',
     "fastelbo.gaussian_rsample(mean, s).kl": '"Tensor" has no attribute "kl"',
-    "fastelbo.masked_conv2d(mean, s)": 'Missing named argument "mask_type" for "masked_conv2d"',
+    "fastelbo.causal_conv2d(mean, s)": 'Missing named argument "stack" for "causal_conv2d"',
     'fastelbo.Scale("std", clamp=1.0)': 'Argument "clamp" to "Scale" has incompatible type "float"',
 }
 

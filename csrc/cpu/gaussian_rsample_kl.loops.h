@@ -7,7 +7,7 @@ namespace fastelbo::FASTELBO_ISA {
 template <class T, bool exponential>
 void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
-  GaussiansTile<T, exponential, Ratio::gap, kNoMore> both(args);
+  GaussiansTile<T, exponential, Ratio::gap, kSampled> both(args);
   T z_tile[kTile], std_tile[kTile], kl_tile[kTile];
   NoiseTile<T> noise_tile;
   const V temperature(args.noise.temperature);
@@ -44,7 +44,7 @@ void gaussian_rsample_kl_fwd(const GaussianRsampleKL& args, int64_t begin, int64
 template <class T, bool exponential>
 void gaussian_rsample_kl_bwd(const GaussianRsampleKL& args, int64_t begin, int64_t end) {
   using V = typename VectorOf<T>::type;
-  GaussiansTile<T, exponential, Ratio::e, kSlope | kLogSlope> both(args);
+  GaussiansTile<T, exponential, Ratio::e, kSampled | kSlope | kLogSlope> both(args);
   SampleGradient<T> sampled;
   const V temperature(args.noise.temperature);
   for (int64_t index = begin; index < end; ++index) {

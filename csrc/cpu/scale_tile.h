@@ -13,6 +13,7 @@ enum Needs {
   kOwn = 32,
   kOwnSlope = 64,
   kRest = 128,
+  kSampled = 256,  // its bits must be those of all other spreads
 };
 
 template <class T, bool exponential, int needs>
@@ -53,7 +54,10 @@ struct SpreadTile {
     const ScaleOf<T> scale = given;  // a copy, which no store to a tile can change
     by_log = needs & (kLogStd | kLogStdOfWild) && kind != Scale::std && kind != Scale::var && !scale.shifted();
     for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-      Spread<V, false> out = spread<false, (needs & kExcess) != 0>(scale, load(raw + i, part), kind);
+      constexpr Excess wanted = !(needs & kExcess) ? Excess::none
+                                : needs & kSampled ? Excess::beside
+                                                   : Excess::together;
+      Spread<V, false> out = spread<false, wanted>(scale, load(raw + i, part), kind);
       store(std + i, out.std, part);
       if (needs & kLogStd) store(log_std + i, out.log_std, part);
       if (needs & kSlope) store(d_std + i, out.d_std, part);
@@ -71,7 +75,7 @@ struct SpreadTile {
     if (needs & kLogStd) return;
     if (tame) return ::std::fill(log_std, log_std + n, T(0));
     for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-      store(log_std + i, spread<false, false>(scale, load(raw + i, part), kind).log_std, part);
+      store(log_std + i, spread<false, Excess::none>(scale, load(raw + i, part), kind).log_std, part);
     });
   }
 };

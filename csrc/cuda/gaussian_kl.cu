@@ -15,8 +15,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
     V mean_q[n], s_q[n], kl[n];
     Access::load(args.mean_q, args.layout, place, mean_q);
     Access::load(args.s_q, args.layout, place, s_q);
-    each_kl<exponential, prior>(args, place, mean_q, s_q,
-                                [&](int i, const auto&, const auto& found, V) { kl[i] = found.value; });
+    each_kl<exponential, prior, Excess::together>(
+        args, place, mean_q, s_q, [&](int i, const auto&, const auto& found, V) { kl[i] = found.value; });
     select(Access::kept(args.mask, args.layout, place), kl);
     store_kl(args, thread, place, sums, kl);
   }
@@ -29,11 +29,11 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
   using V = typename Access::Value;
   Thread<typename Access::Index> thread(args.work);
   for (auto group = thread.first; group < thread.end; group += thread.lanes) {
-    gradients<exponential, prior>(args, Access::place(args.layout, thread.row, group),
-                                  [](int, V to_q, const auto&, const auto& kl, V& d_mean, V& d_s) {
-                                    d_mean = to_q * kl.d_mean_q;
-                                    d_s = to_q * kl.d_s_q;
-                                  });
+    gradients<exponential, prior, Excess::together>(args, Access::place(args.layout, thread.row, group),
+                                                    [](int, V to_q, const auto&, const auto& kl, V& d_mean, V& d_s) {
+                                                      d_mean = to_q * kl.d_mean_q;
+                                                      d_s = to_q * kl.d_s_q;
+                                                    });
   }
 }
 

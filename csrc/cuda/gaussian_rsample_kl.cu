@@ -22,10 +22,11 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
     V mean_q[n], s_q[n], std[n], kl[n];
     Access::load(args.mean_q, args.layout, place, mean_q);
     Access::load(args.s_q, args.layout, place, s_q);
-    each_kl<exponential, prior>(args, place, mean_q, s_q, [&](int i, const auto& q, const auto& found, V) {
-      kl[i] = found.value;
-      std[i] = args.draw.temperature * q.std;
-    });
+    each_kl<exponential, prior, Excess::beside>(args, place, mean_q, s_q,
+                                                [&](int i, const auto& q, const auto& found, V) {
+                                                  kl[i] = found.value;
+                                                  std[i] = args.draw.temperature * q.std;
+                                                });
     const uint32_t kept = Access::kept(args.mask, args.layout, place);
     select(kept, kl);
     store_kl(args, thread, place, sums, kl);
@@ -63,10 +64,11 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
         noisy[i] = fma(d_z[i], noise[i], noisy[i]);
       }
     } while (++sample < args.draw.samples);
-    gradients<exponential, prior>(args, place, [&](int i, V to_q, const auto& q, const auto& kl, V& d_mean, V& d_s) {
-      d_mean = fma(to_q, kl.d_mean_q, sampled[i]);
-      d_s = fma(args.draw.temperature * q.d_std, noisy[i], to_q * kl.d_s_q);
-    });
+    gradients<exponential, prior, Excess::beside>(
+        args, place, [&](int i, V to_q, const auto& q, const auto& kl, V& d_mean, V& d_s) {
+          d_mean = fma(to_q, kl.d_mean_q, sampled[i]);
+          d_s = fma(args.draw.temperature * q.d_std, noisy[i], to_q * kl.d_s_q);
+        });
   }
 }
 

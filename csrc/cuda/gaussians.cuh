@@ -53,7 +53,7 @@ FASTELBO_INLINE RatioTerms<V> ratio_terms(const Scale& scale, const Scale& scale
 
 // The divergence of a group of elements, of which q is loaded: calls f(i, the spread of q, the divergence and its
 // slopes, the raw value of p's sigma, 0 where there is none).
-template <bool exponential, Prior prior, class Access, class F>
+template <bool exponential, Prior prior, Excess excess, class Access, class F>
 FASTELBO_INLINE void each_kl(const GaussianOperands<Access>& args, const typename Access::Place& place,
                              const typename Access::Value (&mean_q)[Access::width],
                              const typename Access::Value (&s_q)[Access::width], F&& f) {
@@ -62,7 +62,7 @@ FASTELBO_INLINE void each_kl(const GaussianOperands<Access>& args, const typenam
   if (!has_prior<prior>(args.mean_p)) {
     FASTELBO_UNROLL
     for (int i = 0; i < n; ++i) {
-      auto q = spread<exponential, true>(args.scale, s_q[i]);
+      auto q = spread<exponential, excess>(args.scale, s_q[i]);
       f(i, q, gaussian_kl(mean_q[i], ratio_terms(q), q), V(0));
     }
   } else {
@@ -91,7 +91,7 @@ FASTELBO_INLINE void store_kl(const GaussianOperands<Access>& args, const Thread
 
 // The gradients of a group of elements: f(i, what reaches q of the divergence's, the spread of q, the divergence, the
 // gradients by mean_q and by q's raw value inside its clamp, which it sets).
-template <bool exponential, Prior prior, class Access, class F>
+template <bool exponential, Prior prior, Excess excess, class Access, class F>
 FASTELBO_INLINE void gradients(const GaussianOperands<Access>& args, const typename Access::Place& place, F&& f) {
   using V = typename Access::Value;
   constexpr int n = Access::width;
@@ -100,7 +100,7 @@ FASTELBO_INLINE void gradients(const GaussianOperands<Access>& args, const typen
   Access::load(args.s_q, args.layout, place, s_q);
   Access::load_term(args.d_kl, args.layout, place, upstream);
   const uint32_t kept = Access::kept(args.mask, args.layout, place);
-  each_kl<exponential, prior>(args, place, mean_q, s_q, [&](int i, const auto& q, const auto& kl, V s_p) {
+  each_kl<exponential, prior, excess>(args, place, mean_q, s_q, [&](int i, const auto& q, const auto& kl, V s_p) {
     const bool given = has_prior<prior>(args.mean_p);
     V d_s;
     f(i, given ? args.share.q * upstream[i] : upstream[i], q, kl, d_mean_q[i], d_s);

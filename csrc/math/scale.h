@@ -142,9 +142,12 @@ FASTELBO_INLINE V softplus_beyond_unit(const Scale& scale, V t, V* own, V* slope
   return (select(near, V(0), step) + logarithm) * inv_beta;
 }
 
-// `kind` is scale.kind; a caller that knows it at compile time gets the code of that kind alone. Only of an `alone`
-// spread, that of q against the standard normal, the excess is known.
-template <bool exponential, bool alone, class V, class Scale>
+// Whether a spread's excess is wanted, that of q against the standard normal: beside a sigma that has the bits of all
+// other spreads, as one that is sampled from, or together with sigma.
+enum class Excess { none, beside, together };
+
+// `kind` is scale.kind; a caller that knows it at compile time gets the code of that kind alone.
+template <bool exponential, Excess excess, class V, class Scale>
 FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s, typename Scale::Kind kind) {
   Spread<V, exponential> out;
   V raw = clamped(scale, s);
@@ -156,10 +159,10 @@ FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s, typename 
     out.d_std = out.std * c;
   } else {
     const bool shifted = scale.min_std > 0 || scale.var_eps > 0, log_kind = kind <= Scale::log_std && !shifted;
-    const bool has_unit = alone && scale.unit < decltype(scale.unit)(__builtin_inff());
-    const bool jointly = has_unit && kind == Scale::softplus && !(scale.soft_clamp > 0);
+    const bool has_unit = excess != Excess::none && scale.unit < decltype(scale.unit)(__builtin_inff());
+    const bool together = has_unit && excess == Excess::together && kind == Scale::softplus && !(scale.soft_clamp > 0);
     V slope, t = softened(scale, raw, &slope, &out.rest), own;
-    if (jointly)
+    if (together)
       out.excess = softplus_beyond_unit(scale, t, &own, &out.own_slope);
     else
       own = own_std(scale, t, kind, &out.own_slope);
@@ -184,7 +187,7 @@ FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s, typename 
       if (!has_unit) {
         out.excess = plain_var ? (t - V(1)) / (out.std + V(1)) : out.std - V(1);
       } else {
-        if (!jointly) {
+        if (!together) {
           V unit(scale.unit), tail = exp(V(-2) * abs(unit * V(scale.inv_soft_clamp)));
           out.excess = difference(scale, raw, out.rest, own, unit, V(scale.unit_low), tail / (V(1) + tail),
                                   V(scale.unit_own), V(scale.unit_slope), kind);
@@ -203,9 +206,9 @@ FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s, typename 
   }
   return out;
 }
-template <bool exponential, bool alone = false, class V, class Scale>
+template <bool exponential, Excess excess = Excess::none, class V, class Scale>
 FASTELBO_INLINE Spread<V, exponential> spread(const Scale& scale, V s) {
-  return spread<exponential, alone>(scale, s, scale.kind);
+  return spread<exponential, excess>(scale, s, scale.kind);
 }
 
 // The gradient that reaches the raw value s when the limited value is owed `grad`.
