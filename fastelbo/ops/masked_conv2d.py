@@ -332,8 +332,7 @@ def _run(tensors, options, backend):
     images, channels = tensors[0].shape[:2]
     first_layer = channels <= 4  # too few channels for tensor cores
     backend = backends.choose(input.device, backend, backends.only_reference(), convolution=not first_layer)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    keep = wanted and not torch.compiler.is_exporting()
+    keep = _autograd.recorded(tensors) and not torch.compiler.is_exporting()
     if not _sharding.sharded(*tensors):
         y = _local(tensors, (keep, *options), backend)
     else:
@@ -349,7 +348,7 @@ def _local(tensors, options, backend):
         return _reference(*tensors, options)
     if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
         return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))[0]
-    if not _autograd.recorded(tensors):
+    if not options[0]:  # nothing is kept for a backward
         return _FWD[backend](*_arguments(*tensors, options))[0]
     return _MaskedConv2d.apply(*_autograd.distinct(tensors), options, backend)
 
