@@ -31,7 +31,8 @@ RUNNABLE = [name for name, device in DEVICES.items() if GPU or device == "cpu"]
 # The files that take half of the time, the longest first: what starts last ends last.
 LONG = (
     "test_torch_integration", "test_sanitizers", "test_cuda_on_cpu", "test_distributed", "test_triton_build",
-    "test_masked_conv2d", "test_course", "test_benchmarks", "test_backends", "test_gaussian_rsample_kl", "test_examples",
+    "test_masked_conv2d", "test_course", "test_benchmarks", "test_backends", "test_gaussian_rsample_kl",
+    "test_examples",
 )  # fmt: skip
 
 END = float(os.environ.get("FASTELBO_TESTS_END", "inf"))  # of the time there is, in seconds since 1970
