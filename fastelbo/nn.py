@@ -791,18 +791,16 @@ def _taps_of(mask, shape, mask_type, channel_groups):
         raise ValueError(f"mask_type must be None where a mask is given; got {mask_type!r}")
     if channel_groups != 1:
         raise ValueError(f"channel_groups must be 1 where a mask is given; got {channel_groups}")
-    if not isinstance(mask, torch.Tensor):
-        mask = torch.tensor(mask, device="cpu")
-    live = mask.detach().cpu() != 0
-    if live.dim() == 4 and all(size in (1, own) for size, own in zip(live.shape[:2], shape[:2], strict=True)):
-        if not torch.equal(live, live[:1, :1].expand_as(live)):
+    if isinstance(mask, torch.Tensor):
+        of_pairs = mask.dim() == 4 and all(size in (1, own) for size, own in zip(mask.shape, shape, strict=True))
+        if of_pairs and not torch.equal(mask != 0, (mask[:1, :1] != 0).expand_as(mask)):
             raise ValueError("mask must be alike for all pairs of channels; got one that is not")
-        live = live[0, 0]
-    if live.shape != shape[2:]:
-        raise ValueError(f"mask must be of shape {shape[2:]} or {shape}; got {tuple(mask.shape)}")
-    if not live.any():
-        raise ValueError("mask must have a tap that is live; got none")
-    return tuple(tuple(row) for row in live.int().tolist())
+        if mask.shape != shape[2:] and (not of_pairs or mask.shape[2:] != shape[2:]):
+            raise ValueError(f"mask must be of shape {shape[2:]} or {shape}; got {tuple(mask.shape)}")
+        mask = mask[0, 0] if of_pairs else mask
+    rows, columns = shape[2:]
+    live = op.live_taps(mask, (rows, columns), "mask")
+    return tuple(tuple(int(row * columns + column in live) for column in range(columns)) for row in range(rows))
 
 
 def _pair(name: str, value: Any) -> "tuple[int, int]":

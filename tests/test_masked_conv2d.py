@@ -671,7 +671,8 @@ def test_bad_input_of_taps():
     for taps, error, message in (
         ([[0, 1]], ValueError, "taps must be of the kernel's shape (3, 3); got rows of lengths [2]"),
         (torch.ones(3, 4), ValueError, "taps must be of the kernel's shape (3, 3); got rows of lengths [4, 4, 4]"),
-        ([[0] * 3] * 3, ValueError, "taps must have one that is live; got none"),
+        ([[0] * 3] * 3, ValueError, "taps must have a tap that is live; got none"),
+        ([[1, 0, "x"]] * 3, TypeError, "taps must be rows of numbers, or a tensor of them; got str among them"),
         ("A", TypeError, "taps must be rows of numbers, or a tensor of them; got str"),
         ([1, 1, 1], TypeError, "taps must be rows of numbers, or a tensor of them; got list"),
         (torch.tensor(1), TypeError, "taps must be rows of numbers, or a tensor of them; got Tensor"),

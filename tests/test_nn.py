@@ -652,7 +652,10 @@ def test_a_mask_of_ones_own(kernel_size, mask):
     [
         ({"mask": CHECKERBOARD, "mask_type": "A"}, ValueError, "mask_type must be None where a mask is given; got 'A'"),
         ({"mask": CHECKERBOARD, "channel_groups": 3}, ValueError, "channel_groups must be 1 where a mask is given"),
-        ({"mask": ABOVE}, ValueError, "mask must be of shape (5, 5) or (6, 6, 5, 5); got (3, 3)"),
+        ({"mask": ABOVE}, ValueError, "mask must be of the kernel's shape (5, 5); got rows of lengths [3, 3, 3]"),
+        ({"mask": torch.ones(3, 3)}, ValueError, "mask must be of shape (5, 5) or (6, 6, 5, 5); got (3, 3)"),
+        ({"mask": [[1, 0], [1]]}, ValueError, "mask must be of the kernel's shape (5, 5); got rows of lengths [2, 1]"),
+        ({"mask": "A"}, TypeError, "mask must be rows of numbers, or a tensor of them; got str"),
         ({"mask": torch.zeros(5, 5)}, ValueError, "mask must have a tap that is live; got none"),
         ({"mask": torch.eye(6)[:, :, None, None].expand(-1, -1, 5, 5)}, ValueError, "mask must be alike for all pairs"),
         ({"mask": CHECKERBOARD, "padding": 1}, ValueError, "padding must be 2, at which the output has the"),

@@ -1,5 +1,6 @@
 """Masked (autoregressive) convolutions."""
 
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -217,23 +218,26 @@ def conv_mask2d(
     return reference.conv_mask2d(out_channels, in_channels, kernel_size, mask_type, **options)
 
 
-def live_taps(taps, kernel):
+def live_taps(taps, kernel, name="taps"):
     """Where a mask of taps is live, in raster order, as the ops take it.
 
     Args:
         taps: [rows, columns], nested lists or a tensor.
         kernel: that shape.
+        name: of taps, as the caller wrote it.
     """
     rows = taps.tolist() if isinstance(taps, torch.Tensor) else taps
     if not isinstance(rows, (list, tuple)) or any(not isinstance(row, (list, tuple)) for row in rows):
-        raise TypeError(f"taps must be rows of numbers, or a tensor of them; got {type(taps).__name__}")
+        raise TypeError(f"{name} must be rows of numbers, or a tensor of them; got {type(taps).__name__}")
+    for value in (value for row in rows for value in row if not isinstance(value, numbers.Real)):
+        raise TypeError(f"{name} must be rows of numbers, or a tensor of them; got {type(value).__name__} among them")
     if [len(row) for row in rows] != [kernel[1]] * kernel[0]:
         raise ValueError(
-            f"taps must be of the kernel's shape {tuple(kernel)}; got rows of lengths {[len(row) for row in rows]}"
+            f"{name} must be of the kernel's shape {tuple(kernel)}; got rows of lengths {[len(row) for row in rows]}"
         )
     live = tuple(place for place, value in enumerate(value for row in rows for value in row) if value)
     if not live:
-        raise ValueError("taps must have one that is live; got none")
+        raise ValueError(f"{name} must have a tap that is live; got none")
     return live
 
 
