@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh_python
 import pytest
 import torch
 from ops import GAUSSIAN
@@ -20,12 +21,8 @@ CPU = torch.device("cpu")
 
 
 def run(code, **environment):
-    """Runs a Python program in a fresh process; returns what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    """What a Python program prints in a fresh process."""
+    return fresh_python.run(code, **environment).stdout.strip()
 
 
 def test_automatic_choice_is_the_compiled_library():
@@ -66,25 +63,23 @@ def copied(tmp_path):
     return tmp_path
 
 
-def report_and_use(folder, code="", ignored=(), **environment):
-    """What python -m fastelbo and the code print in the copy, after a KL by default; a warning fails, but for those
-    that begin with what is ignored."""
+def report_and_use(folder, code="", ignored=(), before="", **environment):
+    """What python -m fastelbo and the code print in the copy, after a KL by default.
+
+    A warning fails, but for those that begin with what is ignored."""
     program = f"""
-import runpy, torch, fastelbo
+import runpy, warnings, torch
+{before}
+warnings.simplefilter("error")
+for start in {ignored!r}: warnings.filterwarnings("ignore", start)
+import fastelbo
 assert fastelbo.__file__.startswith({str(folder)!r})
 assert fastelbo.gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 3)).tolist() == [0, 0]
 runpy.run_module("fastelbo", run_name="__main__")
 {code}
 """
-    done = subprocess.run(
-        [sys.executable, "-W", "error", *(f"-Wignore:{text}" for text in ignored), "-c", program],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    done = fresh_python.run(program, cwd=folder, PYTHONPATH=str(folder), **environment)
+    assert not done.stderr
     return done.stdout
 
 
@@ -114,8 +109,7 @@ def test_library_that_does_not_load_leaves_the_reference(copied, spoil, reason):
 
 
 def test_package_without_triton(copied):
-    (copied / "sitecustomize.py").write_text(
-        """
+    without = """
 import importlib.metadata, sys
 def version(name, version=importlib.metadata.version):
     if name == "triton":
@@ -123,8 +117,7 @@ def version(name, version=importlib.metadata.version):
     return version(name)
 importlib.metadata.version, sys.modules["triton"] = version, None
 """
-    )
-    report = report_and_use(copied)
+    report = report_and_use(copied, before=without)
     assert "triton   not installed" in report
     assert "  triton    not usable: triton is not installed: pip install triton\n" in report
 
@@ -295,17 +288,8 @@ with warnings.catch_warnings(record=True) as caught:
 (warning,) = [w for w in caught if w.category is RuntimeWarning]
 print(warning.message)
 """
-    environment = {**os.environ, "PYTHONPATH": str(copied)}
     for first in ("", "torch.compile(fastelbo.gaussian_kl, backend='eager', fullgraph=True)(m, m)"):
-        done = subprocess.run(
-            [sys.executable, "-c", program.format(first=first)],
-            cwd=copied,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        done = fresh_python.run(program.format(first=first), cwd=copied, PYTHONPATH=str(copied))
         assert done.stdout == (
             "fastelbo runs in plain torch, slowly, on tensors of cpu, because its kernels cannot: cpu: _cpu.so was not "
             "built: install fastelbo with a C++ compiler present (pip install .)\n"

@@ -6,12 +6,12 @@ import importlib
 import inspect
 import math
 import re
-import subprocess
 import sys
 import types
 
 import diffusers
 import dropins
+import fresh_python
 import originals
 import pytest
 import torch
@@ -76,7 +76,7 @@ print({name for name in theirs.__all__ if getattr(ours, name) is not getattr(the
 try: ours.Gaussian
 except AttributeError as error: print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = fresh_python.run(code)
     assert done.stdout == "True\nmodule 'fastelbo.compat.pyro' has no attribute 'Gaussian'\n"
 
 
@@ -908,8 +908,7 @@ with fastelbo.compat.patch(fastelbo.distributions, td, user):
 assert td.Normal is user.Gaussian is Gaussian
 torch.testing.assert_close(lines(), want)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = fresh_python.run(code)
     assert done.stdout == "True fastelbo.distributions\ntorch.distributions.bernoulli\n"
 
 
@@ -921,7 +920,7 @@ with fastelbo.compat.patch(fastelbo.compat.pyro, dist):
     print(type(q).__module__, type(q.base_dist).__module__, q.log_prob(torch.zeros(2, 3)).tolist())
 print(dist.Normal.__module__)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = fresh_python.run(code)
     value = Independent(Normal(torch.zeros(2, 3), 1.0), 1).log_prob(torch.zeros(2, 3)).tolist()
     assert done.stdout == f"fastelbo.compat.pyro fastelbo.compat.pyro {value}\npyro.distributions.torch\n"
 

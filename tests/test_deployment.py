@@ -1,10 +1,9 @@
 """Programs that leave Python: ONNX, exported and compiled programs, TorchScript."""
 
 import io
-import subprocess
-import sys
 import warnings
 
+import fresh_python
 import numpy as np
 import onnxruntime
 import pytest
@@ -119,7 +118,7 @@ print(program(torch.ones(4, 6), torch.zeros(4, 6)).tolist(), "fastelbo" in sys.m
 
 def loaded(path):
     """What a process that does not know of fastelbo makes of a program: its words."""
-    done = subprocess.run([sys.executable, "-c", LOAD, str(path)], capture_output=True, text=True)
+    done = fresh_python.run(LOAD, path, check=False)
     return done.stdout + done.stderr
 
 
@@ -163,5 +162,5 @@ def test_a_compiled_package_of_kernels_asks_for_them(tmp_path):
     torch._inductor.aoti_compile_and_package(program, package_path=path)
     torch.testing.assert_close(torch._inductor.aoti_load_package(path)(M, S), fastelbo.gaussian_kl(M, S))
     code = "import sys, torch; torch._inductor.aoti_load_package(sys.argv[1])"
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    done = fresh_python.run(code, path, check=False)
     assert "Could not find schema for fastelbo::gaussian_kl_fwd" in done.stderr

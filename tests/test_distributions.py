@@ -3,10 +3,9 @@
 import copy
 import pickle
 import re
-import subprocess
-import sys
 import warnings
 
+import fresh_python
 import numpy as np
 import pytest
 import scipy.stats
@@ -530,7 +529,7 @@ except AttributeError as error:
 else:
     raise AssertionError
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    fresh_python.run(program)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """What torch.utils.flop_counter counts: of a masked convolution the live share of what it counts of the full one."""
 
-import subprocess
-import sys
-
+import fresh_python
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -110,5 +108,5 @@ with FlopCounterMode(display=False) as counter:
     fastelbo.masked_conv2d(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 3, 3), mask_type="A")
 print(counter.get_total_flops())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = fresh_python.run(code)
     assert (done.stdout, done.stderr) == ("32\n", "")

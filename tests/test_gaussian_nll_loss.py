@@ -1,9 +1,8 @@
 """GaussianNLLLoss against nn.GaussianNLLLoss, on the inputs that torch tests its own with."""
 
 import re
-import subprocess
-import sys
 
+import fresh_python
 import pytest
 import torch
 from torch import nn
@@ -33,7 +32,7 @@ torch.save((samples, errors), sys.argv[1])
 @pytest.fixture(scope="module")
 def torchs_own(tmp_path_factory):
     path = tmp_path_factory.mktemp("samples") / "samples.pt"
-    subprocess.run([sys.executable, "-c", COLLECT, str(path)], check=True)
+    fresh_python.run(COLLECT, path)
     return torch.load(path, weights_only=False)
 
 

@@ -5,13 +5,11 @@ import csv
 import importlib
 import importlib.util
 import itertools
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import fresh_python
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -465,14 +463,10 @@ import torch, fastelbo
 try: fastelbo.masked_conv2d(torch.ones(1, 1, 2, 3), torch.ones(1, 1, 3, 3), mask_type="A")
 except ValueError as error: print(error)
 """
-    environment = {**os.environ, "FASTELBO_CONV": "cudnn"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "FASTELBO_CONV must be tma or unset; got 'cudnn'\n"
+    assert fresh_python.run(code, FASTELBO_CONV="cudnn").stdout == "FASTELBO_CONV must be tma or unset; got 'cudnn'\n"
 
 
 def test_environment_chooses_once():
     code = "import fastelbo.kernels.masked_conv2d as m; print(m.boxes.__name__)"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["FASTELBO_CONV"] = "tma"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = fresh_python.run(code, TRITON_INTERPRET=None, FASTELBO_CONV="tma")
     assert done.stdout == "fastelbo.kernels.masked_conv2d_tma\n"

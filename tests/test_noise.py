@@ -2,11 +2,9 @@
 
 import functools
 import math
-import os
 import random
-import subprocess
-import sys
 
+import fresh_python
 import numpy
 import pytest
 import scipy.stats
@@ -309,8 +307,7 @@ def run_on_isa(tmp_path_factory):
     @functools.cache
     def run(isa):
         path = folder / isa
-        environment = {**os.environ, "FASTELBO_CPU_ISA": isa}
-        subprocess.run([sys.executable, "-c", ISA_SCRIPT, path], env=environment, cwd=folder, check=True)
+        fresh_python.run(ISA_SCRIPT, path, cwd=folder, FASTELBO_CPU_ISA=isa)
         return torch.load(path)
 
     return run
