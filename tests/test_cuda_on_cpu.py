@@ -51,22 +51,21 @@ def library(tmp_path_factory):
     return path
 
 
-GAUSSIAN = [name for name in FILES if name.startswith("gaussian")]
-SAMPLING = ["sampling", "sampling_networks", "sampling_check"]
+NAMES = [*FILES, "rows", "memory", "sampling", "sampling_networks", "sampling_check"]
+# What the kernels compute, but not what is of Python: how a network is traced, and torch.compile.
+TRACING = ("default_device", "insides", "alias", "forward_keeps", "hooks", "compile", "one_output_makes")
 
 
 @pytest.mark.parametrize(
-    ("names", "chosen"),
-    [  # a process takes seconds to start, so each runs what has the same choice of tests
-        ([*GAUSSIAN, *SAMPLING, "rows"], "cpu and not default_device"),
-        ([name for name in FILES if name not in GAUSSIAN], "cpu or opcheck"),
-        (["memory"], "layout_changes and cpu"),
-        pytest.param(["sampling"], "cpu and default_device", marks=pytest.mark.slow),  # of Python, if of anything
+    "chosen",
+    [
+        f"(cpu or opcheck) and not ({' or '.join(TRACING)}) and (not test_memory or layout_changes)",
+        pytest.param(f"test_sampling and cpu and ({' or '.join(TRACING)})", marks=pytest.mark.slow),
     ],
-    ids=["gaussian and sampling", "convolutions", "memory", "default device"],
+    ids=["kernels", "tracing"],
 )
-def test_ops(library, names, chosen):
-    command = [sys.executable, "-c", RUN, library, *(f"tests/test_{name}.py" for name in names), f"--rootdir={ROOT}"]
+def test_ops(library, chosen):
+    command = [sys.executable, "-c", RUN, library, *(f"tests/test_{name}.py" for name in NAMES), f"--rootdir={ROOT}"]
     command += ["-q", "-m", "not slow", "-k", chosen, "--import-mode=importlib", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]
