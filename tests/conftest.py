@@ -48,18 +48,20 @@ def pytest_collection_modifyitems(items):
 
     A case of Triton's takes seconds to compile, or as long in the interpreter as hundreds of other backends' do. Of a
     product of three or more parameters every second or third one runs, so that any two values of two of them meet in
-    one. Without Python's headers (Debian's python3-dev) torch.compile's default backend compiles nothing.
+    one; of a test that is marked `dispatch` every third, so that each value of each does. Without Python's headers (Debian's python3-dev) torch.compile's default backend compiles nothing.
     """
     products: dict[Callable, list] = {}  # of each test: its cases, and the rank of each parameter's value
     ranks: dict[tuple, dict[int, int]] = {}
     for item in items:
         names = [re.split(r"\W+", str(mark.args[0]))[0] for mark in item.iter_markers("parametrize")]
-        if len(names) >= 3 and re.search(r"\btriton\b", item.name):
+        if dispatch := item.get_closest_marker("dispatch"):
+            names = [name for name in item.callspec.params if name not in ("backend", "kernels")]
+        if (dispatch or len(names) >= 3) and re.search(r"\btriton\b", item.name):
             known = [(ranks.setdefault((item.function, name), {}), id(item.callspec.params[name])) for name in names]
             products.setdefault(item.function, []).append((item, [r.setdefault(v, len(r)) for r, v in known]))
     for cases in products.values():
         highest = sorted(map(max, zip(*(values for _, values in cases), strict=True)))
-        nth = min(1 + sum(highest[:-2]), 3)  # what the others add to any two values comes to that many sums
+        nth = 3 if cases[0][0].get_closest_marker("dispatch") else min(1 + sum(highest[:-2]), 3)  # what the others add to any two values comes to that many sums
         for item, values in cases:
             if sum(values) % nth:
                 item.add_marker("slow")

@@ -136,6 +136,7 @@ OPS |= {
 everywhere = pytest.mark.parametrize("what", ["device", "dtype", "device and dtype"])
 
 
+@pytest.mark.dispatch
 @everywhere
 @pytest.mark.parametrize("name", OPS)
 def test_ops(backend, name, what):

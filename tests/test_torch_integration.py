@@ -133,17 +133,9 @@ def raw_calls(op, layout, variant, backend):
     return recorder.calls
 
 
-def one_variant_each():
-    """Every op in every layout, of the op's variants each in its turn; the others slowly."""
-    for at, (name, op) in enumerate(OPS.items()):
-        variants = [variant for variant in VARIANTS if op.terms or variant != "elementwise"]
-        for turn, layout in enumerate(LAYOUTS, at):
-            for variant in variants:
-                marks = () if variant == variants[turn % len(variants)] else pytest.mark.slow
-                yield pytest.param(op, variant, layout, id=f"{name}-{variant}-{layout}", marks=marks)
-
-
-@pytest.mark.parametrize(("op", "variant", "layout"), one_variant_each())
+@pytest.mark.dispatch
+@every_op_and_variant
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_fake_tensors_have_the_strides_of_real_ones(op, variant, layout, kernels):
     for function, args in raw_calls(op, layout, variant, kernels):
         real = function(*args)
@@ -155,6 +147,7 @@ def test_fake_tensors_have_the_strides_of_real_ones(op, variant, layout, kernels
             assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), function
 
 
+@pytest.mark.dispatch
 @every_op_and_variant
 def test_opcheck(op, variant, kernels):
     layout = {"plain": "contiguous", "elementwise": "packed-channels_last", "samples": "broadcast"}[variant]
@@ -952,6 +945,7 @@ def test_gradients_through_exported_convolutions(keywords, strict):
 # The raw ops themselves
 
 
+@pytest.mark.dispatch
 @every_op_and_variant
 def test_raw_ops_pass_gradients_on(op, variant, kernels):
     """A forward that is called by name; its backward, which nobody differentiates, says so where somebody does."""
