@@ -48,7 +48,8 @@ def pytest_collection_modifyitems(items):
 
     A case of Triton's takes seconds to compile, or as long in the interpreter as hundreds of other backends' do. Of a
     product of three or more parameters every second or third one runs, so that any two values of two of them meet in
-    one; of a test that is marked `dispatch` every third, so that each value of each does. Without Python's headers (Debian's python3-dev) torch.compile's default backend compiles nothing.
+    one; of a test that is marked `dispatch` every third, so that each value of each does. Without Python's headers
+    (Debian's python3-dev) torch.compile's default backend compiles nothing.
     """
     products: dict[Callable, list] = {}  # of each test: its cases, and the rank of each parameter's value
     ranks: dict[tuple, dict[int, int]] = {}
@@ -61,7 +62,9 @@ def pytest_collection_modifyitems(items):
             products.setdefault(item.function, []).append((item, [r.setdefault(v, len(r)) for r, v in known]))
     for cases in products.values():
         highest = sorted(map(max, zip(*(values for _, values in cases), strict=True)))
-        nth = 3 if cases[0][0].get_closest_marker("dispatch") else min(1 + sum(highest[:-2]), 3)  # what the others add to any two values comes to that many sums
+        nth = min(1 + sum(highest[:-2]), 3)  # what the others add to any two values comes to that many sums
+        if cases[0][0].get_closest_marker("dispatch"):
+            nth = 3
         for item, values in cases:
             if sum(values) % nth:
                 item.add_marker("slow")
