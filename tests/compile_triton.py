@@ -7,9 +7,11 @@ After the capability: few of the kernels, those that take the most, or most of t
 Runs the launchers on CPU tensors, with a driver that only names the target; nothing is launched.
 """
 
+import itertools
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -87,18 +89,39 @@ class NamedTarget:
         return 0
 
 
-def resources(compiled) -> dict:
-    """Registers, stack and the instructions of a compiled kernel."""
-    text = cuobjdump(compiled, "-sass")
-    code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE)
+def machine_code(cubin: bytes) -> bytes:
+    """The sections of an ELF file that are code."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<I20x2Q", cubin, table + size * section) for section in range(count)]
+    names = sections[names][1]
+    code = [cubin[at : at + length] for name, at, length in sections if cubin.startswith(b".text.", names + name)]
+    return b"".join(code)
+
+
+def disassembled(codes: list, capability: int) -> list:
+    """The instructions of each kernel, by one disassembler: it takes as long to start as for a hundred kernels."""
+    machine = f"SM{capability}a" if capability >= 90 else f"SM{capability}"
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        command = [BIN / "nvdisasm", "--binary", machine, file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    names = iter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE))
+    instructions = [list(itertools.islice(names, len(code) // 16)) for code in codes]
+    assert not list(names) and all(instructions)
     # the code ends with a jump to itself and padding
-    end = len(code) - next(i for i, name in enumerate(reversed(code)) if name == "EXIT")
-    return {**usage(compiled), "code": code[:end]}
+    return [kernel[: len(kernel) - kernel[::-1].index("EXIT")] for kernel in instructions]
 
 
 def usage(compiled) -> dict:
     """Registers, stack and shared memory of a compiled kernel, and its float64 constants that were float32 before."""
-    found = re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", cuobjdump(compiled, "-res-usage"))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [BIN / "cuobjdump", "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", text)
     return {name.lower(): int(value) for name, value in found} | {"narrowed": narrowed(compiled)}
 
 
@@ -111,13 +134,6 @@ def narrowed(compiled) -> list:
     numbers = torch.tensor([float(constant) for constant in constants], dtype=torch.float64)
     long = numbers.view(torch.int64) & (2**40 - 1) != 0  # more than 12 bits
     return numbers[(numbers.float().double() == numbers) & long].tolist()
-
-
-def cuobjdump(compiled, option) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        return subprocess.run([BIN / "cuobjdump", option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def compile_for(capability: int) -> list:
@@ -141,7 +157,7 @@ def main(capability: int, share: str = "") -> None:
             run(ops.KERNELS[op], keywords, shape, dtype)
             for name, kernel, options in compiled:
                 elements = options["R"] * options["C"] // (32 * options["num_warps"])
-                found[f"gaussian_{op}{name}-{case}"] = {**resources(kernel), "elements": elements}
+                found[f"gaussian_{op}{name}-{case}"] = kernel, {"elements": elements}
     layers = {**LAYERS, **LAYERS_OVER_BOXES} if capability == 90 else {case: LAYERS[case] for case in EVERYWHERE}
     layers = {case: layer for case, layer in layers.items() if case in chosen}
     for case, layer in layers.items():
@@ -150,8 +166,10 @@ def main(capability: int, share: str = "") -> None:
         run_layer(case, *layer)
         for name, kernel, options in compiled:
             direction = "_input" if options.get("SIGN") == -1 or options.get("TRANSPOSED") else ""
-            found[f"masked_conv2d_{name.removeprefix('_')}{direction}-{case}"] = resources(kernel)
-    print(json.dumps(found))
+            found[f"masked_conv2d_{name.removeprefix('_')}{direction}-{case}"] = kernel, {}
+    codes = disassembled([machine_code(kernel.asm["cubin"]) for kernel, _ in found.values()], capability)
+    kernels = zip(found.items(), codes, strict=True)
+    print(json.dumps({name: {**usage(kernel), **more, "code": code} for (name, (kernel, more)), code in kernels}))
 
 
 def over_boxes(wanted):
