@@ -15,6 +15,7 @@ from pathlib import Path
 
 import cases
 import compare
+import fresh_python
 import machine
 import pytest
 import rows
@@ -44,8 +45,7 @@ for arguments in json.loads(sys.argv[1]):
 print(json.dumps(found))
 """
     arguments = json.dumps([[str(part) for part in arguments] for arguments in many])
-    done = run(sys.executable, "-c", script, arguments, **environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = fresh_python.run(script, arguments, cwd=ROOT, **environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,6 +1,7 @@
 """Programs that leave Python: ONNX, exported and compiled programs, TorchScript."""
 
 import io
+import itertools
 import warnings
 
 import fresh_python
@@ -79,17 +80,38 @@ def to_onnx(function, inputs):
     return run
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_onnx_computes_what_the_kernels_do(case):
-    function, inputs = CASES[case]
-    run = to_onnx(function, inputs)
-    # what the program has not seen: others of the same shapes
-    inputs = tuple(x if x.dtype == torch.int64 else x.flip(0) for x in inputs)
+class EveryCase(torch.nn.Module):
+    """All of them as one program, for an export takes a second."""
+
+    def __init__(self):
+        super().__init__()
+        functions = [function for function, _ in CASES.values()]
+        self.cases = torch.nn.ModuleList([f if isinstance(f, torch.nn.Module) else Calls(f) for f in functions])
+
+    def forward(self, *inputs):
+        given, found = iter(inputs), []
+        for case, (_, own) in zip(self.cases, CASES.values(), strict=True):
+            outputs = case(*itertools.islice(given, len(own)))
+            found.append(outputs if isinstance(outputs, tuple) else (outputs,))
+        return found
+
+
+@pytest.fixture(scope="module")
+def computed():
+    """What the program computes of what it has not seen, others of the same shapes; and what the functions do."""
+    inputs = [x.clone() for _, inputs in CASES.values() for x in inputs]
+    run = to_onnx(EveryCase(), tuple(inputs))
+    others = [x if x.dtype == torch.int64 else x.flip(0) for x in inputs]
     with torch.no_grad():
-        want = function(*inputs)
-    want = list(want) if isinstance(want, tuple) else [want]
-    rtol = 1e-5 if "near" in case else 1e-4
-    torch.testing.assert_close(run(*inputs), want, rtol=rtol, atol=0 if "near" in case else 1e-5)
+        want = EveryCase().eval()(*others)
+    found = iter(run(*others))
+    return {case: ([next(found) for _ in outputs], list(outputs)) for case, outputs in zip(CASES, want, strict=True)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_onnx_computes_what_the_kernels_do(case, computed):
+    near = "near" in case
+    torch.testing.assert_close(*computed[case], rtol=1e-5 if near else 1e-4, atol=0 if near else 1e-5)
 
 
 def test_onnx_draws_anew_in_every_run():

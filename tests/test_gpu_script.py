@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh_python
 import pytest
 from ops import GAUSSIAN
 
@@ -167,13 +168,15 @@ def test_gpu_script_skips_stages(stubs, tmp_path):
     assert not any(word in called for word in ("--junitxml", "--verdict", "sanitize", "pip", "--no-save", "--shape"))
 
 
-def test_every_second_case_of_triton_runs_on_a_gpu(tmp_path):
+RUN_PYTEST = "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
+
+
+def test_every_second_case_of_triton_runs_on_a_gpu():
     """Of a product of three parameters: any two values of two of them meet. None runs when the time is up."""
-    pretended = "import torch\ntorch.cuda.is_available = lambda: True\n"
-    (tmp_path / "pretended_gpu.py").write_text(pretended)
-    options = ("-q", "-p", "no:cacheprovider", "-p", "pretended_gpu", "--collect-only", "-m", "not slow")
+    pretended = "import torch; torch.cuda.is_available = lambda: True"
+    options = ("-q", "-p", "no:cacheprovider", "--collect-only", "-m", "not slow")
     chosen = ("tests/test_gpu.py", "-k", "test_rows_of_any_length and triton")
-    done = run(sys.executable, "-m", "pytest", *options, *chosen, PYTHONPATH=str(tmp_path))
+    done = fresh_python.run(f"{pretended}; {RUN_PYTEST}", *options, *chosen, cwd=ROOT)
     pattern = r"\[triton-(\d+)-torch\.(\w+)-([\w-]+)\]"
     found = re.findall(pattern, done.stdout)
     columns, dtypes, names = ([one[k] for one in found] for k in range(3))
@@ -182,7 +185,7 @@ def test_every_second_case_of_triton_runs_on_a_gpu(tmp_path):
     assert len(set(zip(columns, names, strict=True))) == 5 * len(GAUSSIAN)
     assert len(set(zip(dtypes, names, strict=True))) == 2 * len(GAUSSIAN)
     late = ("-q", "-p", "no:cacheprovider", "tests/test_gpu_script.py", "-k", "explains")
-    done = run(sys.executable, "-m", "pytest", *late, FASTELBO_TESTS_END="1")
+    done = fresh_python.run(RUN_PYTEST, *late, cwd=ROOT, check=False, FASTELBO_TESTS_END="1")
     assert done.returncode == 1 and "there was no time left to run it" in done.stdout
 
 
