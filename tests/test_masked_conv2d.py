@@ -237,6 +237,25 @@ def test_memory_layouts(backend, layout, dtype, channels):
         assert got[1].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("keywords", [{"mask_type": "A"}, {"mask_type": "B", "dilation": 2}, {"taps": "unequal sides"}])
+@pytest.mark.parametrize("size", [(8, 8), (7, 7), (3, 9), (2, 7), (20, 14)], ids=str)
+def test_an_image_among_zeros_has_the_same_bits(size, keywords, layout):
+    """However wide it is: planes of small images have other gaps between their rows."""
+    keywords = dict(keywords)
+    kernel = (7, 7) if "mask_type" in keywords else (3, 5)
+    if "taps" in keywords:
+        keywords["taps"] = TAPS[keywords["taps"]]
+    weight, image = torch.randn(24, 20, *kernel), torch.randn(2, 20, *size)
+    results = []
+    for columns in (size[1], size[1] + 16):
+        x = F.pad(image, (0, columns - size[1])).requires_grad_()
+        y = fastelbo.masked_conv2d(LAYOUTS[layout](x), weight, backend="cpu", **keywords)[..., : size[1]]
+        (d_x,) = torch.autograd.grad(y, x, image.new_ones(1).expand(y.shape))
+        results.append((y, d_x[..., : size[1]]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_gradient_of_any_strides(backend):
     x, weight, *_ = operands()
     x.requires_grad_()

@@ -4,7 +4,8 @@
 // with zeros around the image, so that every tap is a constant offset and no loop knows an edge. A convolution is then
 // a list of (offset, weight) pairs over vectors of neighbouring pixels, and masks, channel groups, stacks and dilation
 // are only which pairs the list holds: a dead tap is not in it. The input gradient is the same with the offsets
-// negated.
+// negated. The zeros beside a row are computed with, too: where they are many, as in small images, each channel has
+// a plane without them for every distance that a tap moves it to the side.
 //
 // The loops (masked_conv2d.loops.h) in the order in which they run: what they read and write, the tasks that threads
 // share, and what a thread has of its own.
@@ -28,6 +29,7 @@
 #include "../common/checks.h"
 #include "host.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -35,18 +37,35 @@
 
 namespace fastelbo {
 
-// How a band of rows lies in its planes: `above` and `below` further rows, and `gap` zeros between any two rows.
+// How a band of rows lies in a channel's planes: `above` and `below` further rows, and `gap` zeros between any two
+// rows; or no gap, and `copies` planes, each moved to the side by one of `shifts`, with zeros where that leaves the
+// image.
 struct Planes {
-  int64_t columns, gap, pitch, above, below, rows, front, size;
+  int64_t columns, gap, pitch, above, below, rows, front, plane, size, copies = 1;
+  std::vector<int64_t> shifts = {0};
 
   Planes() = default;
-  Planes(int64_t columns, int64_t rows, int64_t gap, int64_t above, int64_t below, int64_t slack)
-      : columns(columns), gap(gap), pitch(columns + gap), above(above), below(below), rows(rows), front(gap) {
-    size = (front + (above + rows + below) * pitch + slack + 15) / 16 * 16;
-    if (size % 32 == 0) size += 16;  // an odd number of cache lines, so that the planes spread over the cache's sets
+  Planes(int64_t columns, int64_t rows, int64_t reach, int64_t above, int64_t below, int64_t slack,
+         std::vector<int64_t> shifts = {0})
+      : columns(columns),
+        gap(shifts.size() > 1 ? 0 : reach),
+        pitch(columns + gap),
+        above(above),
+        below(below),
+        rows(rows),
+        front(reach),
+        copies(int64_t(shifts.size())),
+        shifts(std::move(shifts)) {
+    plane = (front + (above + rows + below) * pitch + slack + (copies > 1 ? reach : 0) + 15) / 16 * 16;
+    if (plane % 32 == 0) plane += 16;  // an odd number of cache lines, so that planes spread over the cache's sets
+    size = copies * plane;
   }
   int64_t positions(int64_t rows) const { return rows * pitch - gap; }
   int64_t first() const { return front + above * pitch; }
+  int64_t offset(int64_t down, int64_t right) const {
+    if (copies == 1) return down * pitch + right;
+    return down * pitch + (std::find(shifts.begin(), shifts.end(), right) - shifts.begin()) * plane;
+  }
 };
 
 // An input channel and one of its taps, by index; -1 is the centre.
@@ -156,12 +175,12 @@ Side side_of(const LiveTaps& mask, int64_t outputs, int64_t inputs, const Planes
       if (group[c] == g) members.push_back(int32_t(c));
     if (members.empty()) continue;
     auto add = [&](int64_t c, int32_t t, int64_t offset) {
-      side.group_offsets[g].push_back(int32_t(c * planes.size + sign * offset));
+      side.group_offsets[g].push_back(int32_t(c * planes.size + offset));
       side.group_pairs[g].push_back({int32_t(c), t});
     };
     for (int64_t c = 0; c < inputs; ++c) {
       for (size_t t = 0; t < mask.taps.size(); ++t)
-        add(c, int32_t(t), mask.taps[t].down * planes.pitch + mask.taps[t].right);
+        add(c, int32_t(t), planes.offset(sign * mask.taps[t].down, sign * mask.taps[t].right));
       if (mask.centre && (sign > 0 ? mask.live(members[0], c) : mask.live(c, members[0]))) add(c, -1, 0);
     }
     for (size_t at = 0; at < members.size(); at += block) {
@@ -175,8 +194,10 @@ Side side_of(const LiveTaps& mask, int64_t outputs, int64_t inputs, const Planes
 }
 
 struct Constants {
-  int64_t block, slack, lanes, pairs;
-  explicit Constants(ScalarType dtype) { FASTELBO_CONV_LOOP(conv_constants, dtype)(&block, &slack, &lanes, &pairs); }
+  int64_t block, vector, slack, lanes, pairs;
+  explicit Constants(ScalarType dtype) {
+    FASTELBO_CONV_LOOP(conv_constants, dtype)(&block, &vector, &slack, &lanes, &pairs);
+  }
 };
 
 constexpr int64_t kBandElements = 1 << 16;  // of all planes of a band: 256 KiB of a second-level cache
@@ -190,6 +211,23 @@ int64_t band_rows(int64_t n, int64_t rows, int64_t columns, int64_t channels, in
                                     (kTasks + n - 1) / std::max<int64_t>(n, 1));
   int64_t least = std::max<int64_t>(4, 2 * reach);  // the rows above a band are packed twice
   return std::min(rows, std::max(least, (rows + bands - 1) / bands));
+}
+
+// The planes of a band of one side's inputs, sign as for side_of: without gaps where vectors over them take a twentieth
+// less, and where they fit.
+Planes planes_of(const ConvArgs& args, int64_t channels, int64_t above, int64_t below, int sign,
+                 const Constants& constants) {
+  int64_t reach = std::max(args.mask.left, args.mask.right);
+  Planes spaced(args.columns, args.band, reach, above, below, constants.slack);
+  std::vector<int64_t> shifts = {0};
+  for (const Tap& tap : args.mask.taps)
+    if (std::find(shifts.begin(), shifts.end(), sign * tap.right) == shifts.end()) shifts.push_back(sign * tap.right);
+  Planes moved(args.columns, args.band, reach, above, below, constants.slack, shifts);
+  auto vectors = [&](const Planes& planes) {
+    return (planes.positions(args.band) + constants.vector - 1) / constants.vector;
+  };
+  bool fit = channels * moved.size <= kBandElements;
+  return fit && 20 * vectors(moved) <= 19 * vectors(spaced) ? moved : spaced;
 }
 
 ConvArgs arguments(const Tensor& input, const Tensor& weight, const std::string& mask_type, const std::string& stack,
@@ -211,7 +249,6 @@ ConvArgs arguments(const Tensor& input, const Tensor& weight, const std::string&
   args.band = band_rows(args.n, args.rows, args.columns + gap, std::max(args.in_channels, args.z_channels),
                         args.mask.up + args.mask.down);
   args.bands = (args.rows + args.band - 1) / args.band;
-  args.planes = Planes(args.columns, args.band, gap, args.mask.up, args.mask.down, constants.slack);
   return args;
 }
 
@@ -227,6 +264,7 @@ std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::o
   Constants constants(dtype);
   ConvArgs args =
       arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, taps, constants);
+  args.planes = planes_of(args, args.in_channels, args.mask.up, args.mask.down, 1, constants);
   Tensor y = allocate_image(args.n, args.y_channels, input);
   Tensor kept =
       keep ? allocate_image(args.n, args.z_channels, input) : allocate(Shape{0}, input.scalar_type(), Device(input));
@@ -261,8 +299,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   Device device(input);
   args.d_y = image_of(d_y);
   args.kept = image_of(kept);
-  args.d_planes = Planes(args.columns, args.band, args.planes.gap, want_input ? mask.down : 0, want_input ? mask.up : 0,
-                         constants.slack);
+  int64_t reach = std::max(mask.left, mask.right);
+  args.planes = Planes(args.columns, args.band, reach, mask.up, mask.down, constants.slack);
+  args.d_planes = want_input ? planes_of(args, args.z_channels, mask.down, mask.up, -1, constants)
+                             : Planes(args.columns, args.band, reach, 0, 0, constants.slack);
   Tensor d_input = want_input ? allocate(Shape(input), stored, input) : allocate(Shape{0}, stored, device);
   Tensor d_weight = want_weight ? allocate(Shape(weight), stored, weight) : allocate(Shape{0}, stored, device);
   Tensor d_bias = allocate(Shape{want_bias ? args.z_channels : 0}, stored, device);
@@ -297,7 +337,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
     for (int64_t in = 0; in < args.in_channels; ++in) {
       for (int64_t t = 0; t < count_of_taps; ++t) {
         const Tap& tap = args.tap(t);
-        args.pair_offset.push_back(int32_t(in * args.planes.size + tap.down * args.planes.pitch + tap.right));
+        args.pair_offset.push_back(int32_t(in * args.planes.size + args.planes.offset(tap.down, tap.right)));
       }
     }
     args.pair_offset.resize(args.pairs, 0);

@@ -52,8 +52,9 @@ constexpr int kChannelVectors = 2;  // of output channels in a tile of the weigh
 
 // The sizes that host code must know, too.
 template <class T, bool>
-void conv_constants(int64_t* block, int64_t* slack, int64_t* lanes, int64_t* pairs) {
+void conv_constants(int64_t* block, int64_t* vector, int64_t* slack, int64_t* lanes, int64_t* pairs) {
   *block = kBlock;
+  *vector = WideOf<T>::lanes;
   *slack = kVectors * WideOf<T>::lanes;
   *lanes = kChannelVectors * WideOf<T>::lanes;
   *pairs = kPairs;
@@ -86,6 +87,68 @@ inline void write_rows(const Image& image, int64_t offset, int64_t rows, int64_t
   });
 }
 
+// to[i * to_stride + line] = from[line * stride + i]
+template <class T>
+inline void transpose(const T* from, int64_t stride, int64_t lines, int64_t length, T* to, int64_t to_stride) {
+  int64_t line = 0;
+#if defined(FASTELBO_AVX2) || defined(FASTELBO_AVX512)
+  if constexpr (sizeof(T) == 4) {
+    for (; line + 8 <= lines; line += 8, from += 8 * stride, to += 8) {
+      int64_t i = 0;
+      for (; i + 8 <= length; i += 8) {
+        __m256 r[8], s[8];
+        FASTELBO_UNROLL
+        for (int k = 0; k < 8; ++k) r[k] = _mm256_loadu_ps(from + k * stride + i);
+        FASTELBO_UNROLL
+        for (int k = 0; k < 8; k += 2) {
+          s[k] = _mm256_unpacklo_ps(r[k], r[k + 1]);
+          s[k + 1] = _mm256_unpackhi_ps(r[k], r[k + 1]);
+        }
+        FASTELBO_UNROLL
+        for (int k = 0; k < 8; k += 4) {
+          r[k] = _mm256_shuffle_ps(s[k], s[k + 2], 0x44);
+          r[k + 1] = _mm256_shuffle_ps(s[k], s[k + 2], 0xee);
+          r[k + 2] = _mm256_shuffle_ps(s[k + 1], s[k + 3], 0x44);
+          r[k + 3] = _mm256_shuffle_ps(s[k + 1], s[k + 3], 0xee);
+        }
+        FASTELBO_UNROLL
+        for (int k = 0; k < 4; ++k) {
+          _mm256_storeu_ps(to + (i + k) * to_stride, _mm256_permute2f128_ps(r[k], r[k + 4], 0x20));
+          _mm256_storeu_ps(to + (i + k + 4) * to_stride, _mm256_permute2f128_ps(r[k], r[k + 4], 0x31));
+        }
+      }
+      for (; i < length; ++i)
+        for (int k = 0; k < 8; ++k) to[i * to_stride + k] = from[k * stride + i];
+    }
+    for (; line + 4 <= lines; line += 4, from += 4 * stride, to += 4) {
+      int64_t i = 0;
+      for (; i + 4 <= length; i += 4) {
+        __m128 r[4];
+        FASTELBO_UNROLL
+        for (int k = 0; k < 4; ++k) r[k] = _mm_loadu_ps(from + k * stride + i);
+        _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
+        FASTELBO_UNROLL
+        for (int k = 0; k < 4; ++k) _mm_storeu_ps(to + (i + k) * to_stride, r[k]);
+      }
+      for (; i < length; ++i)
+        for (int k = 0; k < 4; ++k) to[i * to_stride + k] = from[k * stride + i];
+    }
+  }
+#endif
+  for (; line < lines; ++line, from += stride, ++to)
+    for (int64_t i = 0; i < length; ++i) to[i * to_stride] = from[i];
+}
+
+// Whether an image's pixels are vectors of channels, of the arithmetic type; `pixel` is the address of one.
+template <class T>
+inline bool channels_innermost(const Image& image) {
+  return image.stride[1] == 1 && image.stride[3] != 1 && image.format == (sizeof(T) == 4 ? Format::f32 : Format::f64);
+}
+template <class T>
+inline T* pixel(const Image& image, int64_t offset) {
+  return reinterpret_cast<T*>(image.data) + offset;
+}
+
 // How many rows to take of one channel before the next: with channels last one, so that a row of all channels stays in
 // the cache, else some that fill vectors.
 inline int64_t rows_of_a_channel(const Image& image, int64_t columns) {
@@ -98,31 +161,61 @@ FASTELBO_INLINE void zero(T* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = 0;
 }
 
+// Of each further copy of a plane: 1 where the first one, moved to the side, stays in its row, else 0.
+template <class T>
+inline void find_kept(const Planes& planes, T* kept) {
+  for (int64_t copy = 1; copy < planes.copies; ++copy) {
+    for (int64_t i = 0; i < planes.plane; ++i, ++kept) {
+      int64_t column = (i + planes.pitch - planes.front % planes.pitch) % planes.pitch + planes.shifts[size_t(copy)];
+      *kept = T(column >= 0 && column < planes.columns);
+    }
+  }
+}
+
+// Fills the further copies of a channel's first plane.
+template <class T>
+inline void move_plane(const Planes& planes, const T* kept, T* of_channel) {
+  int64_t reach = planes.front, count = planes.plane - 2 * reach;
+  for (int64_t copy = 1; copy < planes.copies; ++copy, kept += planes.plane) {
+    const T *from = of_channel + reach + planes.shifts[size_t(copy)], *keep = kept + reach;
+    T* to = of_channel + copy * planes.plane + reach;
+    for (int64_t i = 0; i < count; ++i) {
+      T value = from[i];
+      to[i] = keep[i] != 0 ? value : T(0);
+    }
+  }
+}
+
 // Rows first - above .. first + rows + below - 1 of all channels. Those inside the image come through fetch(row, count,
 // i), `step` at a time: row .. row + count - 1 of all channels, into rows i .. of the planes.
 template <class T, class Fetch>
 inline void pack_planes(const Planes& planes, int64_t image_rows, int64_t channels, int64_t first, int64_t rows,
-                        int64_t step, T* to, Fetch&& fetch) {
+                        int64_t step, const T* kept, T* to, Fetch&& fetch) {
   int64_t all = planes.above + rows + planes.below, start = first - planes.above;
   int64_t begin = std::max<int64_t>(-start, 0), end = std::min(all, image_rows - start);
   for (int64_t c = 0; c < channels; ++c) {
     T* plane = to + c * planes.size;
     zero(plane, planes.front + begin * planes.pitch);
     for (int64_t i = begin; i < end; ++i) zero(plane + planes.front + i * planes.pitch + planes.columns, planes.gap);
-    zero(plane + planes.front + end * planes.pitch, planes.size - planes.front - end * planes.pitch);
+    zero(plane + planes.front + end * planes.pitch, planes.plane - planes.front - end * planes.pitch);
   }
   for (int64_t i = begin; i < end; i += step) fetch(start + i, std::min(step, end - i), i);
+  for (int64_t c = 0; c < channels; ++c) move_plane(planes, kept, to + c * planes.size);
 }
 
 template <class T>
-inline void pack_input(const ConvArgs& args, int64_t n, int64_t first, int64_t rows, T* to) {
+inline void pack_input(const ConvArgs& args, int64_t n, int64_t first, int64_t rows, const T* kept, T* to) {
   const Planes& planes = args.planes;
   int64_t step = rows_of_a_channel(args.input, args.columns);
-  pack_planes(planes, args.rows, args.in_channels, first, rows, step, to, [&](int64_t row, int64_t count, int64_t i) {
-    for (int64_t c = 0; c < args.in_channels; ++c)
-      read_rows(args.input, args.input.at(n, c, row), count, args.columns,
-                to + c * planes.size + planes.front + i * planes.pitch, planes.pitch);
-  });
+  pack_planes(
+      planes, args.rows, args.in_channels, first, rows, step, kept, to, [&](int64_t row, int64_t count, int64_t i) {
+        T* at = to + planes.front + i * planes.pitch;
+        if (channels_innermost<T>(args.input))
+          return transpose(pixel<T>(args.input, args.input.at(n, 0, row)), args.input.stride[3], args.columns,
+                           args.in_channels, at, planes.size);
+        for (int64_t c = 0; c < args.in_channels; ++c)
+          read_rows(args.input, args.input.at(n, c, row), count, args.columns, at + c * planes.size, planes.pitch);
+      });
 }
 
 // Products that registers add up, one after the other, before their total joins the others in memory: rounding errors
@@ -255,6 +348,21 @@ inline void add_rows(const Image& image, int64_t offset, int64_t rows, int64_t c
   }
 }
 
+// Writes rows of a unit's channels, which lie `stride` apart.
+template <class T>
+inline void write_unit(const Image& image, const Side& side, int64_t unit, int64_t n, int64_t first, int64_t rows,
+                       int64_t columns, const T* from, int64_t stride, int64_t pitch) {
+  int c = side.channel(unit, 0);
+  if (channels_innermost<T>(image) && side.channel(unit, kBlock - 1) == c + kBlock - 1) {
+    for (int64_t row = 0; row < rows; ++row)
+      transpose(from + row * pitch, stride, kBlock, columns, pixel<T>(image, image.at(n, c, first + row)),
+                image.stride[3]);
+    return;
+  }
+  for (int m = 0; m < kBlock && side.channel(unit, m) >= 0; ++m)
+    write_rows(image, image.at(n, side.channel(unit, m), first), rows, columns, from + m * stride, pitch);
+}
+
 // What follows the sum over taps and the bias, for the rows of one output channel: z[half], gaps and all.
 template <class T>
 inline void finish_channel(const ConvArgs& args, int64_t n, int64_t c, int64_t first, int64_t rows, T* const* z,
@@ -289,7 +397,6 @@ inline void finish_channel(const ConvArgs& args, int64_t n, int64_t c, int64_t f
   }
   if (args.kept && !gated) write_rows(args.kept, args.kept.at(n, c, first), rows, columns, y, pitch);
   if (args.residual) add_rows(args.residual, args.residual.at(n, c, first), rows, columns, y, pitch, scratch);
-  write_rows(args.y, args.y.at(n, c, first), rows, columns, y, pitch);
 }
 
 template <class T>
@@ -303,11 +410,12 @@ void masked_conv2d_fwd(const ConvArgs& args, int64_t begin, int64_t end) {
   const Planes& planes = args.planes;
   const Side& forward = args.forward;
   int64_t pitch = planes.positions(args.band) + kVectors * WideOf<T>::lanes;
-  ScratchOf<T> in(args.in_channels * planes.size), z(forward.halves * kBlock * pitch),
-      row_scratch(args.columns + kVectors * WideOf<T>::lanes);
+  ScratchOf<T> kept((planes.copies - 1) * planes.plane), in(args.in_channels * planes.size),
+      z(forward.halves * kBlock * pitch), row_scratch(args.columns + kVectors * WideOf<T>::lanes);
+  find_kept(planes, kept.get());
   for (int64_t task = begin; task < end; ++task) {
     int64_t n = task / args.bands, first = task % args.bands * args.band, rows = std::min(args.band, args.rows - first);
-    pack_input(args, n, first, rows, in.get());
+    pack_input(args, n, first, rows, kept.get(), in.get());
     for (int64_t u = 0; u < forward.units(); ++u) {
       for (int h = 0; h < forward.halves; ++h) {
         T constants[kBlock] = {};
@@ -324,6 +432,7 @@ void masked_conv2d_fwd(const ConvArgs& args, int64_t begin, int64_t end) {
         T* planes_of_channel[2] = {z.get() + m * pitch, z.get() + (kBlock + m) * pitch};
         finish_channel(args, n, forward.channel(u, m), first, rows, planes_of_channel, row_scratch.get());
       }
+      write_unit(args.y, forward, u, n, first, rows, args.columns, z.get(), pitch, planes.pitch);
     }
   }
 }
@@ -379,43 +488,9 @@ inline void activation_gradient(const ConvArgs& args, int64_t n, int64_t c, int6
 
 // to[position][channel] of lanes channels, from planes; zeros for channels that are not there.
 template <class T, int lanes>
-inline void transpose(const T* from, int64_t stride, int64_t channels, int64_t columns, T* to) {
+inline void transpose_block(const T* from, int64_t stride, int64_t channels, int64_t columns, T* to) {
   if (channels < lanes) zero(to, columns * lanes);
-  int64_t c = 0;
-#if defined(FASTELBO_AVX2) || defined(FASTELBO_AVX512)
-  if constexpr (sizeof(T) == 4) {
-    for (; c + 8 <= std::min<int64_t>(channels, lanes); c += 8) {
-      const T* line = from + c * stride;
-      int64_t i = 0;
-      for (; i + 8 <= columns; i += 8) {
-        __m256 r[8], s[8];
-        FASTELBO_UNROLL
-        for (int k = 0; k < 8; ++k) r[k] = _mm256_loadu_ps(line + k * stride + i);
-        FASTELBO_UNROLL
-        for (int k = 0; k < 8; k += 2) {
-          s[k] = _mm256_unpacklo_ps(r[k], r[k + 1]);
-          s[k + 1] = _mm256_unpackhi_ps(r[k], r[k + 1]);
-        }
-        FASTELBO_UNROLL
-        for (int k = 0; k < 8; k += 4) {
-          r[k] = _mm256_shuffle_ps(s[k], s[k + 2], 0x44);
-          r[k + 1] = _mm256_shuffle_ps(s[k], s[k + 2], 0xee);
-          r[k + 2] = _mm256_shuffle_ps(s[k + 1], s[k + 3], 0x44);
-          r[k + 3] = _mm256_shuffle_ps(s[k + 1], s[k + 3], 0xee);
-        }
-        FASTELBO_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          _mm256_storeu_ps(to + (i + k) * lanes + c, _mm256_permute2f128_ps(r[k], r[k + 4], 0x20));
-          _mm256_storeu_ps(to + (i + k + 4) * lanes + c, _mm256_permute2f128_ps(r[k], r[k + 4], 0x31));
-        }
-      }
-      for (; i < columns; ++i)
-        for (int k = 0; k < 8; ++k) to[i * lanes + c + k] = line[k * stride + i];
-    }
-  }
-#endif
-  for (; c < std::min<int64_t>(channels, lanes); ++c)
-    for (int64_t i = 0; i < columns; ++i) to[i * lanes + c] = from[c * stride + i];
+  transpose(from, stride, std::min<int64_t>(channels, lanes), columns, to, lanes);
 }
 
 // The products of kPairs inputs, given by their offsets, with a block of output channels, summed over rows of pixels.
@@ -482,7 +557,8 @@ void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
   int64_t blocks = (args.z_channels + lanes - 1) / lanes;
   int64_t rows_at_once = std::max<int64_t>(1, std::min(kWeightPositions / args.columns, args.band));
   int64_t step = rows_of_a_channel(args.d_y, args.columns), most = covered<T>(step * args.columns);
-  ScratchOf<T> dz(args.z_channels * d_planes.size), row_scratch(3 * most);
+  ScratchOf<T> kept((d_planes.copies - 1) * d_planes.plane), dz(args.z_channels * d_planes.size), row_scratch(3 * most);
+  find_kept(d_planes, kept.get());
   zero(row_scratch.get(), 3 * most);
   ScratchOf<T> in(args.partial ? args.in_channels * planes.size : 0);
   ScratchOf<T> transposed(args.partial ? rows_at_once * args.columns * lanes : 0);
@@ -494,8 +570,11 @@ void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
     for (int64_t unit = args.first_unit(chunk); unit < args.first_unit(chunk + 1); ++unit) {
       int64_t n = unit / args.bands, first = unit % args.bands * args.band,
               rows = std::min(args.band, args.rows - first);
-      pack_planes(d_planes, args.rows, args.z_channels, first, rows, step, dz.get(),
+      pack_planes(d_planes, args.rows, args.z_channels, first, rows, step, kept.get(), dz.get(),
                   [&](int64_t row, int64_t count, int64_t i) {
+                    if (args.activation == Activation::none && channels_innermost<T>(args.d_y))
+                      return transpose(pixel<T>(args.d_y, args.d_y.at(n, 0, row)), args.d_y.stride[3], args.columns,
+                                       args.z_channels, dz.get() + d_planes.front + i * d_planes.pitch, d_planes.size);
                     for (int64_t c = 0; c < args.y_channels; ++c) {
                       T* line = dz.get() + c * d_planes.size + d_planes.front + i * d_planes.pitch;
                       T* lines[2] = {line, line + args.y_channels * d_planes.size};
@@ -515,20 +594,18 @@ void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
           conv_band(dz.get() + d_planes.first(), backward.offsets(u), backward.pairs(u),
                     static_cast<const T*>(args.d_packed) + backward.weights_of(u, 0), no_constants,
                     d_planes.positions(rows), d_in.get(), pitch);
-          for (int m = 0; m < kBlock && backward.channel(u, m) >= 0; ++m)
-            write_rows(args.d_input, args.d_input.at(n, backward.channel(u, m), first), rows, args.columns,
-                       d_in.get() + m * pitch, d_planes.pitch);
+          write_unit(args.d_input, backward, u, n, first, rows, args.columns, d_in.get(), pitch, d_planes.pitch);
         }
       }
       if (partial) {
-        pack_input(args, n, first, rows, in.get());
+        pack_input<T>(args, n, first, rows, nullptr, in.get());
         for (int64_t row = 0; row < rows; row += rows_at_once) {
           int64_t some = std::min(rows_at_once, rows - row);
           for (int64_t block = 0; block < blocks; ++block) {
             const T* line = dz.get() + block * lanes * d_planes.size + d_planes.first() + row * d_planes.pitch;
             for (int64_t r = 0; r < some; ++r)
-              transpose<T, lanes>(line + r * d_planes.pitch, d_planes.size, args.z_channels - block * lanes,
-                                  args.columns, transposed.get() + r * args.columns * lanes);
+              transpose_block<T, lanes>(line + r * d_planes.pitch, d_planes.size, args.z_channels - block * lanes,
+                                        args.columns, transposed.get() + r * args.columns * lanes);
             for (int64_t pair = 0; pair < args.pairs; pair += kPairs)
               weight_tile(in.get() + planes.first() + row * planes.pitch, args.pair_offsets(pair), transposed.get(),
                           some, args.columns, planes.pitch, partial + (block * args.pairs + pair) * lanes);
