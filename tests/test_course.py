@@ -35,7 +35,7 @@ SMALL = {  # options of a run of seconds
     "diffusion_as_vae": ["--steps", "100"],
     "ring": ["--steps", "300"],
     "autoencoder_to_vae": ["--epochs", "30"],
-    "pixelrnn": ["--epochs", "5"],
+    "pixelrnn": ["--epochs", "3"],
     "decoder_variance": ["--epochs", "12"],
     "family_tree": ["--epochs", "6"],
 }
