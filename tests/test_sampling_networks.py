@@ -16,6 +16,7 @@ from sampling_networks import (
     teacher_forced,
 )
 from torch import nn
+from torch.nn.utils import prune
 
 import fastelbo
 from fastelbo.nn import GatedMaskedConv2d, HorizontalStackConv2d, MaskedConv2d, VerticalStackConv2d
@@ -462,8 +463,8 @@ def test_causality_is_tested_on_the_modules_own_device():
 def test_hooks_that_set_a_weight_are_done_with(kind, backend):
     model = lively(Gated(dilations=()), 3)
     if kind == "prune":
-        nn.utils.prune.random_unstructured(model.first.horizontal, "weight", amount=0.5)
-        nn.utils.prune.l1_unstructured(model.last, "weight", amount=0.3)
+        prune.random_unstructured(model.first.horizontal, "weight", amount=0.5)
+        prune.l1_unstructured(model.last, "weight", amount=0.3)
     else:
         getattr(nn.utils, kind)(model.first.horizontal)
         getattr(nn.utils, kind)(model.last)

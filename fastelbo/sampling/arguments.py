@@ -8,9 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from fastelbo import _checks, backends
 from fastelbo import nn as ours
@@ -123,8 +120,8 @@ def guesses(model: nn.Module, size: tuple[int, int], dtype: torch.dtype, device:
         elif isinstance(part, nn.Conv2d):
             shapes += [(1, part.in_channels, *size), (1, part.in_channels)]
     label = torch.zeros(1, dtype=torch.int64, device=device)
-    found = [label] if any(isinstance(part, nn.Embedding) for part in model.modules()) else []
-    return [*found, *(torch.zeros(shape, dtype=dtype, device=device) for shape in dict.fromkeys(shapes))]
+    others = [torch.zeros(shape, dtype=dtype, device=device) for shape in dict.fromkeys(shapes)]
+    return [label, *others] if any(isinstance(part, nn.Embedding) for part in model.modules()) else [*others, label]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -139,16 +136,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a module for evaluation, without the hooks that only set a weight."""
+    """A copy of a module for evaluation."""
     # of tensors in a graph, as those hooks leave them, there is no deepcopy
     held = [t for part in model.modules() for t in vars(part).values() if isinstance(t, Tensor) and not t.is_leaf]
     try:
         own = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held})
-        for part in own.modules():
-            for key, hook in list(part._forward_pre_hooks.items()):
-                if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
-                    hook.remove(part)
-                    del part._forward_pre_hooks[key]
         return unwrapped(own).to(dtype).eval().requires_grad_(False)
     except Exception as error:  # of any kind: it is the user's code
         raise TypeError(f"model must be one that copy.deepcopy copies; got {type(model).__name__}: {error}") from error

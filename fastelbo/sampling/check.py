@@ -58,8 +58,12 @@ def compare(
     # In two calls, of one image and of two: state and batch must make no difference.
     parameters = {id(parameter): parameter for parameter in model.parameters()}
     copied, x = copy.deepcopy(model, parameters), values[image]
-    with _full_precision():  # so that what narrows a product is the network's own doing
-        one, two = (own(copied, x[:n], None if cond is None else cond[:n]) for n in (1, 2))
+    try:
+        with _full_precision():  # so that what narrows a product is the network's own doing
+            one, two = (own(copied, x[:n], None if cond is None else cond[:n]) for n in (1, 2))
+    except Exception as error:  # of any kind: it is the user's code
+        raised = f"{type(error).__name__}: {error}"
+        raise NotImplementedError(f"model must take any number of images; got {raised}") from error
     rounded = sum(i.inputs + 1 for section in run.program.sections for i in section)
     unit, root = torch.finfo(plan.dtype).eps, math.sqrt(max(rounded, 1))
     bound = root * unit * _largest(two)

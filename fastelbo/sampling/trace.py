@@ -143,6 +143,7 @@ class Tracer:
         self.stack: list[nn.Module] = []
         self.paths: dict[nn.Module, str] = {}
         self.function = ""
+        self.calls = 0  # of operators that compute
 
     # Tensors
 
@@ -191,6 +192,7 @@ class Tracer:
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What an operator of torch gives."""
         name = func._schema.name.split("::")[1]
+        self.calls += name.rstrip("_") in layers.HANDLERS
         traced = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Traced)]
         if not traced or name in MAKERS:
             given = tree_map(lambda leaf: _blank(leaf) if isinstance(leaf, Traced) else leaf, (args, kwargs))
@@ -539,19 +541,21 @@ def network_of(
 
 
 def _in_some_form(model, image_shape, *options):
-    refused = None
+    refused = []
     for channels in (True, False)[: 1 + (image_shape[0] == 1)]:
         for integers in (False, True):
             form = Form(integers, channels, image_shape[1:])
             try:
                 return _traced(model, image_shape, form, *options), form
             except RaisedError as error:
-                refused = refused or error
-    raise refused
+                refused.append(error)
+    raise max(refused, key=lambda error: error.calls)
 
 
 class RaisedError(ValueError):
-    """What a model's own code raises for images of a form."""
+    """What a model's own code raises for images of a form, after so many calls of what computes."""
+
+    calls = 0
 
 
 def _traced(model, image_shape, form, cond, order, bernoulli, dtype, device):
@@ -569,6 +573,8 @@ def _traced(model, image_shape, form, cond, order, bernoulli, dtype, device):
         except Exception as error:  # of any kind: it is the user's code
             raised = f"{type(error).__name__}: {error}"
             takes = ", ".join(map(str, image_shape[0 if form.channels else 1 :]))
-            raise RaisedError(f"model must take images [N, {takes}]; got {raised}") from error
+            refused = RaisedError(f"model must take images [N, {takes}]; got {raised}")
+            refused.calls = tracer.calls
+            raise refused from error
     tracer.finish(outputs, form, bernoulli)
     return network
