@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
+from torch.nn.utils import prune
 
 import fastelbo
 from fastelbo.nn import GatedMaskedConv2d, HorizontalStackConv2d, MaskedConv2d, VerticalStackConv2d
@@ -137,8 +138,8 @@ class Maker:
         return Part(run, table, conv)
 
     def padded_stem(self, k):
-        """A plain convolution of an image that is padded above, whose output is cropped, or not."""
-        plain, which = nn.Conv2d(self.colours, self.width, (k // 2, k)), self.random.randrange(3)
+        """A plain convolution of an image that is padded above or shifted, whose output is cropped, or shifted."""
+        plain, which = nn.Conv2d(self.colours, self.width, (k // 2, k)), self.random.randrange(5)
 
         def run(m, h, kept, cond):
             rows = h.shape[2]
@@ -146,6 +147,11 @@ class Maker:
                 return m[0](F.pad(h, (k // 2, k // 2, k // 2, 0)))[:, :, :rows]
             if which == 1:
                 return m[0](F.pad(h, (k // 2, k // 2, k // 2, 3))).tanh()[:, :, : h.size(2)]
+            ahead = k // 2, k // 2, 0, k // 2 - 1
+            if which == 2:
+                return F.pad(m[0](F.pad(h, ahead)).sigmoid(), (0, 0, k // 2, 0))[:, :, :rows]
+            if which == 3:
+                return F.softplus(m[0](F.pad(F.pad(h, (0, 0, k // 2, 0))[:, :, :rows], ahead)))
             return F.pad(F.conv2d(h, m[0].weight, m[0].bias, padding=(k // 2, k // 2)), (0, 0, 1, 2))[
                 :, :, 1 : rows + 1
             ]
@@ -384,7 +390,7 @@ class Maker:
         elif which == 2:
             nn.utils.parametrizations.spectral_norm(conv)
         else:
-            nn.utils.prune.l1_unstructured(conv, "weight", amount=0.4)
+            prune.l1_unstructured(conv, "weight", amount=0.4)
         return Part(lambda m, h, kept, cond: m[0](h), conv)
 
     def hooked(self):

@@ -309,6 +309,11 @@ def first(*layers):
     return nn.Sequential(MaskedConv2d(1, 8, 3, mask_type="A"), *layers, nn.Conv2d(8, 4, 1))
 
 
+def moved(*layers):
+    """The same of the image itself, without a mask."""
+    return nn.Sequential(*layers, nn.Conv2d(8, 4, 1))
+
+
 CONVOLUTIONS = {
     "zeros above": lambda: first(nn.ZeroPad2d((1, 1, 2, 0)), nn.Conv2d(8, 8, (3, 3)), Cut(0), Shift(1)),
     "cropped": lambda: first(nn.Conv2d(8, 8, 3, padding=2), nn.BatchNorm2d(8), nn.ELU(), Cut(2, 2)),
@@ -322,13 +327,41 @@ CONVOLUTIONS = {
 }
 
 
+SHIFTED = {
+    "moved, then same": lambda: first(Shift(2), nn.Conv2d(8, 8, 3, padding=1), nn.ELU()),
+    "moved to the right, then same": lambda: first(Shift(0, 1), nn.Conv2d(8, 8, (1, 3), padding="same"), nn.Tanh()),
+    "padded by the shift, then same": lambda: first(
+        nn.ZeroPad2d((1, 0, 1, 0)), nn.Conv2d(8, 8, 3, padding=1), Cut(1, 1)
+    ),
+    "of the image, moved, then same": lambda: moved(Shift(2), nn.Conv2d(1, 8, 3, padding=1), nn.ReLU()),
+    "of the image, same, then moved": lambda: moved(nn.Conv2d(1, 8, 3, padding=1), nn.Sigmoid(), Shift(2)),
+    "of the image, down": lambda: moved(nn.ZeroPad2d((1, 1, 1, 0)), nn.Conv2d(1, 8, (2, 3)), Shift(1), nn.ELU()),
+    "of the image, down and right": lambda: moved(nn.ZeroPad2d((1, 0, 1, 0)), nn.Conv2d(1, 8, 2), Shift(0, 1)),
+    "right, then two that look ahead": lambda: first(
+        nn.Conv2d(8, 8, (1, 3), padding=(0, 1)), nn.Sigmoid(), nn.Conv2d(8, 8, (1, 3), padding=(0, 1)), Shift(0, 2)
+    ),
+    "rows more and more": lambda: first(
+        *(nn.ZeroPad2d((1, 1, 2, 0)), nn.Conv2d(8, 8, 3), nn.Sigmoid(), nn.ZeroPad2d((1, 1, 2, 1))),
+        *(nn.Conv2d(8, 8, 3), nn.Softplus(), nn.Conv2d(8, 8, 1), Cut(1), Shift(1)),
+    ),
+    "rows less and less": lambda: first(
+        nn.Conv2d(8, 8, 2, padding=(0, 1)),
+        Cut(0, 1),
+        nn.Conv2d(8, 8, 1),
+        nn.Sigmoid(),
+        nn.ZeroPad2d((0, 0, 2, 0)),
+        Cut(1),
+    ),
+}
+
+
 class Shift(nn.Module):
-    def __init__(self, rows):
+    def __init__(self, rows, columns=0):
         super().__init__()
-        self.rows = rows
+        self.rows, self.columns = rows, columns
 
     def forward(self, x):
-        return F.pad(x, (0, 0, self.rows, 0))[:, :, : -self.rows]
+        return F.pad(x, (self.columns, 0, self.rows, 0))[:, :, : x.shape[2], : x.shape[3]]
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -340,6 +373,44 @@ def test_convolutions_of_torch_are_the_taps_that_they_are(name, backend):
         if name != "without live taps":
             assert_equals_full_forward(model, shape, backend)
         assert_draws_as_the_naive_loop(model, shape, backend)
+
+
+@pytest.mark.parametrize("name", SHIFTED)
+def test_what_looks_ahead_and_is_shifted_is_causal(name, backend):
+    model = lively(SHIFTED[name](), 2)
+    for shape in ((1, 5, 6), (1, 4, 3)):
+        assert_equals_full_forward(model, shape, backend)
+    assert_draws_as_the_naive_loop(model, (1, 3, 5), backend)
+    if backend == "cpu":
+        assert_equals_full_forward(model, (1, 17, 16), backend, n=1)  # followed at a smaller size where that will do
+
+
+@pytest.mark.parametrize(
+    "model, expected",
+    [
+        (first(nn.Conv2d(8, 8, 3, padding=1), nn.Sigmoid(), Shift(1)), "depend on the whole row"),
+        (
+            first(nn.Conv2d(8, 8, 3, padding=1), nn.Sigmoid(), Shift(0, 2)),
+            r"got 1, Conv2d\(8, .* that reads rows below",
+        ),
+        (moved(Shift(1), nn.Conv2d(1, 8, 3, padding=1)), "depend on the whole row of their pixel|got 1, Conv2d"),
+        (
+            moved(nn.ZeroPad2d((2, 2, -1, 0)), nn.Conv2d(1, 8, (2, 3)), nn.ZeroPad2d((0, -2, 0, 2))),
+            "pixels of the image that are moved up",
+        ),
+        (
+            moved(nn.Conv2d(1, 8, 1), nn.Sigmoid(), nn.ZeroPad2d((0, 0, -1, 1))),
+            r"got 0, .*, without rows above \(1\), that reads rows below",
+        ),
+        (
+            first(nn.ZeroPad2d((1, 1, 1, 0)), nn.Conv2d(8, 8, (1, 2)), nn.Conv2d(8, 8, (2, 2), padding=(1, 0)), Cut(2)),
+            r"got 3, Conv2d\(8, .* of features of more rows or columns than the image's: crop them before",
+        ),
+    ],
+)
+def test_what_is_moved_and_not_causal_is_named(model, expected):
+    with pytest.raises((ValueError, NotImplementedError), match=f"model must be .*({expected})"):
+        IncrementalSampler(lively(model), (1, 5, 6), check=False)
 
 
 def test_a_mask_at_each_call_makes_the_taps(backend):

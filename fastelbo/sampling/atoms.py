@@ -86,18 +86,24 @@ class Atoms:
         network: takes the steps.
         size: rows and columns of the image.
         device: of the network's parameters.
+        late: whether features are computed where the last that they read is the pixel's own, not at their own pixels
+            where they can be: what looks ahead, and is shifted in the end, is causal there alone.
     """
 
-    def __init__(self, network: Network, size: Place, device: torch.device) -> None:
-        self.network, self.size, self.device = network, size, device
+    def __init__(self, network: Network, size: Place, device: torch.device, late: bool = False) -> None:
+        self.network, self.size, self.device, self.late = network, size, device, late
         self.sources: list[Source] = []
         self.fixed: list[Constant] = []
         self._next = self._next_fixed = 1
         self._bases: Tensor | None = None
         self._joins: dict[tuple, View] = {}
         self._still: dict[Const, View] = {}
-        image = View(network.image, tuple(range(network.colours)))
-        self.image = self.node((network.colours, *size), lambda place: image)
+        self.image = self.node((network.colours, *size), self._image_at)
+
+    def _image_at(self, place):
+        if place != (0, 0):
+            raise NotCausalError("model must be causal; got pixels of the image that are moved up")
+        return View(self.network.image, tuple(range(self.network.colours)))
 
     # Names
 
@@ -112,7 +118,7 @@ class Atoms:
         channels, rows, columns = shape
         node = Node(self._claim(channels * rows * columns), (channels, rows, columns), make)
         self.sources.append(node)
-        if (rows, columns) == self.size and len(self.sources) > 1:
+        if (rows, columns) == self.size and len(self.sources) > 1 and not self.late:
             # now, since later on chains of steps would be chains of calls; an error is for who needs it
             with contextlib.suppress(NotCausalError, UnknownError):
                 node.at((0, 0))
@@ -182,7 +188,7 @@ class Atoms:
     def _view(self, source, channels, place):
         """Channels of a source from a place on, and where the view has them: everywhere, with 0 outside, if None."""
         row, column = place
-        if source.shape[1:] == self.size:
+        if source.shape[1:] == self.size and (not self.late or source is self.sources[0]):
             try:
                 view = source.at((0, 0)).select(channels)
                 if row > 0:

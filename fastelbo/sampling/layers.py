@@ -5,7 +5,8 @@ A handler takes the tracer and an operator's arguments, tensors of the image amo
 that compute nothing: they are applied to names.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from fastelbo.reference.masked_conv2d import GATES, conv_mask2d
+from fastelbo.reference.sampling import FUNCTIONS
 from fastelbo.sampling.atoms import Atoms, Obscure, window
-from fastelbo.sampling.network import CONVOLUTIONS, Const, NotCausalError, View, unknown
+from fastelbo.sampling.network import CONVOLUTIONS, Const, NotCausalError, UnknownError, View, unknown
 
 # fmt: off
 MOVES = frozenset((
@@ -25,10 +27,6 @@ MOVES = frozenset((
     "_unsafe_view",
 ))
 # fmt: on
-
-#: Functions that are 0 where one operand is.
-_ODD = frozenset(("relu", "elu", "leaky_relu", "tanh", "silu", "gelu", "gelu_tanh", "abs", "mul", "prelu", "glu"))
-
 
 # Where channels, rows and columns are
 
@@ -81,52 +79,82 @@ class _Input:
     """What a convolution reads: features, and constants among them.
 
     Args:
+        what: the convolution, for errors.
         padded: names [channels, rows, columns], the convolution's padding with them.
         padding: rows above and columns to the left that were padded.
     """
 
-    def __init__(self, atoms: Atoms, padded: Tensor, padding: tuple[int, int]) -> None:
-        self.atoms, self.padding = atoms, padding
+    def __init__(self, what: str, atoms: Atoms, padded: Tensor, padding: tuple[int, int]) -> None:
+        self.what, self.atoms, self.padding = what, atoms, padding
         self.seen, self.still = padded, None
         if bool((padded < 0).any()):
             self.seen, self.still = padded.clamp(min=0), padded.clamp(max=0)
         self.reads = (self.seen.flatten(1).amax(1) > 0).nonzero()[:, 0].tolist()  # channels
-        self.found: tuple[View, tuple[int, int]] | None = None
+        self._names = self.seen[self.reads]
+        self._computed: list[tuple[View, tuple[int, int]]] | None = None
 
-    def features(self) -> "tuple[View, tuple[int, int]]":
-        """The channels that depend on the image, and where the image lies in the padded tensor."""
-        if self.found is None:
-            names = self.seen[self.reads]
-            self.found = self._as_computed(names) or self._as_seen(names)
-        return self.found
+    def features(
+        self, place: tuple[int, int], read: "list[tuple[int, int]]"
+    ) -> "Iterator[tuple[View, tuple[int, int]]]":
+        """The channels that depend on the image, and where the image lies in the padded tensor: ways to see them.
+
+        Args:
+            place: of the image among the outputs.
+            read: rows down and columns to the right, from the places of outputs, that are read.
+        """
+        if self._computed is None:
+            self._computed = list(self._as_computed(self._names))
+        if not self.atoms.late:
+            yield from self._computed
+        yield from self._as_seen(place, read)
+        if self.atoms.late:
+            yield from self._computed
 
     def _as_computed(self, names):
-        """If they are nothing but features of their own pixels, with zeros around them."""
+        """If they are nothing but features of their own pixels, all of them, with zeros around."""
         atoms, (rows, columns) = self.atoms, self.atoms.size
         named = atoms.named(names)
         _, _, down, right = named[0]
         if any(one[0].shape[1:] != atoms.size or one[2:] != (down, right) for one in named):
-            return None
+            return
+        if down > 0 or right > 0 or names.shape[1] < rows - down or names.shape[2] < columns - right:
+            return  # a part was cut off
         starts = torch.tensor([one[0].base + one[1] * rows * columns for one in named], device="cpu")
         whole = starts[:, None, None] + torch.arange(rows * columns, device="cpu").reshape(rows, columns)
         if not torch.equal(window(whole, (down, right), names.shape[1:]), names):
-            return None
-        try:
+            return
+        with contextlib.suppress(NotCausalError):
             views = [(one[0].at((0, 0)), one[1]) for one in named]  # the same one for each source
-        except NotCausalError:
-            return None
-        return atoms.together(views), (-down, -right)
+            yield atoms.together(views), (-down, -right)
 
-    def _as_seen(self, names):
-        """If they are zeros but for a part of the image's size."""
+    def _as_seen(self, place, read):
+        """If what is read are zeros but for a part of the image's size."""
+        atoms, (rows, columns), refused = self.atoms, self.atoms.size, None
+        names = torch.zeros_like(self._names)
+        (top, bottom), (left, right) = ((min(steps), max(steps)) for steps in zip(*read, strict=True))
+        top, left = (max(at + first, 0) for at, first in zip(place, (top, left), strict=True))
+        part = slice(None), slice(top, place[0] + rows + bottom), slice(left, place[1] + columns + right)
+        names[part] = self._names[part]
         used = (names != 0).any(0)
-        top, left = (int(used.any(dim).nonzero()[0, 0]) for dim in (1, 0))
-        for place in (self.padding, (top, left)):
-            inside = window(names, place, self.atoms.size)
-            if int((inside != 0).sum()) == int((names != 0).sum()):
-                view = self.atoms.read(inside)
-                return self.atoms.join([view]) if view.down or view.right else view, place
-        raise unknown("a convolution of features that are padded otherwise than by zeros", "pad by zeros")
+        if not bool(used.any()):
+            return
+        corner = tuple(int(used.any(dim).nonzero()[0, 0]) for dim in (1, 0))
+        down, right = max(read)  # what comes last is the pixel's own then
+        last = place[0] + down, place[1] + right
+        places = [last, (last[0], self.padding[1]), (last[0], corner[1])]
+        places = [*places, self.padding, corner] if atoms.late else [self.padding, corner, *places]
+        held = [at for at in places if int((window(names, at, atoms.size) != 0).sum()) == int((names != 0).sum())]
+        if not held:
+            raise unknown(f"{self.what} of features of more rows or columns than the image's", "crop them before")
+        for where in dict.fromkeys(held):
+            try:
+                view = atoms.read(window(self._names, where, atoms.size))
+            except NotCausalError as error:
+                refused = refused or error
+            else:
+                yield atoms.join([view]) if view.down or view.right else view, where
+        if refused is not None:
+            raise refused
 
 
 def convolve(
@@ -161,7 +189,7 @@ def convolve(
         raise ValueError(f"model must match its own layers: {what} got {len(names)} channels")
     left, _, above, _ = pad
     padded = F.pad(names, pad)
-    given = _Input(atoms, padded, (above, left))
+    given = _Input(what, atoms, padded, (above, left))
     cond, residual = (None if more is None else more.clone() for more in (cond, residual))
     steps = [((i * dilation[0]), (j * dilation[1])) for i in range(weight.shape[2]) for j in range(weight.shape[3])]
     shape = tuple(have - last for have, last in zip(padded.shape[1:], steps[-1], strict=True))
@@ -172,19 +200,32 @@ def convolve(
         still = _still(atoms, given.still, torch.where(live, weight, 0), shape, dilation, place)
         if still is not None:
             added[0] = still if added[0] is None else _plus(network, added[0], still)
-        reads, image, taps = given.reads, View(network.image, ()), []
-        if live[:, reads].any():
-            image, (row, column) = given.features()
-            taps = [(down + place[0] - row, right + place[1] - column) for down, right in steps]
-        else:
-            reads = []
-        flat = (kernel[:, reads].flatten(2)[:, :, : len(taps)] for kernel in (weight, live))
+        flat = [kernel[:, given.reads].flatten(2) for kernel in (weight, live)]
+        read = [step for step, own in zip(steps, flat[1].flatten(0, 1).any(0).tolist(), strict=True) if own]
+        causes: list[Exception] = []
         try:
-            return network.conv(image, *flat, taps, bias, added[0], activation, added[1])
-        except NotCausalError as error:
-            raise NotCausalError(f"{str(error).replace('a convolution', what)}: {CONVOLUTIONS}") from None
+            for image, (row, column) in given.features(place, read) if read else ():
+                taps = [(down + place[0] - row, right + place[1] - column) for down, right in steps]
+                try:
+                    return network.conv(image, *flat, taps, bias, added[0], activation, added[1])
+                except NotCausalError as error:
+                    named = f"{what}, without rows above ({place[0]})," if place[0] > 0 else what
+                    causes.append(NotCausalError(f"{str(error).replace('a convolution', named)}: {CONVOLUTIONS}"))
+        except (NotCausalError, UnknownError) as error:
+            causes.append(error)
+        if causes:
+            raise causes[0]
+        none = weight[:, :0, 0]
+        return network.conv(View(network.image, ()), none, none > 0, [], bias, added[0], activation, added[1])
 
-    return atoms.node((len(weight) // (1 + (activation in GATES)), *shape), make)
+    out = atoms.node((len(weight) // (1 + (activation in GATES)), *shape), make)
+    if (shape != size or atoms.late) and (activation, cond, residual) == (None, None, None):
+        kernel = torch.where(live, weight, 0)
+        options = {"bias": bias, "dilation": dilation}
+        numbers = tracer.number(tracer.lift(padded.clamp(max=0), kernel.dtype))
+        reads = F.conv2d((given.seen > 0).to(kernel)[None], live.to(kernel), dilation=dilation)[0]
+        out = tracer.constants_of(out, reads.cpu() == 0, F.conv2d, numbers[None], kernel, **options)
+    return out
 
 
 def _still(atoms, names, weight, shape, dilation, place):
@@ -321,8 +362,10 @@ def pointwise(tracer: Any, function: str, *operands: Any, parameters: tuple = ()
         return network.point(function, *reads, parameters=parameters)
 
     out = atoms.node(tuple(planes[0].shape), make)
-    if planes[0].shape[1:] != size and function in _ODD:
-        out = torch.where(planes[0] == 0, 0, out)
+    if planes[0].shape[1:] != size or atoms.late:
+        still = torch.stack([own <= 0 for own in planes]).all(0)
+        numbers = [tracer.number(tracer.lift(own.clamp(max=0))) for own in planes]
+        out = tracer.constants_of(out, still, FUNCTIONS[function], *[*numbers, None][:2], *parameters)
     if places is not None:
         placed = torch.empty_like(out).flatten()
         placed[places.flatten()] = out.flatten()

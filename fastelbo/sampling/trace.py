@@ -134,11 +134,14 @@ class Tracer:
         network: takes the steps.
         size: rows and columns of an image.
         dtype, device: of the network's parameters.
+        late: see Atoms.
     """
 
-    def __init__(self, network: Network, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, network: Network, size: tuple[int, int], dtype: torch.dtype, device: torch.device, late: bool = False
+    ) -> None:
         self.dtype, self.device = dtype, device
-        self.atoms, self.tape = Atoms(network, size, device), Tape()
+        self.atoms, self.tape = Atoms(network, size, device, late), Tape()
         self.ambiguous: dict[int, tuple[Any, str]] = {}
         self.stack: list[nn.Module] = []
         self.paths: dict[nn.Module, str] = {}
@@ -208,7 +211,7 @@ class Tracer:
             leaf.names is None or id(leaf) in still for leaf in traced
         )
         if mixed or (own not in layers.MOVES and own not in ("copy", "fill", "zero")):
-            given = tree_map(lambda leaf: self._number(leaf) if id(leaf) in still else leaf, (args, kwargs))
+            given = tree_map(lambda leaf: self.number(leaf) if id(leaf) in still else leaf, (args, kwargs))
             if mixed or all(id(leaf) in still for leaf in traced):
                 return self._without_image(name, func, args, given, writes and id(args[0]) in still)
             args, kwargs = (args[0], *given[0][1:]) if writes else given[0], given[1]
@@ -257,7 +260,7 @@ class Tracer:
     def _seen(self, leaf):
         return leaf.names is None or bool((leaf.names > 0).any())
 
-    def _number(self, leaf):
+    def number(self, leaf: Any) -> Any:
         """The numbers of a tensor with names of constants alone, which may depend on the condition."""
         parts = self.atoms.parts(leaf.names)
         given = [part.value.tensor if isinstance(part.value, _Played) else part.value for _, _, part in parts]
@@ -270,6 +273,13 @@ class Tracer:
             return made
 
         return self._played(assemble, (given,), {}) if any(map(self.traced, given)) else assemble(given)
+
+    def constants_of(self, names: Tensor, still: Tensor, func: Callable, *args: Any, **options: Any) -> Tensor:
+        """Names of a call's result, of which some is still: a function of numbers alone."""
+        if not bool(still.any()):
+            return names
+        made = func(*args, **options)
+        return torch.where(still, self.names(made).reshape(names.shape), names)
 
     def _played(self, func, args, kwargs):
         """Calls a function of what depends on the condition, and writes it down."""
@@ -558,10 +568,10 @@ class RaisedError(ValueError):
     calls = 0
 
 
-def _traced(model, image_shape, form, cond, order, bernoulli, dtype, device):
+def _traced(model, image_shape, form, cond, order, bernoulli, dtype, device, late=False):
     colours, *size = image_shape
     network = Network(colours, order)
-    tracer = Tracer(network, tuple(size), dtype, device)
+    tracer = Tracer(network, tuple(size), dtype, device, late)
     image = tracer.lift(tracer.atoms.image[None], dtype)
     given = [image] if cond is None else [image, tracer.condition(cond.clone())]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), tracer.watching(model):
@@ -576,5 +586,11 @@ def _traced(model, image_shape, form, cond, order, bernoulli, dtype, device):
             refused = RaisedError(f"model must take images [N, {takes}]; got {raised}")
             refused.calls = tracer.calls
             raise refused from error
-    tracer.finish(outputs, form, bernoulli)
+    try:
+        tracer.finish(outputs, form, bernoulli)
+    except (UnknownError, ValueError):
+        if not late:
+            with contextlib.suppress(UnknownError, ValueError, RecursionError):
+                return _traced(model, image_shape, form, cond, order, bernoulli, dtype, device, late=True)
+        raise
     return network
