@@ -1,6 +1,5 @@
 """Drawing images from PixelCNNs, at the cost of each pixel's new work only."""
 
-import copy
 import functools
 import math
 from collections.abc import Sequence
@@ -148,7 +147,7 @@ class IncrementalSampler:
         # Of a copy that shares the parameters alone, since a forward may keep what it meets.
         parameters = {id(parameter): parameter for parameter in self.model.parameters()}
         network, form = trace.network_of(
-            copy.deepcopy(self.model, parameters),
+            arguments.replica(self.model, parameters),
             self.image_shape,
             None if cond is None else cond[:1],
             order=self.order,

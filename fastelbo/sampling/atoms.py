@@ -9,6 +9,7 @@ A value is computed at the pixels of the image. Tensors may be larger or smaller
 cropped): then it is computed at those of their pixels that are asked for.
 """
 
+import bisect
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
@@ -95,7 +96,9 @@ class Atoms:
         self.sources: list[Source] = []
         self.fixed: list[Constant] = []
         self._next = self._next_fixed = 1
-        self._bases: Tensor | None = None
+        self._bases: list[int] = []
+        self.made: dict[int, tuple[Tensor, Node]] = {}  # names by their storage, until it is written to
+        self._grid = torch.arange(size[0] * size[1], device="cpu").reshape(size)
         self._joins: dict[tuple, View] = {}
         self._still: dict[Const, View] = {}
         self.image = self.node((network.colours, *size), self._image_at)
@@ -110,7 +113,7 @@ class Atoms:
     def _claim(self, count):
         base = self._next
         self._next += count
-        self._bases = None
+        self._bases.append(base)
         return base
 
     def node(self, shape: Sequence[int], make: Callable[[Place], View]) -> Tensor:
@@ -122,7 +125,9 @@ class Atoms:
             # now, since later on chains of steps would be chains of calls; an error is for who needs it
             with contextlib.suppress(NotCausalError, UnknownError):
                 node.at((0, 0))
-        return torch.arange(node.base, self._next, device="cpu").reshape(shape)
+        names = torch.arange(node.base, self._next, device="cpu").reshape(shape)
+        self.made[names.untyped_storage().data_ptr()] = names, node
+        return names
 
     def constant(self, shape: Sequence[int], value: "Tensor | Callable[[dict], Tensor]") -> Tensor:
         """Names of a constant's elements."""
@@ -139,9 +144,7 @@ class Atoms:
 
     def which(self, names: Tensor) -> Tensor:
         """Indices of the sources of names, -1 for constants."""
-        if self._bases is None:
-            self._bases = torch.tensor([source.base for source in self.sources], device="cpu")
-        return torch.bucketize(names.contiguous(), self._bases, right=True) - 1
+        return torch.bucketize(names.contiguous(), torch.tensor(self._bases, device="cpu"), right=True) - 1
 
     def refuse_obscure(self, names: Tensor, normalised: bool = False) -> None:
         """Raises the error of what no step computes, if any of it is among names.
@@ -178,6 +181,36 @@ class Atoms:
             found.append((source, channel, row - where // columns, column - where % columns))
         return found
 
+    def whole(self, names: Tensor) -> View | None:
+        """Names [channels, rows, columns], if they are all of some features at their own pixels."""
+        if names.shape[1:] != self.size or not len(names):
+            return None
+        count = self._grid.numel()
+        made, node = self.made.get(names.untyped_storage().data_ptr(), (None, None))
+        runs: list[tuple[Any, Any]] = []  # of a source's channels
+        if made is not None and names.stride() == (count, self.size[1], 1) and not names.storage_offset() % count:
+            channel = names.storage_offset() // count
+            runs.append((node, range(channel, channel + len(names))))
+        else:
+            firsts = names[:, 0, 0]
+            if not torch.equal(names - firsts[:, None, None], self._grid.expand_as(names)):
+                return None
+            for first in firsts.tolist():
+                source = self.sources[bisect.bisect(self._bases, first) - 1] if first > 0 else None
+                if not isinstance(source, Node) or (first - source.base) % count:
+                    return None
+                if not runs or runs[-1][0] is not source:
+                    runs.append((source, []))
+                runs[-1][1].append((first - source.base) // count)
+        image = self.sources[0]
+        if any(source.shape[1:] != self.size or (self.late and source is not image) for source, _ in runs):
+            return None
+        try:
+            parts = [source.at((0, 0)).select(channels) for source, channels in runs]
+        except NotCausalError:
+            return None
+        return parts[0] if len(parts) == 1 else self.join(parts)
+
     def _plane(self, source, channels, place):
         """Names of channels of a source, from a place on: [channels, rows, columns]."""
         names = torch.arange(source.shape[1] * source.shape[2], device="cpu").reshape(1, *source.shape[1:])
@@ -208,6 +241,8 @@ class Atoms:
         """What names [channels, rows, columns] of the image's size are."""
         if depth > 4:
             raise unknown("pixels that are moved otherwise than by shifts")
+        if (view := self.whole(names)) is not None:
+            return view
         named = self.named(names)
         groups: dict[Any, list[int]] = {}
         for channel, one in enumerate(named):

@@ -80,18 +80,23 @@ class _Input:
 
     Args:
         what: the convolution, for errors.
-        padded: names [channels, rows, columns], the convolution's padding with them.
+        names: [channels, rows, columns].
+        padded: the same, the convolution's padding with them.
         padding: rows above and columns to the left that were padded.
     """
 
-    def __init__(self, what: str, atoms: Atoms, padded: Tensor, padding: tuple[int, int]) -> None:
+    def __init__(self, what: str, atoms: Atoms, names: Tensor, padded: Tensor, padding: tuple[int, int]) -> None:
         self.what, self.atoms, self.padding = what, atoms, padding
         self.seen, self.still = padded, None
-        if bool((padded < 0).any()):
-            self.seen, self.still = padded.clamp(min=0), padded.clamp(max=0)
-        self.reads = (self.seen.flatten(1).amax(1) > 0).nonzero()[:, 0].tolist()  # channels
-        self._names = self.seen[self.reads]
+        self.reads = list(range(len(padded)))  # channels
         self._computed: list[tuple[View, tuple[int, int]]] | None = None
+        if (view := atoms.whole(names)) is not None:
+            self._computed = [(view, padding)]
+        else:
+            if bool((padded < 0).any()):
+                self.seen, self.still = padded.clamp(min=0), padded.clamp(max=0)
+            self.reads = (self.seen.flatten(1).amax(1) > 0).nonzero()[:, 0].tolist()
+        self._names = self.seen if len(self.reads) == len(padded) else self.seen[self.reads]
 
     def features(
         self, place: tuple[int, int], read: "list[tuple[int, int]]"
@@ -143,16 +148,19 @@ class _Input:
         last = place[0] + down, place[1] + right
         places = [last, (last[0], self.padding[1]), (last[0], corner[1])]
         places = [*places, self.padding, corner] if atoms.late else [self.padding, corner, *places]
-        held = [at for at in places if int((window(names, at, atoms.size) != 0).sum()) == int((names != 0).sum())]
-        if not held:
-            raise unknown(f"{self.what} of features of more rows or columns than the image's", "crop them before")
-        for where in dict.fromkeys(held):
+        held, count = False, int((names != 0).sum())
+        for where in dict.fromkeys(places):
+            if int((window(names, where, atoms.size) != 0).sum()) < count:
+                continue
+            held = True
             try:
                 view = atoms.read(window(self._names, where, atoms.size))
             except NotCausalError as error:
                 refused = refused or error
             else:
                 yield atoms.join([view]) if view.down or view.right else view, where
+        if not held:
+            raise unknown(f"{self.what} of features of more rows or columns than the image's", "crop them before")
         if refused is not None:
             raise refused
 
@@ -189,7 +197,7 @@ def convolve(
         raise ValueError(f"model must match its own layers: {what} got {len(names)} channels")
     left, _, above, _ = pad
     padded = F.pad(names, pad)
-    given = _Input(what, atoms, padded, (above, left))
+    given = _Input(what, atoms, names, padded, (above, left))
     cond, residual = (None if more is None else more.clone() for more in (cond, residual))
     steps = [((i * dilation[0]), (j * dilation[1])) for i in range(weight.shape[2]) for j in range(weight.shape[3])]
     shape = tuple(have - last for have, last in zip(padded.shape[1:], steps[-1], strict=True))
@@ -200,12 +208,15 @@ def convolve(
         still = _still(atoms, given.still, torch.where(live, weight, 0), shape, dilation, place)
         if still is not None:
             added[0] = still if added[0] is None else _plus(network, added[0], still)
-        flat = [kernel[:, given.reads].flatten(2) for kernel in (weight, live)]
-        read = [step for step, own in zip(steps, flat[1].flatten(0, 1).any(0).tolist(), strict=True) if own]
+        kernels = (kernel if len(given.reads) == len(names) else kernel[:, given.reads] for kernel in (weight, live))
+        flat = [kernel.flatten(2) for kernel in kernels]
+        used = [n for n, own in enumerate(flat[1].flatten(0, 1).any(0).tolist()) if own]
+        read = [steps[n] for n in used]
+        flat = [kernel if len(used) == len(steps) else kernel[:, :, used] for kernel in flat]
         causes: list[Exception] = []
         try:
             for image, (row, column) in given.features(place, read) if read else ():
-                taps = [(down + place[0] - row, right + place[1] - column) for down, right in steps]
+                taps = [(down + place[0] - row, right + place[1] - column) for down, right in read]
                 try:
                     return network.conv(image, *flat, taps, bias, added[0], activation, added[1])
                 except NotCausalError as error:
@@ -350,13 +361,20 @@ def pointwise(tracer: Any, function: str, *operands: Any, parameters: tuple = ()
     network, size = atoms.network, atoms.size
     names = torch.broadcast_tensors(*map(tracer.names, operands))
     first = next(own for own, operand in zip(names, operands, strict=True) if tracer.of_image(operand))
-    plain = first.dim() > 2 and _is_image(atoms, first, _planes(first))
+    plain = first.dim() > 2 and (
+        atoms.whole(first.reshape(-1, *first.shape[-2:])[:1]) is not None or _is_image(atoms, first, _planes(first))
+    )
     places = None if plain else arrange(atoms, first)
-    # as they are now: what is asked for later may have been written to
-    planes = [own.reshape(-1, *own.shape[-2:]).clone() if plain else own.flatten()[places] for own in names]
+    planes = [own.reshape(-1, *own.shape[-2:]) if plain else own.flatten()[places] for own in names]
+    views = [atoms.whole(own) for own in planes]
+    planes = [own.clone() for own in planes]  # what is asked for later may have been written to
 
     def make(place):
-        reads = [atoms.read(window(own, place, size)) for own in planes]
+        at_home = place == (0, 0)
+        reads = [
+            view if at_home and view is not None else atoms.read(window(own, place, size))
+            for view, own in zip(views, planes, strict=True)
+        ]
         if not any(isinstance(read, View) for read in reads):  # zeros alone, at these pixels
             reads[0] = atoms.still(reads[0])
         return network.point(function, *reads, parameters=parameters)

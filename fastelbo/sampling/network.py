@@ -180,13 +180,12 @@ class Network:
         activation: str | None = None,
         residual: Any = None,
     ) -> View:
-        """Adds a convolution; weight and live are [out, in, taps]."""
-        read = [tap for n, tap in enumerate(taps) if live[:, :, n].any()]
-        if any(down > 0 for down, _ in read):
+        """Adds a convolution; weight and live are [out, in, taps], of taps that are all live somewhere."""
+        if any(down > 0 for down, _ in taps):
             raise NotCausalError("model must be causal; got a convolution that reads rows below its pixel")
-        own_row = [right for down, right in read if down == 0]
+        own_row = [right for down, right in taps if down == 0]
         colours = [0] * len(weight)
-        if not read:
+        if not taps:
             phase = self.constant_phase
         elif not own_row:
             phase = ABOVE

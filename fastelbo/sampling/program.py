@@ -161,8 +161,7 @@ class Program:
         for step in self.network.steps:
             rowwise = step.out.phase != PIXEL
             if isinstance(step, Conv):
-                live = [tap for n, tap in enumerate(step.taps) if step.live[:, :, n].any()]
-                read(step.x, rowwise, live)
+                read(step.x, rowwise, step.taps)
                 read(step.cond, rowwise)
                 read(step.residual, rowwise)
             else:

@@ -52,7 +52,7 @@ class Traced(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        tracer = next(leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Traced)).tracer
+        tracer = next(leaf for leaf in _leaves(args, kwargs) if isinstance(leaf, Traced)).tracer
         return tracer.call(func, args, kwargs or {})
 
 
@@ -76,6 +76,17 @@ def _function(func, args, kwargs):
         if part and result.names.untyped_storage().data_ptr() == storage.data_ptr():
             args[0].tracer.ambiguous[storage.data_ptr()] = storage, func.__name__
     return result
+
+
+def _leaves(args, kwargs=None):
+    """What an operator is given, out of lists."""
+    found = []
+    for one in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(one, list | tuple):
+            found += _leaves(one)
+        else:
+            found.append(one)
+    return found
 
 
 class Tape:
@@ -196,7 +207,7 @@ class Tracer:
         """What an operator of torch gives."""
         name = func._schema.name.split("::")[1]
         self.calls += name.rstrip("_") in layers.HANDLERS
-        traced = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Traced)]
+        traced = [leaf for leaf in _leaves(args, kwargs) if isinstance(leaf, Traced)]
         if not traced or name in MAKERS:
             given = tree_map(lambda leaf: _blank(leaf) if isinstance(leaf, Traced) else leaf, (args, kwargs))
             made = func(*given[0], **given[1])
@@ -211,7 +222,9 @@ class Tracer:
             leaf.names is None or id(leaf) in still for leaf in traced
         )
         if mixed or (own not in layers.MOVES and own not in ("copy", "fill", "zero")):
-            given = tree_map(lambda leaf: self.number(leaf) if id(leaf) in still else leaf, (args, kwargs))
+            given = args, kwargs
+            if still:
+                given = tree_map(lambda leaf: self.number(leaf) if id(leaf) in still else leaf, given)
             if mixed or all(id(leaf) in still for leaf in traced):
                 return self._without_image(name, func, args, given, writes and id(args[0]) in still)
             args, kwargs = (args[0], *given[0][1:]) if writes else given[0], given[1]
@@ -232,7 +245,7 @@ class Tracer:
 
     def _without_image(self, name, func, args, given, writes):
         """A call of what does not depend on the image, if some of it has names, for which the numbers are given."""
-        depends = any(isinstance(leaf, Traced) for leaf in tree_flatten(given)[0])
+        depends = any(isinstance(leaf, Traced) for leaf in _leaves(*given))
         if writes:
 
             def fresh(first, *rest, **more):
@@ -254,11 +267,14 @@ class Tracer:
             )
         if isinstance(found, Exception):
             found = self.atoms.obscure(target.shape, found)
+        self.atoms.made.pop(storage.data_ptr(), None)
         target.names.copy_(found[0] if isinstance(found, tuple) else found)
         return target
 
     def _seen(self, leaf):
-        return leaf.names is None or bool((leaf.names > 0).any())
+        if leaf.names is None or not leaf.names.numel():
+            return leaf.names is None
+        return leaf.names[(0,) * leaf.names.dim()].item() > 0 or bool((leaf.names > 0).any())
 
     def number(self, leaf: Any) -> Any:
         """The numbers of a tensor with names of constants alone, which may depend on the condition."""
@@ -324,7 +340,7 @@ class Tracer:
             if position in data_of:
                 several = isinstance(argument, list | tuple)
                 given.append([self.names(one) for one in argument] if several else self.names(argument))
-            elif any(isinstance(leaf, Traced) for leaf in tree_flatten(argument)[0]):
+            elif any(isinstance(leaf, Traced) for leaf in _leaves([argument])):
                 return unknown(f"{self.what()} by what depends on the image or the condition", "move by numbers")
             else:
                 given.append(tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, argument))
@@ -372,7 +388,7 @@ class Tracer:
                 made,
             )
         dtype, moves = self._dtype(func, args, kwargs), func._schema.name.split("::")[1] in layers.MOVES
-        given = [leaf for leaf in tree_flatten(args)[0] if self.of_image(leaf)]
+        given = [leaf for leaf in _leaves(args) if self.of_image(leaf)]
         loose = any(leaf.loose or not (moves or leaf.is_contiguous()) for leaf in given)
 
         def lifted(leaf):
@@ -386,7 +402,7 @@ class Tracer:
         if (dtype := kwargs.get("dtype")) is not None:
             return dtype
         name = func._schema.name.split("::")[1]
-        leaves = tree_flatten(args)[0]
+        leaves = _leaves(args)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if name in layers.MOVES and name != "where":
             return tensors[0].dtype
