@@ -97,6 +97,9 @@ class _Input:
                 self.seen, self.still = padded.clamp(min=0), padded.clamp(max=0)
             self.reads = (self.seen.flatten(1).amax(1) > 0).nonzero()[:, 0].tolist()
         self._names = self.seen if len(self.reads) == len(padded) else self.seen[self.reads]
+        self._direct = names.shape[1:] == atoms.size and not atoms.late
+        if self._direct and self._computed is None:
+            self._computed = []  # it would be whole
 
     def features(
         self, place: tuple[int, int], read: "list[tuple[int, int]]"
@@ -135,6 +138,13 @@ class _Input:
     def _as_seen(self, place, read):
         """If what is read are zeros but for a part of the image's size."""
         atoms, (rows, columns), refused = self.atoms, self.atoms.size, None
+        if self._direct:
+            try:
+                view = atoms.read(window(self._names, self.padding, atoms.size))
+            except NotCausalError as error:
+                refused = error
+            else:
+                yield atoms.join([view]) if view.down or view.right else view, self.padding
         names = torch.zeros_like(self._names)
         (top, bottom), (left, right) = ((min(steps), max(steps)) for steps in zip(*read, strict=True))
         top, left = (max(at + first, 0) for at, first in zip(place, (top, left), strict=True))
