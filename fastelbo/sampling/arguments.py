@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from fastelbo import _checks, backends
 from fastelbo import nn as ours
@@ -127,8 +126,9 @@ def guesses(model: nn.Module, size: tuple[int, int], dtype: torch.dtype, device:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """A module without what compiles it or runs it on several devices."""
-    while isinstance(model, OptimizedModule | nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    parallel = nn.DataParallel | nn.parallel.DistributedDataParallel
+    while isinstance(model, parallel) or "_orig_mod" in model._modules:  # torch.compile's, whose import takes seconds
+        model = model.get_submodule("module" if isinstance(model, parallel) else "_orig_mod")
     for part in model.modules():
         for name, child in part.named_children():
             if (own := unwrapped(child)) is not child:
