@@ -1,11 +1,10 @@
 """The operators of torch that the sampler knows, each with the steps that it takes.
 
 A handler takes the tracer and an operator's arguments, tensors of the image among them, and returns the names
-(atoms.py) of what the operator computes, or None for a call that it does not know after all. MOVES are the operators
-that compute nothing: they are applied to names.
+(atoms.py) of what the operator computes, an error for a call whose result must not be needed, or None for one that it
+does not know after all. MOVES are the operators that compute nothing: they are applied to names.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -89,17 +88,13 @@ class _Input:
         self.what, self.atoms, self.padding = what, atoms, padding
         self.seen, self.still = padded, None
         self.reads = list(range(len(padded)))  # channels
-        self._computed: list[tuple[View, tuple[int, int]]] | None = None
-        if (view := atoms.whole(names)) is not None:
-            self._computed = [(view, padding)]
-        else:
+        self._whole = atoms.whole(names)
+        if self._whole is None:
             if bool((padded < 0).any()):
                 self.seen, self.still = padded.clamp(min=0), padded.clamp(max=0)
             self.reads = (self.seen.flatten(1).amax(1) > 0).nonzero()[:, 0].tolist()
         self._names = self.seen if len(self.reads) == len(padded) else self.seen[self.reads]
-        self._direct = names.shape[1:] == atoms.size and not atoms.late
-        if self._direct and self._computed is None:
-            self._computed = []  # it would be whole
+        self._of_image_size = names.shape[1:] == atoms.size
 
     def features(
         self, place: tuple[int, int], read: "list[tuple[int, int]]"
@@ -110,41 +105,15 @@ class _Input:
             place: of the image among the outputs.
             read: rows down and columns to the right, from the places of outputs, that are read.
         """
-        if self._computed is None:
-            self._computed = list(self._as_computed(self._names))
-        if not self.atoms.late:
-            yield from self._computed
-        yield from self._as_seen(place, read)
-        if self.atoms.late:
-            yield from self._computed
-
-    def _as_computed(self, names):
-        """If they are nothing but features of their own pixels, all of them, with zeros around."""
-        atoms, (rows, columns) = self.atoms, self.atoms.size
-        named = atoms.named(names)
-        _, _, down, right = named[0]
-        if any(one[0].shape[1:] != atoms.size or one[2:] != (down, right) for one in named):
-            return
-        if down > 0 or right > 0 or names.shape[1] < rows - down or names.shape[2] < columns - right:
-            return  # a part was cut off
-        starts = torch.tensor([one[0].base + one[1] * rows * columns for one in named], device="cpu")
-        whole = starts[:, None, None] + torch.arange(rows * columns, device="cpu").reshape(rows, columns)
-        if not torch.equal(window(whole, (down, right), names.shape[1:]), names):
-            return
-        with contextlib.suppress(NotCausalError):
-            views = [(one[0].at((0, 0)), one[1]) for one in named]  # the same one for each source
-            yield atoms.together(views), (-down, -right)
-
-    def _as_seen(self, place, read):
-        """If what is read are zeros but for a part of the image's size."""
         atoms, (rows, columns), refused = self.atoms, self.atoms.size, None
-        if self._direct:
+        if self._whole is not None:
+            yield self._whole, self.padding
+        elif self._of_image_size and not atoms.late:  # as are most that are moved: in one piece, at once
             try:
-                view = atoms.read(window(self._names, self.padding, atoms.size))
+                yield self._seen_at(self.padding)
             except NotCausalError as error:
                 refused = error
-            else:
-                yield atoms.join([view]) if view.down or view.right else view, self.padding
+        # What is read must be zeros but for a part of the image's size.
         names = torch.zeros_like(self._names)
         (top, bottom), (left, right) = ((min(steps), max(steps)) for steps in zip(*read, strict=True))
         top, left = (max(at + first, 0) for at, first in zip(place, (top, left), strict=True))
@@ -153,7 +122,7 @@ class _Input:
         used = (names != 0).any(0)
         if not bool(used.any()):
             return
-        corner = tuple(int(used.any(dim).nonzero()[0, 0]) for dim in (1, 0))
+        corner = int(used.any(1).nonzero()[0, 0]), int(used.any(0).nonzero()[0, 0])
         down, right = max(read)  # what comes last is the pixel's own then
         last = place[0] + down, place[1] + right
         places = [last, (last[0], self.padding[1]), (last[0], corner[1])]
@@ -164,15 +133,17 @@ class _Input:
                 continue
             held = True
             try:
-                view = atoms.read(window(self._names, where, atoms.size))
+                yield self._seen_at(where)
             except NotCausalError as error:
                 refused = refused or error
-            else:
-                yield atoms.join([view]) if view.down or view.right else view, where
         if not held:
             raise unknown(f"{self.what} of features of more rows or columns than the image's", "crop them before")
         if refused is not None:
             raise refused
+
+    def _seen_at(self, where):
+        view = self.atoms.read(window(self._names, where, self.atoms.size))
+        return self.atoms.join([view]) if view.down or view.right else view, where
 
 
 def convolve(
@@ -286,10 +257,10 @@ def _conv(tracer, input, weight, bias, stride, padding, dilation, transposed, ou
     what, names = tracer.what(), tracer.names(input)
     tracer.atoms.refuse_obscure(names)
     if not isinstance(weight, Tensor) or tracer.traced(weight) or tracer.traced(bias):
-        return tracer.obscure(unknown(f"{what} whose weight depends on what the model is given", "use a parameter"))
+        return unknown(f"{what} whose weight depends on what the model is given", "use a parameter")
     if transposed or set(stride) != {1}:
         raised = f"{what} of stride {tuple(stride)}" if not transposed else f"{what} that is transposed"
-        return tracer.obscure(unknown(raised, "each of its outputs must be a pixel's own"))
+        return unknown(raised, "each of its outputs must be a pixel's own")
     if weight.dim() != 4:
         return None
     if not input.is_floating_point():
@@ -500,7 +471,7 @@ def _batch_norm(tracer, x, weight, bias, mean, variance, training, momentum, eps
     if training or mean is None:
         why = "without running statistics" if mean is None else "that trains in evaluation mode"
         advice = "track_running_stats=True" if mean is None else "let train() and eval() decide"
-        return tracer.obscure(unknown(f"{tracer.what()} {why}", advice))
+        return unknown(f"{tracer.what()} {why}", advice)
     factor = (variance.detach() + eps).rsqrt()
     factor = factor if weight is None else factor * weight.detach()
     shift = -mean.detach() * factor

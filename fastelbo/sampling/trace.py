@@ -189,10 +189,6 @@ class Tracer:
         tensor = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
         return self.atoms.constant(tensor.shape, tensor)
 
-    def obscure(self, error: Exception) -> Exception:
-        """What a handler returns for a call that ends in an error if its result is needed."""
-        return error
-
     def what(self) -> str:
         """What is being called, for errors."""
         module = self.stack[-1] if self.stack else None
