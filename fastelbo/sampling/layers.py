@@ -211,7 +211,7 @@ def convolve(
         return network.conv(View(network.image, ()), none, none > 0, [], bias, added[0], activation, added[1])
 
     out = atoms.node((len(weight) // (1 + (activation in GATES)), *shape), make)
-    if (shape != size or atoms.late) and (activation, cond, residual) == (None, None, None):
+    if atoms.late and (activation, cond, residual) == (None, None, None):
         kernel = torch.where(live, weight, 0)
         options = {"bias": bias, "dilation": dilation}
         numbers = tracer.number(tracer.lift(padded.clamp(max=0), kernel.dtype))

@@ -287,11 +287,14 @@ class Tracer:
         return self._played(assemble, (given,), {}) if any(map(self.traced, given)) else assemble(given)
 
     def constants_of(self, names: Tensor, still: Tensor, func: Callable, *args: Any, **options: Any) -> Tensor:
-        """Names of a call's result, of which some is still: a function of numbers alone."""
+        """Names of a call's result, of which some is still: a function of numbers alone.
+
+        Where features are at their own pixels they stay features, but for zeros: they are computed in one piece then.
+        """
         if not bool(still.any()):
             return names
-        made = func(*args, **options)
-        return torch.where(still, self.names(made).reshape(names.shape), names)
+        made = self.names(func(*args, **options)).reshape(names.shape)
+        return torch.where(still if self.atoms.late else still & (made == 0), made, names)
 
     def _played(self, func, args, kwargs):
         """Calls a function of what depends on the condition, and writes it down."""
