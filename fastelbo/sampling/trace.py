@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from fastelbo.sampling import layers
 from fastelbo.sampling.atoms import Atoms, Obscure
 from fastelbo.sampling.fuse import fuse
-from fastelbo.sampling.network import KNOWN, Const, Network, UnknownError, unknown
+from fastelbo.sampling.network import KNOWN, Const, Network, NotCausalError, UnknownError, unknown
 
 #: Operators that make tensors without numbers of others, which may be written to.
 MAKERS = frozenset(
@@ -603,9 +603,11 @@ def _traced(model, image_shape, form, cond, order, bernoulli, dtype, device, lat
             raise refused from error
     try:
         tracer.finish(outputs, form, bernoulli)
-    except (UnknownError, ValueError):
-        if not late:
-            with contextlib.suppress(UnknownError, ValueError, RecursionError):
-                return _traced(model, image_shape, form, cond, order, bernoulli, dtype, device, late=True)
-        raise
+    except (UnknownError, ValueError) as error:
+        if late:
+            raise
+        try:
+            return _traced(model, image_shape, form, cond, order, bernoulli, dtype, device, late=True)
+        except (UnknownError, ValueError, RecursionError) as again:  # which may be about what is made up for it alone
+            raise again if isinstance(error, UnknownError) and isinstance(again, NotCausalError) else error from None
     return network
