@@ -18,6 +18,7 @@ PROGRAMS = (  # in the order of the lectures
     "em",
     "em_to_vae",
     "missing_pixels",
+    "functionals",
     "families",
     "laplace",
     "density",

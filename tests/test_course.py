@@ -28,6 +28,7 @@ SMALL = {  # options of a run of seconds
     "em": [],
     "em_to_vae": ["--steps", "250"],
     "missing_pixels": ["--epochs", "2"],
+    "functionals": ["--steps", "100"],
     "families": ["--starts", "3"],
     "laplace": [],
     "density": ["--epochs", "20"],
@@ -257,6 +258,34 @@ def test_best_bernoullis_are_those_that_scipy_finds(masked):
     best = scipy.optimize.minimize(negative_bound, np.zeros(12), method="BFGS", options={"gtol": 1e-7})
     assert missing_pixels.bound(log_joint, ours).item() == pytest.approx(-best.fun, abs=1e-9)
     np.testing.assert_allclose(ours, best.x, atol=1e-3)
+
+
+# functionals
+
+
+def test_typical_sequences_are_counted_in_integers(monkeypatch):
+    import functionals
+
+    monkeypatch.setattr(functionals, "THROWS", 500)
+    count, mass, heads = 0, 0.0, 0
+    while mass < 0.99:
+        count, mass = count + math.comb(500, heads), mass + scipy.stats.binom(500, 0.1).pmf(heads)
+        heads += 1
+    entropy = scipy.stats.bernoulli(0.1).entropy() / math.log(2)
+    assert functionals.typical(0.1) == pytest.approx((math.log2(count) / 500, entropy), abs=1e-9)
+
+
+def test_forms_of_the_bound_are_scipys_integral():
+    import functionals
+
+    q, prior = scipy.stats.norm(0.7, 0.4), scipy.stats.norm(0, 1)
+
+    def integrand(z):
+        return q.pdf(z) * (scipy.stats.norm(math.sin(2 * z) + z, 0.5).logpdf(1.3) + prior.logpdf(z) - q.logpdf(z))
+
+    bound = scipy.integrate.quad(integrand, -4, 5, epsabs=1e-11, limit=200)[0]
+    forms = functionals.forms_of_the_bound(functionals.normal(0.7, 0.4))
+    np.testing.assert_allclose(forms, bound, rtol=0, atol=1e-9)
 
 
 # families
