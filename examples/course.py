@@ -20,6 +20,7 @@ PROGRAMS = (  # in the order of the lectures
     "missing_pixels",
     "functionals",
     "families",
+    "flexible_posterior",
     "laplace",
     "density",
     "gan",

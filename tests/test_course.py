@@ -30,6 +30,7 @@ SMALL = {  # options of a run of seconds
     "missing_pixels": ["--epochs", "2"],
     "functionals": ["--steps", "100"],
     "families": ["--starts", "3"],
+    "flexible_posterior": ["--steps", "60"],
     "laplace": [],
     "density": ["--epochs", "20"],
     "gan": ["--steps", "300"],
@@ -328,6 +329,32 @@ def test_share_outside_of_a_region_is_scipys():
     drawn, exact = families.outside(q, lower)
     assert exact == pytest.approx(expected, abs=1e-6)
     assert abs(drawn - exact) < 5 * math.sqrt(exact / families.DRAWS)
+
+
+# flexible_posterior
+
+
+def test_a_mixture_loses_its_kl_by_draws_of_torch_distributions():
+    import flexible_posterior
+
+    torch.manual_seed(0)
+    lost, q = flexible_posterior.climb(flexible_posterior.Mixture(4), 1, 20)
+    mean, log_scale, weight = q.numbers.split([2, 2, 1], dim=1)
+    normals = torch.distributions.Independent(torch.distributions.Normal(mean, log_scale.exp()), 1)
+    mixed = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=weight[:, 0]), normals)
+    z = mixed.sample((100_000,))
+    seen = torch.distributions.Normal(z[:, 1] - z[:, 0] ** 2, 0.4).log_prob(torch.tensor(-1.0).double())
+    ratio = mixed.log_prob(z) - seen - torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(1)
+    off = ratio.mean() + flexible_posterior.EVIDENCE[1] - lost
+    assert abs(off) < 4 * ratio.std() / math.sqrt(len(z))
+
+
+def test_layers_have_as_many_numbers_as_the_mixtures_that_they_beat():
+    import flexible_posterior
+
+    layers = [layer for layer in flexible_posterior.STARTS["2 layers"]().modules() if hasattr(layer, "mask")]
+    assert sum(int(layer.mask.sum()) + len(layer.bias) for layer in layers) == 36
+    assert flexible_posterior.STARTS["7 G"]().numbers.numel() == 35
 
 
 # laplace
