@@ -38,6 +38,7 @@ SMALL = {  # options of a run of seconds
     "ring": ["--steps", "300"],
     "autoencoder_to_vae": ["--epochs", "30"],
     "pixelrnn": ["--epochs", "3"],
+    "tokens": ["--epochs", "10"],
     "decoder_variance": ["--epochs", "12"],
     "family_tree": ["--epochs", "6"],
 }
@@ -550,3 +551,36 @@ def test_sums_of_the_boltzmann_machine_are_scikit_learns():
     assert np.exp(-fitted._free_energy(images) - rbm.log_z.item()).sum() == pytest.approx(1, abs=1e-12)
     mean = np.exp(-fitted._free_energy(images) - rbm.log_z.item()) @ images
     np.testing.assert_allclose((rbm.log_h - rbm.log_z).exp() @ rbm.logits.sigmoid(), mean, rtol=1e-10)
+
+
+# tokens
+
+
+def test_chi_squared_of_codes_is_scipys():
+    import tokens
+
+    random = np.random.default_rng(0)
+    p = random.dirichlet(np.full(4**8, 0.2))
+    drawn = random.choice(4**8, tokens.DRAWS, p=p)
+    order = np.argsort(p)
+    parts = np.split(order, np.searchsorted(np.cumsum(p[order]), np.arange(1, tokens.GROUPS) / tokens.GROUPS))
+    seen = [np.isin(drawn, part).sum() for part in parts]
+    expected = scipy.stats.chisquare(seen, [tokens.DRAWS * p[part].sum() for part in parts]).pvalue
+    assert tokens.p_value(torch.tensor(p).log(), torch.tensor(drawn)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_prior_of_codes_is_the_product_of_its_factors():
+    """Number after number, each from codes whose later numbers are noise."""
+    import tokens
+
+    torch.manual_seed(0)
+    prior, code = tokens.Prior().requires_grad_(False), tokens.CODES[4711]
+    total = 0.0
+    for row, column, colour in np.ndindex(2, 2, 2):
+        seen = torch.randint(4, (2, 2, 2))
+        for place in np.ndindex(2, 2, 2):
+            if place < (row, column, colour):
+                seen[place[2], place[0], place[1]] = code[place[2], place[0], place[1]]
+        logits = prior(seen[None].float()).view(4, 2, 2, 2)[:, colour, row, column]
+        total += logits.log_softmax(0)[code[colour, row, column]].item()
+    assert prior.loss(code[None]).item() == pytest.approx(-total, abs=1e-5)
