@@ -29,6 +29,7 @@ PROGRAMS = (  # in the order of the lectures
     "autoencoder_to_vae",
     "pixelrnn",
     "tokens",
+    "student_forcing",
     "decoder_variance",
     "family_tree",
 )

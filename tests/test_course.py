@@ -39,6 +39,7 @@ SMALL = {  # options of a run of seconds
     "autoencoder_to_vae": ["--epochs", "30"],
     "pixelrnn": ["--epochs", "3"],
     "tokens": ["--epochs", "10"],
+    "student_forcing": ["--epochs", "4"],
     "decoder_variance": ["--epochs", "12"],
     "family_tree": ["--epochs", "6"],
 }
@@ -584,3 +585,20 @@ def test_prior_of_codes_is_the_product_of_its_factors():
         logits = prior(seen[None].float()).view(4, 2, 2, 2)[:, colour, row, column]
         total += logits.log_softmax(0)[code[colour, row, column]].item()
     assert prior.loss(code[None]).item() == pytest.approx(-total, abs=1e-5)
+# student_forcing
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.3, 0.5, 1.0])
+def test_limit_of_scheduled_sampling_is_that_of_the_law_of_pairs(epsilon):
+    """Pixel by pixel, from the joint probabilities of the data's pixel and of the one that is fed."""
+    import student_forcing
+
+    after = np.array([[0.9, 0.1], [0.2, 0.8]])
+    first = np.array([2 / 3, 1 / 3])
+    pairs, kl = epsilon * np.diag(first) + (1 - epsilon) * np.outer(first, first), 0.0
+    for _ in range(student_forcing.WIDTH - 1):
+        q = (pairs.T @ after) / pairs.sum(0)[:, None]  # the best answer to what is fed
+        kl += first @ (after * np.log(after / q)).sum(1)
+        drawn = np.einsum("xv,xy,vw->yw", pairs, after, q)
+        pairs = epsilon * np.diag(first) + (1 - epsilon) * drawn
+    assert student_forcing.kl_of_the_limit(epsilon) == pytest.approx(kl, abs=1e-12)
