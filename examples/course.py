@@ -27,6 +27,7 @@ PROGRAMS = (  # in the order of the lectures
     "diffusion_as_vae",
     "ring",
     "autoencoder_to_vae",
+    "completion",
     "pixelrnn",
     "tokens",
     "student_forcing",

@@ -37,6 +37,7 @@ SMALL = {  # options of a run of seconds
     "diffusion_as_vae": ["--steps", "100"],
     "ring": ["--steps", "300"],
     "autoencoder_to_vae": ["--epochs", "30"],
+    "completion": ["--epochs", "12"],
     "pixelrnn": ["--epochs", "3"],
     "tokens": ["--epochs", "10"],
     "student_forcing": ["--epochs", "4"],
@@ -602,3 +603,30 @@ def test_limit_of_scheduled_sampling_is_that_of_the_law_of_pairs(epsilon):
         drawn = np.einsum("xv,xy,vw->yw", pairs, after, q)
         pairs = epsilon * np.diag(first) + (1 - epsilon) * drawn
     assert student_forcing.kl_of_the_limit(epsilon) == pytest.approx(kl, abs=1e-12)
+
+
+# completion
+
+
+def test_best_diagonal_q_of_the_seen_pixels_is_the_one_that_scipy_finds():
+    """From the densities of torch.distributions, of one image."""
+    import completion
+
+    torch.manual_seed(0)
+    x = torch.randn(200, 64).double() * torch.linspace(0.1, 2, 64).double()
+    linear = completion.Linear(x)
+    (mean, logvar), gap = linear.best(x[:1], completion.SEEN)
+    weight, centre = linear.weight[completion.SEEN].numpy(), linear.centre[completion.SEEN].numpy()
+    variance, seen = math.exp(linear.x_logvar.item()), x[0, completion.SEEN].numpy()
+
+    def negative_bound(q):
+        mean, logvar = np.split(q, 2)
+        expected = ((seen - centre - weight @ mean) ** 2).sum() + np.exp(logvar) @ (weight**2).sum(0)
+        nll = 0.5 * expected / variance + 0.5 * len(seen) * math.log(2 * math.pi * variance)
+        return nll + 0.5 * (np.exp(logvar) + mean**2 - 1 - logvar).sum()
+
+    best = scipy.optimize.minimize(negative_bound, np.zeros(2 * completion.LATENTS), method="BFGS")
+    np.testing.assert_allclose(np.concatenate([mean[0], logvar[0]]), best.x, atol=1e-4)
+    covariance = weight @ weight.T + variance * np.eye(len(seen))
+    evidence = scipy.stats.multivariate_normal(centre, covariance).logpdf(seen)
+    assert gap.item() == pytest.approx(evidence + best.fun, abs=1e-6)
