@@ -28,6 +28,7 @@ PROGRAMS = (  # in the order of the lectures
     "ring",
     "autoencoder_to_vae",
     "completion",
+    "disentanglement",
     "pixelrnn",
     "tokens",
     "student_forcing",

@@ -38,6 +38,7 @@ SMALL = {  # options of a run of seconds
     "ring": ["--steps", "300"],
     "autoencoder_to_vae": ["--epochs", "30"],
     "completion": ["--epochs", "12"],
+    "disentanglement": ["--epochs", "5"],
     "pixelrnn": ["--epochs", "3"],
     "tokens": ["--epochs", "10"],
     "student_forcing": ["--epochs", "4"],
@@ -630,3 +631,37 @@ def test_best_diagonal_q_of_the_seen_pixels_is_the_one_that_scipy_finds():
     covariance = weight @ weight.T + variance * np.eye(len(seen))
     evidence = scipy.stats.multivariate_normal(centre, covariance).logpdf(seen)
     assert gap.item() == pytest.approx(evidence + best.fun, abs=1e-6)
+
+
+# disentanglement
+
+
+def test_gap_of_a_code_that_is_wrong_once_in_eight_is_the_channels_capacity():
+    import disentanglement
+
+    first, second, slip = torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(8)).T
+    codes = torch.stack((first ^ (slip == 0), second, slip), dim=1).double()
+    expected = np.array([1 - scipy.stats.entropy([1 / 8, 7 / 8], base=2), 1])
+    factors = torch.stack((first, second), dim=1)
+    assert disentanglement.gap(codes, factors) == pytest.approx(expected.mean(), abs=1e-12)
+    np.testing.assert_allclose(disentanglement.table(codes, factors), [[expected[0], 0, 0], [0, 1, 0]], atol=1e-12)
+
+
+def test_images_of_factors_are_scipys_turned_and_moved():
+    """The middle of each place, the size and the angle of one image, by SciPy's splines of order 1."""
+    import scipy.ndimage
+    from sklearn.datasets import load_digits
+
+    import disentanglement
+
+    x, factors = disentanglement.turned_digits()
+    assert len({tuple(row) for row in factors.tolist()}) == len(x) == 1500
+    wanted = torch.tensor([1, 4, 2, 0, 3])
+    ours = x[(factors == wanted).all(1)].view(14, 14)
+    angle, zoom, across, down = 0.8, 2.1 - 1.6 / 3, -0.35, 0.175
+    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])  # rows, then columns
+    matrix = turn * zoom * 8 / 14
+    offset = 3.5 - matrix @ (np.array([6.5, 6.5]) + 7 * np.array([down, across]))
+    image = np.pad(load_digits().images[2] / 16, 8)
+    theirs = scipy.ndimage.affine_transform(image, matrix, offset + 8, (14, 14), order=1)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
