@@ -32,6 +32,7 @@ PROGRAMS = (  # in the order of the lectures
     "pixelrnn",
     "tokens",
     "student_forcing",
+    "sketch_to_digit",
     "decoder_variance",
     "family_tree",
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.ndimage
 import scipy.optimize
 import scipy.stats
 import torch
@@ -42,6 +43,7 @@ SMALL = {  # options of a run of seconds
     "pixelrnn": ["--epochs", "3"],
     "tokens": ["--epochs", "10"],
     "student_forcing": ["--epochs", "4"],
+    "sketch_to_digit": ["--epochs", "3"],
     "decoder_variance": ["--epochs", "12"],
     "family_tree": ["--epochs", "6"],
 }
@@ -649,7 +651,6 @@ def test_gap_of_a_code_that_is_wrong_once_in_eight_is_the_channels_capacity():
 
 def test_images_of_factors_are_scipys_turned_and_moved():
     """The middle of each place, the size and the angle of one image, by SciPy's splines of order 1."""
-    import scipy.ndimage
     from sklearn.datasets import load_digits
 
     import disentanglement
@@ -665,3 +666,28 @@ def test_images_of_factors_are_scipys_turned_and_moved():
     image = np.pad(load_digits().images[2] / 16, 8)
     theirs = scipy.ndimage.affine_transform(image, matrix, offset + 8, (14, 14), order=1)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+# sketch_to_digit
+
+
+def test_sketch_is_the_ink_that_scipys_erosion_takes_away():
+    import sketch_to_digit
+
+    images = torch.randint(0, 3, (50, 1, 8, 8), generator=torch.Generator().manual_seed(0)).clamp(max=2)
+    images[:25] = images[:25].clamp(min=1)  # with ink inside
+    images[:25, :, 3, 4] = 0
+    for image, ours in zip(images, sketch_to_digit.sketch(images), strict=True):
+        ink = image[0].numpy() > 0
+        np.testing.assert_array_equal(ours[0] > 0, ink & ~scipy.ndimage.binary_erosion(ink))
+
+
+def test_network_sees_the_sketch_ahead_and_no_later_pixel():
+    import sketch_to_digit
+
+    torch.manual_seed(0)
+    model = sketch_to_digit.PixelCNN(3).double()
+    x, cond = torch.rand(1, 1, 5, 5).double(), torch.rand(1, 1, 5, 5).double()
+    of_x, of_cond = torch.autograd.functional.jacobian(lambda x, s: model(x, model.look(s)).sum(1).flatten(), (x, cond))
+    assert of_x.view(25, 25).triu().abs().max() == 0
+    assert of_cond.view(25, 25)[0, 6].abs() > 0 and of_cond.view(25, 25)[0, 18].abs() > 0
