@@ -589,6 +589,8 @@ def test_prior_of_codes_is_the_product_of_its_factors():
         logits = prior(seen[None].float()).view(4, 2, 2, 2)[:, colour, row, column]
         total += logits.log_softmax(0)[code[colour, row, column]].item()
     assert prior.loss(code[None]).item() == pytest.approx(-total, abs=1e-5)
+
+
 # student_forcing
 
 
