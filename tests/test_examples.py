@@ -89,13 +89,15 @@ def test_tiny_run_writes_pictures(example, small, tmp_path, capsys):
 # Options, how many numbers, and how far they may part. Both backends draw the same noise, so only rounding differs: a
 # few units in the last place, multiplied by what the steps make of it. train_vae's curve falls from 65 nats to about -5
 # and parts by 1.9e-5 over seeds 0 to 4; a gradient of its KL wrong by one part in 10000 exceeds the bound sixfold.
-# train_pixelcnn's parts by 7e-7; an input gradient wrong by one part in 10000 exceeds the bound forty times. The others
-# part by 4e-6 of their largest value at most, and may by eight times as much.
+# train_pixelcnn's parts by 7e-7; an input gradient wrong by one part in 10000 exceeds the bound forty times. With seed
+# 0 it meets a kink of a ReLU in its second epoch: a gradient wrong by 1e-7 of it, as rounding is, parts the curves by
+# 1.4e-5 in one of six trials, and with seed 1 in none. The others part by 4e-6 of their largest value at most, and may
+# by eight times as much.
 CURVES = {
     bayesian_regression: (("--steps", "30"), 60, None),
     conditional_vae: (("--epochs", "2"), 4, None),
     hierarchical_vae: (("--epochs", "2"), 2, None),
-    train_pixelcnn: (("--epochs", "2"), 4, 4e-6),
+    train_pixelcnn: (("--epochs", "2", "--seed", "1"), 4, 4e-6),
     train_vae: (("--epochs", "4"), 8, 1e-4),
     variational_fit: (("--steps", "30"), 150, None),
 }
@@ -113,7 +115,7 @@ def test_reference_and_cpu_give_the_same_curve(example, no_pictures, tmp_path, m
     assert cpu.numel() == count and torch.equal(curve("cpu"), cpu)
     tolerance = tolerance or 3e-5 * reference.abs().max().item()
     torch.testing.assert_close(cpu, reference, rtol=0, atol=tolerance)
-    assert (curve("cpu", "--seed", "1") - cpu).abs().max() > 100 * tolerance
+    assert (curve("cpu", "--seed", "2") - cpu).abs().max() > 100 * tolerance
 
 
 BAD = {
