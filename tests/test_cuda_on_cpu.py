@@ -60,7 +60,7 @@ TRACING = ("default_device", "insides", "alias", "forward_keeps", "hooks", "comp
     "chosen",
     [
         f"(cpu or opcheck) and not ({' or '.join(TRACING)}) and (not test_memory or layout_changes)",
-        pytest.param(f"test_sampling and cpu and ({' or '.join(TRACING)})", marks=pytest.mark.slow),
+        pytest.param(f"cpu and ({' or '.join(TRACING)}) and not test_memory", marks=pytest.mark.slow),
     ],
     ids=["kernels", "tracing"],
 )

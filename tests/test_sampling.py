@@ -435,8 +435,12 @@ def test_levels_of_one_output(levels, error, expected):
         IncrementalSampler(Gated(levels=1), (1, 4, 4), levels=levels)
 
 
+RARER = [pytest.param(*both, marks=pytest.mark.slow) for both in (("context", True), ("set", False), ("dtype", True))]
+
+
 @pytest.mark.parametrize(
-    "how, conditional", [("context", False), ("set", True), ("dtype", False), ("both", False), ("both", True)]
+    "how, conditional",
+    [("context", False), ("set", True), ("dtype", False), ("both", False), ("both", True), *RARER],
 )
 def test_default_device_and_dtype_do_not_matter(how, conditional, backend):
     model = lively(Conditioned() if conditional else Stacks(), 1.5)
