@@ -1,6 +1,7 @@
 """Fixtures that every test shares."""
 
 import contextlib
+import gc
 import importlib.metadata
 import os
 import re
@@ -21,6 +22,20 @@ if not GPU:  # Triton's interpreter runs the kernels on the CPU; read when they 
 
 import fastelbo
 
+if not GPU:
+    from triton.runtime import interpreter
+
+    looked_at = set()
+
+    def call(function, *arguments, **named):
+        """A device function's call: looks for Triton's language in its module once, where Triton looks in each call."""
+        if function.fn.__module__ not in looked_at:
+            interpreter._patch_lang(function.fn)
+            looked_at.add(function.fn.__module__)
+        return function.rewrite()(*arguments, **named)
+
+    interpreter.InterpretedFunction.__call__ = call  # the looking is three tenths of the interpreter's time
+
 if workers := int(os.environ.pop("PYTEST_XDIST_WORKER_COUNT", 0)):  # threads of several processes would wait in turns
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
 
@@ -36,6 +51,15 @@ LONG = (
 )  # fmt: skip
 
 END = float(os.environ.get("FASTELBO_TESTS_END", "inf"))  # of the time there is, in seconds since 1970
+
+
+def pytest_collection_finish():
+    gc.freeze()  # the million objects of torch, Triton and the tests themselves, of which none is garbage
+    gc.set_threshold(20_000, 20, 20)
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # nanobind would report what is left at the end as leaked
 
 
 def pytest_runtest_setup():
@@ -80,7 +104,7 @@ def at_home(name):
     """With torch's default device the one that a backend is for."""
     reason = fastelbo.backends.usable(name)
     assert reason is None, reason
-    with torch.device(DEVICES[name]):
+    with torch.device(DEVICES[name]) if DEVICES[name] != "cpu" else contextlib.nullcontext():
         yield name
 
 
