@@ -57,15 +57,14 @@ __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t,
 
 inline dim3 threadIdx, blockIdx;
 
-// The threads of a block take turns: each runs until it meets the others. A context starts a thread on its own stack;
-// from then on jumps switch, which unlike swapcontext make no system call.
+// The threads of a block take turns: each runs until it meets the others. A context starts a thread on its own stack,
+// once for all blocks; from then on jumps switch, which unlike contexts make no system call.
 struct Block {
   static constexpr size_t kStack = 1 << 16;
   jmp_buf scheduler;
   std::vector<ucontext_t> starts;
   std::vector<std::array<jmp_buf, 1>> threads;
-  enum State { fresh, waiting, done };
-  std::vector<State> states;
+  std::vector<bool> running, done;
   std::vector<double> exchanged;
   std::unique_ptr<char[]> stacks;
   std::function<void()> kernel;
@@ -75,14 +74,18 @@ struct Block {
     return block;
   }
   static void enter() {
-    current().kernel();
-    current().states[threadIdx.x] = done;
-    _longjmp(current().scheduler, 1);
+    Block& block = current();
+    for (;;) {
+      block.kernel();
+      block.done[threadIdx.x] = true;
+      block.wait_for_others();
+    }
   }
   void run(unsigned count) {
     if (starts.size() < count) {
       starts.resize(count);
       threads.resize(count);
+      running.assign(count, false);
       exchanged.resize(count);
       stacks.reset(new char[count * kStack]);
       for (unsigned i = 0; i < count; ++i) {
@@ -91,23 +94,23 @@ struct Block {
         makecontext(&starts[i], enter, 0);
       }
     }
-    states.assign(count, fresh);
+    done.assign(count, false);
     for (bool left = true; left;) {
       left = false;
       for (unsigned i = 0; i < count; ++i) {
-        if (states[i] != done) resume(i);
-        left |= states[i] != done;
+        if (!done[i]) resume(i);
+        left |= !done[i];
       }
     }
   }
   void resume(unsigned i) {
     threadIdx.x = i;
     if (_setjmp(scheduler)) return;
-    if (states[i] == fresh) setcontext(&starts[i]);
-    _longjmp(threads[i][0], 1);
+    if (running[i]) _longjmp(threads[i][0], 1);
+    running[i] = true;
+    setcontext(&starts[i]);
   }
   void wait_for_others() {
-    states[threadIdx.x] = waiting;
     if (!_setjmp(threads[threadIdx.x][0])) _longjmp(scheduler, 1);
   }
 };
