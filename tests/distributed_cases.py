@@ -1,7 +1,7 @@
 """What the ranks of a group run for test_distributed.py: every case against the unsharded call, in one process group.
 
-python distributed_cases.py RANKS DIRECTORY cases CASE... writes of each rank DIRECTORY/RANK.json, from each case to
-its traceback or None; ... example OPTION... runs examples/train_distributed.py as torchrun does.
+Of the arguments RANKS DIRECTORY cases CASE... start() writes of each rank DIRECTORY/RANK.json, from each case to its
+traceback or None; of ... example OPTION... it runs examples/train_distributed.py as torchrun does.
 """
 
 import argparse
@@ -9,6 +9,7 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -31,6 +32,7 @@ ONE = [(placement,) for placement in (Replicate(), Shard(0), Shard(1), Shard(2),
 TWO = [(Shard(0), Shard(1)), (Shard(1), Shard(0)), (Replicate(), Shard(2)), (Shard(0), Partial())]
 SHAPE = (5, 3, 4)  # uneven on 2 and 4 ranks, and of the 4 some have nothing
 CASES = {}
+TIMEOUT = 240  # seconds, of which a rank takes a tenth where nothing else runs
 CPU = torch.device("cpu")
 
 
@@ -581,6 +583,7 @@ def run_cases(rank, directory, names):
 
 
 def main(rank, ranks, directory, what, *arguments):
+    signal.alarm(TIMEOUT)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     known = {"init_method": f"file://{directory}/rendezvous", "rank": rank, "world_size": ranks}
     dist.init_process_group = functools.partial(dist.init_process_group, **known)
@@ -591,8 +594,8 @@ def main(rank, ranks, directory, what, *arguments):
         train_distributed.main(arguments)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)  # a process forks as it is while it has no other thread, and imports take it seconds
+def start():
+    """Forks the ranks: a process does as it is while it has no other thread, and imports take it seconds."""
     count, *given = sys.argv[1:]
     fork = multiprocessing.get_context("fork").Process
     ranks = [fork(target=main, args=(rank, int(count), *given)) for rank in range(int(count))]
@@ -601,3 +604,7 @@ if __name__ == "__main__":
     for rank in ranks:
         rank.join()
     sys.exit(max(abs(rank.exitcode) for rank in ranks))
+
+
+torch.set_num_threads(1)
+torch.compile(abs, backend="aot_eager")  # imports the compiler

@@ -1,10 +1,12 @@
 """Runs programs in processes that have imported torch and nothing of ours, forked of one: an import takes seconds.
 
-As `python -c` does, but that what torch reads of the environment at its import is not read again.
+Or what else a program needs. As `python -c` does, but that what torch reads of the environment at its import is not
+read again.
 """
 
 import atexit
 import functools
+import importlib
 import json
 import os
 import subprocess
@@ -14,13 +16,16 @@ import traceback
 from pathlib import Path
 
 
-def run(code, *arguments, cwd=".", check=True, **environment):
-    """What a program printed, as a subprocess.CompletedProcess; an environment's None takes a variable out."""
+def run(code, *arguments, cwd=".", check=True, imported="torch", **environment):
+    """What a program printed, as a subprocess.CompletedProcess; an environment's None takes a variable out.
+
+    imported: the module that its process has imported; another than torch is looked for where pytest finds the tests'.
+    """
     environment = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("stdout", "stderr")]
         wanted = [code, ["-c", *map(str, arguments)], str(Path(cwd).absolute()), environment, list(map(str, streams))]
-        server = _server()
+        server = _server(imported)
         server.stdin.write(json.dumps(wanted) + "\n")
         server.stdin.flush()
         status = os.waitstatus_to_exitcode(int(server.stdout.readline()))
@@ -30,15 +35,16 @@ def run(code, *arguments, cwd=".", check=True, **environment):
 
 
 @functools.cache
-def _server():
-    server = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def _server(imported):
+    environment = os.environ if imported == "torch" else os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    server = subprocess.Popen([sys.executable, __file__, imported], env=environment, **streams)
     atexit.register(server.stdin.close)
     return server
 
 
-def _serve():
-    import torch  # noqa: F401
-
+def _serve(imported):
+    importlib.import_module(imported)
     for line in sys.stdin:
         wanted = json.loads(line)
         child = os.fork()
@@ -72,4 +78,4 @@ def _become(code, arguments, cwd, environment, streams):
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(sys.argv[1])

@@ -60,11 +60,9 @@ GROUPS = {  # what a group of so many ranks runs, quickly and slowly
 def forked(ranks, directory, *what):
     """The exit status, output and errors of ranks forked of one process, for each would import for seconds."""
     directory.mkdir(exist_ok=True)
-    command = [sys.executable, CASES_FILE, str(ranks), directory, *map(str, what)]
-    job = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, start_new_session=True, **job)
-    out, err = finished(process)
-    return process.returncode, out, err
+    code = "import distributed_cases; distributed_cases.start()"
+    done = fresh_python.run(code, ranks, directory, *what, imported="distributed_cases", check=False, **ENVIRONMENT)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
