@@ -2,9 +2,11 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import originals
 import torch
 from ops import GAUSSIAN, Gaussian
 from torch.distributions import Normal, kl_divergence
@@ -14,8 +16,8 @@ import fastelbo
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PASSES = ("forward", "backward", "forward_backward")
-RIVALS = ("eager", "distributions", "compile", "compile_checkpoint", "copy")
-UNCOMPILED = ("eager", "distributions", "copy")
+RIVALS = ("eager", "distributions", "compile", "compile_checkpoint")
+UNCOMPILED = ("eager", "distributions")
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,6 @@ def rsample_distributions(mean, s):
     return Normal(mean, torch.exp(0.5 * s)).rsample()
 
 
-def kl_lines(mean, s):
-    return -0.5 * torch.sum(1 + s - mean.pow(2) - s.exp(), dim=1)
-
-
 def kl_distributions(mean, s):
     return kl_divergence(Normal(mean, torch.exp(0.5 * s)), STANDARD_NORMAL).sum(1)
 
@@ -98,7 +96,7 @@ def kl_prior_distributions(mean_q, s_q, mean_p, s_p):
 
 
 def rsample_kl_lines(mean, s, noise=None):
-    return rsample_lines(mean, s, noise), kl_lines(mean, s)
+    return rsample_lines(mean, s, noise), originals.kl(mean, s)
 
 
 def rsample_kl_distributions(mean, s):
@@ -148,7 +146,7 @@ class Case:
 
 CASES = [
     Case(GAUSSIAN["rsample"], "", "pp", (3, 3), rsample_lines, rsample_distributions),
-    Case(GAUSSIAN["kl"], "standard normal", "pp", (2, 4), kl_lines, kl_distributions),
+    Case(GAUSSIAN["kl"], "standard normal", "pp", (2, 4), originals.kl, kl_distributions),
     Case(GAUSSIAN["kl-prior"], "learned prior", "pppp", (4, 8), kl_prior_lines, kl_prior_distributions),
     Case(GAUSSIAN["rsample_kl"], "", "pp", (3, 5), rsample_kl_lines, rsample_kl_distributions),
     Case(GAUSSIAN["log_prob"], "", "dpp", (3, 5), log_prob_lines, log_prob_distributions),
@@ -178,36 +176,62 @@ class Timed:
     rivals: tuple[str, ...]
 
     def __str__(self):
-        rows, columns = self.shape
-        return "-".join((self.case.op, self.case.name, f"{rows}x{columns}", self.dtype, self.pass_, self.timing))
+        return "-".join((self.case.op, self.case.name, named(self.shape), self.dtype, self.pass_, self.timing))
+
+    @property
+    def rounds(self) -> int:
+        """Samples of each contestant: fewer of what takes long."""
+        elements = math.prod(self.shape)
+        if self.timing == "host":
+            return 10 if elements >= 2**24 else 30
+        return max(20, min(100, math.ceil(2**26 / elements)))
 
 
-def timed(device: str, sizes=(), ops=(), dtypes=(), rivals=(), quick=False) -> list[Timed]:
-    """What is to be timed on a kind of device.
+class Counted(NamedTuple):
+    """One case and dtype whose memory is counted."""
 
-    Args:
-        device: "cpu" or "cuda".
-        sizes: names of SIZES, or shapes as "4096x256", which come with every dtype, pass and rival; others are of other
-            ops' cases; default: all.
-        ops, dtypes, rivals: default: all.
-        quick: leave out what takes long, unless `sizes` names it.
+    case: Case
+    dtype: str
+
+    def __str__(self):
+        return f"{self.case.op}-{self.case.name}-{self.dtype}"
+
+
+def timed(option) -> list[Timed]:
+    """What is to be timed, by the options of `pytest benchmarks`: device, shape, op, dtype, rival and quick.
+
+    Shapes as "4096x256" come with every dtype, pass and rival; others, but for names of SIZES, are of other ops' cases.
+    What takes long is left out of a quick run, unless its size is chosen.
     """
-    known = SIZES[device]
-    named = [name for name in sizes or known if name in known or name.count("x") == 1]
-    chosen = {name: size_of(device, name) for name in named if sizes or known[name].quick or not quick}
+    known = SIZES[option.device]
+    names = [name for name in option.shape or known if name in known or name.count("x") == 1]
+    sizes = {name: size_of(option.device, name) for name in names}
     return [
-        Timed(case, shape, dtype, pass_, timing, rivals_of(case, dtype, size, rivals or RIVALS))
-        for name, size in chosen.items()
+        Timed(case, shape, dtype, pass_, timing, rivals_of(case, dtype, size, option.rival or RIVALS))
+        for name, size in sizes.items()
+        if option.shape or size.quick or not option.quick
         for case in CASES
-        if case.op in (ops or case.op) and (case.entry.terms or not size.summed)
+        if chosen(option.op, case.op) and (case.entry.terms or not size.summed)
         if not case.sizes or name in case.sizes or name not in known
         for shape in size.shapes
         for dtype in size.dtypes
-        if dtype in (dtypes or dtype)
+        if chosen(option.dtype, dtype)
         for pass_ in size.passes
         if pass_ in case.passes
         for timing in size.timings
     ]
+
+
+def counted(option) -> list[Counted]:
+    """Whose memory is to be counted, as timed."""
+    dtypes = option.dtype or (["float32"] if option.device == "cuda" else DTYPES)
+    cases = [case for case in CASES if case.lines and chosen(option.op, case.op) and not option.shape]
+    return [Counted(case, dtype) for case in cases for dtype in dtypes if dtype in DTYPES]
+
+
+def chosen(values, value: str) -> bool:
+    """By an option that may be given several times, or not at all for everything."""
+    return not values or value in values
 
 
 def size_of(device: str, name: str) -> Size:
@@ -222,13 +246,18 @@ def rivals_of(case: Case, dtype: str, size: Size, wanted) -> tuple[str, ...]:
     return tuple(name for name in size.rivals if name in wanted and (compiles or not name.startswith("compile")))
 
 
-def make_inputs(case: Case, shape, dtype, device) -> list[torch.Tensor]:
+def named(shape: Iterable[int]) -> str:
+    """As rows have a shape: 4096x256."""
+    return "x".join(map(str, shape))
+
+
+def make_inputs(case: Case, shape, dtype: str, device) -> list[torch.Tensor]:
     generator = torch.Generator(device).manual_seed(0)
 
     def make(kind):
         values = torch.randn(() if kind == "0" else shape, generator=generator, device=device)
         values = values.mul_(0) if kind == "z" else values  # written, hence not the system's one page of zeros
-        return values.to(dtype).requires_grad_(kind in "p0")
+        return values.to(DTYPES[dtype]).requires_grad_(kind in "p0")
 
     return [make(kind) for kind in case.inputs]
 
@@ -247,20 +276,24 @@ def usable_backends(device: torch.device) -> list[str]:
 
 def contestants(case: Case, backends: list[str], wanted, pass_: str, timing: str = "host") -> dict[str, Callable]:
     """Functions from a case's inputs to its outputs, ours first."""
-    ours = case.ours or case.entry.function
-    lines, rivals = case.lines, {}
-    if lines:
-        rivals = {"eager": lines, "distributions": case.distributions, "compile": torch.compile(lines)}
-    if lines and case.entry.drawn and pass_ == "forward_backward":
-        recomputing = torch.compile(lambda *inputs: checkpoint(lines, *inputs, use_reentrant=False))
-        rivals["compile_checkpoint"] = recomputing
-    if timing == "graph":
-        rivals.pop("distributions", None)  # its checks of values wait for the GPU, which no graph can
-    if pass_ == "backward":
-        # a compiled backward gives its saved tensors away, and can run but once
-        rivals = {name: rival for name, rival in rivals.items() if not name.startswith("compile")}
-    rivals = {name: rivals[name] for name in rivals if name in wanted}
-    return {name: functools.partial(ours, backend=name) for name in backends} | rivals | case.others
+    ours = {name: functools.partial(case.ours or case.entry.function, backend=name) for name in backends}
+    lines = case.lines
+    if lines is None:
+        return ours | case.others
+    rivals = {"eager": lines}
+    if timing != "graph":  # its checks of values wait for the GPU, which no graph can
+        rivals["distributions"] = case.distributions
+    if "compile" in wanted and pass_ != "backward":  # which gives its saved tensors away, and can run but once
+        rivals["compile"] = compiled(lines)
+    if "compile_checkpoint" in wanted and pass_ == "forward_backward" and case.entry.drawn:
+        rivals["compile_checkpoint"] = compiled(lambda *inputs: checkpoint(lines, *inputs, use_reentrant=False))
+    return ours | {name: rival for name, rival in rivals.items() if name in wanted} | case.others
+
+
+def compiled(function: Callable, **options) -> Callable:
+    """By torch.compile, which forgets all else: a second shape makes it generate slower code for any shape."""
+    torch.compiler.reset()
+    return torch.compile(function, **options)
 
 
 def bind(function: Callable, inputs, pass_: str) -> Callable:

@@ -1,4 +1,4 @@
-"""Options of `pytest benchmarks`, and what its cases share: the tests' verdict, and where rows go."""
+"""Options of `pytest benchmarks`, which cases they choose, and what is printed."""
 
 import argparse
 import os
@@ -9,35 +9,43 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import cases
+import clocks
 import compare
 import convolutions
 import dropins
-import host_clock
-import machine
 import pytest
 import rows
 import sampling
 import tables
 import torch
+from bench import Bench
 from drop_in_cases import DROP_INS
 
-# The most telling first; Pyro, at the drop-ins' end, puts a KL of its own in the place of torch's.
-ORDER = ("test_speed", "test_convolutions", "test_sampling", "test_memory", "test_dropins")
-OPS = {case.op for case in cases.CASES} | {"masked_conv2d", "sampling"} | {one.op for one in DROP_INS}
-RIVALS = tuple(dict.fromkeys((*cases.RIVALS, *convolutions.RIVALS, *sampling.RIVALS)))
-ROWS, BASELINE, COMPARED = pytest.StashKey[list](), pytest.StashKey[list](), pytest.StashKey[list]()
-STARTED, DONE, FAILURES = pytest.StashKey[float](), pytest.StashKey[set](), pytest.StashKey[dict]()
+# What each file times, the most telling first. Pyro, the last drop-in, puts a KL of its own in the place of torch's.
+TIMED = {
+    "test_speed": cases.timed,
+    "test_convolutions": convolutions.timed,
+    "test_sampling": sampling.timed,
+    "test_memory": cases.counted,
+    "test_dropins": dropins.timed,
+}
+OPS = sorted({case.op for case in cases.CASES} | {"masked_conv2d", "sampling"} | {one.op for one in DROP_INS})
+RIVALS = tuple(dict.fromkeys((*cases.RIVALS, "copy", *convolutions.RIVALS, *sampling.RIVALS)))
+BENCH, BASELINE, COMPARED = pytest.StashKey[Bench](), pytest.StashKey[list](), pytest.StashKey[list]()
+STARTED, DONE = pytest.StashKey[float](), pytest.StashKey[set]()
 
 
-def at_least(least: int, kind: type) -> Callable:
+def at_least_one(kind: type) -> Callable:
+    """Reads a number from the command line."""
+
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
-            value = None
-        if value is None or not least <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be a number of at least {least}, got {text}")
-        return value
+            value = 0
+        if 1 <= value < float("inf"):
+            return value
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text}")
 
     return parse
 
@@ -50,7 +58,7 @@ def pytest_addoption(parser):
     )
     add = group.addoption
     add("--device", choices=("cpu", "cuda"), default="cpu", help="samplers and drop-ins are timed on the cpu alone")
-    add("--op", action="append", choices=sorted(OPS), metavar="OP", help=f"{', '.join(sorted(OPS))}; repeatable")
+    add("--op", action="append", choices=OPS, metavar="OP", help=f"{', '.join(OPS)}; repeatable")
     sizes = ", ".join(dict.fromkeys(name for sizes in cases.SIZES.values() for name in sizes))
     add(
         "--shape",
@@ -67,10 +75,10 @@ def pytest_addoption(parser):
         "convolutions on a GPU, the only ones in float16",
     )
     add("--rival", action="append", choices=RIVALS, help="repeatable; default: all; copy always runs")
-    add("--threads", type=at_least(1, int), metavar="N", help="of torch; default: torch's own choice")
+    add("--threads", type=at_least_one(int), metavar="N", help="of torch; default: torch's own choice")
     add(
         "--rounds",
-        type=at_least(1, int),
+        type=at_least_one(int),
         metavar="N",
         help="samples of each contestant; default: 30, large ones and convolutions 10, samplers 5, and more on a GPU",
     )
@@ -90,7 +98,7 @@ def pytest_addoption(parser):
     )
     add(
         "--fail-slower",
-        type=at_least(1, float),
+        type=at_least_one(float),
         metavar="RATIO",
         help="with --compare: exit status 1 where one of ours takes more than so many times as long as on the same "
         "machine, beyond the noise, or where there is nothing to compare with",
@@ -105,8 +113,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     option = config.option
-    config.stash[ROWS], config.stash[COMPARED] = [], []
-    config.stash[STARTED], config.stash[DONE], config.stash[FAILURES] = time.monotonic(), set(), {}
+    config.stash[BENCH], config.stash[COMPARED] = Bench(config), []
+    config.stash[STARTED], config.stash[DONE] = time.monotonic(), set()
+    config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script_method. is deprecated")  # torch's own
     option.verbose = option.verbose or 1  # a line for each case
     known = cases.SIZES[option.device]
     for shape in option.shape or ():
@@ -128,7 +137,7 @@ def pytest_configure(config):
         raise pytest.UsageError(str(error)) from None
     if option.threads:
         torch.set_num_threads(option.threads)
-    host_clock.keep_freed_memory()
+    clocks.keep_freed_memory()
 
 
 def refuse_unwritable(folder: Path) -> None:
@@ -139,105 +148,22 @@ def refuse_unwritable(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def device(request) -> torch.device:
-    name = request.config.option.device
-    if name == "cuda" and not torch.cuda.is_available():
-        pytest.exit("--device cuda needs a GPU, and torch finds none", returncode=2)
-    if name == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be captured in a graph
-    return torch.device(name)
-
-
-@pytest.fixture(scope="session")
-def backends(device) -> list[str]:
-    return cases.usable_backends(device)
-
-
-@pytest.fixture
-def save(request, device, backends, unverified) -> Callable[[str, list[dict]], None]:
-    """Keeps the rows of a case: for the table, and on disk at once, in the file whose name begins so."""
-    option, kept = request.config.option, request.config.stash[ROWS]
-
-    def append(name: str, found: list[dict]) -> None:
-        kind = rows.FILES[name]
-        common = machine.session(device) | {"verified": "no" if unverified else "yes", "timestamp": machine.now()}
-        common = {name: value for name, value in common.items() if name in rows.columns_of(kind)}
-        made = [kind(**common, **row) for row in found]
-        kept.extend(made)
-        if not option.no_save:
-            path = option.results / f"{name}{device.type}.csv"
-            try:
-                rows.append(path, made)
-            except OSError as error:
-                pytest.exit(f"no rows can be written to {path}: {error.strerror}", returncode=1)
-
-    return append
-
-
-@pytest.fixture
-def unverified() -> list[str]:
-    """Why the rows of a case are not verified."""
-    return []
-
-
-@pytest.fixture
-def passing(request, backends, unverified) -> Callable[[str], None]:
-    """Fails a case that tests/test_<name>.py tests, unless those pass; they run once, before the first such case."""
-    option, reporter = request.config.option, request.config.pluginmanager.get_plugin("terminalreporter")
-    capture = request.config.pluginmanager.get_plugin("capturemanager")
-
-    def failure_of(name: str) -> str:
-        if option.verdict:
-            return machine.recorded_failure(name, option.verdict)
-        if option.unverified:
-            return "its tests were not run"
-        with capture.global_and_fixture_disabled():
-            reporter.ensure_newline()
-            reporter.write_line(f"running tests/test_{name}.py first (--unverified does without)")
-        # tests of other backends (Triton's interpreter) say nothing about these
-        only = " or ".join(f"[{backend}" for backend in backends) if name == "masked_conv2d" else ""
-        return machine.test_failure(name, request.config.rootpath, only)
-
-    def check(name: str) -> None:
-        failures = request.config.stash[FAILURES]
-        if name not in failures:
-            failures[name] = failure_of(name)
-        if failures[name] and not option.unverified:
-            pytest.fail(f"not timed, its tests must pass first (or --unverified): {failures[name]}", pytrace=False)
-        unverified.extend(filter(None, [failures[name]]))
-
-    return check
+def bench(pytestconfig) -> Bench:
+    return pytestconfig.stash[BENCH]
 
 
 def pytest_generate_tests(metafunc):
-    option = metafunc.config.option
-    chosen = (option.device, option.shape, option.op, option.dtype)
-
-    def parametrize(fixture, found, ids=str):
-        metafunc.parametrize(fixture, found or [None], ids=ids)  # None is deselected
-
     if "timed" in metafunc.fixturenames:
-        parametrize("timed", cases.timed(*chosen, option.rival, option.quick))
-    if "convolution" in metafunc.fixturenames:
-        parametrize("convolution", convolutions.timed(*chosen, option.quick))
-    if "batch" in metafunc.fixturenames:
-        parametrize("batch", sampling.batches(*chosen, option.quick), lambda batch: f"{batch} images")
-    if "drop_in" in metafunc.fixturenames:
-        parametrize("drop_in", dropins.timed(*chosen, option.rival))
-    if "differentiable" in metafunc.fixturenames:
-        found = [case for case in cases.CASES if case.lines and case.op in (option.op or case.op) and not option.shape]
-        parametrize("differentiable", found, lambda case: case and f"{case.op}-{case.name}")
-        default = ["float32"] if option.device == "cuda" else cases.DTYPES
-        parametrize("dtype", [dtype for dtype in option.dtype or default if dtype in cases.DTYPES])
+        found = TIMED[metafunc.definition.path.stem](metafunc.config.option)
+        metafunc.parametrize("timed", found or [None], ids=str)  # None is deselected
 
 
 def pytest_collection_modifyitems(config, items):
     none = [item for item in items if hasattr(item, "callspec") and None in item.callspec.params.values()]
     config.hook.pytest_deselected(items=none)
     kept = [item for item in items if item not in none]
-    items[:] = sorted(kept, key=lambda item: ORDER.index(item.path.stem) if item.path.stem in ORDER else len(ORDER))
-    for item in items:
-        item.add_marker(pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"))  # torch's own
+    order = [*TIMED, *(item.path.stem for item in kept)]
+    items[:] = sorted(kept, key=lambda item: order.index(item.path.stem))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -262,26 +188,22 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
-def of_kind(kind: type, config) -> list:
-    return [row for row in config.stash[ROWS] if isinstance(row, kind)]
-
-
 def pytest_sessionfinish(session, exitstatus):
     config = session.config
     if not config.option.compare or exitstatus == pytest.ExitCode.USAGE_ERROR:
         return
-    found = config.stash[COMPARED] = compare.changes(of_kind(rows.Row, config), config.stash[BASELINE])
+    found = config.stash[COMPARED] = compare.changes(config.stash[BENCH].of_kind(rows.Row), config.stash[BASELINE])
     limit = config.option.fail_slower
     if limit and exitstatus == pytest.ExitCode.OK and compare.failure(found, limit):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    write = terminalreporter.write_line
-    if found := of_kind(rows.Row, config):
+    write, bench = terminalreporter.write_line, config.stash[BENCH]
+    if found := bench.of_kind(rows.Row):
         terminalreporter.section("ours, and how many times as long each rival takes")
         write(tables.speed(found))
-    if found := of_kind(rows.MemoryRow, config):
+    if found := bench.of_kind(rows.MemoryRow):
         terminalreporter.section("bytes per element: kept for the backward, and allocated at most in both passes")
         write(tables.memory(found))
     if config.option.compare:

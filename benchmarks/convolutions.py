@@ -15,7 +15,7 @@ from typing import NamedTuple
 import cases
 import torch
 import torch.nn.functional as F  # noqa: N812
-from ratios import form_of, measured
+from ratios import form_of
 from rows import OURS
 
 import fastelbo
@@ -105,21 +105,37 @@ class Timed:
         both = self.pass_ == "forward_backward"
         return (both and not self.layer.of_data) or self.pass_ == "d_input", both or self.pass_ == "d_weight", both
 
+    @property
+    def fields(self) -> dict:
+        """What all of its rows have in common."""
+        found = {"op": "masked_conv2d", "case": self.layer.name, "shape": self.layer.shape, "dtype": self.dtype}
+        return found | {"pass_": self.pass_, "bytes": self.bytes_moved}
 
-def timed(device: str, shapes=(), ops=(), dtypes=(), quick=False) -> list[Timed]:
+    @property
+    def bytes_moved(self) -> int:
+        """Input, weight and one result, once; in the backward their gradients and the first two again."""
+        layer = self.layer
+        image, size = layer.n * layer.size**2, torch.finfo(getattr(torch, self.dtype)).bits // 8
+        operands, output = image * layer.c_in + layer.c_out * layer.c_in * layer.live, image * layer.c_out
+        return size * (operands + output + (self.pass_ == "forward_backward") * (2 * operands + output))
+
+
+def timed(option) -> list[Timed]:
     """What is to be timed, as cases.timed."""
+    if not cases.chosen(option.op, "masked_conv2d"):
+        return []
+    layers = QUICK if option.quick and not option.shape else LAYERS
+    default = {"cpu": "float32", "cuda": "bfloat16"}[option.device]
     return [
-        Timed(layer, dtype, pass_, device)
-        for pass_ in PASSES[device]
-        for layer in LAYERS
-        if "masked_conv2d" in (ops or ["masked_conv2d"])
-        if (layer.shape in shapes if shapes else layer in QUICK or not quick)
-        if not (pass_ == "d_input" and layer.of_data)
-        for dtype in (dtypes or [{"cpu": "float32", "cuda": "bfloat16"}[device]])
+        Timed(layer, dtype, pass_, option.device)
+        for pass_ in PASSES[option.device]
+        for layer in layers
+        if cases.chosen(option.shape, layer.shape) and not (pass_ == "d_input" and layer.of_data)
+        for dtype in option.dtype or [default]
     ]
 
 
-def contestants(case: Timed, device: torch.device, backends: list[str]):
+def contestants(case: Timed, device: torch.device, backends: list[str], rivals):
     """Functions of (input, weight, bias), the memory format of each, and what is to be set for its calls."""
     layer, dtype = case.layer, getattr(torch, case.dtype)
     pad, mask = layer.k // 2, mask_of(layer, dtype, device)
@@ -153,8 +169,8 @@ def contestants(case: Timed, device: torch.device, backends: list[str]):
         found["crop" + suffix] = padded, memory_format, []
         found["crop_sliced" + suffix] = sliced, memory_format, []
         # a compiled backward can run but once; on a GPU inductor lays convolutions out in channels last itself
-        if case.pass_ in ("forward", "forward_backward") and (suffix or not on_gpu):
-            found["compile" + suffix] = torch.compile(padded, fullgraph=True), memory_format, []
+        if "compile" in rivals and case.pass_ in ("forward", "forward_backward") and (suffix or not on_gpu):
+            found["compile" + suffix] = cases.compiled(padded, fullgraph=True), memory_format, []
     return found
 
 
@@ -237,7 +253,7 @@ def calls(case: Timed, device: torch.device, backends: list[str], rivals) -> dic
     dtype, made, inputs = getattr(torch, case.dtype), {}, {}
     pass_ = "backward" if case.pass_.startswith("d_") else case.pass_
     expected, mask = exact(case, device, pass_), mask_of(case.layer, dtype, device)
-    for name, (function, memory_format, settings) in contestants(case, device, backends).items():
+    for name, (function, memory_format, settings) in contestants(case, device, backends, rivals).items():
         form = form_of(name)
         if form not in (*OURS, *rivals):
             continue
@@ -259,18 +275,3 @@ def calls(case: Timed, device: torch.device, backends: list[str], rivals) -> dic
 def timed_by(timing: str, calls: dict[str, Callable]) -> dict[str, Callable]:
     """The contestants whose calls can tell: a plan that was searched for costs the host what others do."""
     return {name: call for name, call in calls.items() if timing != "host" or "_benchmark" not in name}
-
-
-def bytes_moved(case: Timed) -> int:
-    """Input, weight and one result, once; in the backward their gradients and the first two again."""
-    layer = case.layer
-    image, size = layer.n * layer.size**2, torch.finfo(getattr(torch, case.dtype)).bits // 8
-    operands, output = image * layer.c_in + layer.c_out * layer.c_in * layer.live, image * layer.c_out
-    return size * (operands + output + (case.pass_ == "forward_backward") * (2 * operands + output))
-
-
-def fields(case: Timed, timing: str, samples: dict[str, list[float]]) -> list[dict]:
-    """The fields of every contestant's row that do not say where it was timed."""
-    common = {"op": "masked_conv2d", "case": case.layer.name, "shape": case.layer.shape, "dtype": case.dtype}
-    common |= {"pass_": case.pass_, "bytes": bytes_moved(case), "timing": timing}
-    return measured(common, samples, case.device == "cuda")

@@ -50,11 +50,11 @@ def check(drop_in: DropIn, inputs) -> list[torch.Tensor]:
     return found
 
 
-def timed(device: str, shapes=(), ops=(), dtypes=(), rivals=()) -> list[DropIn]:
+def timed(option) -> list[DropIn]:
     """What is to be timed, as cases.timed; nothing on a GPU, and nothing by its shape."""
-    if device != "cpu" or shapes or "float32" not in (dtypes or ["float32"]):
+    if option.device != "cpu" or option.shape or not cases.chosen(option.dtype, "float32"):
         return []
-    return [one for one in DROP_INS if one.op in (ops or [one.op]) and one.rival in (rivals or [one.rival])]
+    return [one for one in DROP_INS if cases.chosen(option.op, one.op) and cases.chosen(option.rival, one.rival)]
 
 
 def calls(drop_in: DropIn) -> tuple[dict[str, Callable], dict]:
@@ -69,7 +69,7 @@ def calls(drop_in: DropIn) -> tuple[dict[str, Callable], dict]:
     found = check(drop_in, inputs)
     # inputs and outputs once; in the backward the inputs again, and the gradients of both
     moved = sum(tensor.nbytes for tensor in (*inputs, *inputs, *found, *found[: len(found) - len(leaves)]))
-    shape = drop_in.shape or "x".join(map(str, inputs[0].shape))
+    shape = drop_in.shape or cases.named(inputs[0].shape)
     common = {"op": drop_in.op, "case": drop_in.case, "pass_": BOTH, "shape": shape, "dtype": "float32"}
     made = {name: cases.bind(function, inputs, BOTH) for name, function in drop_in.contestants().items()}
     return made, common | {"bytes": moved}

@@ -1,15 +1,12 @@
 """How many times as long rivals take: as rows hold it, and as it is read off rows."""
 
 import math
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
+import numpy
 from rows import OURS, Row
 
-
-def typical(samples: Sequence[float], on_gpu: bool) -> float:
-    """The time that ratios are taken of, as Row.typical_us."""
-    return statistics.median(samples) if on_gpu else min(samples)
+QUANTILES = {"min_us": 0.0, "p20_us": 0.2, "median_us": 0.5, "p80_us": 0.8}  # columns, and their shares of samples
 
 
 def form_of(contestant: str) -> str:
@@ -17,24 +14,29 @@ def form_of(contestant: str) -> str:
     return contestant.removesuffix("_channels_last").removesuffix("_benchmark").removesuffix("_sliced")
 
 
-def measured(common: dict, samples: dict[str, list[float]], on_gpu: bool = False) -> list[dict]:
+def measured(common: dict, samples: dict[str, list[float]], typical: str = "min_us") -> list[dict]:
     """The fields of every contestant's Row that do not say where it was timed: what all have in common, and of each its
-    quantiles and its ratios, to rivals in their fastest form."""
-    times = {name: typical(values, on_gpu) for name, values in samples.items()}
+    quantiles and its ratios, to rivals in their fastest form.
+
+    Args:
+        common: fields.
+        samples: seconds of each contestant.
+        typical: which quantile ratios are of, as Row.typical_us.
+    """
+    found = {}
+    for name, seconds in samples.items():
+        quantiles = 1e6 * numpy.quantile(seconds, list(QUANTILES.values()))
+        found[name] = common | {"contestant": name, "rounds": len(seconds)}
+        found[name] |= zip(QUANTILES, quantiles.tolist(), strict=True)
+    times = {name: row[typical] for name, row in found.items()}
     fastest = {form: min(time for name, time in times.items() if form_of(name) == form) for form in map(form_of, times)}
-    rivals = [form for form in fastest if f"over_{form}" in Row.__dataclass_fields__]
-    found = []
-    for name, values in samples.items():
-        p20, _, _, p80 = statistics.quantiles(2 * list(values) if len(values) == 1 else values, n=5, method="inclusive")
-        quantiles = {"min_us": min(values), "p20_us": p20, "median_us": statistics.median(values), "p80_us": p80}
-        row = common | {"contestant": name, "rounds": len(values)}
-        row |= {quantile: 1e6 * seconds for quantile, seconds in quantiles.items()}
+    for name, row in found.items():
         if "copy" in times:
             row["fraction_of_copy"] = times["copy"] / times[name]
         if form_of(name) in OURS:
-            row |= {f"over_{form}": fastest[form] / times[name] for form in rivals}
-        found.append(row)
-    return found
+            ratios = {f"over_{form}": time / times[name] for form, time in fastest.items()}
+            row |= {column: ratio for column, ratio in ratios.items() if column in Row.__dataclass_fields__}
+    return list(found.values())
 
 
 def compared(row: Row) -> tuple:

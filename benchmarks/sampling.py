@@ -6,11 +6,13 @@ of a whole image extrapolated from them (pass "sample_extrapolated"). "eager_cac
 network, checked against its full forward; "reference" is our sampler in plain torch.
 """
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
-import ratios
 import torch
 import torch.nn.functional as F  # noqa: N812
+from cases import chosen
 from torch import nn
 
 from fastelbo.nn import GatedMaskedConv2d, HorizontalStackConv2d, VerticalStackConv2d
@@ -18,7 +20,6 @@ from fastelbo.sampling import IncrementalSampler
 
 LEVELS, SIZE, CHANNELS = 256, 28, 64
 DILATIONS = (1, 2, 1, 4, 1, 2, 1)
-BATCHES = (1, 16, 64)
 PIXELS = 2  # that the naive loop draws
 RIVALS = ("reference", "eager_cache", "naive")
 
@@ -90,17 +91,36 @@ class EagerCache:
             torch.testing.assert_close(logits, self.model(image), rtol=0, atol=1e-5)
 
 
-def shape_of(batch: int) -> str:
-    return f"{batch}x1x{SIZE}x{SIZE}"
+class Batch(NamedTuple):
+    """So many images, drawn at a time."""
+
+    images: int
+
+    def __str__(self):
+        return f"{self.images} images"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.images}x1x{SIZE}x{SIZE}"
+
+    @property
+    def fields(self) -> dict:
+        """What all of its rows have in common."""
+        found = {"op": "sampling", "case": f"GatedPixelCNN {CHANNELS}x{len(DILATIONS)}", "pass_": "sample"}
+        return found | {"shape": self.shape, "dtype": "float32", "bytes": 8 * self.images * SIZE**2}
 
 
-def batches(device: str, shapes=(), ops=(), dtypes=(), quick=False) -> list[int]:
-    """How many images are to be drawn at a time, as cases.timed; on a GPU nothing is timed."""
-    wanted = device == "cpu" and "sampling" in (ops or ["sampling"]) and "float32" in (dtypes or ["float32"])
-    return [n for n in BATCHES if wanted and (shape_of(n) in shapes if shapes else n == 1 or not quick)]
+def timed(option) -> list[Batch]:
+    """What is to be timed, as cases.timed; nothing on a GPU."""
+    if option.device != "cpu" or not chosen(option.op, "sampling") or not chosen(option.dtype, "float32"):
+        return []
+    batches = map(Batch, (1, 16, 64))
+    if option.shape:
+        return [batch for batch in batches if batch.shape in option.shape]
+    return [batch for batch in batches if batch.images == 1 or not option.quick]
 
 
-def contestants(batch: int, rivals) -> dict[str, Callable]:
+def contestants(batch: Batch, rivals) -> dict[str, Callable]:
     """Functions that draw so many images, or the naive loop's few pixels of them.
 
     Raises:
@@ -108,37 +128,34 @@ def contestants(batch: int, rivals) -> dict[str, Callable]:
     """
     torch.manual_seed(0)
     model = GatedPixelCNN().eval()
-    options = {"levels": LEVELS}
-    ours = IncrementalSampler(model, (1, SIZE, SIZE), backend="cpu", **options)
-    found = {"cpu": lambda: ours.sample(batch, seed=0)}
-    if "reference" in rivals:
-        reference = IncrementalSampler(model, (1, SIZE, SIZE), backend="reference", **options)
-        found["reference"] = lambda: reference.sample(batch, seed=0)
+    found = {}
+    for backend in ("cpu", "reference"):
+        if backend in ("cpu", *rivals):
+            sampler = IncrementalSampler(model, (1, SIZE, SIZE), levels=LEVELS, backend=backend)
+            found[backend] = functools.partial(sampler.sample, batch.images, seed=0)
     if "eager_cache" in rivals:
         eager = EagerCache(model)
         eager.check()
-        found["eager_cache"] = lambda: eager.sample(batch)
+        found["eager_cache"] = functools.partial(eager.sample, batch.images)
     if "naive" in rivals:
-        x = torch.randint(LEVELS, (batch, 1, SIZE, SIZE)).float()
-
-        @torch.no_grad()
-        def naive():
-            for pixel in range(PIXELS):
-                logits = model(x)[:, :, pixel // SIZE, pixel % SIZE]
-                x[:, 0, pixel // SIZE, pixel % SIZE] = logits.softmax(1).multinomial(1)[:, 0].float()
-
-        found["naive"] = naive
+        found["naive"] = functools.partial(draw_pixels, model, batch.images)
     return found
 
 
-def fields(batch: int, samples: dict[str, list[float]]) -> list[dict]:
-    """The fields of every contestant's row that do not say where it was timed."""
-    if "naive" in samples:
-        samples = samples | {"naive": [SIZE * SIZE / PIXELS * seconds for seconds in samples["naive"]]}
-    common = {"op": "sampling", "case": f"GatedPixelCNN {CHANNELS}x{len(DILATIONS)}", "shape": shape_of(batch)}
-    common |= {"dtype": "float32", "bytes": 8 * batch * SIZE**2, "pass_": "sample"}
-    found = {row["contestant"]: row for row in ratios.measured(common, samples)}
-    if "naive" in found:
-        found["naive"]["pass_"] = "sample_extrapolated"
-        found["cpu"]["over_eager"] = found["naive"]["min_us"] / found["cpu"]["min_us"]
-    return list(found.values())
+@torch.no_grad()
+def draw_pixels(model: nn.Module, images: int) -> None:
+    """The first PIXELS pixels of images, by a full forward for each of them."""
+    x = torch.randint(LEVELS, (images, 1, SIZE, SIZE)).float()
+    for pixel in range(PIXELS):
+        logits = model(x)[:, :, pixel // SIZE, pixel % SIZE]
+        x[:, 0, pixel // SIZE, pixel % SIZE] = logits.softmax(1).multinomial(1)[:, 0].float()
+
+
+def extrapolated(found: list[dict]) -> list[dict]:
+    """Rows, in which those of the naive loop are of whole images."""
+    rows = {row["contestant"]: row for row in found}
+    if naive := rows.get("naive"):
+        naive |= {name: SIZE * SIZE / PIXELS * naive[name] for name in naive if name.endswith("_us")}
+        naive["pass_"] = "sample_extrapolated"
+        rows["cpu"]["over_eager"] = naive["min_us"] / rows["cpu"]["min_us"]
+    return found

@@ -36,20 +36,19 @@ def peak_bytes(both_passes, device) -> int | None:
     return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
 
 
-def test_memory(differentiable, dtype, device, backends, save, request):
-    case, found = differentiable, []
-    torch._dynamo.reset()
-    shape = SHAPES[device.type]
-    inputs = cases.make_inputs(case, shape, cases.DTYPES[dtype], device)
-    common = {"op": case.op, "case": case.name, "shape": f"{shape[0]}x{shape[1]}", "dtype": dtype}
-    wanted = request.config.option.rival or cases.RIVALS
-    for name, call in cases.contestants(case, backends, wanted, "forward_backward").items():
+def test_memory(timed, bench):
+    (case, dtype), found = timed, []
+    shape = SHAPES[bench.device.type]
+    inputs = cases.make_inputs(case, shape, dtype, bench.device)
+    common = {"op": case.op, "case": case.name, "shape": cases.named(shape), "dtype": dtype}
+    wanted = bench.option.rival or cases.RIVALS
+    for name, call in cases.contestants(case, bench.backends, wanted, "forward_backward").items():
         both_passes = cases.bind(call, inputs, "forward_backward")
         # its first call allocates what is allocated once, and what a compiler measures
         counts = {"result_bytes": sum(tensor.nbytes for tensor in cases.flat(both_passes()))}
-        counts |= {"saved_bytes": saved_bytes(call, inputs), "peak_bytes": peak_bytes(both_passes, device)}
+        counts |= {"saved_bytes": saved_bytes(call, inputs), "peak_bytes": peak_bytes(both_passes, bench.device)}
         found.append(common | {"contestant": name} | counts)
-    save("memory_", found)
-    ours = [row for row in found if row["contestant"] in backends]
+    bench.save("memory_", found)
+    ours = [row for row in found if row["contestant"] in bench.backends]
     seed = 8 if case.entry.drawn else 0
     assert all(row["saved_bytes"] == seed for row in ours), "ours keep nothing but a seed"

@@ -1,13 +1,10 @@
 """Times drawing images from a Gated PixelCNN: ours against all of its rivals, in turns, within one run."""
 
-import host_clock
 import sampling
 
 
-def test_sampling(batch, device, passing, save, request):
-    for name in ("sampling", "sampling_networks", "sampling_check"):
-        passing(name)
-    option = request.config.option
-    calls = sampling.contestants(batch, option.rival or sampling.RIVALS)
-    samples = host_clock.measure(calls, option.rounds or (3 if option.quick else 5))
-    save("sampling_", sampling.fields(batch, samples))
+def test_sampling(timed, bench):
+    verified = bench.verified("sampling", "sampling_networks", "sampling_check")
+    calls = sampling.contestants(timed, bench.option.rival or sampling.RIVALS)
+    found = bench.measured(timed.fields | {"verified": verified}, calls, rounds=5)
+    bench.save("sampling_", sampling.extrapolated(found))

@@ -1,5 +1,6 @@
 """The benchmarks' own tools, as far as a machine without a GPU can tell: options, runs, comparison, rows."""
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -148,14 +149,19 @@ def test_bad_input_gives_one_sentence_and_loses_nothing(tmp_path):
 
 def test_every_size_says_what_it_times():
     """On each device some case of every op, which has rivals."""
+
+    def options(device, **chosen):
+        none = dict.fromkeys(("shape", "op", "dtype", "rival", "quick"))
+        return argparse.Namespace(device=device, **none | chosen)
+
     for device in ("cpu", "cuda"):
-        timed = cases.timed(device)
+        timed = cases.timed(options(device))
         assert len(set(map(str, timed))) == len(timed)
         files = {one.case.entry.file for one in timed if one.case.lines}
         assert files | {"masked_conv2d"} == set(FILES)
-        quick = cases.timed(device, quick=True)
+        quick = cases.timed(options(device, quick=True))
         assert quick and all(one.shape[0] * one.shape[1] <= 2**20 for one in quick)
-    assert {one.shape for one in cases.timed("cuda", ["12x34"], ["gaussian_kl"])} == {(12, 34)}
+    assert {one.shape for one in cases.timed(options("cuda", shape=["12x34"], op=["gaussian_kl"]))} == {(12, 34)}
 
 
 def test_verdict_of_tests_that_ran_before(tmp_path):
