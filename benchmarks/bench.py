@@ -1,10 +1,11 @@
 """What a case is timed with: the tests' verdict first, then contestants in turns, and rows, on disk at once."""
 
-import functools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
 import cases
 import clocks
+import compare
 import machine
 import pytest
 import ratios
@@ -13,28 +14,27 @@ import torch
 
 
 class Bench:
-    """One session of `pytest benchmarks`.
-
-    Args:
-        config: pytest's.
-    """
+    """One session of `pytest benchmarks`."""
 
     def __init__(self, config: pytest.Config):
         self.config, self.option = config, config.option
         self.rows: list[rows.Row | rows.MemoryRow] = []
+        self.baseline: list[rows.Row] = []
         self.failures: dict[str, str] = {}
+        self.started, self.done = time.monotonic(), set()
 
-    @functools.cached_property
-    def device(self) -> torch.device:
-        if self.option.device == "cuda":
+    def open(self) -> None:
+        """Before the first case."""
+        self.device = torch.device(self.option.device)
+        if self.device.type == "cuda":
             if not torch.cuda.is_available():
                 pytest.exit("--device cuda needs a GPU, and torch finds none", returncode=2)
             torch.cuda.set_stream(torch.cuda.Stream())  # the default one cannot be captured in a graph
-        return torch.device(self.option.device)
+        self.backends = cases.usable_backends(self.device)
 
-    @functools.cached_property
-    def backends(self) -> list[str]:
-        return cases.usable_backends(self.device)
+    def rivals(self, names: Iterable[str]) -> list[str]:
+        """Those that the option chooses."""
+        return [name for name in names if cases.chosen(self.option.rival, name)]
 
     @property
     def typical(self) -> str:
@@ -97,6 +97,11 @@ class Bench:
                 rows.append(path, made)
             except OSError as error:
                 pytest.exit(f"no rows can be written to {path}: {error.strerror}", returncode=1)
+
+    @property
+    def changes(self) -> list[compare.Change]:
+        """Against the baseline."""
+        return compare.changes(self.of_kind(rows.Row), self.baseline)
 
     def of_kind(self, kind: type) -> list:
         """Rows that were saved."""

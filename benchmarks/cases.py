@@ -4,9 +4,9 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import originals
+import pytest
 import torch
 from ops import GAUSSIAN, Gaussian
 from torch.distributions import Normal, kl_divergence
@@ -28,9 +28,8 @@ class Size:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     passes: tuple[str, ...] = ("forward", "forward_backward")
     timings: tuple[str, ...] = ("host",)  # as in rows.Row
-    rivals: tuple[str, ...] = RIVALS
     # of a case and a dtype: a compilation takes seconds, and time on a GPU is short
-    compiles: Callable[["Case", str], bool] = lambda case, dtype: True
+    rivals: Callable[["Case", str], tuple[str, ...]] = lambda case, dtype: RIVALS
     summed: bool = False  # only ops that sum over events
     quick: bool = True
 
@@ -47,14 +46,14 @@ SIZES = {
             ((65536, 1024),),
             passes=PASSES,
             timings=("events",),
-            compiles=lambda case, dtype: dtype == "float32" or case.entry.drawn,
+            rivals=lambda case, dtype: RIVALS if dtype == "float32" or case.entry.drawn else UNCOMPILED,
             quick=False,
         ),
         "rows": Size(  # as many elements in events of other lengths
             tuple((2**26 // columns, columns) for columns in (1, 3, 31, 64, 257, 4096, 100_000)),
             passes=("forward", "backward"),
             timings=("events",),
-            rivals=(),
+            rivals=lambda case, dtype: (),
             summed=True,
             quick=False,
         ),
@@ -62,10 +61,12 @@ SIZES = {
             ((8, 16), (128, 10)),
             ("float32",),
             timings=("host", "graph"),
-            compiles=lambda case, dtype: case.op == "gaussian_rsample_kl",
+            rivals=lambda case, dtype: RIVALS if case.op == "gaussian_rsample_kl" else UNCOMPILED,
         ),
-        "medium": Size(((4096, 256),), timings=("events",), rivals=UNCOMPILED),
-        "64MB": Size(((65536, 256),), ("float32",), PASSES, ("events",), rivals=UNCOMPILED, quick=False),
+        "medium": Size(((4096, 256),), timings=("events",), rivals=lambda case, dtype: UNCOMPILED),
+        "64MB": Size(
+            ((65536, 256),), ("float32",), PASSES, ("events",), rivals=lambda case, dtype: UNCOMPILED, quick=False
+        ),
     },
 }
 LOG_2PI = math.log(2 * math.pi)
@@ -78,63 +79,51 @@ def rsample_lines(mean, s, noise=None):
     return mean + std * (torch.randn_like(std) if noise is None else noise)
 
 
-def rsample_distributions(mean, s):
-    return Normal(mean, torch.exp(0.5 * s)).rsample()
-
-
-def kl_distributions(mean, s):
-    return kl_divergence(Normal(mean, torch.exp(0.5 * s)), STANDARD_NORMAL).sum(1)
-
-
 def kl_prior_lines(mean_q, s_q, mean_p, s_p):
     return 0.5 * torch.sum(-1.0 + s_p - s_q + torch.exp(s_q - s_p) + (mean_q - mean_p).pow(2) * torch.exp(-s_p), dim=1)
-
-
-def kl_prior_distributions(mean_q, s_q, mean_p, s_p):
-    q, p = Normal(mean_q, torch.exp(0.5 * s_q)), Normal(mean_p, torch.exp(0.5 * s_p))
-    return kl_divergence(q, p).sum(1)
 
 
 def rsample_kl_lines(mean, s, noise=None):
     return rsample_lines(mean, s, noise), originals.kl(mean, s)
 
 
-def rsample_kl_distributions(mean, s):
-    q = Normal(mean, torch.exp(0.5 * s))
-    return q.rsample(), kl_divergence(q, STANDARD_NORMAL).sum(1)
-
-
 def log_prob_lines(x, mean, s):
     return -0.5 * torch.sum(s + (x - mean).pow(2) * torch.exp(-s) + LOG_2PI, dim=1)
 
 
+def normal(mean, s):
+    return Normal(mean, torch.exp(0.5 * s))
+
+
+def rsample_distributions(mean, s):
+    return normal(mean, s).rsample()
+
+
+def kl_distributions(mean, s, *prior):
+    return kl_divergence(normal(mean, s), normal(*prior) if prior else STANDARD_NORMAL).sum(1)
+
+
+def rsample_kl_distributions(mean, s):
+    q = normal(mean, s)
+    return q.rsample(), kl_divergence(q, STANDARD_NORMAL).sum(1)
+
+
 def log_prob_distributions(x, mean, s):
-    return Normal(mean, torch.exp(0.5 * s)).log_prob(x).sum(1)
+    return normal(mean, s).log_prob(x).sum(1)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op on one kind of input.
+    """One op on one kind of input."""
 
-    Args:
-        entry: of the table of ops.
-        name: the kind of input.
-        inputs: a letter each: p for a parameter, 0 for a 0-d one, d for data (wants no gradient), z for zeros.
-        floor: elements read and written per element, in the forward and in the backward.
-        lines: the lines users write, a function of the inputs; also compiled.
-        distributions: the same by torch.distributions.
-        others: further rivals.
-        ours: a function of the inputs and the backend, where that is not simply the op.
-    """
-
-    entry: Gaussian
-    name: str
-    inputs: str
-    floor: tuple[int, int]
-    lines: Callable | None = None
-    distributions: Callable | None = None
-    others: dict[str, Callable] = field(default_factory=dict)
-    ours: Callable | None = None
+    entry: Gaussian  # of the table of ops
+    name: str  # the kind of input
+    inputs: str  # a letter each: p for a parameter, 0 for a 0-d one, d for data (wants no gradient), z for zeros
+    floor: tuple[int, int]  # elements read and written per element, in the forward and in the backward
+    lines: Callable | None = None  # that users write, a function of the inputs; also compiled
+    distributions: Callable | None = None  # the same by torch.distributions
+    others: dict[str, Callable] = field(default_factory=dict)  # further rivals
+    ours: Callable | None = None  # a function of the inputs and the backend, where that is not simply the op
     sizes: tuple[str, ...] = ()  # all
     passes: tuple[str, ...] = PASSES
 
@@ -147,7 +136,7 @@ class Case:
 CASES = [
     Case(GAUSSIAN["rsample"], "", "pp", (3, 3), rsample_lines, rsample_distributions),
     Case(GAUSSIAN["kl"], "standard normal", "pp", (2, 4), originals.kl, kl_distributions),
-    Case(GAUSSIAN["kl-prior"], "learned prior", "pppp", (4, 8), kl_prior_lines, kl_prior_distributions),
+    Case(GAUSSIAN["kl-prior"], "learned prior", "pppp", (4, 8), kl_prior_lines, kl_distributions),
     Case(GAUSSIAN["rsample_kl"], "", "pp", (3, 5), rsample_kl_lines, rsample_kl_distributions),
     Case(GAUSSIAN["log_prob"], "", "dpp", (3, 5), log_prob_lines, log_prob_distributions),
     Case(GAUSSIAN["log_prob"], "scalar scale", "dp0", (2, 3), log_prob_lines, log_prob_distributions),
@@ -187,16 +176,6 @@ class Timed:
         return max(20, min(100, math.ceil(2**26 / elements)))
 
 
-class Counted(NamedTuple):
-    """One case and dtype whose memory is counted."""
-
-    case: Case
-    dtype: str
-
-    def __str__(self):
-        return f"{self.case.op}-{self.case.name}-{self.dtype}"
-
-
 def timed(option) -> list[Timed]:
     """What is to be timed, by the options of `pytest benchmarks`: device, shape, op, dtype, rival and quick.
 
@@ -207,7 +186,7 @@ def timed(option) -> list[Timed]:
     names = [name for name in option.shape or known if name in known or name.count("x") == 1]
     sizes = {name: size_of(option.device, name) for name in names}
     return [
-        Timed(case, shape, dtype, pass_, timing, rivals_of(case, dtype, size, option.rival or RIVALS))
+        Timed(case, shape, dtype, pass_, timing, size.rivals(case, dtype))
         for name, size in sizes.items()
         if option.shape or size.quick or not option.quick
         for case in CASES
@@ -222,11 +201,15 @@ def timed(option) -> list[Timed]:
     ]
 
 
-def counted(option) -> list[Counted]:
-    """Whose memory is to be counted, as timed."""
-    dtypes = option.dtype or (["float32"] if option.device == "cuda" else DTYPES)
-    cases = [case for case in CASES if case.lines and chosen(option.op, case.op) and not option.shape]
-    return [Counted(case, dtype) for case in cases for dtype in dtypes if dtype in DTYPES]
+def counted(option) -> list:
+    """The cases and dtypes whose memory is to be counted, as timed."""
+    return [
+        pytest.param((case, dtype), id=f"{case.op}-{case.name}-{dtype}")
+        for case in CASES
+        if case.lines and chosen(option.op, case.op) and not option.shape
+        for dtype in option.dtype or (["float32"] if option.device == "cuda" else DTYPES)
+        if dtype in DTYPES
+    ]
 
 
 def chosen(values, value: str) -> bool:
@@ -239,11 +222,6 @@ def size_of(device: str, name: str) -> Size:
         return SIZES[device][name]
     shape = tuple(map(int, name.split("x")))
     return Size((shape,)) if device == "cpu" else Size((shape,), passes=PASSES, timings=("events",))
-
-
-def rivals_of(case: Case, dtype: str, size: Size, wanted) -> tuple[str, ...]:
-    compiles = size.compiles(case, dtype)
-    return tuple(name for name in size.rivals if name in wanted and (compiles or not name.startswith("compile")))
 
 
 def named(shape: Iterable[int]) -> str:
@@ -263,15 +241,12 @@ def make_inputs(case: Case, shape, dtype: str, device) -> list[torch.Tensor]:
 
 
 def usable_backends(device: torch.device) -> list[str]:
-    """Ours, the fastest first; "reference" is no contestant."""
-    names = [name for name in fastelbo.backends.BACKENDS if name != "reference"]
-    if device.type == "cpu":
-        names.remove("triton")  # its interpreter is for tests
+    """Ours, for what the device is; Triton's interpreter is for tests, and "reference" is no contestant."""
+    names = ("cpu",) if device.type == "cpu" else ("cuda", "triton")
     reasons = {name: fastelbo.backends.why_not(name, device) for name in names}
     if all(reasons.values()):
         raise RuntimeError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
-    preferred = fastelbo.backends.choose(device)
-    return sorted((name for name in names if reasons[name] is None), key=lambda name: name != preferred)
+    return [name for name in names if reasons[name] is None]
 
 
 def contestants(case: Case, backends: list[str], wanted, pass_: str, timing: str = "host") -> dict[str, Callable]:

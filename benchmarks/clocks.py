@@ -18,6 +18,10 @@ CYCLES_PER_SECOND = 2e9  # of a GPU, at most; a slower clock makes a pause longe
 LONGEST_PAUSE = 5e-3  # seconds
 
 
+Calls = dict[str, Callable]  # without arguments, by name
+Samples = dict[str, list[float]]  # seconds
+
+
 def keep_freed_memory() -> None:
     """Makes glibc keep what is freed, for every contestant alike.
 
@@ -38,17 +42,11 @@ def turns(names: Iterable[str], rounds: int) -> Iterator[tuple[str, ...]]:
         yield tuple(order)
 
 
-def by_host(calls: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every call by the host's clock, one sample of each per round.
-
-    Args:
-        calls: without arguments, by name.
-        rounds: samples of each.
-        device: that they run on.
-    """
+def by_host(calls: Calls, rounds: int, device: torch.device) -> Samples:
+    """Of every call by the host's clock, one per round."""
     gc.collect()
     loops = {name: loops_for(call) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: Samples = {name: [] for name in calls}
     for order in turns(calls, rounds):
         for name in order:
             samples[name].append(sample(calls[name], loops[name]))
@@ -74,17 +72,11 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def by_events(
-    calls: dict[str, Callable], rounds: int, device: torch.device, cold: bool = True
-) -> dict[str, list[float]]:
-    """Seconds of every call by the GPU's events, one sample of each per round.
+def by_events(calls: Calls, rounds: int, device: torch.device, cold: bool = True) -> Samples:
+    """Of every call by the GPU's events, one per round; cold: the second-level cache holds nothing of the inputs.
 
     The GPU pauses before each call for as long as the host needs to launch it, so that no gap between kernels is the
     host's. A call that waits for the GPU itself cannot be helped in this way, and pays for its waiting.
-
-    Args:
-        calls, rounds, device: as of by_host.
-        cold: whether the second-level cache holds nothing of the inputs.
     """
     evict = eviction(device) if cold else lambda: None
     pauses = {name: min(LONGEST_PAUSE, 2e-5 + 2 * seconds_to_launch(call)) for name, call in calls.items()}
@@ -121,8 +113,8 @@ def seconds_to_launch(call: Callable) -> float:
     return seconds
 
 
-def in_graphs(calls: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every call where a CUDA graph launches it."""
+def in_graphs(calls: Calls, rounds: int, device: torch.device) -> Samples:
+    """Of every call where a CUDA graph launches it."""
     replays = {name: captured(call).replay for name, call in calls.items()}
     samples = by_events(replays, rounds, device, cold=False)
     return {name: [seconds / GRAPH_CALLS for seconds in found] for name, found in samples.items()}

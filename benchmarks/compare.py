@@ -57,12 +57,9 @@ def baseline(where: str, results: Path) -> list[rows.Row]:
         OSError: for a file that cannot be read.
     """
     path = Path(where)
-    if path.is_file():
-        found = rows.read(path)
-    else:
-        folder, commit = (path, "") if path.is_dir() else (results, where)
-        of_times = (file for file in rows.result_files(folder) if rows.kind_of(file) is rows.Row)
-        found = [row for file in of_times for row in rows.read(file) if row.commit.startswith(commit)]
+    folder, commit = (path, "") if path.exists() else (results, where)
+    files = [path] if path.is_file() else [file for file in rows.result_files(folder) if rows.kind_of(file) is rows.Row]
+    found = [row for file in files for row in rows.read(file) if row.commit.startswith(commit)]
     if found:
         return found
     if path.exists():

@@ -31,8 +31,7 @@ TIMED = {
 }
 OPS = sorted({case.op for case in cases.CASES} | {"masked_conv2d", "sampling"} | {one.op for one in DROP_INS})
 RIVALS = tuple(dict.fromkeys((*cases.RIVALS, "copy", *convolutions.RIVALS, *sampling.RIVALS)))
-BENCH, BASELINE, COMPARED = pytest.StashKey[Bench](), pytest.StashKey[list](), pytest.StashKey[list]()
-STARTED, DONE = pytest.StashKey[float](), pytest.StashKey[set]()
+BENCH = pytest.StashKey[Bench]()
 
 
 def at_least_one(kind: type) -> Callable:
@@ -113,8 +112,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     option = config.option
-    config.stash[BENCH], config.stash[COMPARED] = Bench(config), []
-    config.stash[STARTED], config.stash[DONE] = time.monotonic(), set()
+    bench = config.stash[BENCH] = Bench(config)
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script_method. is deprecated")  # torch's own
     option.verbose = option.verbose or 1  # a line for each case
     known = cases.SIZES[option.device]
@@ -130,7 +128,8 @@ def pytest_configure(config):
             refuse_unwritable(option.results)
             for name, kind in rows.FILES.items():
                 rows.columns_to_extend(option.results / f"{name}{option.device}.csv", kind)
-        config.stash[BASELINE] = compare.baseline(option.compare, option.results) if option.compare else []
+        if option.compare:
+            bench.baseline = compare.baseline(option.compare, option.results)
     except ElementTree.ParseError as error:
         raise pytest.UsageError(f"--verdict must be what pytest --junitxml writes: {option.verdict}: {error}") from None
     except (OSError, ValueError) as error:
@@ -149,7 +148,9 @@ def refuse_unwritable(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def bench(pytestconfig) -> Bench:
-    return pytestconfig.stash[BENCH]
+    bench = pytestconfig.stash[BENCH]
+    bench.open()
+    return bench
 
 
 def pytest_generate_tests(metafunc):
@@ -175,13 +176,12 @@ def pytest_runtest_protocol():
 
 
 def pytest_report_teststatus(report, config):
-    if report.when != "call" or not report.passed or config.option.verbose < 1:
-        return None
-    done, session = config.stash[DONE], config.pluginmanager.get_plugin("session")
-    done.add(report.nodeid)
-    elapsed = time.monotonic() - config.stash[STARTED]
-    left = elapsed / len(done) * (session.testscollected - len(done))
-    return report.outcome, ".", f"PASSED after {duration(elapsed)}, about {duration(left)} left"
+    if report.when == "call" and report.passed and config.option.verbose > 0:
+        bench, session = config.stash[BENCH], config.pluginmanager.get_plugin("session")
+        bench.done.add(report.nodeid)
+        elapsed = time.monotonic() - bench.started
+        left = elapsed / len(bench.done) * (session.testscollected - len(bench.done))
+        return report.outcome, ".", f"PASSED after {duration(elapsed)}, about {duration(left)} left"
 
 
 def duration(seconds: float) -> str:
@@ -189,12 +189,8 @@ def duration(seconds: float) -> str:
 
 
 def pytest_sessionfinish(session, exitstatus):
-    config = session.config
-    if not config.option.compare or exitstatus == pytest.ExitCode.USAGE_ERROR:
-        return
-    found = config.stash[COMPARED] = compare.changes(config.stash[BENCH].of_kind(rows.Row), config.stash[BASELINE])
-    limit = config.option.fail_slower
-    if limit and exitstatus == pytest.ExitCode.OK and compare.failure(found, limit):
+    limit = session.config.option.fail_slower
+    if limit and exitstatus == pytest.ExitCode.OK and compare.failure(session.config.stash[BENCH].changes, limit):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -208,4 +204,4 @@ def pytest_terminal_summary(terminalreporter, config):
         write(tables.memory(found))
     if config.option.compare:
         terminalreporter.section(f"ours against {config.option.compare}")
-        write(compare.table(config.stash[COMPARED], config.option.fail_slower))
+        write(compare.table(bench.changes, config.option.fail_slower))

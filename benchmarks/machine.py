@@ -18,18 +18,19 @@ import fastelbo
 
 @functools.cache
 def session(device: torch.device) -> dict:
-    """What all rows of a session have in common, once the cpu backend is loaded."""
+    """What all rows of a session have in common."""
     on_gpu = device.type == "cuda"
+    triton = next((found.version for found in importlib.metadata.distributions(name="triton")), "")
     return {
         "machine": torch.cuda.get_device_name() if on_gpu else cpu_model(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if on_gpu else "",
-        "triton": triton_version() if on_gpu else "",
+        "triton": triton if on_gpu else "",
         "fastelbo": fastelbo.__version__,
         "python": platform.python_version(),
         "commit": commit(),
         "threads": torch.get_num_threads(),
-        "isa": instruction_set(),
+        "isa": "" if fastelbo.backends.usable("cpu") else fastelbo.backends.cpu_isa(),
     }
 
 
@@ -55,20 +56,6 @@ def cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else []
     return names[0] if names else platform.processor()
-
-
-def instruction_set() -> str:
-    try:
-        return fastelbo.backends.cpu_isa()
-    except (AttributeError, RuntimeError):
-        return ""
-
-
-def triton_version() -> str:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def test_failure(op: str, root: Path, only: str = "") -> str:

@@ -3,15 +3,15 @@ last commit, to docs/figures: speed, memory, convolutions, sampling and dropins.
 """
 
 import argparse
-from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
 import rows
 from figures import convolutions, dropins, memory, sampling, speed, style
+from matplotlib import pyplot
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
-DRAW = {kind.__name__.split(".")[1]: kind.draw for kind in (convolutions, dropins, memory, sampling, speed)}
+KINDS = {"convolutions": convolutions, "dropins": dropins, "memory": memory, "sampling": sampling, "speed": speed}
 
 
 def main() -> None:
@@ -20,19 +20,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=FIGURES, metavar="DIR", help="default: docs/figures")
     options = parser.parse_args()
     try:
-        figures = rows_of(options.path or rows.result_files())
+        figures = figures_of(rows.stored_in(options.path or rows.result_files()))
         options.output.mkdir(parents=True, exist_ok=True)
-        style.use()
+        pyplot.style.use(style.SHEET)
         for name, of_machine in figures.items():
             path = options.output / f"{name}.png"
-            style.save(DRAW[name.split("_")[0]](of_machine), path)
+            style.save(KINDS[name.split("_")[0]].draw(of_machine), path)
             print(path)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{error}\n")
-
-
-def rows_of(paths: Iterable[Path]) -> dict[str, list]:
-    return figures_of(rows.stored_in(paths))
 
 
 def figures_of(found: list) -> dict[str, list]:

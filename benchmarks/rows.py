@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -73,13 +74,8 @@ class Row(Kept):
     cuda: str = ""  # versions; empty where no GPU is timed
     triton: str = ""
 
-    @property
-    def run(self) -> tuple:
-        return self.machine, self.threads, self.isa, self.torch, self.fastelbo, self.python, self.commit
-
-    @property
-    def timed(self) -> tuple:
-        return self.op, self.case, self.pass_, self.shape, self.dtype, self.timing
+    run = property(attrgetter("machine", "threads", "isa", "torch", "fastelbo", "python", "commit"))
+    timed = property(attrgetter("op", "case", "pass_", "shape", "dtype", "timing"))
 
     @property
     def processor(self) -> str:
@@ -91,13 +87,13 @@ class Row(Kept):
         return self.median_us if self.on_gpu else self.min_us
 
     @property
-    def noisy(self) -> bool:
-        return self.median_us > NOISY * self.min_us
-
-    @property
     def columns(self) -> int:
         """Elements of an event."""
         return int(self.shape.split("x")[-1])
+
+    @property
+    def noisy(self) -> bool:
+        return self.median_us > NOISY * self.min_us
 
 
 @dataclass(frozen=True)
@@ -122,13 +118,8 @@ class MemoryRow(Kept):
     result_bytes: int  # outputs and gradients: what no implementation can do without
     peak_bytes: int | None = None  # allocated at most during both passes, results included, inputs not
 
-    @property
-    def run(self) -> tuple:
-        return self.machine, self.torch, self.cuda, self.triton, self.fastelbo, self.python, self.commit
-
-    @property
-    def timed(self) -> tuple:
-        return self.op, self.case, self.shape, self.dtype
+    run = property(attrgetter("machine", "torch", "cuda", "triton", "fastelbo", "python", "commit"))
+    timed = property(attrgetter("op", "case", "shape", "dtype"))
 
 
 # The kinds of rows, by how the names of their files begin: <beginning><device>.csv
@@ -144,39 +135,35 @@ def lacking(kind: type, columns: Iterable[str]) -> list[str]:
     return [name for name, field in columns_of(kind).items() if field.default is MISSING and name not in columns]
 
 
-def columns_to_extend(path: Path, kind: type) -> list[str]:
-    """The columns of a file that takes rows of a kind; none where there is no file, or an empty one.
+def columns_to_extend(path: Path, kind: type, rows: Iterable[Row | MemoryRow] = ()) -> list[str]:
+    """The columns of a file that takes rows of a kind; all where there is no file, or an empty one.
 
     Raises:
-        ValueError: for a file of other columns, and for one that ends within a line.
+        ValueError: for a file of other columns than they hold something in, and for one that ends within a line.
     """
+    known = columns_of(kind)
     text = path.read_text() if path.exists() else ""
-    columns = next(csv.reader(io.StringIO(text)), [])
-    if columns and (lacking(kind, columns) or set(columns) - columns_of(kind).keys()):
+    columns = next(csv.reader(io.StringIO(text)), list(known))
+    absent = [field for name, field in known.items() if name not in columns]
+    held = any(getattr(row, field.name) != field.default for field in absent for row in rows)
+    if held or lacking(kind, columns) or set(columns) - known.keys():
         raise ValueError(f"{path} has other columns than this version writes: move it away first")
     if text and not text.endswith("\n"):
         raise ValueError(f"{path} ends within a line: mend or remove its last line first")
     return columns
 
 
-def append(path: Path, rows: Iterable[Row | MemoryRow]) -> None:
+def append(path: Path, rows: list[Row] | list[MemoryRow]) -> None:
     """Adds rows to a CSV file, all at once; it keeps all that it has, its columns too.
 
     Raises:
-        ValueError: as columns_to_extend, and for a file that has no column for something that a row holds.
+        ValueError: as columns_to_extend.
     """
-    rows = list(rows)
-    if not rows:
-        return
     known = columns_of(type(rows[0]))
-    header = columns_to_extend(path, type(rows[0]))
-    columns = header or list(known)
-    others = [field for name, field in known.items() if name not in columns]
-    if any(getattr(row, field.name) != field.default for field in others for row in rows):
-        raise ValueError(f"{path} has other columns than this version writes: move it away first")
+    columns = columns_to_extend(path, type(rows[0]), rows)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    if not header:
+    if not path.exists() or not path.stat().st_size:
         writer.writerow(columns)
     for row in rows:
         values = (getattr(row, known[name].name) for name in columns)
@@ -192,37 +179,33 @@ def read(path: Path, kind: type = Row) -> list:
     Raises:
         ValueError: for a file that holds something else, with the line.
     """
-    rows = []
+    rows = {}
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         try:
-            missing = lacking(kind, reader.fieldnames) if reader.fieldnames else []
-            if missing:
-                some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-                raise ValueError(f"{path} holds no rows of this benchmark: it has no column {some}")
+            if reader.fieldnames and (missing := lacking(kind, reader.fieldnames)):
+                raise ValueError(f"{path} holds no rows of this benchmark: it has no column {', '.join(missing)}")
             for line in reader:
+                place = f"{path}, line {reader.line_num}"
                 if None in line or None in line.values():
-                    raise ValueError(f"{path}, line {reader.line_num}: not as many values as columns")
-                rows.append(_row(kind, line, f"{path}, line {reader.line_num}"))
+                    raise ValueError(f"{place}: not as many values as columns")
+                columns = columns_of(kind).items()
+                row = kind(**{field.name: value(field, line.get(name, ""), place) for name, field in columns})
+                rows[row.run, row.timed, row.contestant] = row
         except (csv.Error, UnicodeDecodeError):
             raise ValueError(f"{path} is no CSV file") from None
-    return list({(row.run, row.timed, row.contestant): row for row in rows}.values())
+    return list(rows.values())
 
 
-def _row(kind: type, line: dict[str, str], place: str) -> Row | MemoryRow:
-    values = {}
-    for name, field in columns_of(kind).items():
-        try:
-            values[field.name] = _parse(field.type, line[name]) if name in line else field.default
-        except ValueError:
-            raise ValueError(f"{place}: {name} is {line[name]!r}, no number") from None
-    return kind(**values)
-
-
-def _parse(kind, text: str):
-    if kind in (int, float, str):
+def value(field: Field, text: str, place: str) -> str | int | float | None:
+    """What is written in a column; its default where that is nothing, or the file has no such column."""
+    if not text and field.default is not MISSING:
+        return field.default
+    kind = getattr(field.type, "__args__", [field.type])[0]  # of a number that may be None
+    try:
         return kind(text)
-    return (int if kind == int | None else float)(text) if text else None
+    except ValueError:
+        raise ValueError(f"{place}: {field.name} is {text!r}, no number") from None
 
 
 def kind_of(path: Path) -> type | None:
@@ -230,6 +213,11 @@ def kind_of(path: Path) -> type | None:
     with path.open(newline="", errors="replace") as file:
         columns = file.readline().strip().split(",")
     return MemoryRow if "saved_bytes" in columns else Row if "min_us" in columns else None
+
+
+def result_files(folder: Path = RESULTS) -> list[Path]:
+    """The files of rows in a folder."""
+    return [path for path in sorted(folder.glob("*.csv")) if kind_of(path)]
 
 
 def stored_in(paths: Iterable[Path]) -> list[Row | MemoryRow]:
@@ -247,11 +235,6 @@ def stored_in(paths: Iterable[Path]) -> list[Row | MemoryRow]:
     if not found:
         raise ValueError(f"no rows in {', '.join(map(str, paths)) or RESULTS}: run pytest benchmarks")
     return found
-
-
-def result_files(folder: Path = RESULTS) -> list[Path]:
-    """The files of rows in a folder."""
-    return [path for path in sorted(folder.glob("*.csv")) if kind_of(path)]
 
 
 def topic(row: Row | MemoryRow) -> str:

@@ -8,8 +8,8 @@ network, checked against its full forward; "reference" is our sampler in plain t
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from cases import chosen
@@ -91,36 +91,21 @@ class EagerCache:
             torch.testing.assert_close(logits, self.model(image), rtol=0, atol=1e-5)
 
 
-class Batch(NamedTuple):
-    """So many images, drawn at a time."""
-
-    images: int
-
-    def __str__(self):
-        return f"{self.images} images"
-
-    @property
-    def shape(self) -> str:
-        return f"{self.images}x1x{SIZE}x{SIZE}"
-
-    @property
-    def fields(self) -> dict:
-        """What all of its rows have in common."""
-        found = {"op": "sampling", "case": f"GatedPixelCNN {CHANNELS}x{len(DILATIONS)}", "pass_": "sample"}
-        return found | {"shape": self.shape, "dtype": "float32", "bytes": 8 * self.images * SIZE**2}
-
-
-def timed(option) -> list[Batch]:
-    """What is to be timed, as cases.timed; nothing on a GPU."""
+def timed(option) -> list:
+    """How many images are to be drawn at a time, as cases.timed; nothing is timed on a GPU."""
     if option.device != "cpu" or not chosen(option.op, "sampling") or not chosen(option.dtype, "float32"):
         return []
-    batches = map(Batch, (1, 16, 64))
-    if option.shape:
-        return [batch for batch in batches if batch.shape in option.shape]
-    return [batch for batch in batches if batch.images == 1 or not option.quick]
+    found = [n for n in (1, 16, 64) if chosen(option.shape, fields(n)["shape"])]
+    return [pytest.param(n, id=f"{n} images") for n in found if n == 1 or option.shape or not option.quick]
 
 
-def contestants(batch: Batch, rivals) -> dict[str, Callable]:
+def fields(images: int) -> dict:
+    """What all rows have in common."""
+    found = {"op": "sampling", "case": f"GatedPixelCNN {CHANNELS}x{len(DILATIONS)}", "pass_": "sample"}
+    return found | {"shape": f"{images}x1x{SIZE}x{SIZE}", "dtype": "float32", "bytes": 8 * images * SIZE**2}
+
+
+def contestants(images: int, rivals) -> dict[str, Callable]:
     """Functions that draw so many images, or the naive loop's few pixels of them.
 
     Raises:
@@ -132,13 +117,13 @@ def contestants(batch: Batch, rivals) -> dict[str, Callable]:
     for backend in ("cpu", "reference"):
         if backend in ("cpu", *rivals):
             sampler = IncrementalSampler(model, (1, SIZE, SIZE), levels=LEVELS, backend=backend)
-            found[backend] = functools.partial(sampler.sample, batch.images, seed=0)
+            found[backend] = functools.partial(sampler.sample, images, seed=0)
     if "eager_cache" in rivals:
         eager = EagerCache(model)
         eager.check()
-        found["eager_cache"] = functools.partial(eager.sample, batch.images)
+        found["eager_cache"] = functools.partial(eager.sample, images)
     if "naive" in rivals:
-        found["naive"] = functools.partial(draw_pixels, model, batch.images)
+        found["naive"] = functools.partial(draw_pixels, model, images)
     return found
 
 

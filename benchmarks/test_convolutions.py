@@ -5,7 +5,7 @@ import convolutions
 
 def test_convolutions(timed, bench):
     verified = bench.verified("masked_conv2d")
-    calls = convolutions.calls(timed, bench.device, bench.backends, bench.option.rival or convolutions.RIVALS)
+    calls = convolutions.calls(timed, bench.device, bench.backends, bench.rivals(convolutions.RIVALS))
     for timing in timed.timings:
         common = timed.fields | {"verified": verified}
         bench.save("conv_", bench.measured(common, convolutions.timed_by(timing, calls), 10, timing))

@@ -11,11 +11,7 @@ def saved_bytes(call, inputs) -> int:
     """Bytes of the storages that the forward keeps, but for those of its inputs and outputs."""
     kept = []  # the tensors themselves: a storage that is freed would give its address to the next
 
-    def keep(tensor):
-        kept.append(tensor.detach())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.detach()) or x, lambda x: x):
         outputs = call(*inputs)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
     for tensor in (*inputs, *cases.flat(outputs)):
@@ -41,8 +37,7 @@ def test_memory(timed, bench):
     shape = SHAPES[bench.device.type]
     inputs = cases.make_inputs(case, shape, dtype, bench.device)
     common = {"op": case.op, "case": case.name, "shape": cases.named(shape), "dtype": dtype}
-    wanted = bench.option.rival or cases.RIVALS
-    for name, call in cases.contestants(case, bench.backends, wanted, "forward_backward").items():
+    for name, call in cases.contestants(case, bench.backends, bench.rivals(cases.RIVALS), "forward_backward").items():
         both_passes = cases.bind(call, inputs, "forward_backward")
         # its first call allocates what is allocated once, and what a compiler measures
         counts = {"result_bytes": sum(tensor.nbytes for tensor in cases.flat(both_passes()))}

@@ -5,6 +5,6 @@ import sampling
 
 def test_sampling(timed, bench):
     verified = bench.verified("sampling", "sampling_networks", "sampling_check")
-    calls = sampling.contestants(timed, bench.option.rival or sampling.RIVALS)
-    found = bench.measured(timed.fields | {"verified": verified}, calls, rounds=5)
+    calls = sampling.contestants(timed, bench.rivals(sampling.RIVALS))
+    found = bench.measured(sampling.fields(timed) | {"verified": verified}, calls, rounds=5)
     bench.save("sampling_", sampling.extrapolated(found))

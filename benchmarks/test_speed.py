@@ -9,7 +9,7 @@ def test_speed(timed, bench):
     verified = bench.verified(case.op)
     torch.manual_seed(0)
     inputs = cases.make_inputs(case, timed.shape, timed.dtype, bench.device)
-    functions = cases.contestants(case, bench.backends, timed.rivals, pass_, timed.timing)
+    functions = cases.contestants(case, bench.backends, bench.rivals(timed.rivals), pass_, timed.timing)
     calls = {name: cases.bind(function, inputs, pass_) for name, function in functions.items()}
     for name, call in calls.items():
         cases.check(case, name, call(), inputs, pass_)

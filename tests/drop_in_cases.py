@@ -2,7 +2,7 @@
 
 The originals are those of installed packages (pip install fastelbo[dropins]), or else their lines, written out in
 originals.py. tests/test_compat.py holds both sides against each other, values and gradients of the same noise; the
-benchmarks time them.
+benchmarks do so, too, and time them.
 """
 
 import functools
@@ -12,15 +12,19 @@ import math
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import originals
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastelbo
 from fastelbo.compat import bayesian, compressai, dreamer, guided_diffusion, nvae, pythae, vdvae, vits
+
+SEED = 5
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,48 @@ class DropIn:
             name: functools.partial(self.use, importlib.import_module(side) if isinstance(side, str) else side)
             for name, side in (("cpu", self.ours), (self.rival, self.theirs))
         }
+
+    def check(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Outputs, then gradients; raises AssertionError unless ours and theirs agree but for 1e-4 of the largest."""
+        ours, theirs = self.contestants().values()
+        found, expected = results(ours, inputs), results(theirs, inputs, OurNoise(self.num_samples))
+        name = f"{self.op} {self.case}: "
+        assert len(found) == len(expected), f"{name}{len(found)} outputs and gradients, not {len(expected)}"
+        for index, (x, y) in enumerate(zip(found, expected, strict=True)):
+            place = f"{name}output or gradient {index}: "
+            atol = 1e-4 * float(y.abs().max())
+            torch.testing.assert_close(x, y, rtol=0, atol=atol, msg=lambda text, place=place: place + text)
+        return found
+
+
+class OurNoise(TorchDispatchMode):
+    """Whoever draws normal numbers within gets the noise that ours draw after torch.manual_seed(SEED)."""
+
+    def __init__(self, num_samples):
+        super().__init__()
+        self.drawn, self.num_samples = 0, num_samples
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        if op.overloadpacket in (torch.ops.aten.randn, torch.ops.aten.randn_like, torch.ops.aten.normal_):
+            zeros = torch.zeros_like(result[0] if self.num_samples else result)
+            torch.manual_seed(SEED)
+            noise = {"num_samples": self.num_samples, "noise_offset": self.drawn}
+            result.copy_(fastelbo.gaussian_rsample(zeros, 0.0, **noise))
+            self.drawn += result.numel()
+        return result
+
+
+def results(function: Callable, inputs: Sequence[torch.Tensor], noise=None) -> list[torch.Tensor]:
+    """Outputs, then gradients, of upstream gradients so positive that sums of them do not cancel."""
+    torch.manual_seed(SEED)
+    with noise or nullcontext():
+        outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.rand(out.shape, generator=generator) for out in outputs]
+    leaves = [x for x in inputs if x.requires_grad]
+    return [*(out.detach() for out in outputs), *torch.autograd.grad(outputs, leaves, upstream)]
 
 
 # Inputs

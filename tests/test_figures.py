@@ -67,7 +67,7 @@ def test_figure_of_convolutions_on_a_gpu():
         if row.pass_ == "forward"
     ]
     for made, axes, timing in ((old, 2, "host"), (new, 3, "events")):
-        figure = plot.DRAW["convolutions"](made)
+        figure = plot.KINDS["convolutions"].draw(made)
         assert sum(axis.get_visible() for axis in figure.axes) == axes
         expected = [
             ratio
@@ -113,8 +113,8 @@ def drawn():
 
     def make(name):
         path = RESULTS / name
-        ((title, found),) = plot.rows_of([path]).items()
-        figures.append(plot.DRAW[title.split("_")[0]](found))
+        ((title, found),) = plot.figures_of(rows.stored_in([path])).items()
+        figures.append(plot.KINDS[title.split("_")[0]].draw(found))
         with path.open(newline="") as file:
             lines = list(csv.DictReader(file))
         newest = max(lines, key=lambda line: line["timestamp"])

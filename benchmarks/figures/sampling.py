@@ -2,7 +2,6 @@
 
 from figures import style
 from matplotlib import pyplot
-from matplotlib.ticker import FuncFormatter, NullLocator
 from rows import Row
 
 CONTESTANTS = {
@@ -29,8 +28,8 @@ def draw(found: list[Row]) -> pyplot.Figure:
         axis.set_xscale("log")
         axis.set_xlim(left, right)
         axis.set_xticks([tick for tick in TICKS if left <= tick <= right])
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} s"))
-        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter("{x:g} s")
+        axis.xaxis.minorticks_off()
         points(axis, of_case)
     size = " \N{MULTIPLICATION SIGN} ".join(found[0].shape.split("x")[-2:])
     handles = [

@@ -79,7 +79,7 @@ def fractions(band, found, passes) -> None:
         style.lanes(axis, LABELS)
         points(axis, [row for row in found if row.pass_ == name], "fraction_of_copy")
         axis.set_xlim(0, right)
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axis.xaxis.set_major_formatter("{x:g}")
 
 
 def ratios(band, found, title, columns, bounds) -> None:

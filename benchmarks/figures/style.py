@@ -12,7 +12,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from PIL import Image
 
 # Okabe and Ito's palette, which stays apart for every kind of colour vision
@@ -21,31 +20,10 @@ BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 GREY, FAINT = "#8a8a8a", "#555555"
 SLOWER = "#fbe8dc"  # behind what is slower than a rival
 BAND = "#f7f7f9"
+SHEET = Path(__file__).with_name("fastelbo.mplstyle")
 HEADING = {"fontsize": 11.5, "fontweight": "bold", "x": 0.012, "ha": "left"}
 COLOURS = 96  # of a file: each has a few, and their shades at edges
 TICKS = (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
-
-
-def use() -> None:
-    pyplot.rcParams.update(
-        {
-            "font.family": "DejaVu Sans",
-            "font.size": 9.5,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": GREY,
-            "axes.titlesize": 10.5,
-            "axes.titlelocation": "left",
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": "#e4e4e4",
-            "grid.linewidth": 0.8,
-            "xtick.color": "#444444",
-            "ytick.color": "#222222",
-            "ytick.left": False,
-            "savefig.dpi": 150,
-        }
-    )
 
 
 def save(figure: pyplot.Figure, path: Path) -> None:
@@ -97,9 +75,8 @@ def ratio_axis(axis, left: float, right: float) -> None:
     axis.axvline(1, color=GREY, linewidth=1.4, zorder=1)
     axis.set_xlim(left, right)
     axis.set_xticks([tick for tick in TICKS if left <= tick <= right])
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}\N{MULTIPLICATION SIGN}"))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.xaxis.set_major_formatter("{x:g}\N{MULTIPLICATION SIGN}")
+    axis.xaxis.minorticks_off()
 
 
 def limits(ratios: Sequence[float], room: float = 1.25) -> tuple[float, float]:
