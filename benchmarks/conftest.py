@@ -1,6 +1,7 @@
 """Options of `pytest benchmarks`, which cases they choose, and what is printed."""
 
 import argparse
+import gc
 import os
 import re
 import time
@@ -137,6 +138,7 @@ def pytest_configure(config):
     if option.threads:
         torch.set_num_threads(option.threads)
     clocks.keep_freed_memory()
+    gc.freeze()  # what has been imported stays, and need not be looked through before each case
 
 
 def refuse_unwritable(folder: Path) -> None:

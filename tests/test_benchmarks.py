@@ -4,14 +4,9 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import re
 import runpy
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import cases
@@ -28,25 +23,28 @@ BENCHMARKS = ROOT / "benchmarks"
 STORED, ON_GPU = BENCHMARKS / "results" / "cpu.csv", BENCHMARKS / "results" / "cuda.csv"
 
 
-def run(*command, cwd=ROOT, **environment):
-    words, environment = [str(part) for part in command], {**os.environ, **environment}
-    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+def sessions(*many, before="", folder="benchmarks", cwd=ROOT, **environment):
+    """Exit status and output of several runs of pytest, all in one process: importing takes the longest.
 
-
-def sessions(*many, **environment):
-    """Exit status and output of several runs of pytest benchmarks, all in one process: importing takes the longest."""
+    Args:
+        many: the options of each.
+        before: a program that the process runs first.
+        folder: of tests.
+        cwd, environment: of the process.
+    """
     script = """
 import contextlib, io, json, sys
 import pytest
 found = []
 for arguments in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
-        code = int(pytest.main(["benchmarks", "-p", "no:cacheprovider", *arguments]))
+        code = int(pytest.main([*arguments, "-p", "no:cacheprovider"]))
     found.append((code, out.getvalue()))
 print(json.dumps(found))
 """
-    arguments = json.dumps([[str(part) for part in arguments] for arguments in many])
-    done = fresh_python.run(script, arguments, cwd=ROOT, **environment)
+    arguments = json.dumps([[folder, *map(str, arguments)] for arguments in many])
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # others' plugins take as long as everything else
+    done = fresh_python.run(before + script, arguments, cwd=cwd, **environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -178,8 +176,7 @@ def test_verdict_of_tests_that_ran_before(tmp_path):
         (tests / f"test_{op}.py").write_text(body)
     absent = machine.recorded_failure("right", verdict)
     assert absent == f"{verdict} does not exist: the tests were not run to their end"
-    options = ("--import-mode=importlib", "-q", "-p", "no:cacheprovider", "--junitxml", verdict, "tests")
-    run(sys.executable, "-m", "pytest", *options, cwd=tmp_path)
+    sessions(("--import-mode=importlib", "-q", "--junitxml", verdict), folder="tests", cwd=tmp_path)
     fails = f"1 of its 2 tests fail in {verdict}, first test_b"
     none = f"none of its tests ran in {verdict}"
     expected = {"right": "", "wrong": fails, "broken": fails, "skipped": none, "unknown": none}
@@ -234,14 +231,20 @@ def test_ratios_are_of_the_fastest_form_and_bytes_of_what_must_move(quick_run):
 
 
 def test_an_interrupt_keeps_what_was_timed(tmp_path):
-    command = (sys.executable, "-m", "pytest", "benchmarks", *TINY, "--rounds", "200", "--results", tmp_path)
-    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    path, deadline = tmp_path / "cpu.csv", time.monotonic() + 200
-    while not (path.exists() and path.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+    path = tmp_path / "cpu.csv"
+    before = f"""
+import os, pathlib, signal, threading, time
+
+def interrupt(path=pathlib.Path({str(path)!r})):
+    while not (path.exists() and path.stat().st_size):
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=60)
-    assert process.returncode == 2, text
+    os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+threading.Thread(target=interrupt, daemon=True).start()
+"""
+    ((code, text),) = sessions((*TINY, "--rounds", "100", "--results", tmp_path), before=before)
+    assert code == 2, text
     found = rows.read(path)
     assert 0 < len(found) < 4 * 3 and len(found) % 3 == 0  # four cases of three contestants each
     assert "KeyboardInterrupt" in text and "gaussian_kl standard normal" in text
@@ -249,10 +252,10 @@ def test_an_interrupt_keeps_what_was_timed(tmp_path):
 
 def test_a_full_disk_ends_a_run_with_a_sentence(tmp_path):
     path = shutil.copy(STORED, tmp_path / "cpu.csv")
-    limited = ("bash", "-c", 'ulimit -f 64; exec "$@"', "-", sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
-    done = run(*limited, "benchmarks", *TINY, "--rounds", "1", "--results", tmp_path)
-    assert done.returncode == 1 and f"no rows can be written to {path}: File too large" in done.stdout, done.stdout
-    assert "gaussian_kl standard normal" in done.stdout and path.read_bytes() == STORED.read_bytes()
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))"
+    ((code, text),) = sessions((*TINY, "--rounds", "1", "--results", tmp_path), before=limited)
+    assert code == 1 and f"no rows can be written to {path}: File too large" in text, text
+    assert "gaussian_kl standard normal" in text and path.read_bytes() == STORED.read_bytes()
 
 
 def test_cases_whose_tests_fail_are_not_timed(tmp_path):

@@ -3,8 +3,10 @@
 import csv
 import dataclasses
 import math
+import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import cases
@@ -20,20 +22,32 @@ RESULTS = ROOT / "benchmarks" / "results"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 
-def tool(name, *arguments):
-    command = [sys.executable, ROOT / "benchmarks" / name, *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True)
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Runs a script in this process: exit status, and what it printed."""
+
+    def run(name, *arguments):
+        path = ROOT / "benchmarks" / name
+        monkeypatch.setattr(sys, "argv", [str(part) for part in (path, *arguments)])
+        status = 0
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as exit:
+            status = exit.code
+        return types.SimpleNamespace(returncode=status, **capsys.readouterr()._asdict())
+
+    return run
 
 
-def test_report_of_stored_rows():
+def test_report_of_stored_rows(tool):
     """A heading for each run, and a line for each case with what its row says."""
     done = tool("report.py", RESULTS / "cpu.csv", RESULTS / "cuda.csv")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.err
     for heading in ("AMD EPYC, 2 threads, AVX-512; torch 2", "NVIDIA H200, CUDA 13.0, Triton 3.6.0; torch 2"):
-        assert any(line.startswith(heading) and "commit" in line for line in done.stdout.splitlines())
-    assert "forward in a graph" in done.stdout
+        assert any(line.startswith(heading) and "commit" in line for line in done.out.splitlines())
+    assert "forward in a graph" in done.out
     case = ["gaussian_rsample_kl", "fwd+bwd", "4096x256", "float32", "cpu"]
-    (found,) = (line.split() for line in done.stdout.splitlines() if line.split()[:5] == case)
+    (found,) = (line.split() for line in done.out.splitlines() if line.split()[:5] == case)
     row = next(row for row in rows.stored_in([RESULTS / "cpu.csv"]) if tables.case(row) == tuple(case))
     rivals = row.over_eager, row.over_distributions, row.over_compile, row.fraction_of_copy, row.over_compile_checkpoint
     best = min(row.over_eager, row.over_distributions, row.over_compile, row.over_compile_checkpoint)
@@ -80,15 +94,19 @@ def test_figure_of_convolutions_on_a_gpu():
 
 
 @pytest.mark.parametrize("name", ["report.py", "plot.py"])
-def test_nothing_to_show(name, tmp_path):
+def test_nothing_to_show(name, tool, tmp_path):
     empty = tmp_path / "cpu.csv"
     empty.write_text((RESULTS / "cpu.csv").read_text().splitlines()[0] + "\n")
     for path, sentence in ((empty, "no rows in"), (tmp_path / "none.csv", "none.csv")):
         done = tool(name, path, *(("--output", tmp_path / "figures") if name == "plot.py" else ()))
         assert done.returncode == 1
-        assert sentence in done.stderr and done.stderr.count("\n") == 1
+        assert sentence in done.err and done.err.count("\n") == 1
     assert not (tmp_path / "figures").exists()
-    assert tool(name, "--help").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["report.py", "plot.py"])
+def test_a_script_runs_by_itself(name):
+    assert subprocess.run([sys.executable, ROOT / "benchmarks" / name, "--help"], capture_output=True).returncode == 0
 
 
 def points(figure):
@@ -192,9 +210,12 @@ def test_figure_of_drop_ins(drawn):
     assert {f"{ratio:.2f}{TIMES}" for ratio in expected} < set(texts(figure))
 
 
-def test_all_figures_are_drawn_and_small(tmp_path):
-    done = tool("plot.py", "--output", tmp_path / "figures")
-    assert done.returncode == 0, done.stderr
+def test_all_figures_are_drawn_and_small(tool, tmp_path, monkeypatch):
+    """Here of fewer dots, for time; those that are published have all of theirs."""
+    monkeypatch.setattr(plot.style, "SHEET", [plot.style.SHEET, {"figure.dpi": 50}])
+    with plot.pyplot.rc_context():
+        done = tool("plot.py", "--output", tmp_path / "figures")
+    assert done.returncode == 0, done.err
     drawn = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
     kinds = {"": "speed", "memory_": "memory", "conv_": "convolutions", "sampling_": "sampling", "dropins_": "dropins"}
     stored = {path.name for path in RESULTS.iterdir()}
@@ -205,8 +226,10 @@ def test_all_figures_are_drawn_and_small(tmp_path):
     assert {f"{kind}_cpu" for kind in kinds.values()} <= expected
     # further ones name an older machine
     assert {name.removesuffix(".png") for name in drawn if name.count("_") == 1} == expected
-    assert all(picture.startswith(b"\x89PNG") and len(picture) < 150_000 for picture in drawn.values())
-    assert drawn.keys() == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
+    published = {path.name: path.read_bytes() for path in (ROOT / "docs" / "figures").iterdir()}
+    assert drawn.keys() == published.keys()
+    for picture in (*drawn.values(), *published.values()):
+        assert picture.startswith(b"\x89PNG") and len(picture) < 150_000
 
 
 def test_every_case_has_a_lane():

@@ -56,12 +56,13 @@ def test_gpu_script_explains_itself():
     assert "--convolutions" not in done.stdout
 
 
-def test_gpu_script_without_a_gpu(results, tmp_path):
+def test_gpu_script_without_a_gpu(results, pretended_gpu, tmp_path):
     """From any folder, and where the folder of results does not exist yet."""
     before = contents(results)
-    for out in (results, tmp_path / "none"):
-        done = run("bash", SCRIPT, "--out", out, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
-        assert_refused(done, "no GPU", results, before)
+    done = run("bash", SCRIPT, "--out", results, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert_refused(done, "no GPU", results, before)
+    done = run("bash", SCRIPT, "--out", tmp_path / "none", cwd=tmp_path, **pretended_gpu(None))
+    assert_refused(done, "no GPU", results, before)
     assert not (tmp_path / "none").exists()
 
 
@@ -73,12 +74,12 @@ def test_gpu_script_with_wrong_arguments(arguments, results):
 
 @pytest.fixture
 def pretended_gpu(tmp_path):
-    """A torch that finds a GPU with so much memory free."""
+    """A torch that finds a GPU with so much memory free, or none."""
 
     def make(gib):
         text = f"""
 class cuda:
-    is_available = staticmethod(lambda: True)
+    is_available = staticmethod(lambda: {gib is not None})
     mem_get_info = staticmethod(lambda: ({gib} * 2**30, 80 * 2**30))
 """
         (tmp_path / "torch.py").write_text(text)
@@ -102,8 +103,7 @@ def test_gpu_script_without_nvcc(pretended_gpu, results, tmp_path):
     assert_refused(done, "no nvcc", results, contents(results))
 
 
-PYTHON = """#!/bin/bash
-# stands in for Python with a GPU: writes down what it is called for, and for how long others ran beside it
+PYTHON = """# stands in for Python with a GPU: writes down what it is called for, and for how long others ran beside it
 echo "$*" >>"$CALLS"
 case "$*" in
 *--no-save*--shape*large*) exec sleep 300 ;;
@@ -125,9 +125,11 @@ def stubs(tmp_path):
     """An environment whose Python and tools write down how they are called, and the file that they write to."""
     folder, calls = tmp_path / "bin", tmp_path / "calls"
     folder.mkdir()
-    sanitizer = '#!/bin/bash\n[ "$2" = memcheck ] || export WATCHED=1\nexec "${@:5}"\n'
-    for name, text in {"python": PYTHON, "compute-sanitizer": sanitizer, "nvidia-smi": "#!/bin/bash\n"}.items():
-        (folder / name).write_text(text)
+    sanitizer = '[ "$2" = memcheck ] || export WATCHED=1\nexec "${@:5}"\n'
+    sleep = f'[ "$1" = 3 ] || exec {shutil.which("sleep")} "$@"\n'  # no tool here needs a port of its own
+    tools = {"python": PYTHON, "compute-sanitizer": sanitizer, "nvidia-smi": "", "sleep": sleep}
+    for name, text in tools.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}")
         (folder / name).chmod(0o755)
     path = f"{folder}:{os.environ['PATH']}"
     return {"PYTHON": str(folder / "python"), "PATH": path, "CUDA_HOME": "", "CALLS": str(calls)}, calls
@@ -169,6 +171,8 @@ def test_gpu_script_skips_stages(stubs, tmp_path):
 
 
 RUN_PYTEST = "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
+ALONE = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # others' plugins take as long as everything else
+RUN_SCRIPT = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 def test_every_second_case_of_triton_runs_on_a_gpu():
@@ -176,7 +180,7 @@ def test_every_second_case_of_triton_runs_on_a_gpu():
     pretended = "import torch; torch.cuda.is_available = lambda: True"
     options = ("-q", "-p", "no:cacheprovider", "--collect-only", "-m", "not slow")
     chosen = ("tests/test_gpu.py", "-k", "test_rows_of_any_length and triton")
-    done = fresh_python.run(f"{pretended}; {RUN_PYTEST}", *options, *chosen, cwd=ROOT)
+    done = fresh_python.run(f"{pretended}; {RUN_PYTEST}", *options, *chosen, cwd=ROOT, **ALONE)
     pattern = r"\[triton-(\d+)-torch\.(\w+)-([\w-]+)\]"
     found = re.findall(pattern, done.stdout)
     columns, dtypes, names = ([one[k] for one in found] for k in range(3))
@@ -185,12 +189,12 @@ def test_every_second_case_of_triton_runs_on_a_gpu():
     assert len(set(zip(columns, names, strict=True))) == 5 * len(GAUSSIAN)
     assert len(set(zip(dtypes, names, strict=True))) == 2 * len(GAUSSIAN)
     late = ("-q", "-p", "no:cacheprovider", "tests/test_gpu_script.py", "-k", "explains")
-    done = fresh_python.run(RUN_PYTEST, *late, cwd=ROOT, check=False, FASTELBO_TESTS_END="1")
+    done = fresh_python.run(RUN_PYTEST, *late, cwd=ROOT, check=False, FASTELBO_TESTS_END="1", **ALONE)
     assert done.returncode == 1 and "there was no time left to run it" in done.stdout
 
 
 def test_the_calls_for_compute_sanitizer_agree_with_the_reference():
     for few, calls in (((), 50), (("--few",), 14)):
-        done = run(sys.executable, ROOT / "tools" / "sanitize.py", "--device", "cpu", *few, TRITON_INTERPRET="0")
-        assert done.returncode == 0, done.stderr
+        arguments = (ROOT / "tools" / "sanitize.py", "--device", "cpu", *few)
+        done = fresh_python.run(RUN_SCRIPT, *arguments, TRITON_INTERPRET="0")
         assert f"{calls} calls on cpu agree with the reference" in done.stdout

@@ -1,11 +1,11 @@
 """What all figures share: colours, the heading with machine and versions, where ours is slower, small files."""
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy
 
 matplotlib.use("Agg")
 
@@ -28,10 +28,10 @@ TICKS = (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 def save(figure: pyplot.Figure, path: Path) -> None:
     """As a PNG of few colours, a third as large."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn)
+    figure.canvas.draw()
+    drawn = Image.fromarray(numpy.asarray(figure.canvas.buffer_rgba()))
     pyplot.close(figure)
-    Image.open(drawn).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    drawn.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def frame(figure: pyplot.Figure, title: str, row, handles: Sequence) -> None:
