@@ -278,19 +278,15 @@ def bind(function: Callable, inputs, pass_: str) -> Callable:
     leaves = [tensor for tensor in inputs if tensor.requires_grad]
     outputs = function(*inputs)
     upstream = upstream_like(outputs)
-    if pass_ == "backward":
-        return functools.partial(backward, outputs, leaves, upstream)
+
+    def backward():
+        return outputs, torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
 
     def forward_backward():
         outputs = function(*inputs)
         return outputs, torch.autograd.grad(outputs, leaves, upstream)
 
-    return forward_backward
-
-
-def backward(outputs, leaves, upstream):
-    """Gradients, as often as one likes."""
-    return outputs, torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
+    return backward if pass_ == "backward" else forward_backward
 
 
 def upstream_like(outputs):

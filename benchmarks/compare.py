@@ -6,6 +6,7 @@ and torch.compile, whose code is the same. It marks 7 of them as slower; a ratio
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import tables
 from ratios import compared, form_of
 
 NOISE = 1.1  # nine of ten ratios of those rows are smaller
+JUDGED = ("SLOWER", "faster", "")  # marks of what was timed on the same machine
 
 
 class Change(NamedTuple):
@@ -30,19 +32,18 @@ class Change(NamedTuple):
         return self.now.typical_us / self.then.typical_us
 
     @property
-    def judged(self) -> bool:
-        return self.then is not None and place(self.now) == place(self.then)
-
-    @property
-    def slower(self) -> bool:
-        """Also than the rivals, and in the fastest sample than in four fifths of the older ones."""
-        beyond = self.judged and min(self.ratio, self.ratio / self.rivals) > NOISE
-        return beyond and self.now.min_us > self.then.p80_us
-
-    @property
-    def faster(self) -> bool:
-        beyond = self.judged and max(self.ratio, self.ratio / self.rivals) < 1 / NOISE
-        return beyond and self.now.p80_us < self.then.min_us
+    def mark(self) -> str:
+        """SLOWER is what is so against the rivals, too, and in the fastest sample against four fifths of the older."""
+        if self.then is None:
+            return "no older row"
+        if place(self.now) != place(self.then):
+            return "another machine"
+        ratios = self.ratio, self.ratio / self.rivals
+        if min(ratios) > NOISE and self.now.min_us > self.then.p80_us:
+            return "SLOWER"
+        if max(ratios) < 1 / NOISE and self.now.p80_us < self.then.min_us:
+            return "faster"
+        return ""
 
 
 def place(row: rows.Row) -> tuple:
@@ -89,32 +90,30 @@ def newest(row: rows.Row, then: Sequence[rows.Row]) -> rows.Row | None:
 
 def failure(found: Sequence[Change], limit: float) -> str:
     """Why a run fails that may be slower by a factor of so much; empty if it does not."""
-    slower = [change for change in found if change.slower and change.ratio > limit]
+    slower = [change for change in found if change.mark == "SLOWER" and change.ratio > limit]
     if slower:
         return f"{len(slower)} of {len(found)} are slower by more than {limit:g}x"
-    return "" if any(change.judged for change in found) else "no row from this machine to compare with"
+    return "" if any(change.mark in JUDGED for change in found) else "no row from this machine to compare with"
 
 
 def table(found: Sequence[Change], limit: float | None = None) -> str:
     """A line for each of ours, the summary last."""
-    known = [change for change in found if change.then]
-    places = {place(change.then): change.then for change in known}
+    places = {place(change.then): change.then for change in found if change.then}
     lines = [f"now:  {found[0].now.origin}"] if found else []
     for where, row in places.items():
         other = "" if where == place(found[0].now) else "; ANOTHER MACHINE: its ratios say nothing of the code"
         lines.append(f"then: {row.origin}{other}")
     cells = [(*tables.CASE, "then us", "now us", "ratio", "rivals", "")]
-    cells += [line(change) for change in sorted(found, key=lambda change: not change.slower)]
+    cells += [line(change) for change in sorted(found, key=lambda change: change.mark != "SLOWER")]
     if found:
         lines += ["", tables.aligned(cells), ""]
-    slower, faster = sum(c.slower for c in found), sum(c.faster for c in found)
-    judged = sum(c.judged for c in found)
-    counts = f"{slower} slower, {faster} faster, {judged - slower - faster} neither"
-    lines.append(f"{counts}, {len(known) - judged} of another machine, {len(found) - len(known)} without an older row")
-    lines.append(
+    marks = Counter(change.mark for change in found)
+    counts = f"{marks['SLOWER']} slower, {marks['faster']} faster, {marks['']} neither"
+    lines += [
+        f"{counts}, {marks['another machine']} of another machine, {marks['no older row']} without an older row",
         f"slower: the fastest sample above 80 % of the older ones, and a ratio above {NOISE:g}, also times that of the "
-        "rivals, which tells how the machine has changed"
-    )
+        "rivals, which tells how the machine has changed",
+    ]
     if limit and (why := failure(found, limit)):
         lines.append(f"FAILED: {why}")
     return "\n".join(lines)
@@ -122,8 +121,6 @@ def table(found: Sequence[Change], limit: float | None = None) -> str:
 
 def line(change: Change) -> tuple[str, ...]:
     now, then = change.now, change.then
-    if then is None:
-        return (*tables.case(now), "", f"{now.typical_us:.4g}", "", "", "no older row")
-    mark = "SLOWER" if change.slower else "faster" if change.faster else "" if change.judged else "another machine"
-    times = (f"{then.typical_us:.4g}", f"{now.typical_us:.4g}")
-    return (*tables.case(now), *times, f"{change.ratio:.2f}x", f"{change.rivals:.2f}x", mark)
+    times = (f"{then.typical_us:.4g}" if then else "", f"{now.typical_us:.4g}")
+    ratios = (f"{change.ratio:.2f}x", f"{change.rivals:.2f}x") if then else ("", "")
+    return (*tables.case(now), *times, *ratios, change.mark)

@@ -54,10 +54,6 @@ class Layer(NamedTuple):
         """Whether it is a network's first: data wants no gradient."""
         return self.c_in <= 4
 
-    @property
-    def small(self):
-        return 2 * self.n * self.size**2 * self.c_in * self.c_out * self.live < SMALL
-
 
 LAYERS = [
     Layer(128, 1, 64, 28, 7, "A"),  # jzbontar, first
@@ -93,17 +89,11 @@ class Timed:
         waiting."""
         if self.device == "cpu":
             return ("host",)
-        if not self.layer.small:
+        n, c_in, c_out, size, *_ = self.layer
+        if 2 * n * size**2 * c_in * c_out * self.layer.live >= SMALL:
             return ("events",)
-        return {"forward": ("events", "host", "graph"), "forward_backward": ("events", "host")}.get(
-            self.pass_, ("events", "graph")
-        )
-
-    @property
-    def wanted(self) -> tuple[bool, bool, bool]:
-        """Whether input, weight and bias get a gradient."""
-        both = self.pass_ == "forward_backward"
-        return (both and not self.layer.of_data) or self.pass_ == "d_input", both or self.pass_ == "d_weight", both
+        small = {"forward": ("events", "host", "graph"), "forward_backward": ("events", "host")}
+        return small.get(self.pass_, ("events", "graph"))
 
     @property
     def fields(self) -> dict:
@@ -230,7 +220,9 @@ def make_inputs(case: Timed, device, memory_format=torch.contiguous_format) -> l
     inputs[1] *= mask_of(layer, torch.float32, device) / (layer.c_in * layer.live) ** 0.5
     inputs = [x.to(getattr(torch, case.dtype)) for x in inputs]
     inputs = [x.contiguous(memory_format=memory_format) if x.dim() == 4 else x for x in inputs]
-    return [x.requires_grad_(wanted) for x, wanted in zip(inputs, case.wanted, strict=True)]
+    both = case.pass_ == "forward_backward"
+    wanted = (both and not layer.of_data) or case.pass_ == "d_input", both or case.pass_ == "d_weight", both
+    return [x.requires_grad_(gets_gradient) for x, gets_gradient in zip(inputs, wanted, strict=True)]
 
 
 def exact(case: Timed, device, pass_: str) -> tuple[torch.Tensor, ...]:
