@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
+from datetime import datetime, timezone
 
 import cases
 import clocks
@@ -87,7 +88,7 @@ class Bench:
     def save(self, name: str, found: list[dict]) -> None:
         """Keeps the rows of a case: for the tables, and in the file whose name begins so."""
         kind = rows.FILES[name]
-        session = machine.session(self.device) | {"timestamp": machine.now()}
+        session = machine.session(self.device) | {"timestamp": f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"}
         common = {column: value for column, value in session.items() if column in rows.columns_of(kind)}
         made = [kind(**common, **row) for row in found]
         self.rows += made

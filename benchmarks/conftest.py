@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -183,11 +184,8 @@ def pytest_report_teststatus(report, config):
         bench.done.add(report.nodeid)
         elapsed = time.monotonic() - bench.started
         left = elapsed / len(bench.done) * (session.testscollected - len(bench.done))
-        return report.outcome, ".", f"PASSED after {duration(elapsed)}, about {duration(left)} left"
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+        words = f"PASSED after {timedelta(seconds=round(elapsed))}, about {timedelta(seconds=round(left))} left"
+        return report.outcome, ".", words
 
 
 def pytest_sessionfinish(session, exitstatus):

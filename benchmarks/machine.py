@@ -7,7 +7,6 @@ import platform
 import re
 import subprocess
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -32,10 +31,6 @@ def session(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "isa": "" if fastelbo.backends.usable("cpu") else fastelbo.backends.cpu_isa(),
     }
-
-
-def now() -> str:
-    return f"{datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def commit() -> str:
