@@ -5,7 +5,6 @@ import gc
 import math
 import platform
 import time
-import timeit
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
@@ -45,12 +44,16 @@ def turns(names: Iterable[str], rounds: int) -> Iterator[tuple[str, ...]]:
 def by_host(calls: Calls, rounds: int, device: torch.device) -> Samples:
     """Of every call by the host's clock, one per round."""
     gc.collect()
-    loops = {name: loops_for(call) for name, call in calls.items()}
-    samples: Samples = {name: [] for name in calls}
-    for order in turns(calls, rounds):
-        for name in order:
-            samples[name].append(sample(calls[name], loops[name]))
-    return samples
+    gc.disable()
+    try:
+        loops = {name: loops_for(call) for name, call in calls.items()}
+        samples: Samples = {name: [] for name in calls}
+        for order in turns(calls, rounds):
+            for name in order:
+                samples[name].append(sample(calls[name], loops[name]))
+        return samples
+    finally:
+        gc.enable()
 
 
 def loops_for(call: Callable) -> int:
@@ -63,7 +66,10 @@ def loops_for(call: Callable) -> int:
 def sample(call: Callable, loops: int) -> float:
     """Seconds per call, after one that is not timed, so that all start with caches of their own making."""
     call()
-    return timeit.timeit(call, timer=clock, number=loops) / loops
+    start = clock()
+    for _ in range(loops):  # timeit's own loop adds a few per cent to tiny calls
+        call()
+    return (clock() - start) / loops
 
 
 def clock() -> float:
@@ -108,7 +114,9 @@ def seconds_to_launch(call: Callable) -> float:
     for _ in range(WARM_UP):
         call()
     torch.cuda.synchronize()
-    seconds = timeit.timeit(call, number=1)
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
     torch.cuda.synchronize()
     return seconds
 
