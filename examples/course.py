@@ -22,6 +22,7 @@ PROGRAMS = (  # in the order of the lectures
     "families",
     "flexible_posterior",
     "laplace",
+    "posterior_of_weights",
     "density",
     "gan",
     "diffusion_as_vae",
