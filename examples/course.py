@@ -26,6 +26,7 @@ PROGRAMS = (  # in the order of the lectures
     "density",
     "gan",
     "diffusion_as_vae",
+    "diffusion_of_digits",
     "ring",
     "autoencoder_to_vae",
     "completion",

@@ -16,6 +16,7 @@ import scipy.integrate
 import scipy.ndimage
 import scipy.optimize
 import scipy.stats
+import sklearn.datasets
 import torch
 from matplotlib.image import imread
 
@@ -37,6 +38,7 @@ SMALL = {  # options of a run of seconds
     "density": ["--epochs", "20"],
     "gan": ["--steps", "300"],
     "diffusion_as_vae": ["--steps", "100"],
+    "diffusion_of_digits": ["--epochs", "3"],
     "ring": ["--steps", "300"],
     "autoencoder_to_vae": ["--epochs", "30"],
     "completion": ["--epochs", "12"],
@@ -509,6 +511,75 @@ def test_bound_of_a_diffusion_is_that_of_torch_distributions_by_draws():
     ours = diffusion_as_vae.bound(x, gains, logvars, prior).item()
     assert abs(log_ratio.mean().item() - ours) < 4 * log_ratio.std().item() / math.sqrt(draws)
     assert log_ratio.std() / math.sqrt(draws) < 0.01 * abs(ours)
+
+
+# diffusion_of_digits
+
+
+def test_shares_of_levels_are_those_of_bayes_rule():
+    """By SciPy's normal densities, of two pixels by themselves and of three images that alone can be."""
+    import diffusion_of_digits
+
+    x, a, std = torch.tensor([[0.3, -0.9]]), 0.8, 0.6
+    share = torch.tensor(np.random.default_rng(0).dirichlet(np.ones(17), 2), dtype=torch.float32)
+    greys = diffusion_of_digits.GREYS.numpy()
+    ours = diffusion_of_digits.by_pixel(share.log(), x, a, std**2).exp()
+    expected = share.numpy() * scipy.stats.norm(a * greys, std).pdf(x.numpy()[..., None])
+    np.testing.assert_allclose(ours, expected / expected.sum(-1, keepdims=True), rtol=1e-5)
+
+    images = np.random.default_rng(1).integers(17, size=(3, 64))
+    x = torch.tensor(a * greys[images[:1]] + std * np.random.default_rng(2).normal(size=(1, 64)), dtype=torch.float32)
+    levels = torch.nn.functional.one_hot(torch.tensor(images), 17).float()
+    log_p = scipy.stats.norm(a * greys[images], std / 3).logpdf(x.numpy()).sum(1)
+    weight = np.exp(log_p - np.logaddexp.reduce(log_p))
+    ours = diffusion_of_digits.by_heart(levels, x, a, std**2 / 9).exp()
+    np.testing.assert_allclose(ours[0], np.einsum("m,mdv->dv", weight, levels), rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_loses_what_its_signal_to_noise_does():
+    """L_t-1 is half the gain in a^2 / variance times the square error of the guess, whatever the way there."""
+    import diffusion_of_digits
+
+    a, var = diffusion_of_digits.schedule(20)
+    images = torch.randint(17, (4, 64))
+    guess = torch.randn(4, 64, dtype=torch.float64)
+    for t in (2, 11, 20):
+        x_t = torch.randn(4, 64, dtype=torch.float64)
+        q = diffusion_of_digits.back(t, x_t, diffusion_of_digits.GREYS[images].double(), a, var)
+        p = diffusion_of_digits.back(t, x_t, guess, a, var)
+        lost = a[t - 1] ** 2 / var[t - 1] - a[t] ** 2 / var[t]
+        expected = lost / 2 * (diffusion_of_digits.GREYS[images] - guess).square().sum(1)
+        kl = torch.distributions.kl_divergence(
+            *(torch.distributions.Normal(mean, math.sqrt(v)) for mean, v in (q, p))
+        ).sum(1)
+        torch.testing.assert_close(kl, expected)
+
+
+def test_step_back_is_the_normal_given_both_neighbours():
+    import diffusion_of_digits
+
+    a, var = diffusion_of_digits.schedule(8)
+    x_0, x_t, t = 0.3, -0.7, 4
+    r = a[t] / a[t - 1]
+
+    def joint(z, power=0):
+        before = scipy.stats.norm(a[t - 1] * x_0, math.sqrt(var[t - 1])).pdf(z)
+        return z**power * before * scipy.stats.norm(r * z, math.sqrt(1 - r**2)).pdf(x_t)
+
+    mass, first, second = (scipy.integrate.quad(joint, -4, 4, args=power, epsabs=1e-13)[0] for power in range(3))
+    mean, variance = diffusion_of_digits.back(t, x_t, x_0, a, var)
+    assert mean == pytest.approx(first / mass, abs=1e-7)
+    assert variance == pytest.approx(second / mass - (first / mass) ** 2, abs=1e-7)
+
+
+def test_bits_of_independent_pixels_are_counted(ran):
+    torch.manual_seed(0)
+    images = sklearn.datasets.load_digits().data.astype(int)[torch.randperm(1797).numpy()]
+    test, seen = images[:300], images[300:]
+    share = np.stack([(seen == level).sum(0) + 1 / 17 for level in range(17)]) / (len(seen) + 1)
+    bits = -np.log2(share[test, np.arange(64)]).mean()
+    found, _, _ = ran("diffusion_of_digits")
+    assert found["independent pixels: bits per pixel of test images; uniform"] == pytest.approx(bits, abs=1e-5)
 
 
 # ring
