@@ -19,6 +19,7 @@ from sampling_networks import (
     teacher_forced,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastelbo
 from fastelbo.nn import HorizontalStackConv2d, MaskedConv2d
@@ -388,6 +389,30 @@ def test_steps_are_the_same_bits_in_any_batch_and_on_any_threads(dtype, conditio
     assert whole.unique().numel() > 100
     for (_, n), logits in found.items():
         assert torch.equal(logits, whole[:n])
+
+
+def test_equal_conditions_are_computed_once(backend):
+    """Those that are equal bit by bit: 0 and -0 are two."""
+    if (backend, torch.float32) in WRONG:
+        return
+
+    class Tanhs(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten.tanh.default
+            return func(*args, **(kwargs or {}))
+
+    sampler = IncrementalSampler(lively(Conditioned()), (1, 3, 9), levels=4, conditional=True, backend=backend)
+    three, which = torch.stack((torch.randn(300), torch.zeros(300), -torch.zeros(300))), [2, 0, 1, 0, 2, 0]
+    sampler.reset(1, three[:1])
+    for cond in (three, three[which], three[:1].expand(5, 300), three.T.contiguous().T):
+        tanhs = Tanhs()
+        tanhs.count = 0
+        with tanhs:
+            sampler.reset(len(cond), cond)
+        assert tanhs.count == (1 if len(cond) == 5 else 3)
+    images = torch.randint(4, (3, 1, 3, 9))
+    expected = teacher_forced(sampler, images, three)
+    assert torch.equal(teacher_forced(sampler, images[which], three[which]), expected[which])
 
 
 @pytest.mark.parametrize("colours", [1, 3])

@@ -101,10 +101,12 @@ class Plan:
         if cond is None or len(fixed) == len(every):
             return fixed
         own = [const for const in every if const not in fixed]
+        flat = cond.reshape(len(cond), -1).contiguous().view(torch.uint8)  # equal conditions, as classes are, once
+        distinct, which = flat.unique(dim=0, return_inverse=True)
         with one_thread(self.device):  # image by image: libraries' sums depend on the batch
-            images = [{"cond": image.clone()} for image in cond.split(1)]
-            found = {const: [const(image) for image in images] for const in own}
-        return {const: fixed[const] if const in fixed else torch.cat(found[const]) for const in every}
+            images = [{"cond": image.clone()} for image in distinct.view(cond.dtype).view(-1, *cond.shape[1:]).split(1)]
+            found = {const: torch.cat([const(image) for image in images])[which] for const in own}
+        return {const: fixed[const] if const in fixed else found[const] for const in every}
 
     @property
     def compiled(self) -> "Compiled":
