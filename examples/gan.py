@@ -82,7 +82,7 @@ def play(steps: int) -> tuple[Tensor, Tensor, Tensor]:
     angles = torch.arange(MODES) * (2 * math.pi / MODES)
     centres = 2 * torch.stack((angles.cos(), angles.sin()), dim=1)
     generator, discriminator = network(8, 64, 64, 2), network(2, 64, 64, 1)
-    players = [torch.optim.Adam(part.parameters(), 1e-3, (0.5, 0.9)) for part in (generator, discriminator)]
+    players = [torch.optim.Adam(part.parameters(), 1e-3, (0.5, 0.9), fused=True) for part in (generator, discriminator)]
 
     def data(count: int) -> Tensor:
         return fastelbo.gaussian_rsample(centres[torch.randint(MODES, (count,))], WIDTH, scale="std")

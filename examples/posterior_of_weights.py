@@ -57,7 +57,7 @@ def laplace(model, w: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Ten
 def backprop(model, x: Tensor, y: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each weight, by the bound's gradient from 16 draws a step."""
     q = torch.tensor([[1.0, 1.0], [-4.0, -4.0]], dtype=y.dtype, requires_grad=True)
-    optimizer = torch.optim.Adam([q], 0.05)
+    optimizer = torch.optim.Adam([q], 0.05, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)  # to 0, and the noise of q with it
     for _ in tqdm(range(steps), model.__name__, unit="step", disable=None):
         w, kl = fastelbo.gaussian_rsample_kl(*q, 0.0, PRIOR, scale_p="std", num_samples=16, event_ndim=1)
