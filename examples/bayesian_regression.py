@@ -90,7 +90,7 @@ def elbo(model: Callable, weights: Weights, x: Tensor, y: Tensor, samples: int) 
 def fit(model: Callable, x: Tensor, y: Tensor, steps: int, samples: int = 8) -> tuple[Weights, list[float]]:
     """Maximises the bound; returns the posteriors, and the bound in each step."""
     weights, bounds = Weights(*PRIORS[model]).to(x.device), []
-    optimizer = torch.optim.Adam(weights.parameters(), 0.1)
+    optimizer = torch.optim.Adam(weights.parameters(), 0.1, fused=True)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)  # to 0, and the noise of q with it
     for _ in tqdm(range(steps), model.__name__, unit="step", disable=None):
         bound = elbo(model, weights, x, y, samples)

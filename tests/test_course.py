@@ -562,9 +562,10 @@ def test_step_back_is_the_normal_given_both_neighbours():
     x_0, x_t, t = 0.3, -0.7, 4
     r = a[t] / a[t - 1]
 
+    before, noise = scipy.stats.norm(a[t - 1] * x_0, math.sqrt(var[t - 1])), scipy.stats.norm(0, math.sqrt(1 - r**2))
+
     def joint(z, power=0):
-        before = scipy.stats.norm(a[t - 1] * x_0, math.sqrt(var[t - 1])).pdf(z)
-        return z**power * before * scipy.stats.norm(r * z, math.sqrt(1 - r**2)).pdf(x_t)
+        return z**power * before.pdf(z) * noise.pdf(x_t - r * z)
 
     mass, first, second = (scipy.integrate.quad(joint, -4, 4, args=power, epsabs=1e-13)[0] for power in range(3))
     mean, variance = diffusion_of_digits.back(t, x_t, x_0, a, var)

@@ -94,12 +94,12 @@ def test_tiny_run_writes_pictures(example, small, tmp_path, capsys):
 # 1.4e-5 in one of six trials, and with seed 1 in none. The others part by 4e-6 of their largest value at most, and may
 # by eight times as much.
 CURVES = {
-    bayesian_regression: (("--steps", "30"), 60, None),
-    conditional_vae: (("--epochs", "2"), 4, None),
-    hierarchical_vae: (("--epochs", "2"), 2, None),
+    bayesian_regression: (("--steps", "10"), 20, None),
+    conditional_vae: (("--epochs", "1"), 2, None),
+    hierarchical_vae: (("--epochs", "1"), 1, None),
     train_pixelcnn: (("--epochs", "2", "--seed", "1"), 4, 4e-6),
     train_vae: (("--epochs", "4"), 8, 1e-4),
-    variational_fit: (("--steps", "30"), 150, None),
+    variational_fit: (("--steps", "10"), 50, None),
 }
 
 
