@@ -37,7 +37,7 @@ SMALL = {  # options of a run of seconds
     "posterior_of_weights": ["--steps", "400"],
     "density": ["--epochs", "20"],
     "gan": ["--steps", "200"],
-    "diffusion_as_vae": ["--steps", "60"],
+    "diffusion_as_vae": ["--steps", "40"],
     "diffusion_of_digits": ["--epochs", "3"],
     "ring": ["--steps", "150"],
     "autoencoder_to_vae": ["--epochs", "30"],
