@@ -151,7 +151,7 @@ namespace fastelbo {
 namespace {
 
 #define FASTELBO_CONV_LOOP(loop, dtype) \
-  ((dtype) == ScalarType::Double ? FASTELBO_BEST(loop, double, true) : FASTELBO_BEST(loop, float, true))
+  ((dtype) == ScalarType::Double ? FASTELBO_BEST_DOUBLE(loop, true) : FASTELBO_BEST_FLOAT(loop, true))
 
 template <class Loop>
 void run_tasks(Loop loop, const ConvArgs& args, int64_t tasks) {

@@ -59,22 +59,27 @@ namespace fastelbo::FASTELBO_ISA {
 #endif
 
 #if defined(FASTELBO_ONLY)  // the namespace of one instruction set: what none is asked for is not compiled
-#define FASTELBO_BEST(loop, T, exponential) (FASTELBO_ONLY::loop<T, exponential>)
+#define FASTELBO_BEST_FLOAT(loop, exponential) (FASTELBO_ONLY::loop<float, exponential>)
+#define FASTELBO_BEST_DOUBLE(loop, exponential) (FASTELBO_ONLY::loop<double, exponential>)
 #elif defined(__x86_64__)
-#define FASTELBO_BEST(loop, T, exponential)            \
-  (isa() == Isa::avx512 ? avx512::loop<T, exponential> \
-   : isa() == Isa::avx2 ? avx2::loop<T, exponential>   \
-                        : portable::loop<T, exponential>)
+#define FASTELBO_BEST_FLOAT(loop, exponential)             \
+  (isa() == Isa::avx512 ? avx512::loop<float, exponential> \
+   : isa() == Isa::avx2 ? avx2::loop<float, exponential>   \
+                        : portable::loop<float, exponential>)
+// An element at a time, which AVX-512 makes no faster.
+#define FASTELBO_BEST_DOUBLE(loop, exponential) \
+  (isa() == Isa::portable ? portable::loop<double, exponential> : avx2::loop<double, exponential>)
 #else
-#define FASTELBO_BEST(loop, T, exponential) (portable::loop<T, exponential>)
+#define FASTELBO_BEST_FLOAT(loop, exponential) (portable::loop<float, exponential>)
+#define FASTELBO_BEST_DOUBLE(loop, exponential) (portable::loop<double, exponential>)
 #endif
 
 // Runs the best loop<T, exponential> over `count` tiles.
-#define FASTELBO_RUN(loop, dtype, exponential, args, count)                                               \
-  ((dtype) == ScalarType::Double ? ((exponential) ? run(FASTELBO_BEST(loop, double, true), args, count)   \
-                                                  : run(FASTELBO_BEST(loop, double, false), args, count)) \
-                                 : ((exponential) ? run(FASTELBO_BEST(loop, float, true), args, count)    \
-                                                  : run(FASTELBO_BEST(loop, float, false), args, count)))
+#define FASTELBO_RUN(loop, dtype, exponential, args, count)                                              \
+  ((dtype) == ScalarType::Double ? ((exponential) ? run(FASTELBO_BEST_DOUBLE(loop, true), args, count)   \
+                                                  : run(FASTELBO_BEST_DOUBLE(loop, false), args, count)) \
+                                 : ((exponential) ? run(FASTELBO_BEST_FLOAT(loop, true), args, count)    \
+                                                  : run(FASTELBO_BEST_FLOAT(loop, false), args, count)))
 
 #define FASTELBO_ISA portable
 namespace fastelbo::FASTELBO_ISA {

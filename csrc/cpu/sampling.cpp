@@ -56,7 +56,7 @@ SamplerArgs sampler_arguments(const Tensor& program, const Tensor& weights, Tens
 }
 
 void run_images(const SamplerArgs& args) {
-  auto loop = FASTELBO_BEST(sampler_run, float, true);
+  auto loop = FASTELBO_BEST_FLOAT(sampler_run, true);
   if (args.n <= 1) return loop(args, 0, args.n);
   torch::stable::parallel_for(0, args.n, 1, [&](int64_t begin, int64_t end) { loop(args, begin, end); });
 }

@@ -34,16 +34,16 @@ struct SpreadTile {
   }
 
   template <class Count>
-  FASTELBO_INLINE Spread<V, false> at(const ScaleOf<T>&, const T*, int i, Count part) const {
+  FASTELBO_INLINE Spread<V, false> at(const ScaleOf<T>&, const T*, int i, Count) const {
     Spread<V, false> out;
-    out.std = load(std + i, part);
-    if (needs & (kLogStd | kLogStdOfWild)) out.log_std = load(log_std + i, part);
-    if (needs & kSlope) out.d_std = load(d_std + i, part);
-    if (needs & kLogSlope) out.d_logvar = load(d_logvar + i, part);
-    if (needs & kExcess) out.excess = load(excess + i, part);
-    if (needs & kOwn) out.own = load(own + i, part);
-    if (needs & kOwnSlope) out.own_slope = load(own_slope + i, part);
-    if (needs & kRest) out.rest = load(rest + i, part);
+    out.std = load(std + i, Whole{});
+    if (needs & (kLogStd | kLogStdOfWild)) out.log_std = load(log_std + i, Whole{});
+    if (needs & kSlope) out.d_std = load(d_std + i, Whole{});
+    if (needs & kLogSlope) out.d_logvar = load(d_logvar + i, Whole{});
+    if (needs & kExcess) out.excess = load(excess + i, Whole{});
+    if (needs & kOwn) out.own = load(own + i, Whole{});
+    if (needs & kOwnSlope) out.own_slope = load(own_slope + i, Whole{});
+    if (needs & kRest) out.rest = load(rest + i, Whole{});
     out.by_log = by_log;
     return out;
   }
@@ -53,19 +53,19 @@ struct SpreadTile {
   void read_kind(const ScaleOf<T>& given, const T* raw, int n) {
     const ScaleOf<T> scale = given;  // a copy, which no store to a tile can change
     by_log = needs & (kLogStd | kLogStdOfWild) && kind != Scale::std && kind != Scale::var && !scale.shifted();
-    for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+    for_each_vector_of_tile<T>(n, [&](int i, Within part) FASTELBO_LAMBDA {
       constexpr Excess wanted = !(needs & kExcess) ? Excess::none
                                 : needs & kSampled ? Excess::beside
                                                    : Excess::together;
       Spread<V, false> out = spread<false, wanted>(scale, load(raw + i, part), kind);
-      store(std + i, out.std, part);
-      if (needs & kLogStd) store(log_std + i, out.log_std, part);
-      if (needs & kSlope) store(d_std + i, out.d_std, part);
-      if (needs & kLogSlope) store(d_logvar + i, out.d_logvar, part);
-      if (needs & kExcess) store(excess + i, out.excess, part);
-      if (needs & kOwn) store(own + i, out.own, part);
-      if (needs & kOwnSlope) store(own_slope + i, out.own_slope, part);
-      if (needs & kRest) store(rest + i, out.rest, part);
+      store(std + i, out.std, Whole{});
+      if (needs & kLogStd) store(log_std + i, out.log_std, Whole{});
+      if (needs & kSlope) store(d_std + i, out.d_std, Whole{});
+      if (needs & kLogSlope) store(d_logvar + i, out.d_logvar, Whole{});
+      if (needs & kExcess) store(excess + i, out.excess, Whole{});
+      if (needs & kOwn) store(own + i, out.own, Whole{});
+      if (needs & kOwnSlope) store(own_slope + i, out.own_slope, Whole{});
+      if (needs & kRest) store(rest + i, out.rest, Whole{});
     });
     if (!(needs & (kLogStd | kLogStdOfWild))) return;
     int wild = 0;
@@ -73,9 +73,12 @@ struct SpreadTile {
     tame = !wild;
     by_log = by_log && wild;
     if (needs & kLogStd) return;
-    if (tame) return ::std::fill(log_std, log_std + n, T(0));
-    for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
-      store(log_std + i, spread<false, Excess::none>(scale, load(raw + i, part), kind).log_std, part);
+    if (tame) {
+      for_each_vector_of_tile<T>(n, [&](int i, Within) FASTELBO_LAMBDA { store(log_std + i, V(0), Whole{}); });
+      return;
+    }
+    for_each_vector_of_tile<T>(n, [&](int i, Within part) FASTELBO_LAMBDA {
+      store(log_std + i, spread<false, Excess::none>(scale, load(raw + i, part), kind).log_std, Whole{});
     });
   }
 };
@@ -104,8 +107,8 @@ struct RatioTile {
   template <class Q>
   void read(const ScaleOf<T>& scale, const T* s_q, const Q& q, int n) {
     auto each = [&](auto tame) FASTELBO_LAMBDA {
-      for_each_vector<T>(
-          n, [&](int i, auto part) FASTELBO_LAMBDA { keep(ratio_terms(q.at(scale, s_q, i, part), tame), i, part); });
+      for_each_vector_of_tile<T>(
+          n, [&](int i, Within part) FASTELBO_LAMBDA { keep(ratio_terms(q.at(scale, s_q, i, part), tame), i); });
     };
     if (q.tame) return each(::std::true_type());
     each(::std::false_type());
@@ -123,9 +126,9 @@ struct RatioTile {
   }
 
   template <class Count, class... Spreads>
-  FASTELBO_INLINE RatioTerms<V> at(int i, Count part, const Spreads&...) const {
+  FASTELBO_INLINE RatioTerms<V> at(int i, Count, const Spreads&...) const {
     RatioTerms<V> out;
-    (part_of == Ratio::gap ? out.gap : out.e) = load(terms + i, part);
+    (part_of == Ratio::gap ? out.gap : out.e) = load(terms + i, Whole{});
     return out;
   }
 
@@ -135,18 +138,17 @@ struct RatioTile {
                  const P& p, int n) {
     const ScaleOf<T> scale = given, scale_p = given_p;  // copies, which no store to a tile can change
     auto each = [&](auto tame) FASTELBO_LAMBDA {
-      for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
+      for_each_vector_of_tile<T>(n, [&](int i, Within part) FASTELBO_LAMBDA {
         keep(ratio_terms(scale, scale_p, same, load(s_q + i, part), q.at(scale, s_q, i, part), load(s_p + i, part),
                          p.at(scale_p, s_p, i, part), kind, tame),
-             i, part);
+             i);
       });
     };
     if (q.tame && p.tame) return each(::std::true_type());
     each(::std::false_type());
   }
-  template <class Count>
-  FASTELBO_INLINE void keep(const RatioTerms<V>& found, int i, Count part) {
-    store(terms + i, part_of == Ratio::gap ? found.gap : found.e, part);
+  FASTELBO_INLINE void keep(const RatioTerms<V>& found, int i) {
+    store(terms + i, part_of == Ratio::gap ? found.gap : found.e, Whole{});
   }
 };
 

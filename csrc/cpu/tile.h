@@ -23,6 +23,12 @@ FASTELBO_INLINE void for_each_vector(int n, F&& f) {
   if (i < n) f(i, Part{n - i});
 }
 
+// Calls f(offset, Within) until n elements are covered: half the code, for loops that store whole vectors to a tile.
+template <class T, class F>
+FASTELBO_INLINE void for_each_vector_of_tile(int n, F&& f) {
+  for (int i = 0; i < n; i += VectorOf<T>::lanes) f(i, Within{n - i});
+}
+
 inline float half_to_float(uint16_t bits) {
 #if defined(FASTELBO_AVX2) || defined(FASTELBO_AVX512)
   return _cvtsh_ss(bits);

@@ -145,6 +145,9 @@ struct Whole {};  // all lanes
 struct Part {     // the first `count`; the others load as 0 and are not stored
   int count;
 };
+struct Within {  // as many as there are of `count`: one piece of code for both, with a branch
+  int count;
+};
 
 FASTELBO_INLINE F32 load(const float* from, Whole) { return F32(*(const UnalignedF*)from); }
 FASTELBO_INLINE void store(float* to, F32 a, Whole) { *(UnalignedF*)to = a.v; }
@@ -158,10 +161,14 @@ FASTELBO_INLINE void store(float* to, F32 a, Part part) {
   store(lanes, a, Whole{});
   for (int i = 0; i < part.count; ++i) to[i] = lanes[i];
 }
+FASTELBO_INLINE F32 load(const float* from, Within left) {
+  return left.count < kLanes ? load(from, Part{left.count}) : load(from, Whole{});
+}
 
 FASTELBO_INLINE double load(const double* from, Whole) { return *from; }
 FASTELBO_INLINE void store(double* to, double a, Whole) { *to = a; }
 FASTELBO_INLINE double load(const double* from, Part) { return *from; }
+FASTELBO_INLINE double load(const double* from, Within) { return *from; }
 FASTELBO_INLINE void store(double* to, double a, Part) { *to = a; }
 
 // 64 bits a lane, half as many lanes: Philox words in the low halves, whatever the high halves hold.
