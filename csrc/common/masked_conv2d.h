@@ -100,6 +100,7 @@ struct LiveTaps {
   LiveTaps() = default;
   LiveTaps(const Tensor& weight, const Tensor& input, const std::string& type, const std::string& stack,
            int64_t dilation, int64_t groups, const std::string& order, bool gated, const std::vector<int64_t>& listed);
+  int64_t sideways() const { return left > right ? left : right; }
   bool live(int64_t out, int64_t in) const {
     return strict ? group_in[in] < group_out[out] : group_in[in] <= group_out[out];
   }

@@ -217,7 +217,7 @@ int64_t band_rows(int64_t n, int64_t rows, int64_t columns, int64_t channels, in
 // less, and where they fit.
 Planes planes_of(const ConvArgs& args, int64_t channels, int64_t above, int64_t below, int sign,
                  const Constants& constants) {
-  int64_t reach = std::max(args.mask.left, args.mask.right);
+  int64_t reach = args.mask.sideways();
   Planes spaced(args.columns, args.band, reach, above, below, constants.slack);
   std::vector<int64_t> shifts = {0};
   for (const Tap& tap : args.mask.taps)
@@ -245,9 +245,8 @@ ConvArgs arguments(const Tensor& input, const Tensor& weight, const std::string&
   args.mask = LiveTaps(weight, input, mask_type, stack, dilation, groups, order, args.gated(), taps);
   args.input = image_of(input);
   args.weight = image_of(weight);
-  int64_t gap = std::max(args.mask.left, args.mask.right);
-  args.band = band_rows(args.n, args.rows, args.columns + gap, std::max(args.in_channels, args.z_channels),
-                        args.mask.up + args.mask.down);
+  args.band = band_rows(args.n, args.rows, args.columns + args.mask.sideways(),
+                        std::max(args.in_channels, args.z_channels), args.mask.up + args.mask.down);
   args.bands = (args.rows + args.band - 1) / args.band;
   return args;
 }
@@ -299,7 +298,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   Device device(input);
   args.d_y = image_of(d_y);
   args.kept = image_of(kept);
-  int64_t reach = std::max(mask.left, mask.right);
+  int64_t reach = mask.sideways();
   args.planes = Planes(args.columns, args.band, reach, mask.up, mask.down, constants.slack);
   args.d_planes = want_input ? planes_of(args, args.z_channels, mask.down, mask.up, -1, constants)
                              : Planes(args.columns, args.band, reach, 0, 0, constants.slack);
