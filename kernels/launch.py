@@ -60,11 +60,17 @@ class Launch:
         if _known(compiled):
             self._compiled[key] = compiled.run, compiled.function, compiled.packed_metadata
 
-    def _by_triton(self, arguments):
+    def compile(self, *tensors):
+        """What Triton compiles for such a call, which is not made; tensors may be a CPU's."""
+        return self._by_triton(self._fill(tensor for tensor in tensors if tensor is not None), self._kernel.warmup)
+
+    def _by_triton(self, arguments, run=None):
         """What was compiled. By name comes what was given by name: a kernel's num_warps is Triton's, too."""
         first = len(arguments) - len(self._named)
-        named = dict(zip(self._named, arguments[first:], strict=True))
-        return self._kernel[(self._programs,)](*arguments[:first], **named, **self._options)
+        named = dict(zip(self._named, arguments[first:], strict=True)) | self._options
+        if run:
+            return run(*arguments[:first], grid=(self._programs,), **named)
+        return self._kernel[(self._programs,)](*arguments[:first], **named)
 
 
 def _filler(arguments):

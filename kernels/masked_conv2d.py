@@ -11,6 +11,7 @@ channel) in steps: steps of one tap's channels, or, for a first layer of few cha
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -460,7 +461,7 @@ def _power_of_two(count, least, most):
     return max(least, min(most, triton.next_power_of_2(count)))
 
 
-def _tiles(dtype, precision, inputs, outputs, taps, coalesced) -> "tuple[Tiles, ...]":
+def tiles_for(dtype, precision, inputs, outputs, taps, coalesced) -> "tuple[Tiles, ...]":
     """Tiles of the convolution for so many channels of x and of z, the default first.
 
     coalesced: whether the output's channels lie side by side.
@@ -481,7 +482,7 @@ def _tiles(dtype, precision, inputs, outputs, taps, coalesced) -> "tuple[Tiles, 
     return tuple(dict.fromkeys(Tiles(m, _power_of_two(outputs, 16, n), k, flat) for m, n in sizes))
 
 
-def _weight_tiles(dtype, precision, inputs, outputs, taps) -> "tuple[Tiles, ...]":
+def weight_tiles_for(dtype, precision, inputs, outputs, taps) -> "tuple[Tiles, ...]":
     """Tiles of the weight gradient, the default first."""
     flat = inputs < _FEW
     if _library.INTERPRETED:
@@ -493,6 +494,35 @@ def _weight_tiles(dtype, precision, inputs, outputs, taps) -> "tuple[Tiles, ...]
     n = taps * inputs if flat else inputs
     found = [Tiles(_power_of_two(outputs, 16, a), _power_of_two(n, 16, b), k, flat) for a, b in sizes]
     return tuple(dict.fromkeys(found))
+
+
+def more_tiles_for(dtype, precision, inputs, outputs, taps, coalesced) -> "tuple[Tiles, ...]":
+    """Those of tiles_for(), and others that a search on a GPU may try, the likeliest first."""
+    found = tiles_for(dtype, precision, inputs, outputs, taps, coalesced)
+    return _more(found, (64, 64), (128, 64), (64, 128), (128, 128), (256, 64), (256, 128), (128, 256), n=outputs)
+
+
+def more_weight_tiles_for(dtype, precision, inputs, outputs, taps) -> "tuple[Tiles, ...]":
+    """As more_tiles_for, of the weight gradient."""
+    found = weight_tiles_for(dtype, precision, inputs, outputs, taps)
+    n = taps * inputs if found[0].FLAT else inputs
+    return _more(found, (64, 64), (128, 64), (64, 128), (128, 128), (64, 256), (128, 256), m=outputs, n=n)
+
+
+def _more(found, *sizes, m=256, n):
+    """found, and tiles of such sizes, where there are as many rows and columns."""
+    first = found[0]
+    if _library.INTERPRETED or first.num_stages == 2:  # no tensor cores
+        return found
+    more = []
+    for k, stages in ((first.K, 3), (first.K, 4), (max(16, first.K // 2), 5), (2 * first.K, 2)):
+        for (a, b), warps in itertools.product(sizes, (4, 8)):
+            rows, columns = _power_of_two(m, 16, a), _power_of_two(n, 16, b)
+            # sums of a thread: they fit its registers beside addresses and operands, and are worth its while
+            least, most = min(columns, 64) * warps // 8, 128 if k <= first.K else 64
+            if least <= rows * columns // (32 * warps) <= most and rows <= 32 * warps:
+                more.append(Tiles(rows, columns, k, first.FLAT, warps, stages))
+    return tuple(dict.fromkeys((*found, *more)))
 
 
 def _precision(dtype):
@@ -561,7 +591,7 @@ def _convolution(x, weight, bias, cond, residual, y, kept, dilation, sign, halve
 
     @functools.cache
     def launches(precision):
-        candidates = _tiles(dtype, precision, inputs, outputs * halves[1], taps, by_channel == 1)
+        candidates = tiles_for(dtype, precision, inputs, outputs * halves[1], taps, by_channel == 1)
         return {tiles: launch(precision, tiles) for tiles in candidates}
 
     def convolve(x, weight, bias, cond, residual, y, kept, exact):
@@ -655,7 +685,7 @@ def _weight_gradient_of(d_z, x, d_weight, dilation, halves, taps, boxed):
 
     @functools.cache
     def launches(precision):
-        candidates = _weight_tiles(dtype, precision, inputs, outputs, live)
+        candidates = weight_tiles_for(dtype, precision, inputs, outputs, live)
         return {tiles: launch(precision, tiles) for tiles in candidates}
 
     def differentiate(d_z, x, d_weight, exact):

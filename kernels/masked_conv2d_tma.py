@@ -15,6 +15,7 @@ product's buffer, the barrier is written out.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -983,6 +984,52 @@ def weight_tile_for(outputs: int, inputs: int, taps: int) -> WeightTile:
     chunks = taps * triton.cdiv(inputs, 64)
     fives = chunks >= 20 and chunks % 5 == 0 and 4 * triton.cdiv(chunks, 4) > 1.1 * chunks  # 25 are five times five
     return WeightTile(64, 64, 4, 1 if fives else 0, SPECIAL=True)
+
+
+# What a search on a GPU may try beside them, the likeliest first
+
+_SHARED = 226 * 2**10  # bytes of shared memory for buffers, of the 227 KiB that a program can have
+
+
+def _fits(sums, warps):
+    """Whether a tile's sums fit the registers of so many warps, and are enough to be worth their while."""
+    return 32 < sums // (32 * warps) <= 160
+
+
+def more_tiles_for(outputs: int, inputs: int, pixels: int, up: int, rows: int, dilation=1, gated=False):
+    """tile_for()'s, and others, of as many stages as there is memory for."""
+    found = [tile_for(outputs, inputs, pixels, up, rows, dilation, gated)]
+    if gated:
+        return tuple(found)
+    narrow = 64 if outputs > 32 else 32
+    sizes = [(m, n, 0) for m in (128, 256, 64) for n in (narrow, 128, 256) if n == narrow or n < 2 * outputs]
+    sizes += [(128, 256, 64)] if 256 < outputs <= 320 else []
+    tall = 4 if rows % 8 else 8
+    higher = tall + triton.next_power_of_2(max(1, up))
+    for (m, n, n2), warps in itertools.product(sizes, (4, 8)):
+        if not _fits(m * (n + n2), warps):
+            continue
+        for special, swap in itertools.product((True, False), (False, True) if n % 64 == 0 and not n2 else (False,)):
+            k = 64 if inputs > 32 else 32
+            stages = min(6, (_SHARED - 2 * m * (n + n2)) // (2 * k * (m + n + n2)))
+            found.append(Tile(m, n, n2, k, stages, swap, special, warps))
+            if special and not _RENAMED and dilation == 1 and up >= 1 and k == 64 and n % 64 == 0 and m >= 8 * tall:
+                stages = min(3, (_SHARED - 2 * n * (m + 64 * 3)) // (128 * m * higher // tall))
+                found += [RowTile(m, n, tall, stages, 3, swap, warps)] if stages > 1 and not n2 else []
+    return tuple(dict.fromkeys(found))
+
+
+def more_weight_tiles_for(outputs: int, inputs: int, taps: int) -> "tuple[WeightTile, ...]":
+    """weight_tile_for()'s, and others, of as many stages as there is memory for."""
+    found = [weight_tile_for(outputs, inputs, taps)]
+    chunks = taps * triton.cdiv(inputs, 64)
+    parts = [(4, 0), (4, 1), (2, 0), (2, 1), (1, 0)]
+    ms = (64, 128)[: 1 + (outputs > 64)]
+    for waves, m, (g, g2), special, warps in itertools.product((1, 2), ms, parts, (True, False), (4, 8)):
+        if _fits(64 * m * (g + g2), warps) and g + g2 <= chunks:
+            stages = min(4, _SHARED // (128 * (m + 64 * (g + g2))))
+            found.append(WeightTile(64, m, g, g2, stages, special, warps, waves))
+    return tuple(dict.fromkeys(found))
 
 
 # Launches of a layer's passes, or None where a layer must run on another kernel
