@@ -561,13 +561,14 @@ def _image_innermost(x):
     return TENSOR, (channels * rows * columns, 1, channels * columns, channels)
 
 
-def _convolution(x, weight, bias, cond, residual, y, kept, dilation, sign, halves, activation, taps):
-    """What launches _fwd: a function of the first tensors, and of `exact` (tune.choose).
+def _convolution(tensors, dilation, sign, halves, activation, taps):
+    """What launches _fwd: a function of the tensors, and of `exact` (tune.choose).
 
     Args:
-        weight: [channels of z, of x, rows, columns].
+        tensors: x, weight [channels of z, of x, rows, columns], bias, cond, residual, y, kept.
         halves: of x's channels and of z's, under a gate.
     """
+    x, weight, bias, cond, residual, y, kept = tensors
     images, outputs, rows, columns = y.shape
     inputs, dtype = x.shape[1], x.dtype
     arguments = (
@@ -613,7 +614,7 @@ def _input_gradient(d_z, weight, d_input, dilation, halves, taps, boxed):
         return lambda d_z, weight, d_input, exact: launch(x=d_z, w=weight, y=d_input)
     absent = None, None, None
     operands = d_z, weight.transpose(0, 1), *absent, d_input, None
-    convolve = _convolution(*operands, dilation, -1, (halves, 1), "", taps)
+    convolve = _convolution(operands, dilation, -1, (halves, 1), "", taps)
     return lambda d_z, weight, d_input, exact: convolve(d_z, weight.transpose(0, 1), *absent, d_input, None, exact)
 
 
@@ -730,14 +731,15 @@ def masked_conv2d_fwd(
     halves = 2 if activation in GATES else 1
     kept = kept if keep else None
     if boxes and stack == "square" and not listed:
-        extras = activation, bias, cond, residual, kept
-        launch = boxes.launcher(boxes.convolution(input, weight, y, taps, dilation, False, *extras))
+        epilogue = boxes.Epilogue(activation, bias, cond, residual, kept)
+        launch = boxes.launcher(boxes.convolution(input, weight, y, taps, dilation, epilogue=epilogue))
         if launch:
             return lambda results, input, weight, bias, cond, residual: launch(
                 x=input, w=_part(weight, part), y=results[0], kept=results[1] if keep else None,
                 bias=bias, cond=cond, residual=residual,
             )  # fmt: skip
-    convolve = _convolution(input, weight, bias, cond, residual, y, kept, dilation, 1, (1, halves), activation, taps)
+    operands = input, weight, bias, cond, residual, y, kept
+    convolve = _convolution(operands, dilation, 1, (1, halves), activation, taps)
 
     def fill(results, input, weight, bias, cond, residual):
         y, kept = results

@@ -829,14 +829,27 @@ def can_take(image: torch.Tensor) -> bool:
     )
 
 
-def prepare_convolution(x, weight, y, taps: Taps, tile: Tile, transposed=False, activation="", bias=None, cond=None,
-                        residual=None, kept=None):  # fmt: skip
+class Epilogue(NamedTuple):
+    """What follows a convolution's sums: the operands that are there, and where z is kept."""
+
+    activation: str = ""
+    bias: "torch.Tensor | None" = None
+    cond: "torch.Tensor | None" = None
+    residual: "torch.Tensor | None" = None
+    kept: "torch.Tensor | None" = None
+
+
+NOTHING = Epilogue()
+
+
+def prepare_convolution(x, weight, y, taps: Taps, tile: Tile, transposed=False, epilogue=NOTHING):
     """The kernel, its grid and its arguments.
 
     Args:
         x, y, residual, kept: images [N, C, H, W] that can_take() takes.
         weight: [channels of z, all taps, channels of x], contiguous; of the forward even where `transposed`.
     """
+    activation, bias, cond, residual, kept = epilogue
     images, outputs, rows, columns = y.shape
     gated = activation in ("tanh_sigmoid", "glu")
     box = box_of(images, rows, columns, tile.M)
@@ -867,9 +880,9 @@ def prepare_convolution(x, weight, y, taps: Taps, tile: Tile, transposed=False, 
     return convolve, (grid,), arguments
 
 
-def prepare_rows(x, weight, y, taps: Taps, tile: RowTile, transposed=False, activation="", bias=None, cond=None,
-                 residual=None, kept=None):  # fmt: skip
+def prepare_rows(x, weight, y, taps: Taps, tile: RowTile, transposed=False, epilogue=NOTHING):
     """As prepare_convolution, for convolve_rows; no gate."""
+    activation, bias, cond, residual, kept = epilogue
     images, outputs, rows, columns = y.shape
     box = box_of(images, rows, columns, tile.M, tile.TH)
     tiles_n, tiles_h, tiles_w = (triton.cdiv(a, b) for a, b in zip((images, rows, columns), box, strict=True))
@@ -1065,15 +1078,14 @@ def _aligned(tensor):
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def convolution(x, weight, y, kernel, dilation, transposed=False, activation="", bias=None, cond=None, residual=None,
-                kept=None):  # fmt: skip
+def convolution(x, weight, y, kernel, dilation, transposed=False, epilogue=NOTHING):
     """Launches of the forward, or under `transposed` of the input gradient; None where these kernels cannot take it.
 
     weight: [channels of z, of x, rows, columns], any strides; kernel: as masked_conv2d's Taps, of the square stack.
     """
-    gated = activation in ("tanh_sigmoid", "glu")
+    cond, gated = epilogue.cond, epilogue.activation in ("tanh_sigmoid", "glu")
     outputs = y.shape[1]
-    if not _may_run(kernel, dilation, x, y, residual, kept) or (
+    if not _may_run(kernel, dilation, x, y, epilogue.residual, epilogue.kept) or (
         cond is not None and (cond.dim() != 2 or cond.numel() >= 2**31)
     ):
         return None
@@ -1083,8 +1095,8 @@ def convolution(x, weight, y, kernel, dilation, transposed=False, activation="",
     tile = tile_for(outputs, x.shape[1], pixels, kernel.UP, y.shape[2], dilation, gated)
     packed = _aligned(weight.permute(0, 2, 3, 1)).flatten(1, 2)
     prepare = prepare_rows if isinstance(tile, RowTile) else prepare_convolution
-    bias, cond = _aligned(bias), _aligned(cond)
-    return [prepare(x, packed, y, _taps(kernel, dilation), tile, transposed, activation, bias, cond, residual, kept)]
+    epilogue = epilogue._replace(bias=_aligned(epilogue.bias), cond=_aligned(cond))
+    return [prepare(x, packed, y, _taps(kernel, dilation), tile, transposed, epilogue)]
 
 
 def weight_gradient(d_z, x, d_weight, kernel, dilation):

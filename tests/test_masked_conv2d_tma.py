@@ -142,7 +142,7 @@ def test_epilogues(kernels, run, form, activation):
     residual, kept = image(3, outputs, (8, 8)), torch.full_like(z, float("nan"))
     y = torch.full_like(residual, float("nan"))
     extras = dict(activation=activation, bias=bias, cond=cond, residual=residual, kept=kept)
-    run(*prepare(x, weight, y, kernels.Taps(*taps), tile, **extras))
+    run(*prepare(x, weight, y, kernels.Taps(*taps), tile, epilogue=kernels.Epilogue(**extras)))
     z = F.conv2d(x, full, bias, padding=1) + cond[:, :, None, None]
     a, b = z.chunk(2, 1)
     value = {
