@@ -55,7 +55,7 @@ END = float(os.environ.get("FASTELBO_TESTS_END", "inf"))  # of the time there is
 
 def pytest_collection_finish():
     gc.freeze()  # the million objects of torch, Triton and the tests themselves, of which none is garbage
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(20_000, 20, 20)  # compilers make millions more, few of them in cycles
 
 
 def pytest_sessionfinish():
@@ -104,6 +104,7 @@ def at_home(name):
     """With torch's default device the one that a backend is for."""
     reason = fastelbo.backends.usable(name)
     assert reason is None, reason
+    # without a mode where it is the default anyway: a mode costs every call of torch's, and test_defaults.py has them
     with torch.device(DEVICES[name]) if DEVICES[name] != "cpu" else contextlib.nullcontext():
         yield name
 

@@ -1,7 +1,7 @@
-"""Runs programs in processes that have imported torch and nothing of ours, forked of one: an import takes seconds.
+"""Runs programs in processes forked of one that has imported torch, or what else they need: an import takes seconds.
 
-Or what else a program needs. As `python -c` does, but that what torch reads of the environment at its import is not
-read again.
+They find nothing of ours imported by default. As `python -c` does, but that what torch reads of the environment at its
+import is not read again.
 """
 
 import atexit
