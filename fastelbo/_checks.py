@@ -58,22 +58,32 @@ def operands(
     values = tuple(named.values())
     first = values[0]
     if isinstance(first, torch.Tensor) and not first.is_nested:
-        shape, dtype, device = first.shape, first.dtype, first.device
-        for name, value in named.items():  # the common case: nothing to convert, nothing to broadcast
+        shape, dtype, device, with_numbers = first.shape, first.dtype, first.device, False
+        for name, value in named.items():  # the common case: nothing to convert, nothing to broadcast but scalars
             if value is first or (value is None and name in _OPTIONAL):
                 continue
-            if not (
+            if type(value) is float:
+                with_numbers = True
+            elif not (
                 isinstance(value, torch.Tensor)
                 and value.layout is torch.strided
                 and value.dtype == dtype
                 and value.device == device
                 and not value.is_nested
-                and value.shape == shape
+                and (value.shape == shape or value.dim() == 0)
             ):
                 return _mixed_operands(named, event_ndim, event_name)
         if dtype in DTYPES and len(shape) <= _MAX_DIMS and first.layout is torch.strided:
+            if with_numbers:
+                values = tuple([_tensor_of(x, dtype, device) if type(x) is float else x for x in values])
             return values, shape, dtype
     return _mixed_operands(named, event_ndim, event_name)
+
+
+def _tensor_of(number, dtype, device):
+    """A number as an operand beside tensors of that dtype."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32  # half precision would round it
+    return torch.full((), number, dtype=wide, device=device)
 
 
 def _mixed_operands(named, event_ndim, event_name):
@@ -84,9 +94,9 @@ def _mixed_operands(named, event_ndim, event_name):
     device = named[anchor_name].device
     shape, widest = torch.Size(()), anchor_name
     for name, value in named.items():
-        if (value is None and name in _OPTIONAL) or _is_number(value):
-            continue
         if not isinstance(value, torch.Tensor):
+            if (value is None and name in _OPTIONAL) or _is_number(value):
+                continue
             raise TypeError(f"{name} must be a tensor or a number; got {type(value).__name__}")
         if name not in _OBSERVED or value.dtype not in _INTEGERS:
             check_dtype(name, value.dtype)
@@ -115,10 +125,10 @@ def _mixed_operands(named, event_ndim, event_name):
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     made = []
     for name, value in named.items():
-        if _is_number(value):
+        if value is not None and not isinstance(value, torch.Tensor):
             if isinstance(value, int) and abs(value) > sys.float_info.max:
                 raise ValueError(f"{name} must be a number that a float holds; got one of {value.bit_length()} bits")
-            value = torch.full((), float(value), dtype=arithmetic, device=device)
+            value = _tensor_of(float(value), dtype, device)
         elif value is not None and value.dtype in _INTEGERS:
             value = value.to(arithmetic)
         elif value is not None and value.dtype == torch.float64 and arithmetic == torch.float32:
@@ -224,7 +234,9 @@ def _default_event(named, rank, event_name):
 def promoted(*values):
     """The dtype that torch promotes tensors to (numbers and None have no say, nor has a 0-d tensor beside others)."""
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    dtypes = {tensor.dtype for tensor in tensors if tensor.dim() > 0} or {tensor.dtype for tensor in tensors}
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        dtypes = {tensor.dtype for tensor in tensors if tensor.dim() > 0} or dtypes
     return functools.reduce(torch.promote_types, dtypes)
 
 

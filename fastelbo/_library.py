@@ -37,23 +37,28 @@ def define(name: str, schema: str, fake, check=None, differentiable=None) -> "di
     Args:
         name: <op>_fwd or <op>_bwd.
         schema: its arguments and returns, without the name.
-        fake: takes the op's arguments, but maybe for defaults at their end, and allocates what it returns.
+        fake: takes the op's arguments, and allocates what it returns.
         check: takes all arguments by name, and raises for what no kernel can take. (Compiled kernels check, too.)
         differentiable: takes the backend, and all arguments by name, and computes the op so that gradients pass.
             Without it the op has no derivative, and a backward through it says so.
     """
     parameters = torch._C.parse_schema(name + schema).arguments
+    defaults = [parameter.default_value for parameter in parameters]
+
+    def whole(arguments):  # which come without those at the end that have their default
+        return *arguments, *defaults[len(arguments) :]
 
     def named(arguments):
-        left_out = (parameter.default_value for parameter in parameters[len(arguments) :])
-        found = {parameter.name: x for parameter, x in zip(parameters, (*arguments, *left_out), strict=True)}
+        found = {parameter.name: x for parameter, x in zip(parameters, whole(arguments), strict=True)}
         if check is not None:
             check(**found)
         return found
 
+    def allocate(*arguments):
+        return fake(*whole(arguments))
+
     def checked(*arguments):
-        named(arguments)
-        return fake(*arguments)
+        return fake(*named(arguments).values())
 
     def through(backend, *arguments):
         return differentiable(backend, **named(arguments))
@@ -61,13 +66,13 @@ def define(name: str, schema: str, fake, check=None, differentiable=None) -> "di
     kernels = {}
     for library, backend in ((_library, "cpu"), (_triton_library, "triton")):
         op = _define(library, name, schema, checked)  # first, so that a call without an overload takes it
-        kernels[backend] = _define(library, f"{name}.kernel", schema, fake)
+        kernels[backend] = _define(library, f"{name}.kernel", schema, allocate)
         run = _autograd.under_autograd(op, differentiable and functools.partial(through, backend))
         library.impl(op, run, "Autograd")
     device = "CPU" if INTERPRETED else "CUDA"
     places = [i for i, parameter in enumerate(parameters) if "Tensor" in str(parameter.type)]
-    for overload, allocate in ((f"{name}.kernel", fake), (name, checked)):
-        _triton_library.impl(overload, functools.partial(_run_triton, name, allocate, places), device)
+    for overload, make in ((f"{name}.kernel", allocate), (name, checked)):
+        _triton_library.impl(overload, functools.partial(_run_triton, name, make, whole, places), device)
     return {"cuda": kernels["cpu"], **kernels}
 
 
@@ -136,8 +141,9 @@ def _on(device):
     return torch.cuda.device(device) if elsewhere else _HERE
 
 
-def _run_triton(name, fake, places, *arguments):
-    """Allocates and fills what an op returns; places: of the tensors among its arguments."""
+def _run_triton(name, fake, whole, places, *arguments):
+    """Allocates and fills what an op returns; places: of the tensors among all its arguments, as `whole` makes them."""
+    arguments = whole(arguments)
     kind = name, fake, *map(_kind, arguments)
     allocate, fill = _FOUND.get(kind, (None, None))
     results = allocate() if allocate else fake(*arguments)

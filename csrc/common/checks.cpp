@@ -181,6 +181,12 @@ Shape check_draw(const std::optional<Tensor>& seed, const std::optional<Tensor>&
   return samples;
 }
 
+ScalarType sample_type(std::optional<ScalarType> out_dtype, const Tensor& mean) {
+  if (!out_dtype) return mean.scalar_type();
+  check_float("out_dtype", *out_dtype);
+  return *out_dtype;
+}
+
 Shape sample_shape(const Tensor& d_z, std::optional<int64_t> num_samples) {
   auto sizes = d_z.sizes();
   int leading = num_samples ? 1 : 0, ndim = int(sizes.size()) - leading;

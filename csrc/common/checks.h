@@ -53,6 +53,8 @@ void check_mask(const std::optional<Tensor>& mask, const Shape& shape, const Giv
 // What decides a draw; returns the shape of the samples.
 Shape check_draw(const std::optional<Tensor>& seed, const std::optional<Tensor>& noise, int64_t noise_offset,
                  std::optional<int64_t> num_samples, double temperature, const Shape& shape, const Given& anchor);
+// The dtype of the samples: the mean's where none is asked for.
+ScalarType sample_type(std::optional<ScalarType> out_dtype, const Tensor& mean);
 // The shape of one sample, of which d_z is the gradient.
 Shape sample_shape(const Tensor& d_z, std::optional<int64_t> num_samples);
 // An upstream gradient, of a result of the given shape.

@@ -23,11 +23,11 @@ namespace fastelbo {
 
 Tensor gaussian_rsample_fwd(Tensor mean, Tensor s, std::optional<Tensor> seed, std::optional<Tensor> noise,
                             int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
-                            std::vector<double> scale, ScalarType out_dtype) {
+                            std::vector<double> scale, std::optional<ScalarType> out_dtype) {
   Shape shape = broadcast_operands({{"mean", mean}, {"s", s}});
   Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, {"mean", mean});
-  check_float("out_dtype", out_dtype);
-  Tensor z = num_samples ? allocate(out, out_dtype, Device(mean)) : allocate(out, out_dtype, mean);
+  ScalarType z_type = sample_type(out_dtype, mean);
+  Tensor z = num_samples ? allocate(out, z_type, Device(mean)) : allocate(out, z_type, mean);
   GaussianRsample args{{noise, seed, noise_offset, num_samples, temperature, shape}, parse_scale(scale)};
   args.numel = shape.numel();
   args.tiling = {1, args.numel};

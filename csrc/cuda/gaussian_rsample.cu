@@ -75,12 +75,12 @@ namespace fastelbo {
 
 Tensor gaussian_rsample_fwd(Tensor mean, Tensor s, std::optional<Tensor> seed, std::optional<Tensor> noise,
                             int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
-                            std::vector<double> scale_numbers, ScalarType out_dtype) {
+                            std::vector<double> scale_numbers, std::optional<ScalarType> out_dtype) {
   Shape shape = broadcast_operands({{"mean", mean}, {"s", s}});
   Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, {"mean", mean});
-  check_float("out_dtype", out_dtype);
   Launcher launch("gaussian_rsample_fwd", mean);
-  Tensor z = num_samples ? allocate(out, out_dtype, Device(mean)) : allocate(out, out_dtype, mean);
+  ScalarType z_type = sample_type(out_dtype, mean);
+  Tensor z = num_samples ? allocate(out, z_type, Device(mean)) : allocate(out, z_type, mean);
   Scale scale = parse_scale(scale_numbers);
   View mean_view(mean, shape), s_view(s, shape), z_view = View::of_samples(z, shape, num_samples);
   View noise_view = View::of_samples(noise, shape, num_samples);

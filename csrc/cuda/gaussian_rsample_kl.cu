@@ -80,13 +80,13 @@ std::tuple<Tensor, Tensor> gaussian_rsample_kl_fwd(
     Tensor mean_q, Tensor s_q, std::optional<Tensor> mean_p, std::optional<Tensor> s_p, std::optional<Tensor> seed,
     std::optional<Tensor> noise, int64_t noise_offset, std::optional<int64_t> num_samples, double temperature,
     std::vector<double> scale, std::optional<std::vector<double>> scale_p, int64_t event_ndim,
-    std::optional<Tensor> mask, ScalarType out_dtype, std::optional<double>) {
+    std::optional<Tensor> mask, std::optional<ScalarType> out_dtype, std::optional<double>) {
   Gaussians given(mean_q, s_q, mean_p, s_p, scale, scale_p, event_ndim, mask);
   const Shape& shape = given.shape;
   Shape out = check_draw(seed, noise, noise_offset, num_samples, temperature, shape, given.anchor());
-  check_float("out_dtype", out_dtype);
   Launcher launch("gaussian_rsample_kl_fwd", mean_q);
-  Tensor z = num_samples ? allocate(out, out_dtype, Device(mean_q)) : allocate(out, out_dtype, mean_q);
+  ScalarType z_type = sample_type(out_dtype, mean_q);
+  Tensor z = num_samples ? allocate(out, z_type, Device(mean_q)) : allocate(out, z_type, mean_q);
   Terms kl(shape, event_ndim, given.dtype, mean_q);
   GaussianViews both(given);
   View z_view = View::of_samples(z, shape, num_samples), noise_view = View::of_samples(noise, shape, num_samples);

@@ -122,7 +122,7 @@ def _local(tensors, options, backend):
         return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))
     if not _autograd.recorded(tensors):
         return _FWD[backend](*_arguments(*tensors, options))
-    return _GaussianKL.apply(*_autograd.distinct(tensors), options, backend)
+    return _autograd.record(_GaussianKL, tensors, options, backend)
 
 
 def _reference(mean_q, s_q, mean_p, s_p, mask, options):
@@ -137,7 +137,7 @@ def _arguments(mean_q, s_q, mean_p, s_p, mask, options):
     return mean_q, s_q, mean_p, s_p, numbers(scale), numbers(scale_p), event_ndim, mask, balance
 
 
-class _GaussianKL(torch.autograd.Function):
+class _GaussianKL(_autograd.Function):
     @staticmethod
     def forward(ctx, mean_q, s_q, mean_p, s_p, mask, options, backend):
         ctx.save_for_backward(mean_q, s_q, mean_p, s_p, mask)

@@ -121,6 +121,9 @@ class Terms(NamedTuple):
     constant: float = HALF_LOG_TWO_PI
 
 
+_DENSITY = list(Terms())  # which a call leaves out, for the dispatcher takes its time for every argument
+
+
 def log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative, terms=Terms()):  # noqa: B008
     """The log-density, or its negative, with these terms."""
     scale = as_scale(scale)
@@ -159,7 +162,7 @@ def _local(tensors, options, backend):
         return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))
     if not _autograd.recorded(tensors):
         return _FWD[backend](*_arguments(*tensors, options))
-    return _GaussianLogProb.apply(*_autograd.distinct(tensors), options, backend)
+    return _autograd.record(_GaussianLogProb, tensors, options, backend)
 
 
 def _reference(x, mean, s, mask, options):
@@ -171,10 +174,11 @@ def _reference(x, mean, s, mask, options):
 def _arguments(x, mean, s, mask, options):
     """As the forward's schema has them."""
     scale, event_ndim, negative, *terms = options
-    return x, mean, s, numbers(scale), event_ndim, negative, mask, *terms
+    given = x, mean, s, numbers(scale), event_ndim, negative
+    return given if mask is None and terms == _DENSITY else (*given, mask, *terms)
 
 
-class _GaussianLogProb(torch.autograd.Function):
+class _GaussianLogProb(_autograd.Function):
     @staticmethod
     def forward(ctx, x, mean, s, mask, options, backend):
         ctx.save_for_backward(x, mean, s, mask)
@@ -215,8 +219,8 @@ def _bwd_fake(d_out, x, mean, s, scale, event_ndim, negative, mask, x_grad, *_):
 
 _FWD = _library.define(
     "gaussian_log_prob_fwd",
-    "(Tensor x, Tensor mean, Tensor s, float[] scale, int event_ndim, bool negative, Tensor? mask,"
-    f" float log_weight=1, float constant={HALF_LOG_TWO_PI!r}) -> Tensor",
+    "(Tensor x, Tensor mean, Tensor s, float[] scale, int event_ndim, bool negative,"
+    f" Tensor? mask=None, float log_weight=1, float constant={HALF_LOG_TWO_PI!r}) -> Tensor",
     _fwd_fake,
     _gaussian.check,
     _gaussian.differentiable(_GaussianLogProb),

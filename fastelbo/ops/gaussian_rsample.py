@@ -72,14 +72,18 @@ def gaussian_rsample(
         on_cpu = backend == "cuda" and _seed.by_value(device) and not _sharding.sharded(mean, s)
         seed = _seed.as_seed(seed, generator, device, on_cpu)
     s, scale = _gaussian.clamp_before_broadcast(s, shape, scale, dtype)
-    options = num_samples, temperature, scale, out_dtype or dtype
+    if out_dtype is None and dtype != mean.dtype:
+        out_dtype = dtype
+    options: tuple = (noise_offset, num_samples, temperature, scale, out_dtype)
     run = _local if len(shape) <= _gaussian.MAX_DIMS else _folded
     if _sharding.sharded(mean, s, noise):
         layout = _sharding.Gaussian(shape, mean=mean, s=s)
         seed, noise, noise_offset = layout.draw(seed, noise, noise_offset, _gaussian.normals(backend, num_samples))
-        z = run((*layout.shards(), seed, noise), (noise_offset, *options), backend)
+        z = run((*layout.shards(), seed, noise), (noise_offset, *options[1:]), backend)
         return layout.sample(z, num_samples)
-    return run((mean, s, seed, noise), (noise_offset, *options), backend)
+    if scale is _DEFAULTS[3] and options == _DEFAULTS and not torch.compiler.is_compiling():
+        options = ()  # to be left out of calls: each costs torch's dispatcher up to a microsecond
+    return run((mean, s, seed, noise), options, backend)
 
 
 def _folded(tensors, options, backend):
@@ -98,23 +102,29 @@ def _local(tensors, options, backend):
         return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))
     if not _autograd.recorded(tensors):
         return _FWD[backend](*_arguments(*tensors, options))
-    return _GaussianRsample.apply(*_autograd.distinct(tensors), options, backend)
+    return _autograd.record(_GaussianRsample, tensors, options, backend)
 
 
 def _reference(mean, s, seed, noise, options):
-    noise_offset, num_samples, temperature, scale, out_dtype = options
+    noise_offset, num_samples, temperature, scale, out_dtype = options or _DEFAULTS
     draw = {"noise": noise, "seed": _seed.at(seed, mean.device), "noise_offset": noise_offset}
-    keywords = {"scale": scale, "num_samples": num_samples, "temperature": temperature, "out_dtype": out_dtype}
+    keywords = {"scale": scale, "num_samples": num_samples, "temperature": temperature}
+    keywords["out_dtype"] = out_dtype or mean.dtype
     return reference.gaussian_rsample(mean, s, **keywords, **draw)
+
+
+_DEFAULTS = 0, None, 1.0, as_scale("logvar"), None  # of the schemas, where the options are ()
 
 
 def _arguments(mean, s, seed, noise, options):
     """As the forward's schema has them."""
+    if not options:
+        return mean, s, seed, noise
     noise_offset, num_samples, temperature, scale, out_dtype = options
     return mean, s, seed, noise, noise_offset, num_samples, temperature, numbers(scale), out_dtype
 
 
-class _GaussianRsample(torch.autograd.Function):
+class _GaussianRsample(_autograd.Function):
     @staticmethod
     def forward(ctx, mean, s, seed, noise, options, backend):
         ctx.save_for_backward(s, seed, noise)
@@ -128,18 +138,18 @@ class _GaussianRsample(torch.autograd.Function):
         if d_z is None:
             return (None,) * 6
         s, seed, noise = ctx.saved_tensors
-        noise_offset, num_samples, temperature, scale, _ = ctx.options
         d_mean = d_s = None
         if ctx.needs_input_grad[0]:
             d_mean = _autograd.summed(d_z, ctx.mean_shape, ctx.mean_dtype)
         if ctx.needs_input_grad[1] and _autograd.differentiable_backward():
+            _, num_samples, *_ = ctx.options or _DEFAULTS
             mean = s.new_zeros(()).expand(d_z.shape if num_samples is None else d_z.shape[1:])
             (d_s,) = _autograd.reference_gradients(
                 lambda s: _reference(mean, s, seed, noise, ctx.options), (s,), (True,), (d_z,)
             )
         elif ctx.needs_input_grad[1]:
-            draw = seed, noise, noise_offset, num_samples, temperature
-            d_s = _autograd.summed(_BWD[ctx.backend](d_z, s, *draw, numbers(scale)), s.shape, s.dtype)
+            arguments = _arguments(d_z, s, seed, noise, ctx.options)[:8]  # all but the sample's dtype
+            d_s = _autograd.summed(_BWD[ctx.backend](*arguments), s.shape, s.dtype)
         return d_mean, d_s, None, None, None, None
 
 
@@ -157,7 +167,7 @@ def _bwd_check(d_z, s, seed, noise, noise_offset, num_samples, temperature, scal
 
 
 def _fwd_fake(mean, s, seed, noise, noise_offset, num_samples, *options):
-    return _gaussian.empty_sample(mean, _gaussian.joint_shape(mean, s), num_samples, options[-1])
+    return _gaussian.empty_sample(mean, _gaussian.joint_shape(mean, s), num_samples, options[-1] or mean.dtype)
 
 
 def _bwd_fake(d_z, s, seed, noise, noise_offset, num_samples, *_):
@@ -166,16 +176,16 @@ def _bwd_fake(d_z, s, seed, noise, noise_offset, num_samples, *_):
 
 _FWD = _library.define(
     "gaussian_rsample_fwd",
-    "(Tensor mean, Tensor s, Tensor? seed, Tensor? noise, SymInt noise_offset, SymInt? num_samples, float temperature,"
-    " float[] scale, ScalarType out_dtype) -> Tensor",
+    "(Tensor mean, Tensor s, Tensor? seed, Tensor? noise, SymInt noise_offset=0, SymInt? num_samples=None,"
+    " float temperature=1.0, float[] scale=[0.0], ScalarType? out_dtype=None) -> Tensor",
     _fwd_fake,
     _gaussian.check,
     _gaussian.differentiable(_GaussianRsample),
 )
 _BWD = _library.define(
     "gaussian_rsample_bwd",
-    "(Tensor d_z, Tensor s, Tensor? seed, Tensor? noise, SymInt noise_offset, SymInt? num_samples, float temperature,"
-    " float[] scale) -> Tensor",
+    "(Tensor d_z, Tensor s, Tensor? seed, Tensor? noise, SymInt noise_offset=0, SymInt? num_samples=None,"
+    " float temperature=1.0, float[] scale=[0.0]) -> Tensor",
     _bwd_fake,
     _bwd_check,
 )

@@ -76,8 +76,8 @@ def gaussian_rsample_kl(
         noise, seed, generator, noise_offset, num_samples, temperature, shape, device
     )
     _checks.check_out_dtype(out_dtype)
-    if out_dtype is None:
-        out_dtype = dtype if mean_p is None else _checks.promoted(mean_q, s_q)
+    if out_dtype is None and (mean_p is not None or dtype != mean_q.dtype):
+        out_dtype = _checks.promoted(mean_q, s_q)
     event_ndim = _checks.check_event_ndim(event_ndim, shape)
     _checks.check_reduction(reduction)
     if free_bits is not None or balance is not None or mask is not None or free_bits_per != "dim":
@@ -125,13 +125,13 @@ def _local(tensors, options, backend):
         return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))
     if not _autograd.recorded(tensors):
         return _FWD[backend](*_arguments(*tensors, options))
-    return _GaussianRsampleKL.apply(*_autograd.distinct(tensors), options, backend)
+    return _autograd.record(_GaussianRsampleKL, tensors, options, backend)
 
 
 def _reference(mean_q, s_q, mean_p, s_p, seed, noise, mask, options):
     noise_offset, num_samples, temperature, scale, scale_p, event_ndim, out_dtype, balance = options
     draw = {"noise": noise, "seed": _seed.at(seed, mean_q.device), "noise_offset": noise_offset}
-    draw |= {"num_samples": num_samples, "temperature": temperature, "out_dtype": out_dtype}
+    draw |= {"num_samples": num_samples, "temperature": temperature, "out_dtype": out_dtype or mean_q.dtype}
     keywords = {"scale": scale, "scale_p": scale_p, "event_ndim": event_ndim, "balance": balance, "mask": mask}
     return reference.gaussian_rsample_kl(mean_q, s_q, mean_p, s_p, **keywords, **draw)
 
@@ -143,7 +143,7 @@ def _arguments(mean_q, s_q, mean_p, s_p, seed, noise, mask, options):
     return mean_q, s_q, mean_p, s_p, seed, noise, *draw, *scales, event_ndim, mask, out_dtype, balance
 
 
-class _GaussianRsampleKL(torch.autograd.Function):
+class _GaussianRsampleKL(_autograd.Function):
     @staticmethod
     def forward(ctx, mean_q, s_q, mean_p, s_p, seed, noise, mask, options, backend):
         ctx.save_for_backward(mean_q, s_q, mean_p, s_p, seed, noise, mask)
@@ -180,7 +180,7 @@ def _fwd_fake(mean_q, s_q, mean_p, s_p, seed, noise, noise_offset, num_samples, 
     _, _, _, event_ndim, _, out_dtype, *_ = options
     inputs = mean_q, s_q, mean_p, s_p
     shape = _gaussian.joint_shape(*inputs)
-    z = _gaussian.empty_sample(mean_q, shape, num_samples, out_dtype)
+    z = _gaussian.empty_sample(mean_q, shape, num_samples, out_dtype or mean_q.dtype)
     return z, _gaussian.empty_terms(shape, event_ndim, mean_q, inputs)
 
 
@@ -193,7 +193,7 @@ _FWD = _library.define(
     "gaussian_rsample_kl_fwd",
     "(Tensor mean_q, Tensor s_q, Tensor? mean_p, Tensor? s_p, Tensor? seed, Tensor? noise, SymInt noise_offset,"
     " SymInt? num_samples, float temperature, float[] scale, float[]? scale_p, int event_ndim, Tensor? mask,"
-    " ScalarType out_dtype, float? balance=None) -> (Tensor, Tensor)",
+    " ScalarType? out_dtype=None, float? balance=None) -> (Tensor, Tensor)",
     _fwd_fake,
     _gaussian.check,
     _gaussian.differentiable(_GaussianRsampleKL),

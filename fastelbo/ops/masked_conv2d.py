@@ -354,7 +354,7 @@ def _local(tensors, options, backend):
         return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))[0]
     if not options[0]:  # nothing is kept for a backward
         return _FWD[backend](*_arguments(*tensors, options))[0]
-    return _MaskedConv2d.apply(*_autograd.distinct(tensors), options, backend)
+    return _autograd.record(_MaskedConv2d, tensors, options, backend)
 
 
 def _autocast(input):
@@ -381,7 +381,7 @@ def _arguments(input, weight, bias, cond, residual, options):
     return input, weight, bias, cond, residual, *others, activation or "", keep, taps
 
 
-class _MaskedConv2d(torch.autograd.Function):
+class _MaskedConv2d(_autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, cond, residual, options, backend):
         ctx.set_materialize_grads(False)
