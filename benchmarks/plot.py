@@ -3,7 +3,6 @@ last commit, to docs/figures: speed, memory, convolutions, sampling and dropins.
 """
 
 import argparse
-from itertools import groupby
 from pathlib import Path
 
 import rows
@@ -34,17 +33,13 @@ def main() -> None:
 def figures_of(found: list) -> dict[str, list]:
     """Rows by the name of the figure that they make."""
     figures = {}
-    for name, group in grouped(found, lambda row: f"{rows.topic(row)}_{'cuda' if row.on_gpu else 'cpu'}"):
-        machines = [of_machine for _, of_machine in grouped(group, lambda row: row.run)]
+    for name, group in rows.grouped(found, lambda row: f"{rows.topic(row)}_{'cuda' if row.on_gpu else 'cpu'}"):
+        machines = [of_machine for _, of_machine in rows.grouped(group, lambda row: row.run)]
         newest = max(machines, key=lambda of_machine: max(row.timestamp for row in of_machine))
         for of_machine in machines:
             machine = "".join(c if c.isalnum() else "-" for c in of_machine[0].machine.lower())
             figures[name if of_machine is newest else f"{name}_{machine}"] = of_machine
     return figures
-
-
-def grouped(found: list, key) -> list[tuple]:
-    return [(name, list(group)) for name, group in groupby(sorted(found, key=key), key=key)]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Prints the tables of `pytest benchmarks` from stored rows: of each machine's last commit, the newest of each case."""
 
 import argparse
-from itertools import groupby
 from pathlib import Path
 
 import rows
@@ -19,9 +18,7 @@ def main() -> None:
         parser.exit(1, f"{error}\n")
     all_tables = (rows.Row, tables.speed), (rows.MemoryRow, tables.memory)
     for kind, table in [(rows.Row, tables.slower)] if options.slower else all_tables:
-        found = sorted((row for row in stored if isinstance(row, kind)), key=lambda row: row.run)
-        for _, group in groupby(found, key=lambda row: row.run):
-            of_run = list(group)
+        for _, of_run in rows.grouped((row for row in stored if isinstance(row, kind)), lambda row: row.run):
             print(of_run[0].origin, table(of_run), sep="\n", end="\n\n")
 
 

@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, fields
+from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
@@ -235,6 +236,11 @@ def stored_in(paths: Iterable[Path]) -> list[Row | MemoryRow]:
     if not found:
         raise ValueError(f"no rows in {', '.join(map(str, paths)) or RESULTS}: run pytest benchmarks")
     return found
+
+
+def grouped(found: Iterable, key) -> list[tuple]:
+    """As groupby, of what need not be sorted."""
+    return [(name, list(group)) for name, group in groupby(sorted(found, key=key), key=key)]
 
 
 def topic(row: Row | MemoryRow) -> str:

@@ -1,11 +1,14 @@
-"""Lines of other projects, written out where the package index does not have them: what drop-ins are held against, in
-test_compat.py and, by the table in drop_in_cases.py, in the benchmarks."""
+"""Lines of other projects, written out where the package index does not have them: what ops and drop-ins are held
+against, in test_compat.py, and in the benchmarks and test_contestants.py."""
 
 import math
 
 import torch
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
+
+LOG_2PI = math.log(2 * math.pi)
+STANDARD_NORMAL = Normal(0.0, 1.0)
 
 # VDVAE
 
@@ -61,18 +64,54 @@ def normal_kl(mean1, logvar1, mean2, logvar2):
 # pythae, pytorch/examples and most others
 
 
-def sample_gauss(mu, std):
-    eps = torch.randn_like(std)
+def sample_gauss(mu, std, eps=None):
+    eps = torch.randn_like(std) if eps is None else eps
     return mu + eps * std, eps
+
+
+def sample(mu, log_var, eps=None):
+    return sample_gauss(mu, torch.exp(0.5 * log_var), eps)[0]
 
 
 def kl(mu, log_var):
     return -0.5 * torch.sum(1 + log_var - mu.pow(2) - log_var.exp(), dim=-1)
 
 
-def sample_and_kl(mu, log_var):
-    z, _ = sample_gauss(mu, torch.exp(0.5 * log_var))
-    return z, kl(mu, log_var)
+def kl_to_prior(mu_q, log_var_q, mu_p, log_var_p):
+    ratio = torch.exp(log_var_q - log_var_p)
+    return 0.5 * torch.sum(-1.0 + log_var_p - log_var_q + ratio + (mu_q - mu_p).pow(2) * torch.exp(-log_var_p), dim=-1)
+
+
+def sample_and_kl(mu, log_var, eps=None):
+    return sample(mu, log_var, eps), kl(mu, log_var)
+
+
+def log_prob(x, mu, log_var):
+    return -0.5 * torch.sum(log_var + (x - mu).pow(2) * torch.exp(-log_var) + LOG_2PI, dim=-1)
+
+
+# Their lines by torch.distributions
+
+
+def normal(mu, log_var):
+    return Normal(mu, torch.exp(0.5 * log_var))
+
+
+def distributions_sample(mu, log_var):
+    return normal(mu, log_var).rsample()
+
+
+def distributions_kl(mu, log_var, *prior):
+    return kl_divergence(normal(mu, log_var), normal(*prior) if prior else STANDARD_NORMAL).sum(-1)
+
+
+def distributions_sample_and_kl(mu, log_var):
+    q = normal(mu, log_var)
+    return q.rsample(), kl_divergence(q, STANDARD_NORMAL).sum(-1)
+
+
+def distributions_log_prob(x, mu, log_var):
+    return normal(mu, log_var).log_prob(x).sum(-1)
 
 
 # bayesian-torch, and what others write for a network's weights
@@ -184,13 +223,13 @@ class CompressAICheckerboardMaskedConv2d(CompressAIMaskedConv2d):
 
 
 def elbo(x, x_mean, x_logvar, mu, logvar):
-    nll = 0.5 * torch.sum(math.log(2 * math.pi) + x_logvar + (x - x_mean).pow(2) / x_logvar.exp(), dim=1)
+    nll = 0.5 * torch.sum(LOG_2PI + x_logvar + (x - x_mean).pow(2) / x_logvar.exp(), dim=1)
     return -(nll + kl(mu, logvar))
 
 
 def iwae(log_p_x, mu, log_var):
     mu, log_var = mu.repeat(len(log_p_x), 1, 1), log_var.repeat(len(log_p_x), 1, 1)
-    z, _ = sample_gauss(mu, torch.exp(0.5 * log_var))
+    z = sample(mu, log_var)
     log_q_z = (-0.5 * (log_var + torch.pow(z - mu, 2) / torch.exp(log_var))).sum(dim=-1)
     log_p_z = -0.5 * (z**2).sum(dim=-1)
     return z, torch.logsumexp(log_p_x + log_p_z - log_q_z, dim=0) - math.log(len(log_p_x))

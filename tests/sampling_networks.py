@@ -135,3 +135,72 @@ class Between(nn.Module):
 
     def forward(self, x):
         return self.b(self.function(self.a(x)))
+
+
+class GatedPixelCNN(nn.Module):
+    """As tutorials have it."""
+
+    def __init__(self, channels, levels, dilations):
+        super().__init__()
+        self.channels, self.levels, self.dilations = channels, levels, dilations
+        self.vertical = VerticalStackConv2d(1, channels, 3, mask_type="A")
+        self.horizontal = HorizontalStackConv2d(1, channels, 3, mask_type="A")
+        self.blocks = nn.ModuleList(
+            GatedMaskedConv2d(channels, channels, 3, dilation=d, link="mask-first-layer") for d in dilations
+        )
+        self.logits = nn.Conv2d(channels, levels, 1)
+
+    def forward(self, images):
+        """Logits of grey levels [N, 1, H, W]."""
+        x = images * (2 / (self.levels - 1)) - 1
+        v, h = self.vertical(x), self.horizontal(x)
+        for block in self.blocks:
+            v, h = block(v, h)
+        return self.logits(F.elu(h))
+
+
+class EagerCache:
+    """What a user would write to draw from that network: the vertical stack a row at a time, the horizontal stack a
+    pixel at a time."""
+
+    def __init__(self, model, size):
+        self.model, self.size = model, size
+        self.taps = [block.horizontal.weight[:, :, 0].transpose(1, 2).flatten(1) for block in model.blocks]  # left, own
+        self.outs = [block.out.weight[:, :, 0, 0] for block in model.blocks]
+
+    @torch.no_grad()
+    def sample(self, n):
+        """Grey levels [n, 1, H, W], and the logits [n, K, H, W] that they were drawn from."""
+        model, size, dilations = self.model, self.size, self.model.dilations
+        image, logits = torch.zeros(n, 1, size, size), torch.empty(n, model.levels, size, size)
+        x = torch.zeros(n, 1, size + 1, size + 2)
+        above = [torch.zeros(n, model.channels, size + d, size + 2 * d) for d in dilations]  # the vertical stack's
+        for row in range(size):
+            v = F.conv2d(x[:, :, row : row + 2], model.vertical.weight, model.vertical.bias)
+            links = []
+            for block, d, cache in zip(model.blocks, dilations, above, strict=True):
+                cache[:, :, row + d, d : d + size] = v[:, :, 0]
+                z = F.conv2d(cache[:, :, row : row + d + 1], block.vertical.weight, block.vertical.bias, dilation=d)
+                links.append(block.link(z)[:, :, 0].permute(2, 0, 1) + block.horizontal.bias)
+                a, b = z.chunk(2, dim=1)
+                v = a.tanh() * b.sigmoid()
+            left = [torch.zeros(size + d, n, model.channels) for d in dilations]  # the horizontal stack's
+            for column in range(size):
+                h = F.linear(x[:, 0, row + 1, column, None], model.horizontal.weight[:, :, 0, 0], model.horizontal.bias)
+                for index, (block, d) in enumerate(zip(model.blocks, dilations, strict=True)):
+                    left[index][column + d] = h
+                    seen = torch.cat((left[index][column], h), dim=1)
+                    a, b = torch.addmm(links[index][column], seen, self.taps[index].T).chunk(2, dim=1)
+                    h = h + F.linear(a.tanh() * b.sigmoid(), self.outs[index], block.out.bias)
+                found = F.linear(F.elu(h), model.logits.weight[:, :, 0, 0], model.logits.bias)
+                level = found.softmax(1).multinomial(1)[:, 0].float()
+                image[:, 0, row, column] = level
+                x[:, 0, row + 1, column + 1] = level * (2 / (model.levels - 1)) - 1
+                logits[:, :, row, column] = found
+        return image, logits
+
+    def check(self):
+        """Raises AssertionError unless the logits are those of the full forward."""
+        image, logits = self.sample(2)
+        with torch.no_grad():
+            torch.testing.assert_close(logits, self.model(image), rtol=0, atol=1e-5)

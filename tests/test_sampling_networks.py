@@ -6,7 +6,9 @@ import torch.nn.functional as F  # noqa: N812
 from sampling_networks import (
     SAMPLERS,
     Between,
+    EagerCache,
     Gated,
+    GatedPixelCNN,
     Stacks,
     Wild,
     assert_draws_as_the_naive_loop,
@@ -29,6 +31,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def backend(request):
     with at_home(request.param):
         yield request.param
+
+
+def test_logits_are_those_of_a_cache_written_by_hand(backend):
+    model = lively(GatedPixelCNN(6, 5, dilations=(1, 2)), gain=1.0)
+    images, logits = EagerCache(model, size=6).sample(3)
+    sampler = IncrementalSampler(model, (1, 6, 6), levels=5, backend=backend)
+    torch.testing.assert_close(teacher_forced(sampler, images.long())[:, :, 0], logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("link", ["shift", "pad-first", "mask-first-layer"])

@@ -12,12 +12,6 @@ RIVALS = (
     ("crop", "crop", style.BLUE, "D"),
     ("compile", "torch.compile of the crop", style.GREEN, "s"),
 )
-PASSES = {
-    "forward": "forward",
-    "d_input": "input gradient",
-    "d_weight": "weight gradient",
-    "forward_backward": "forward + backward",
-}
 LABEL = 1.35  # as much of the axis as a value's text takes
 OUTLINED = {"markerfacecolor": "none", "markeredgewidth": 1.3, "markersize": 6.8}
 
@@ -26,7 +20,7 @@ def draw(found: list[Row]) -> pyplot.Figure:
     """The figure of one machine."""
     ours = over([row for row in found if row.timing == "events"] or found)
     layers = list(dict.fromkeys((row.case, row.shape, row.dtype) for row, _ in ours))
-    passes = [name for name in PASSES if any(row.pass_ == name for row, _ in ours)]
+    passes = [name for name in style.PASSES if any(row.pass_ == name for row, _ in ours)]
     rivals = [rival for rival in RIVALS if any(rival[0] in ratios for _, ratios in ours)]
     rows_of_axes = (len(passes) + 1) // 2
     figure = pyplot.figure(figsize=(12.4, 1.2 + rows_of_axes * (0.5 + 0.45 * len(layers))), layout="constrained")
@@ -35,7 +29,7 @@ def draw(found: list[Row]) -> pyplot.Figure:
         axis.set_visible(False)
     bounds = style.limits([ratio for _, ratios in ours for ratio in ratios.values()])
     for axis, pass_ in zip(axes, passes, strict=False):
-        axis.set_title(f"How many times as long the rivals take, {PASSES[pass_]}")
+        axis.set_title(f"How many times as long the rivals take, {style.PASSES[pass_]}")
         style.lanes(axis, [label(*layer) for layer in layers])
         style.ratio_axis(axis, *bounds)
         for lane, layer in enumerate(layers):

@@ -25,11 +25,7 @@ def draw(found: list[Row]) -> pyplot.Figure:
         images, *_ = shape.split("x")
         axis.set_title(f"{images} image{'s' * (images != '1')}")
         style.lanes(axis, [name for name, _, _ in CONTESTANTS.values()])
-        axis.set_xscale("log")
-        axis.set_xlim(left, right)
-        axis.set_xticks([tick for tick in TICKS if left <= tick <= right])
-        axis.xaxis.set_major_formatter("{x:g} s")
-        axis.xaxis.minorticks_off()
+        style.ratio_axis(axis, left, right, 1e-6 * of_case["cpu"].typical_us, TICKS, "{x:g} s")
         points(axis, of_case)
     size = " \N{MULTIPLICATION SIGN} ".join(found[0].shape.split("x")[-2:])
     handles = [
@@ -42,9 +38,6 @@ def draw(found: list[Row]) -> pyplot.Figure:
 
 
 def points(axis, found: dict[str, Row]) -> None:
-    ours = found["cpu"].typical_us
-    axis.axvspan(1e-9, 1e-6 * ours, color=style.SLOWER, zorder=0.5)
-    axis.axvline(1e-6 * ours, color=style.GREY, linewidth=1.4, zorder=1)
     for lane, (contestant, (_, colour, marker)) in enumerate(CONTESTANTS.items()):
         if contestant not in found:
             continue
@@ -52,6 +45,6 @@ def points(axis, found: dict[str, Row]) -> None:
         seconds, fill = 1e-6 * row.typical_us, "white" if row.pass_.endswith("_extrapolated") else colour
         point = {"color": colour, "marker": marker, "markersize": 7, "markeredgewidth": 1.5, "zorder": 3}
         axis.plot(seconds, lane, **point, markerfacecolor=fill)
-        ratio = "" if contestant == "cpu" else f", {style.times(row.typical_us / ours)}"
+        ratio = "" if contestant == "cpu" else f", {style.times(row.typical_us / found['cpu'].typical_us)}"
         fits = seconds < axis.get_xlim()[1] / 100  # else the text would leave the axis
         style.beside(axis, seconds, lane, f"{style.significant(seconds)} s{ratio}", right=fits, fontsize=9)

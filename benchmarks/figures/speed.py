@@ -28,7 +28,6 @@ RIVALS = {
     "over_compile": "torch.compile",
     "over_compile_checkpoint": "torch.compile of checkpoint",
 }
-PASSES = {"forward": "forward", "backward": "backward", "forward_backward": "forward + backward"}
 
 
 def draw(found: list[Row]) -> pyplot.Figure:
@@ -39,7 +38,7 @@ def draw(found: list[Row]) -> pyplot.Figure:
     # the sweep over the length of events is drawn apart; of it, 2^26 elements as 1024 belong to both
     sized = [row for row in ours if row.elements <= 2**24 or row.columns == 1024]
     swept = [row for row in ours if row.elements > 2**24 and row.op != "gaussian_rsample"]
-    passes = [name for name in PASSES if any(row.pass_ == name for row in sized)]
+    passes = [name for name in style.PASSES if any(row.pass_ == name for row in sized)]
     compared = [name for name in passes if name != "backward"]
 
     heights = [1.0, *(1.0 for _ in compared), *([0.95] if len(ours) > len(sized) else [])]
@@ -50,7 +49,7 @@ def draw(found: list[Row]) -> pyplot.Figure:
     every = [getattr(row, name) or 1 for row in (*sized, *graphs) for name in columns]
     bounds = min(0.5, *style.limits(every)), max(20, *style.limits(every))
     for band, name in zip(bands[1:], compared, strict=False):
-        ratios(band, [row for row in (*sized, *graphs) if row.pass_ == name], PASSES[name], columns, bounds)
+        ratios(band, [row for row in (*sized, *graphs) if row.pass_ == name], style.PASSES[name], columns, bounds)
     if len(ours) > len(sized):
         sweep(bands[-1], swept)
     style.frame(figure, "the Gaussian ops", found[0], legend(sized, graphs))
@@ -74,7 +73,7 @@ def fractions(band, found, passes) -> None:
     found = [row for row in found if row.fraction_of_copy is not None]
     right = max([1.05, *(1.05 * row.fraction_of_copy for row in found)])
     for axis, name in zip(axes, passes, strict=True):
-        axis.set_title(PASSES[name])
+        axis.set_title(style.PASSES[name])
         axis.axvline(1, color=style.GREY, linewidth=1)
         style.lanes(axis, LABELS)
         points(axis, [row for row in found if row.pass_ == name], "fraction_of_copy")
@@ -119,7 +118,7 @@ def sweep(band, found) -> None:
     band.suptitle("Fraction of a copy by the length of an event, $2^{26}$ elements", **style.HEADING)
     colours = style.BLUE, style.GREEN, style.ORANGE, style.VERMILION, style.PURPLE
     for axis, pass_ in zip(axes, ("forward", "backward"), strict=True):
-        axis.set_title(PASSES[pass_])
+        axis.set_title(style.PASSES[pass_])
         axis.set_xscale("log")
         axis.axhline(1, color=style.GREY, linewidth=1)
         for (op, case, label), colour in zip(OPS[1:], colours, strict=True):

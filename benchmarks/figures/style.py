@@ -24,6 +24,8 @@ SHEET = Path(__file__).with_name("fastelbo.mplstyle")
 HEADING = {"fontsize": 11.5, "fontweight": "bold", "x": 0.012, "ha": "left"}
 COLOURS = 96  # of a file: each has a few, and their shades at edges
 TICKS = (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+PASSES = {"forward": "forward", "d_input": "input gradient", "d_weight": "weight gradient", "backward": "backward"}
+PASSES |= {"forward_backward": "forward + backward"}
 
 
 def save(figure: pyplot.Figure, path: Path) -> None:
@@ -68,14 +70,14 @@ def lanes(axis, labels: Sequence[str]) -> None:
         axis.axhspan(lane - 0.5, lane + 0.5, color=BAND, zorder=0)
 
 
-def ratio_axis(axis, left: float, right: float) -> None:
-    """How many times as long a rival takes, on a logarithmic scale that shows what is slower."""
+def ratio_axis(axis, left, right, ours: float = 1, ticks=TICKS, form="{x:g}\N{MULTIPLICATION SIGN}") -> None:
+    """How many times as long a rival takes, or how long, on a logarithmic scale that shows what is slower."""
     axis.set_xscale("log")
-    axis.axvspan(left / 10, 1, color=SLOWER, zorder=0.5)
-    axis.axvline(1, color=GREY, linewidth=1.4, zorder=1)
+    axis.axvspan(left / 10, ours, color=SLOWER, zorder=0.5)
+    axis.axvline(ours, color=GREY, linewidth=1.4, zorder=1)
     axis.set_xlim(left, right)
-    axis.set_xticks([tick for tick in TICKS if left <= tick <= right])
-    axis.xaxis.set_major_formatter("{x:g}\N{MULTIPLICATION SIGN}")
+    axis.set_xticks([tick for tick in ticks if left <= tick <= right])
+    axis.xaxis.set_major_formatter(form)
     axis.xaxis.minorticks_off()
 
 
