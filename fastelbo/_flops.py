@@ -8,6 +8,7 @@ from collections import Counter
 
 import torch
 
+from fastelbo import _library
 from fastelbo.reference.masked_conv2d import GATES, channel_groups_of
 
 _COUNTER = "torch.utils.flop_counter"
@@ -49,10 +50,9 @@ def _reached(taps, weight_shape, size, dilation):
     return sum(abs(down) * dilation < size[0] and abs(right) * dilation < size[1] for down, right in offsets)
 
 
-def _forward(
-    input, weight, bias, cond, residual, mask_type, stack, dilation, channel_groups, group_order, activation, keep,
-    taps=(), out_shape=None,
-):  # fmt: skip
+def _forward(*arguments, out_shape=None):
+    given = _library.whole(arguments, _library.defaults_of(torch.ops.fastelbo.masked_conv2d_fwd.default._schema))
+    input, weight, _, _, _, mask_type, stack, dilation, channel_groups, group_order, activation, _, taps = given
     images, _, rows, columns = input
     gated = activation in GATES
     if taps:

@@ -42,20 +42,17 @@ def define(name: str, schema: str, fake, check=None, differentiable=None) -> "di
         differentiable: takes the backend, and all arguments by name, and computes the op so that gradients pass.
             Without it the op has no derivative, and a backward through it says so.
     """
-    parameters = torch._C.parse_schema(name + schema).arguments
-    defaults = [parameter.default_value for parameter in parameters]
-
-    def whole(arguments):  # which come without those at the end that have their default
-        return *arguments, *defaults[len(arguments) :]
+    parsed = torch._C.parse_schema(name + schema)
+    parameters, defaults = parsed.arguments, defaults_of(parsed)
 
     def named(arguments):
-        found = {parameter.name: x for parameter, x in zip(parameters, whole(arguments), strict=True)}
+        found = {parameter.name: x for parameter, x in zip(parameters, whole(arguments, defaults), strict=True)}
         if check is not None:
             check(**found)
         return found
 
     def allocate(*arguments):
-        return fake(*whole(arguments))
+        return fake(*whole(arguments, defaults))
 
     def checked(*arguments):
         return fake(*named(arguments).values())
@@ -71,9 +68,38 @@ def define(name: str, schema: str, fake, check=None, differentiable=None) -> "di
         library.impl(op, run, "Autograd")
     device = "CPU" if INTERPRETED else "CUDA"
     places = [i for i, parameter in enumerate(parameters) if "Tensor" in str(parameter.type)]
-    for overload, make in ((f"{name}.kernel", allocate), (name, checked)):
-        _triton_library.impl(overload, functools.partial(_run_triton, name, make, whole, places), device)
+    for overload, make in ((name, checked), (f"{name}.kernel", allocate)):
+        run = functools.partial(_run_triton, name, make, defaults, places)
+        _triton_library.impl(overload, run, device)
+    if not any("float" in str(parameter.type) for parameter in parameters):  # whose kernels may tell 1 from 1.0
+        kernels["triton"] = _Direct(kernels["triton"], run, device.lower())
     return {"cuda": kernels["cpu"], **kernels}
+
+
+class _Direct:
+    """An op's Triton kernel, called past torch's dispatcher where that has no one to tell: a tenth of a small call."""
+
+    def __init__(self, op, run, device):
+        self.op, self.run, self.device, self.overloadpacket = op, run, device, op.overloadpacket
+
+    def __call__(self, *arguments):
+        told = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or _autograd.transformed()
+        if told or torch.autograd._profiler_enabled() or arguments[0].device.type != self.device:
+            return self.op(*arguments)
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor) and type(argument) not in _PLAIN:
+                return self.op(*arguments)
+        return self.run(*arguments)
+
+
+def defaults_of(schema):
+    """Of an op's arguments, in order; None where there is none."""
+    return [parameter.default_value for parameter in schema.arguments]
+
+
+def whole(arguments, defaults):
+    """All arguments of an op, which come without those at the end that have their default."""
+    return *arguments, *defaults[len(arguments) :]
 
 
 def by_name(op):
@@ -110,6 +136,7 @@ def _triton_kernel(name):
     return getattr(importlib.import_module(f"fastelbo.kernels.{name.rpartition('_')[0]}"), name)
 
 
+_PLAIN = torch.Tensor, torch.nn.Parameter
 _FOUND: dict = {}  # what allocates and what fills the results of calls of one kind
 _MOST_FOUND = 4096
 
@@ -120,7 +147,7 @@ def _kind(argument):
         return argument.dtype, argument.device, argument.shape, argument.stride(), argument.data_ptr() % 16
     if isinstance(argument, list):
         return tuple([_kind(x) for x in argument])
-    return argument or repr(argument)  # 0.0 is equal to -0.0
+    return repr(argument) if argument == 0.0 else argument  # it is equal to -0.0
 
 
 def _again(results):
@@ -141,9 +168,9 @@ def _on(device):
     return torch.cuda.device(device) if elsewhere else _HERE
 
 
-def _run_triton(name, fake, whole, places, *arguments):
-    """Allocates and fills what an op returns; places: of the tensors among all its arguments, as `whole` makes them."""
-    arguments = whole(arguments)
+def _run_triton(name, fake, defaults, places, *arguments):
+    """Allocates and fills what an op returns; places: of the tensors among its arguments."""
+    arguments = whole(arguments, defaults)
     kind = name, fake, *map(_kind, arguments)
     allocate, fill = _FOUND.get(kind, (None, None))
     results = allocate() if allocate else fake(*arguments)

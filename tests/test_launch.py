@@ -1,6 +1,7 @@
 """Launches in Triton: later calls go past it, and hand its launchers what it would."""
 
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastelbo
 from fastelbo import _library
@@ -129,3 +132,34 @@ def test_what_is_remembered_has_a_limit(monkeypatch):
         found = fastelbo.gaussian_kl(mean, mean, backend="triton")
         torch.testing.assert_close(found, fastelbo.gaussian_kl(mean, mean, backend="reference"))
         assert 0 < len(_library._FOUND) <= 3
+
+
+# Past torch's dispatcher
+
+
+def test_what_listens_to_the_dispatcher_hears_of_every_call(monkeypatch):
+    forward = importlib.import_module("fastelbo.ops.masked_conv2d")._FWD["triton"]
+    calls, op = [], forward.op
+    monkeypatch.setattr(forward, "op", lambda *arguments: calls.append(1) or op(*arguments))
+    x, weight = torch.randn(1, 2, 3, 3), torch.randn(4, 2, 3, 3)
+
+    def call(x=x):
+        calls.clear()
+        y = fastelbo.masked_conv2d(x, weight, mask_type="B", backend="triton")
+        torch.testing.assert_close(y, fastelbo.masked_conv2d(x, weight, mask_type="B", backend="reference"))
+        return len(calls)
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            heard.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    heard = set()
+    assert call() == 0
+    with Mode():
+        assert call() == 1
+    assert "fastelbo_triton::masked_conv2d_fwd.kernel" in heard
+    with torch.profiler.profile() as profile:
+        assert call() == 1
+    assert "fastelbo_triton::masked_conv2d_fwd" in {event.name for event in profile.events()}
+    assert call(TwoTensor(x, x)) == 1

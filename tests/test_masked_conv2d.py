@@ -862,3 +862,30 @@ def test_the_op_itself_at_dilations_beyond_the_image(kernels, dilation):
     )
     d_weight[:, :, 1, 1] = 0
     assert (d_weight == 0).all()
+
+
+def test_a_good_call_lets_no_bad_one_pass():
+    """Checks are remembered by what they look at."""
+    x, weight = torch.randn(1, 2, 3, 3), torch.randn(4, 2, 3, 3)
+    half = weight.bfloat16()
+    fastelbo.masked_conv2d(x, weight, mask_type="B")
+    fastelbo.masked_conv2d(x, weight, taps=((0, 1, 0), (1, 0, 1), (0, 1, 0)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fastelbo.masked_conv2d(x, half, mask_type="B")
+    fastelbo.causal_conv2d(x, torch.randn(4, 2, 1, 2), stack="horizontal")
+    for error, words, (given, keywords) in (
+        (TypeError, "dilation must be an int; got bool", (weight, {"dilation": True})),
+        (TypeError, "channel_groups must be an int; got float", (weight, {"channel_groups": 1.0})),
+        (TypeError, "weight must have the dtype of input", (half, {})),
+        (ValueError, "residual must be of the output's shape", (weight, {"residual": x})),
+        (ValueError, "input must have the 2 channels|must have the 3 channels", (torch.randn(4, 3, 3, 3), {})),
+        (
+            ValueError,
+            "mask_type must be None where taps are given",
+            (weight, {"taps": ((0, 1, 0), (1, 0, 1), (0, 1, 0))}),
+        ),
+        (TypeError, "cond must be a tensor; got float", (weight, {"cond": 1.0})),
+        (ValueError, "mask_type must be one of A, B", (torch.randn(4, 2, 1, 2), {"mask_type": None})),
+    ):
+        with pytest.raises(error, match=words):
+            fastelbo.masked_conv2d(x, given, **({"mask_type": "B"} | keywords))

@@ -89,18 +89,7 @@ def masked_conv2d(
         tensor([[[[2., 3., 2.],
                   [2., 3., 2.]]]])
     """
-    _check_tensors(input, weight, bias, cond, residual)
-    if taps is None:
-        _checks.check_one_of("mask_type", mask_type, MASK_TYPES)
-        _check_kernel(weight, "square")
-        listed: tuple[int, ...] = ()
-    else:
-        if mask_type is not None:
-            raise ValueError(f"mask_type must be None where taps are given; got {mask_type!r}")
-        if channel_groups != 1:
-            raise ValueError(f"channel_groups must be 1 where taps are given; got {channel_groups}")
-        mask_type, listed = "B", live_taps(taps, weight.shape[2:])
-    options = mask_type, "square", dilation, channel_groups, group_order, activation, listed
+    options = mask_type, "square", dilation, channel_groups, group_order, activation, taps
     return _run((input, weight, bias, cond, residual), options, backend)
 
 
@@ -157,13 +146,7 @@ def causal_conv2d(
                   [1., 2., 2.]]]])
     """
     _checks.check_one_of("stack", stack, STACKS)
-    _checks.check_one_of("mask_type", mask_type, MASK_TYPES)
-    _check_tensors(input, weight, bias, cond)
-    _check_kernel(weight, stack)
-    channel_groups = _checks.check_positive_int("channel_groups", channel_groups)
-    if stack == "vertical" and channel_groups != 1:
-        raise ValueError(f"channel_groups must be 1 for the vertical stack; got {channel_groups}")
-    options = mask_type, stack, dilation, channel_groups, group_order, activation, ()
+    options = mask_type, stack, dilation, channel_groups, group_order, activation, None
     return _run((input, weight, bias, cond, None), options, backend)
 
 
@@ -258,9 +241,8 @@ def _check_groups(groups, order, in_channels, out_channels):
         )
 
 
-def _check_tensors(input, weight, bias, cond, residual=None):
-    """Types, dtypes, devices and shapes, but for the kernel's."""
-    autocast = isinstance(input, torch.Tensor) and _autocast(input)
+def _check_tensors(input, weight, bias, cond, residual, autocast=False):
+    """Types, dtypes, devices and shapes, but for the kernel's; autocast: whether it casts the operands."""
     for name, value in (("input", input), ("weight", weight), ("bias", bias), ("cond", cond), ("residual", residual)):
         if value is None and name not in ("input", "weight"):
             continue
@@ -304,8 +286,6 @@ def _check_sizes(tensors, options):
     if gated and z_channels % 2:
         raise ValueError(f"weight must have an even number of output channels for {activation}; got {z_channels}")
     _check_groups(groups, order, in_channels, z_channels // 2 if gated else z_channels)
-    if backends.CONVOLUTIONS not in (None, "tma"):
-        raise ValueError(f"FASTELBO_CONV must be tma or unset; got {backends.CONVOLUTIONS!r}")
     leading, size = input.shape[:-3], input.shape[-2:]
     if bias is not None and bias.shape != (z_channels,):
         raise ValueError(f"bias must be of shape {(z_channels,)}; got {tuple(bias.shape)}")
@@ -320,13 +300,67 @@ def _check_sizes(tensors, options):
     return shape
 
 
+_CHECKED: dict = {}  # of calls of one kind: the options, and the output's shape
+_MOST_CHECKED = 4096
+
+
+def _kind(argument):
+    """All of an argument that checks look at."""
+    return (argument.dtype, argument.device, argument.shape) if isinstance(argument, torch.Tensor) else argument
+
+
+def _checked(tensors, options, autocast):
+    """The options as the ops take them, and the output's shape.
+
+    Args:
+        tensors: the caller's input, weight, bias, cond and residual.
+        options: the caller's mask type, the stack, dilation, groups, their order, activation and taps.
+        autocast: whether it casts the operands.
+    """
+    mask_type, stack, dilation, groups, order, activation, taps = options
+    _check_tensors(*tensors, autocast)
+    weight, listed = tensors[1], ()
+    if taps is None:
+        _checks.check_one_of("mask_type", mask_type, MASK_TYPES)
+        _check_kernel(weight, stack)
+    else:
+        if mask_type is not None:
+            raise ValueError(f"mask_type must be None where taps are given; got {mask_type!r}")
+        if groups != 1:
+            raise ValueError(f"channel_groups must be 1 where taps are given; got {groups}")
+        mask_type, listed = "B", live_taps(taps, weight.shape[2:])
+    dilation = _checks.check_positive_int("dilation", dilation)
+    groups = _checks.check_positive_int("channel_groups", groups)
+    if stack == "vertical" and groups != 1:
+        raise ValueError(f"channel_groups must be 1 for the vertical stack; got {groups}")
+    options = mask_type, stack, dilation, groups, order, activation, listed
+    return options, _check_sizes(tensors, options)
+
+
+def _checked_once(tensors, options, autocast):
+    """What _checked returns. A kind of call that it has seen it need not look at again."""
+    if torch.compiler.is_compiling():
+        return _checked(tensors, options, autocast)
+    kind = (*map(_kind, tensors), options, type(options[2]), type(options[3]), autocast)  # True is 1, and no number
+    try:
+        found = _CHECKED.get(kind)
+    except TypeError:  # a list, say
+        return _checked(tensors, options, autocast)
+    if found is None:
+        found = _checked(tensors, options, autocast)
+        if len(_CHECKED) >= _MOST_CHECKED:
+            _CHECKED.clear()
+        _CHECKED[kind] = found
+    return found
+
+
 def _run(tensors, options, backend):
-    if type(options[2]) is not int or type(options[3]) is not int:  # of NumPy, or a 0-d tensor
-        mask_type, stack, dilation, groups, *rest = options
-        dilation = _checks.check_positive_int("dilation", dilation)
-        options = mask_type, stack, dilation, _checks.check_positive_int("channel_groups", groups), *rest
-    shape, input = _check_sizes(tensors, options), tensors[0]
-    if _autocast(input):
+    input = tensors[0]
+    autocast = isinstance(input, torch.Tensor) and _autocast(input)
+    options, shape = _checked_once(tensors, options, autocast)
+    if backends.CONVOLUTIONS not in (None, "tma"):
+        raise ValueError(f"FASTELBO_CONV must be tma or unset; got {backends.CONVOLUTIONS!r}")
+    if autocast:
         dtype = torch.get_autocast_dtype(input.device.type)
         tensors = tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
     unbatched = input.dim() == 3
@@ -375,8 +409,13 @@ def _reference(input, weight, bias, cond, residual, options):
     return reference.causal_conv2d(input, weight, bias, stack=stack, **keywords)
 
 
+_DEFAULTS = False, "B", "square", 1, 1, "interleaved", None, ()  # options
+
+
 def _arguments(input, weight, bias, cond, residual, options):
     """As the forward's schema has them."""
+    if cond is None and residual is None and options == _DEFAULTS:
+        return input, weight, bias  # torch's dispatcher takes its time for every argument
     keep, *others, activation, taps = options
     return input, weight, bias, cond, residual, *others, activation or "", keep, taps
 
@@ -508,9 +547,9 @@ def _check(input, weight, stack, activation, **given):
 # places in raster order, rising; empty for those of the mask type.
 _FWD = _library.define(
     "masked_conv2d_fwd",
-    "(Tensor input, Tensor weight, Tensor? bias, Tensor? cond, Tensor? residual, str mask_type, str stack,"
-    " int dilation, int channel_groups, str group_order, str activation, bool keep, int[] taps=[])"
-    " -> (Tensor y, Tensor kept)",
+    "(Tensor input, Tensor weight, Tensor? bias, Tensor? cond=None, Tensor? residual=None, str mask_type='B',"
+    " str stack='square', int dilation=1, int channel_groups=1, str group_order='interleaved', str activation='',"
+    " bool keep=False, int[] taps=[]) -> (Tensor y, Tensor kept)",
     _fwd_fake,
     _check,
     _differentiable,

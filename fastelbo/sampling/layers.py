@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from fastelbo import _library
 from fastelbo.reference.masked_conv2d import GATES, conv_mask2d
 from fastelbo.reference.sampling import FUNCTIONS
 from fastelbo.sampling.atoms import Atoms, Obscure, window
@@ -277,10 +278,10 @@ def _conv(tracer, input, weight, bias, stride, padding, dilation, transposed, ou
     return convolve(tracer, names[0], weight, weight != 0, bias, (right, right, down, down), dilation)[None]
 
 
-def _masked(
-    tracer, input, weight, bias, cond, residual, mask_type, stack, dilation, groups, order, activation, keep, taps=()
-):
+def _masked(tracer, *arguments):
     """The operator of fastelbo's masked convolutions."""
+    given = _library.whole(arguments, _library.defaults_of(torch.ops.fastelbo.masked_conv2d_fwd.default._schema))
+    input, weight, bias, cond, residual, mask_type, stack, dilation, groups, order, activation, _, taps = given
     rows, columns = weight.shape[2:]
     gated = activation in GATES
     live = torch.ones(weight.shape, dtype=torch.bool, device="cpu")
