@@ -13,7 +13,7 @@ LIBRARY = ROOT / "fastelbo" / "_cuda.so"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
 # A block has 256 threads and a multiprocessor 65536 registers, so these are 4, 2, 2 and 1 blocks at a time, as
-# csrc/cuda/tile.cuh asks of the compiler. Half-precision kernels have twice the elements of a 16-byte vector at hand.
+# csrc/cuda/tuning.cuh asks of the compiler. Half-precision kernels have twice the elements of a 16-byte vector at hand.
 MOST_REGISTERS = {"packed f32": 64, "packed half": 128, "strided f32": 128, "strided f64": 255}
 MOST_REGISTERS |= {"flat f32": 80, "flat half": 128}  # 3 blocks at a time, and 2
 # The tiles of a convolution have 128 threads: 3 and 2 blocks at a time. What surrounds them has 256: 4 blocks.

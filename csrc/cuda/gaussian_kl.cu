@@ -10,8 +10,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
   RowSums<Access> sums;
-  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
-    auto place = Access::place(args.layout, thread.row, group);
+  for (auto group = thread.first; group < thread.end; group += Access::groups * thread.lanes) {
+    auto place = Access::place(args.layout, thread, group);
     V mean_q[n], s_q[n], kl[n];
     Access::load(args.mean_q, args.layout, place, mean_q);
     Access::load(args.s_q, args.layout, place, s_q);
@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
     gaussian_kl_bwd_kernel(const __grid_constant__ GaussianOperands<Access> args) {
   using V = typename Access::Value;
   Thread<typename Access::Index> thread(args.work);
-  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
-    gradients<exponential, prior, Excess::together>(args, Access::place(args.layout, thread.row, group),
+  for (auto group = thread.first; group < thread.end; group += Access::groups * thread.lanes) {
+    gradients<exponential, prior, Excess::together>(args, Access::place(args.layout, thread, group),
                                                     [](int, V to_q, const auto&, const auto& kl, V& d_mean, V& d_s) {
                                                       d_mean = to_q * kl.d_mean_q;
                                                       d_s = to_q * kl.d_s_q;
@@ -92,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_kl_bwd(Tensor d_kl, Tensor m
 
 }  // namespace fastelbo
 
-STABLE_TORCH_LIBRARY_IMPL(fastelbo, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTELBO_NAMESPACE, CUDA, m) {
   fastelbo::implement(m, "gaussian_kl_fwd", TORCH_BOX(&fastelbo::gaussian_kl_fwd));
   fastelbo::implement(m, "gaussian_kl_bwd", TORCH_BOX(&fastelbo::gaussian_kl_bwd));
 }

@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
   RowSums<Access> sums;
-  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
-    auto place = Access::place(args.layout, thread.row, group);
+  for (auto group = thread.first; group < thread.end; group += Access::groups * thread.lanes) {
+    auto place = Access::place(args.layout, thread, group);
     V x[n], mean[n], s[n];
     Access::load(args.x, args.layout, place, x);
     Access::load(args.mean, args.layout, place, mean);
@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
   double total = 0;
-  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
-    auto place = Access::place(args.layout, thread.row, group);
+  for (auto group = thread.first; group < thread.end; group += Access::groups * thread.lanes) {
+    auto place = Access::place(args.layout, thread, group);
     V x[n], mean[n], s[n], upstream[n];
     Access::load(args.x, args.layout, place, x);
     Access::load(args.mean, args.layout, place, mean);
@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_log_prob_bwd(Tensor d_out, Tensor x,
 
 }  // namespace fastelbo
 
-STABLE_TORCH_LIBRARY_IMPL(fastelbo, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTELBO_NAMESPACE, CUDA, m) {
   fastelbo::implement(m, "gaussian_log_prob_fwd", TORCH_BOX(&fastelbo::gaussian_log_prob_fwd));
   fastelbo::implement(m, "gaussian_log_prob_bwd", TORCH_BOX(&fastelbo::gaussian_log_prob_bwd));
 }

@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
   const PhiloxKeys<uint32_t> keys = args.draw.keys();
-  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
-    auto place = Access::place(args.layout, thread.row, group);
+  for (auto group = thread.first; group < thread.end; group += Access::groups * thread.lanes) {
+    auto place = Access::place(args.layout, thread, group);
     V mean[n], std[n], noise[n], z[n];
     Access::load(args.mean, args.layout, place, mean);
     Access::load(args.s, args.layout, place, std);
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
   const PhiloxKeys<uint32_t> keys = args.draw.keys();
-  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
-    auto place = Access::place(args.layout, thread.row, group);
+  for (auto group = thread.first; group < thread.end; group += Access::groups * thread.lanes) {
+    auto place = Access::place(args.layout, thread, group);
     V s[n], d_z[n], noise[n], noisy[n] = {};
     Access::load(args.s, args.layout, place, s);
     uint32_t sample = 0;
@@ -131,7 +131,7 @@ Tensor gaussian_rsample_bwd(Tensor d_z, Tensor s, std::optional<Tensor> seed, st
 
 }  // namespace fastelbo
 
-STABLE_TORCH_LIBRARY_IMPL(fastelbo, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTELBO_NAMESPACE, CUDA, m) {
   fastelbo::implement(m, "gaussian_rsample_fwd", TORCH_BOX(&fastelbo::gaussian_rsample_fwd));
   fastelbo::implement(m, "gaussian_rsample_bwd", TORCH_BOX(&fastelbo::gaussian_rsample_bwd));
 }

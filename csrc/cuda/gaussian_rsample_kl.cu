@@ -17,8 +17,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
   Thread<typename Access::Index> thread(args.work);
   const PhiloxKeys<uint32_t> keys = args.draw.keys();
   RowSums<Access> sums;
-  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
-    auto place = Access::place(args.layout, thread.row, group);
+  for (auto group = thread.first; group < thread.end; group += Access::groups * thread.lanes) {
+    auto place = Access::place(args.layout, thread, group);
     V mean_q[n], s_q[n], std[n], kl[n];
     Access::load(args.mean_q, args.layout, place, mean_q);
     Access::load(args.s_q, args.layout, place, s_q);
@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kThreads, Access::blocks)
   constexpr int n = Access::width;
   Thread<typename Access::Index> thread(args.work);
   const PhiloxKeys<uint32_t> keys = args.draw.keys();
-  for (auto group = thread.first; group < thread.end; group += thread.lanes) {
-    auto place = Access::place(args.layout, thread.row, group);
+  for (auto group = thread.first; group < thread.end; group += Access::groups * thread.lanes) {
+    auto place = Access::place(args.layout, thread, group);
     V sampled[n] = {}, noisy[n] = {};  // the sums over samples of d_z and of d_z * noise
     uint32_t sample = 0;
     do {
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gaussian_rsample_kl_bwd(
 
 }  // namespace fastelbo
 
-STABLE_TORCH_LIBRARY_IMPL(fastelbo, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTELBO_NAMESPACE, CUDA, m) {
   fastelbo::implement(m, "gaussian_rsample_kl_fwd", TORCH_BOX(&fastelbo::gaussian_rsample_kl_fwd));
   fastelbo::implement(m, "gaussian_rsample_kl_bwd", TORCH_BOX(&fastelbo::gaussian_rsample_kl_bwd));
 }

@@ -75,7 +75,7 @@ int64_t product(const int64_t* size, int begin, int end) {
 
 // A function of the shape alone, so that sums have the same bits on every GPU.
 device::Work spread(int64_t rows, int64_t groups, bool summed) {
-  using device::kThreads;
+  using device::kThreads, device::kTuning;
   device::Work work;
   work.rows = rows;
   work.groups = groups;
@@ -84,13 +84,13 @@ device::Work spread(int64_t rows, int64_t groups, bool summed) {
     while (lanes < kThreads && lanes < groups && !enough()) lanes *= 2, ++work.lanes_log2;
   };
   grow([&] {
-    return lanes >= 8 && lanes * 4 >= groups;
+    return lanes >= 8 && lanes * kTuning.groups >= groups;
   });  // 8 lanes read whole cache lines; several groups overlap in time
-  grow([&] { return rows * lanes >= 65536; });              // half the threads of a large GPU
+  grow([&] { return rows * lanes >= kTuning.enough_threads; });
   work.steps = int((groups + lanes - 1) / lanes);
-  int64_t most = summed ? device::kMostSteps : 4;
+  int64_t most = summed ? kTuning.most_summed_steps : kTuning.most_steps;
   if (lanes == kThreads && work.steps > (summed ? most : 1)) {
-    most = std::clamp<int64_t>(rows * groups / (kThreads * 512), summed ? 2 : 1, most);
+    most = std::clamp<int64_t>(rows * groups / (kThreads * kTuning.enough_blocks), summed ? 2 : 1, most);
     splits = (groups + kThreads * most - 1) / (kThreads * most);
     work.steps = int((groups + kThreads * splits - 1) / (kThreads * splits));
   }
@@ -218,6 +218,7 @@ bool Plan::can_flatten(std::initializer_list<View*> views, const Shape& shape, i
 
 // Elements in a row; sums by blocks that take several short events each, or of an event as of a packed row.
 void Plan::flatten(bool summed) {
+  using device::kTuning;
   const int64_t width = format == Format::f32 ? 4 : 8, event = layout.event.divisor;
   layout.rows = 1;
   layout.span = layout.total;
@@ -227,8 +228,8 @@ void Plan::flatten(bool summed) {
   }
   const int64_t count = layout.total / event;
   int64_t several = 1;
-  if (2 * event <= device::kHeldTerms) {
-    several = std::min<int64_t>(device::kHeldTerms / event, std::max<int64_t>(2, count / 512));
+  if (2 * event <= kTuning.held_terms) {
+    several = std::min<int64_t>(kTuning.held_terms / event, std::max<int64_t>(2, count / kTuning.enough_blocks));
     int64_t whole = width;  // so many events are whole vectors
     while (whole > 1 && whole / 2 * event % width == 0) whole /= 2;
     if (several > whole) several -= several % whole;
@@ -246,7 +247,7 @@ void Plan::flatten(bool summed) {
   while (layout.event_lanes_log2 < 5 && room(layout.event_lanes_log2 + 1)) ++layout.event_lanes_log2;
   work.rows = layout.rows;
   work.groups = groups;
-  work.lanes_log2 = 8;
+  work.lanes_log2 = kTuning.threads_log2;
   work.steps = int((groups + device::kThreads - 1) / device::kThreads);
   work.blocks = layout.rows;
 }
@@ -340,6 +341,6 @@ int64_t cuda_error(int64_t device) {
 
 }  // namespace fastelbo
 
-STABLE_TORCH_LIBRARY_IMPL(fastelbo, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTELBO_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cuda_error", TORCH_BOX(&fastelbo::cuda_error));
 }

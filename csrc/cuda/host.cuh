@@ -87,40 +87,44 @@ device::Draw<Access> draw(const std::optional<Tensor>& seed, const View& noise, 
 }
 
 template <template <Format, bool> class Access, bool clamped, class F>
-void dispatch_vectors(const Plan& plan, F& f) {
+void dispatch_format(const Plan& plan, F& f) {
   if (plan.format == Format::f32)
-    f(Access<Format::f32, clamped>(), std::true_type());
+    f(FASTELBO_ACCESS(Access<Format::f32, clamped>)(), std::true_type());
   else if (plan.format == Format::bf16)
     f(Access<Format::bf16, clamped>(), std::true_type());
-  else
+  else if constexpr (device::kTuning.all_kernels)
     f(Access<Format::f16, clamped>(), std::true_type());
+}
+
+template <template <Format, bool> class Access, class F>
+void dispatch_vectors(const Plan& plan, F& f) {
+  if (!plan.clamped)
+    dispatch_format<Access, false>(plan, f);
+  else if constexpr (device::kTuning.all_kernels)
+    dispatch_format<Access, true>(plan, f);
 }
 
 // Calls f(an access, whether all scales are exponential), both as types. Scales that are not take the strided kernels,
 // exponential ones mostly the packed or flat.
 template <class F>
 void dispatch(const Plan& plan, F&& f) {
-  using device::Flat, device::Packed;
+  using device::Flat, device::Packed, device::Strided;
+  if constexpr (!device::kTuning.all_kernels)
+    STD_TORCH_CHECK((plan.packed || plan.flat) && plan.format != Format::f16 && !plan.clamped,
+                    "this library has kernels of contiguous float32 and bfloat16 without a clamp alone");
   if (plan.packed) {
-    if (plan.clamped)
-      dispatch_vectors<Packed, true>(plan, f);
-    else
-      dispatch_vectors<Packed, false>(plan, f);
+    dispatch_vectors<Packed>(plan, f);
   } else if (plan.flat) {
-    if (plan.clamped)
-      dispatch_vectors<Flat, true>(plan, f);
+    dispatch_vectors<Flat>(plan, f);
+  } else if constexpr (device::kTuning.all_kernels) {
+    if (plan.dtype == ScalarType::Double && plan.exponential)
+      f(Strided<double>(), std::true_type());
+    else if (plan.dtype == ScalarType::Double)
+      f(Strided<double>(), std::false_type());
+    else if (plan.exponential)
+      f(Strided<float>(), std::true_type());
     else
-      dispatch_vectors<Flat, false>(plan, f);
-  } else if (plan.dtype == ScalarType::Double) {
-    if (plan.exponential)
-      f(device::Strided<double>(), std::true_type());
-    else
-      f(device::Strided<double>(), std::false_type());
-  } else {
-    if (plan.exponential)
-      f(device::Strided<float>(), std::true_type());
-    else
-      f(device::Strided<float>(), std::false_type());
+      f(Strided<float>(), std::false_type());
   }
 }
 

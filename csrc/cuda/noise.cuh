@@ -54,9 +54,9 @@ struct Draw {
     for (int i = 0; i < Access::width; i += 4) {
       float drawn[4];
       if (Access::approximate(approximate))
-        normals<true>(keys, uint32_t(sample), Access::block(layout, place) + i / 4, drawn);
+        normals<true>(keys, uint32_t(sample), Access::block(layout, place, i / 4), drawn);
       else
-        normals<false>(keys, uint32_t(sample), Access::block(layout, place) + i / 4, drawn);
+        normals<false>(keys, uint32_t(sample), Access::block(layout, place, i / 4), drawn);
       FASTELBO_UNROLL
       for (int j = 0; j < 4; ++j) noise[i + j] = V(drawn[j]);
     }

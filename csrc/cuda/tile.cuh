@@ -6,13 +6,10 @@
 #pragma once
 
 #include "../common/host.h"
+#include "tuning.cuh"
 #include "vec.cuh"
 
 namespace fastelbo::device {
-
-constexpr int kThreads = 256;   // of a block
-constexpr int kMostSteps = 8;   // groups of a summed row that a thread takes
-constexpr int kHeldTerms = 4096;    // terms of short rows that a block keeps in shared memory until it sums them
 
 // n / divisor for n < 2^31 by a multiplication: a division takes twenty instructions.
 struct Divisor {
@@ -48,7 +45,7 @@ struct Layout {
 // How rows are spread over threads: `lanes` threads share a row, or one of its splits, and take `steps` groups each.
 struct Work {
   int64_t rows = 0, groups = 0;  // groups of a row
-  int lanes_log2 = 0, steps = 0;  // 256 lanes where there are several splits
+  int lanes_log2 = 0, steps = 0;  // a block of lanes where there are several splits
   Divisor splits;
   int64_t blocks = 0;
 };
@@ -235,7 +232,8 @@ struct Packed {
   using Index = uint32_t;
   using Scale = PlainScale<clamped>;
   static constexpr bool packed = true, flat = false;
-  static constexpr int blocks = format == Format::f32 ? 4 : 2;  // that a multiprocessor holds at least
+  static constexpr int groups = 1;  // that a thread takes at once
+  static constexpr int blocks = format == Format::f32 ? kTuning.packed_f32 : kTuning.packed_half;
   static constexpr int width = Vectors<format>::width;
 
   struct Operand {
@@ -252,15 +250,16 @@ struct Packed {
     FASTELBO_INLINE bool inside(int) const { return true; }
   };
 
-  static FASTELBO_INLINE uint64_t block(const Layout&, const Place& place) { return place.block; }
+  // The Philox block of the given one of the group's fours.
+  static FASTELBO_INLINE uint64_t block(const Layout&, const Place& place, int four) { return place.block + four; }
 
   static FASTELBO_INLINE constexpr bool approximate(bool) { return format != Format::f32; }
   static FASTELBO_INLINE constexpr uint32_t kept(const Operand&, const Layout&, const Place&) {
     return ~0u;
   }  // no mask
 
-  static FASTELBO_INLINE Place place(const Layout& layout, uint32_t row, uint32_t group) {
-    return {row, group, layout.first_block + uint64_t(row * layout.vectors + group) * (width / 4)};
+  static FASTELBO_INLINE Place place(const Layout& layout, const Thread<Index>& thread, uint32_t group) {
+    return {thread.row, group, layout.first_block + uint64_t(thread.row * layout.vectors + group) * (width / 4)};
   }
 
   static FASTELBO_INLINE char* address(const Operand& operand, const Place& place, int64_t sample) {
@@ -321,9 +320,10 @@ struct Flat {
   using Index = uint32_t;
   using Scale = PlainScale<clamped>;
   static constexpr bool packed = true, flat = true;
-  static constexpr int blocks = format == Format::f32 ? 3 : 2;  // that a multiprocessor holds at least
+  static constexpr int groups = 1;  // that a thread takes at once
+  static constexpr int blocks = format == Format::f32 ? kTuning.flat_f32 : kTuning.flat_half;
   static constexpr int width = Vectors<format>::width;
-  using Storage = Vectors<format>;
+  using Vector = Vectors<format>;
   using Element = Stored<format>;
 
   struct Operand {
@@ -346,17 +346,15 @@ struct Flat {
     return ~0u;
   }  // no mask
 
-  static FASTELBO_INLINE uint32_t first_vector(const Layout& layout, uint32_t row) { return row * layout.span / width; }
-
-  static FASTELBO_INLINE Place place(const Layout& layout, uint32_t row, uint32_t group) {
-    uint32_t start = row * layout.span, left = layout.total - start;
+  static FASTELBO_INLINE Place place(const Layout& layout, const Thread<Index>& thread, uint32_t group) {
+    uint32_t start = thread.row * layout.span, left = layout.total - start;
     uint32_t vector = start / width + group;
     int before = int(start - vector * width);
     return {vector, before, before + int(left < layout.span ? left : layout.span),
             vector * width + width <= layout.total};
   }
-  static FASTELBO_INLINE uint64_t block(const Layout& layout, const Place& place) {
-    return layout.first_block + uint64_t(place.vector) * (width / 4);
+  static FASTELBO_INLINE uint64_t block(const Layout& layout, const Place& place, int four) {
+    return layout.first_block + uint64_t(place.vector) * (width / 4) + four;
   }
 
   static FASTELBO_INLINE void load(const Operand& operand, const Layout& layout, const Place& place,
@@ -373,6 +371,12 @@ struct Flat {
     FASTELBO_UNROLL
     for (int i = 0; i < width; ++i)
       if (place.inside(i)) Element::write(to, i, x[i]);
+  }
+
+  // Terms of a vector to where they lie among those of the thread's row.
+  static FASTELBO_INLINE void hold(const Layout& layout, uint32_t row, const Place& place, const float (&x)[width],
+                                   float* terms) {
+    Vectors<format>::store_terms(terms + (place.vector - row * layout.span / width) * width, x);
   }
 
   static FASTELBO_INLINE void load_repeated(const Operand& operand, const Layout& layout, const Place& place,
@@ -423,6 +427,7 @@ struct Strided {
   using Index = int64_t;
   using Scale = ScaleOf<T>;
   static constexpr bool packed = false, flat = false;
+  static constexpr int groups = 1;  // that a thread takes at once
   static constexpr int blocks =
       sizeof(T) == 4 ? 2 : 1;  // that a multiprocessor holds at least; without it, registers spill
   static constexpr int width = 4;
@@ -441,7 +446,7 @@ struct Strided {
     FASTELBO_INLINE bool inside(int i) const { return first <= i && i < last; }
   };
 
-  static FASTELBO_INLINE uint64_t block(const Layout&, const Place& place) { return place.block; }
+  static FASTELBO_INLINE uint64_t block(const Layout&, const Place& place, int four) { return place.block + four; }
   static FASTELBO_INLINE bool approximate(bool sample_is_half) { return sample_is_half; }
 
   // A bit for each element of the group: whether the mask keeps it.
@@ -457,10 +462,10 @@ struct Strided {
     return bits;
   }
 
-  static FASTELBO_INLINE Place place(const Layout& layout, int64_t row, int64_t group) {
-    uint64_t index = uint64_t(layout.noise_offset) + uint64_t(row) * uint64_t(layout.columns);
+  static FASTELBO_INLINE Place place(const Layout& layout, const Thread<Index>& thread, int64_t group) {
+    uint64_t index = uint64_t(layout.noise_offset) + uint64_t(thread.row) * uint64_t(layout.columns);
     int shift = layout.aligned ? int(index % 4) : 0;
-    Place place{row, 4 * group - shift, 0, 4, index / 4 + uint64_t(group)};
+    Place place{thread.row, 4 * group - shift, 0, 4, index / 4 + uint64_t(group)};
     if (place.column < 0) place.first = shift;
     if (layout.columns - place.column < 4) place.last = int(layout.columns - place.column);
     return place;
@@ -541,7 +546,7 @@ struct RowSums {
   double total = 0;
 
   static FASTELBO_INLINE float* terms() {
-    __shared__ float4 terms[kHeldTerms / 4 + 2];
+    __shared__ float4 terms[kTuning.held_terms / 4 + 2];
     return reinterpret_cast<float*>(terms);
   }
 
@@ -549,10 +554,7 @@ struct RowSums {
   FASTELBO_INLINE void add(const Layout& layout, const Thread<Index>& thread, const typename Access::Place& place,
                            V (&x)[Access::width]) {
     if constexpr (Access::flat) {
-      if (layout.events > 1) {
-        uint32_t vector = place.vector - Access::first_vector(layout, thread.row);
-        return Access::Storage::store_terms(terms() + vector * Access::width, x);
-      }
+      if (layout.events > 1) return Access::hold(layout, thread.row, place, x, terms());
     }
     total += sum_inside<Access>(place, x);
   }
@@ -582,7 +584,7 @@ struct RowSums {
     __syncthreads();
     const uint32_t lanes = 1u << layout.event_lanes_log2, size = layout.event.divisor;
     const uint32_t from = row * layout.span, left = layout.total - from;
-    const uint32_t shift = from % Access::width, lane = threadIdx.x & (lanes - 1);
+    const uint32_t shift = from % Access::Vector::width, lane = threadIdx.x & (lanes - 1);
     const uint32_t count = (left < layout.span ? left : layout.span) / size;  // events of this block
     FASTELBO_ROLLED
     for (uint32_t first = 0; first < count; first += kThreads >> layout.event_lanes_log2) {
