@@ -27,21 +27,20 @@ sys.exit(pytest.main(sys.argv[2:]))
 """
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def build(folder, sources, *more):
+    """Compiles CUDA sources for a CPU; more: of what the compiler is told. Returns the library."""
     if shutil.which(CXX[0]) is None:
         pytest.skip(f"no C++ compiler {CXX[0]}")
-    folder, torch_home = tmp_path_factory.mktemp("cuda_on_cpu"), Path(torch.__file__).parent
+    torch_home = Path(torch.__file__).parent
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-w"]
     flags += [f"-I{ROOT / 'tests' / 'cuda_on_cpu'}", f"-I{torch_home / 'include'}", "-include", "cuda_runtime_api.h"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *more]
 
     def compile_one(source):
         out = folder / (source.stem + source.suffix + ".o")
         subprocess.run([*CXX, *flags, "-x", "c++", "-c", source, "-o", out], check=True)
         return out
 
-    sources = [*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/common/*.cpp")]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
         objects = list(pool.map(compile_one, sources))
     path = folder / "cuda_on_cpu.so"
@@ -51,21 +50,34 @@ def library(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return build(
+        tmp_path_factory.mktemp("cuda_on_cpu"), [*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/common/*.cpp")]
+    )
+
+
 NAMES = [*FILES, "rows", "memory", "sampling", "sampling_networks", "sampling_check"]
 # What the kernels compute, but not what is of Python: how a network is traced, and torch.compile.
 TRACING = ("default_device", "insides", "alias", "forward_keeps", "hooks", "compile", "one_output_makes")
+KERNELS = f"(cpu or opcheck) and not ({' or '.join(TRACING)}) and (not test_memory or layout_changes)"
 
 
 @pytest.mark.parametrize(
     "chosen",
     [
-        f"(cpu or opcheck) and not ({' or '.join(TRACING)}) and (not test_memory or layout_changes)",
+        KERNELS,
         pytest.param(f"cpu and ({' or '.join(TRACING)}) and not test_memory", marks=pytest.mark.slow),
     ],
     ids=["kernels", "tracing"],
 )
 def test_ops(library, chosen):
-    command = [sys.executable, "-c", RUN, library, *(f"tests/test_{name}.py" for name in NAMES), f"--rootdir={ROOT}"]
+    run(library, NAMES, chosen)
+
+
+def run(library, names, chosen):
+    """The tests of some files that are chosen, with a library in the place of the CPU's kernels."""
+    command = [sys.executable, "-c", RUN, library, *(f"tests/test_{name}.py" for name in names), f"--rootdir={ROOT}"]
     command += ["-q", "-m", "not slow", "-k", chosen, "--import-mode=importlib", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]

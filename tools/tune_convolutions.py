@@ -99,8 +99,8 @@ class Measured(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
-    """One candidate, or one rival, of one layer and pass."""
+class Session:
+    """What all rows of a session say."""
 
     gpu: str
     driver: str
@@ -108,6 +108,12 @@ class Row:
     triton: str
     commit: str
     timestamp: str  # UTC
+
+
+@dataclass(frozen=True)
+class Row(Session):
+    """One candidate, or one rival, of one layer and pass."""
+
     case: str
     shape: str
     dtype: str
@@ -495,7 +501,7 @@ def options_of(arguments):
 
 
 def common() -> dict:
-    """What all rows of a session say."""
+    """The fields of a Session."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         driver = subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]

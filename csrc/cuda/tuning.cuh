@@ -1,5 +1,5 @@
 // What machine code does not tell and only a GPU's clock does: how the Gaussian kernels' work is cut. The library takes
-// the values of this file; the same sources compile with others.
+// the values of this file; tools/tune_gaussians.py compiles the same sources with others.
 #pragma once
 
 #include <cstdint>
