@@ -301,7 +301,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   int64_t reach = mask.sideways();
   args.planes = Planes(args.columns, args.band, reach, mask.up, mask.down, constants.slack);
   args.d_planes = want_input ? planes_of(args, args.z_channels, mask.down, mask.up, -1, constants)
-                             : Planes(args.columns, args.band, reach, 0, 0, constants.slack);
+                             : Planes(args.columns, args.band, 0, 0, 0, constants.slack);  // no tap reads them
   Tensor d_input = want_input ? allocate(Shape(input), stored, input) : allocate(Shape{0}, stored, device);
   Tensor d_weight = want_weight ? allocate(Shape(weight), stored, weight) : allocate(Shape{0}, stored, device);
   Tensor d_bias = allocate(Shape{want_bias ? args.z_channels : 0}, stored, device);

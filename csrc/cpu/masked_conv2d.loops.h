@@ -603,9 +603,11 @@ void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
           int64_t some = std::min(rows_at_once, rows - row);
           for (int64_t block = 0; block < blocks; ++block) {
             const T* line = dz.get() + block * lanes * d_planes.size + d_planes.first() + row * d_planes.pitch;
-            for (int64_t r = 0; r < some; ++r)
-              transpose_block<T, lanes>(line + r * d_planes.pitch, d_planes.size, args.z_channels - block * lanes,
-                                        args.columns, transposed.get() + r * args.columns * lanes);
+            bool gapless = d_planes.pitch == args.columns;
+            int64_t run = gapless ? some * args.columns : args.columns;
+            for (int64_t r = 0; r < (gapless ? 1 : some); ++r)
+              transpose_block<T, lanes>(line + r * d_planes.pitch, d_planes.size, args.z_channels - block * lanes, run,
+                                        transposed.get() + r * run * lanes);
             for (int64_t pair = 0; pair < args.pairs; pair += kPairs)
               weight_tile(in.get() + planes.first() + row * planes.pitch, args.pair_offsets(pair), transposed.get(),
                           some, args.columns, planes.pitch, partial + (block * args.pairs + pair) * lanes);
