@@ -42,24 +42,16 @@ SIZES = {
     },
     "cuda": {
         "large": Size(
-            ((65536, 1024),),
-            passes=PASSES,
-            timings=("events",),
+            ((65536, 1024),), passes=PASSES, timings=("events",), quick=False,
             rivals=lambda case, dtype: RIVALS if dtype == "float32" or case.entry.drawn else UNCOMPILED,
-            quick=False,
         ),
         "rows": Size(  # as many elements in events of other lengths
             tuple((2**26 // columns, columns) for columns in (1, 3, 31, 64, 257, 4096, 100_000)),
-            passes=("forward", "backward"),
-            timings=("events",),
+            passes=("forward", "backward"), timings=("events",), summed=True, quick=False,
             rivals=lambda case, dtype: (),
-            summed=True,
-            quick=False,
         ),
         "tiny": Size(
-            ((8, 16), (128, 10)),
-            ("float32",),
-            timings=("host", "graph"),
+            ((8, 16), (128, 10)), ("float32",), timings=("host", "graph"),
             rivals=lambda case, dtype: RIVALS if case.op == "gaussian_rsample_kl" else UNCOMPILED,
         ),
         "medium": Size(((4096, 256),), timings=("events",), rivals=lambda case, dtype: UNCOMPILED),
@@ -67,7 +59,7 @@ SIZES = {
             ((65536, 256),), ("float32",), PASSES, ("events",), rivals=lambda case, dtype: UNCOMPILED, quick=False
         ),
     },
-}
+}  # fmt: skip
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the largest value: is it the same function at all
 
 
@@ -100,16 +92,11 @@ CASES = [
     Case(GAUSSIAN["log_prob"], "", "dpp", (3, 5), originals.log_prob, originals.distributions_log_prob),
     Case(GAUSSIAN["log_prob"], "scalar scale", "dp0", (2, 3), originals.log_prob, originals.distributions_log_prob),
     Case(  # mean and s are 0, so that what comes back is the noise itself; the third input is what normal_ writes to
-        GAUSSIAN["rsample"],
-        "normals",
-        "zzd",
-        (3, 0),
+        GAUSSIAN["rsample"], "normals", "zzd", (3, 0), sizes=("medium", "64MB"), passes=("forward",),
         others={"randn": lambda mean, s, to: torch.randn_like(mean), "normal_": lambda mean, s, to: to.normal_()},
         ours=lambda mean, s, to, backend: fastelbo.gaussian_rsample(mean, s, backend=backend),
-        sizes=("medium", "64MB"),
-        passes=("forward",),
     ),
-]
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

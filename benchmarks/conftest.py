@@ -51,65 +51,44 @@ def at_least_one(kind: type) -> Callable:
     return parse
 
 
+FLAG, SEVERAL = {"action": "store_true"}, {"action": "append"}
+SIZES = ", ".join(dict.fromkeys(name for sizes in cases.SIZES.values() for name in sizes))
+OPTIONS = {
+    "device": ({"choices": ("cpu", "cuda"), "default": "cpu"}, "samplers and drop-ins are timed on the cpu alone"),
+    "op": (SEVERAL | {"choices": OPS, "metavar": "OP"}, f"{', '.join(OPS)}; repeatable"),
+    "shape": (SEVERAL | {"metavar": "SIZE"},
+     f"of the Gaussian ops: {SIZES}, or a shape as 4096x256; of others a shape that they have, as 16x64x28x28 of "
+     "a convolution; repeatable; leaves out the drop-ins (-k chooses among them)"),
+    "dtype": (SEVERAL | {"choices": (*cases.DTYPES, "float16")},
+     "repeatable; default: float32 and bfloat16 of the Gaussian ops, float32 of others, bfloat16 of convolutions "
+     "on a GPU, the only ones in float16"),
+    "rival": (SEVERAL | {"choices": RIVALS}, "repeatable; default: all; copy always runs"),
+    "threads": ({"type": at_least_one(int), "metavar": "N"}, "of torch; default: torch's own choice"),
+    "rounds": ({"type": at_least_one(int), "metavar": "N"},
+     "samples of each contestant; default: 30, large ones and convolutions 10, samplers 5, and more on a GPU"),
+    "quick": (FLAG, "3 rounds, nothing large: to see that everything works"),
+    "no-save": (FLAG, "append no rows to the results"),
+    "results": ({"type": Path, "metavar": "DIR", "default": rows.RESULTS},
+     "of <device>.csv, conv_, sampling_, dropins_ and memory_<device>.csv; default: benchmarks/results"),
+    "compare": ({"metavar": "ROWS"},
+     "what got slower or faster than these rows: a CSV file, a folder of them, or a commit in the results"),
+    "fail-slower": ({"type": at_least_one(float), "metavar": "RATIO"},
+     "with --compare: exit status 1 where one of ours takes more than so many times as long as on the same "
+     "machine, beyond the noise, or where there is nothing to compare with"),
+    "unverified": (FLAG,
+     "time ops without running their tests, or where --verdict says that these fail; the rows say so"),
+    "verdict": ({"type": Path, "metavar": "XML"}, "pytest's --junitxml of the ops' tests, run just before"),
+}  # fmt: skip
+
+
 def pytest_addoption(parser):
     group = parser.getgroup(
         "fastelbo",
         "fastelbo: times ours against the rivals, appends rows to CSV files, prints tables; all of it takes tens of "
         "minutes, and an interrupt loses nothing but the case that it stops",
     )
-    add = group.addoption
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="samplers and drop-ins are timed on the cpu alone")
-    add("--op", action="append", choices=OPS, metavar="OP", help=f"{', '.join(OPS)}; repeatable")
-    sizes = ", ".join(dict.fromkeys(name for sizes in cases.SIZES.values() for name in sizes))
-    add(
-        "--shape",
-        action="append",
-        metavar="SIZE",
-        help=f"of the Gaussian ops: {sizes}, or a shape as 4096x256; of others a shape that they have, as 16x64x28x28 "
-        "of a convolution; repeatable; leaves out the drop-ins (-k chooses among them)",
-    )
-    add(
-        "--dtype",
-        action="append",
-        choices=(*cases.DTYPES, "float16"),
-        help="repeatable; default: float32 and bfloat16 of the Gaussian ops, float32 of others, bfloat16 of "
-        "convolutions on a GPU, the only ones in float16",
-    )
-    add("--rival", action="append", choices=RIVALS, help="repeatable; default: all; copy always runs")
-    add("--threads", type=at_least_one(int), metavar="N", help="of torch; default: torch's own choice")
-    add(
-        "--rounds",
-        type=at_least_one(int),
-        metavar="N",
-        help="samples of each contestant; default: 30, large ones and convolutions 10, samplers 5, and more on a GPU",
-    )
-    add("--quick", action="store_true", help="3 rounds, nothing large: to see that everything works")
-    add("--no-save", action="store_true", help="append no rows to the results")
-    add(
-        "--results",
-        type=Path,
-        metavar="DIR",
-        default=rows.RESULTS,
-        help="of <device>.csv, conv_, sampling_, dropins_ and memory_<device>.csv; default: benchmarks/results",
-    )
-    add(
-        "--compare",
-        metavar="ROWS",
-        help="what got slower or faster than these rows: a CSV file, a folder of them, or a commit in the results",
-    )
-    add(
-        "--fail-slower",
-        type=at_least_one(float),
-        metavar="RATIO",
-        help="with --compare: exit status 1 where one of ours takes more than so many times as long as on the same "
-        "machine, beyond the noise, or where there is nothing to compare with",
-    )
-    add(
-        "--unverified",
-        action="store_true",
-        help="time ops without running their tests, or where --verdict says that these fail; the rows say so",
-    )
-    add("--verdict", type=Path, metavar="XML", help="pytest's --junitxml of the ops' tests, run just before")
+    for name, (options, words) in OPTIONS.items():
+        group.addoption(f"--{name}", help=words, **options)
 
 
 def pytest_configure(config):
