@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastelbo import _checks
+from fastelbo import _autograd, _checks
 from fastelbo._causal_conv2d import CausalConv2d, pair, square, taps_of
 from fastelbo.ops import masked_conv2d as op
+from fastelbo.ops._gated_block import gated_block, seen_by_link
 from fastelbo.ops.gaussian_log_prob import Terms, log_prob
 from fastelbo.reference.masked_conv2d import activate
 from fastelbo.scale import Scale
@@ -413,6 +414,32 @@ class GatedMaskedConv2d(nn.Module):
         if cond_channels is not None:
             self.cond = nn.Conv2d(cond_channels, 4 * out_channels, 1, bias=False, device=device, dtype=dtype)
 
+    @property
+    def _options(self):
+        """As gated_block takes them."""
+        h = self.horizontal
+        kinds = h.mask_type, self.vertical.mask_type, self.link_convention
+        return *kinds, h.dilation[0], h.channel_groups, h.group_order, self.activation, self.residual
+
+    def _as_made(self):
+        """Whether its layers are those of its constructor, and nothing but parameters can make their calls differ."""
+        v, h, link, out = self.vertical, self.horizontal, self.link, self.out
+        kinds = VerticalStackConv2d, HorizontalStackConv2d, nn.Conv2d, MaskedConv2d
+        for layer, kind in zip((v, h, link, out), kinds, strict=True):
+            hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+            called = getattr(layer.forward, "__func__", None)
+            if called is not kind.forward or any(hooks) or layer._compiled_call_impl is not None:
+                return False
+            if layer is not link:
+                layer._check_mask()
+        return (
+            (v.dilation, v.activation, v.backend, h.activation, link.stride, link.padding)
+            == (h.dilation, None, h.backend, self.activation, (1, 1), (0, 0))
+            and (out.mask_type, out.activation, out.channel_groups, out.group_order, out.backend)
+            == ("B", None, h.channel_groups, h.group_order, h.backend)
+            and not nn.modules.module._has_any_global_hook()
+        )
+
     def forward(
         self, v: torch.Tensor, h: torch.Tensor, cond: "torch.Tensor | None" = None
     ) -> "tuple[torch.Tensor, torch.Tensor]":
@@ -424,18 +451,20 @@ class GatedMaskedConv2d(nn.Module):
         """
         if (cond is None) != (self.cond is None):
             raise ValueError(f"cond must {'not ' if self.cond is None else ''}be given: cond_channels decides")
-        v_cond = h_cond = 0
+        v_cond = h_cond = None
         if cond is not None and self.cond is not None:
             v_cond, h_cond = self.cond(cond if cond.dim() == 4 else cond[:, :, None, None]).chunk(2, dim=1)
+        if not _autograd.traced() and self._as_made():
+            layers = self.vertical, self.horizontal, self.link, self.out
+            parameters = (parameter for layer in layers for parameter in (layer.weight, layer.bias))
+            both = gated_block((v, h, *parameters, v_cond, h_cond), self._options, self.out.backend)
+            if both is not None:
+                return both
         z = self.vertical(v)
-        seen = z
-        if self.link_convention != "mask-first-layer":
-            seen = nn.functional.pad(z, (0, 0, 1, 0))[:, :, :-1]
-        if self.link_convention == "pad-first" and self.vertical.bias is not None:
-            above = self.vertical.bias[:, None, None].expand(len(z), -1, 1, z.shape[3])
-            seen = torch.cat([above.to(z.dtype), seen[:, :, 1:]], dim=2)
-        gated = self.horizontal(h, cond=self.link(seen) + h_cond)
-        return activate(z + v_cond, self.activation), self.out(gated, residual=h if self.residual else None)
+        link = self.link(seen_by_link(z, self.vertical.bias, self.link_convention))
+        gated = self.horizontal(h, cond=link if h_cond is None else link + h_cond)
+        v_gated = activate(z if v_cond is None else z + v_cond, self.activation)
+        return v_gated, self.out(gated, residual=h if self.residual else None)
 
 
 class GaussianNLLLoss(nn.GaussianNLLLoss):

@@ -4,6 +4,7 @@ against, in test_compat.py, and in the benchmarks and test_contestants.py."""
 import math
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
@@ -217,6 +218,46 @@ class CompressAICheckerboardMaskedConv2d(CompressAIMaskedConv2d):
         self.mask[:, :, 0::2, 0::2] = 0
         self.mask[:, :, 1::2, 1::2] = 0
         self.mask[:, :, h // 2, w // 2] = mask_type == "B"
+
+
+# Gated PixelCNNs: products with masks, and full convolutions
+
+
+class GatedBlock(nn.Module):
+    """Of the parameters of a fastelbo.nn.GatedMaskedConv2d."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block, (rows, columns) = block, block.vertical.weight.shape[2:]
+        self.dilation, left = block.horizontal.dilation[0], block.horizontal.weight.shape[3] - 1
+        sides = columns // 2, columns // 2, rows - 1, 0
+        self.around_v, self.around_h = ([self.dilation * side for side in pad] for pad in (sides, (left, 0, 0, 0)))
+        masks = {name: getattr(block, name).live_taps() for name in ("vertical", "horizontal", "out")}
+        for name, mask in masks.items():
+            self.register_buffer(f"mask_{name}", mask)
+
+    def gate(self, x):
+        a, b = x.chunk(2, dim=1)
+        return (torch.tanh(a) if self.block.activation == "tanh_sigmoid" else a) * torch.sigmoid(b)
+
+    def forward(self, v, h, cond=None):
+        vertical, horizontal, link, out = (getattr(self.block, n) for n in ("vertical", "horizontal", "link", "out"))
+        z = F.conv2d(
+            F.pad(v, self.around_v), vertical.weight * self.mask_vertical, vertical.bias, dilation=self.dilation
+        )
+        seen = z
+        if self.block.link_convention != "mask-first-layer":
+            seen = F.pad(z, (0, 0, 1, 0))[:, :, :-1]
+        if self.block.link_convention == "pad-first" and vertical.bias is not None:
+            above = torch.zeros_like(z[:, :, :1]) + vertical.bias[:, None, None]
+            seen = torch.cat([above, z[:, :, :-1]], dim=2)
+        weight = horizontal.weight * self.mask_horizontal
+        u = F.conv2d(F.pad(h, self.around_h), weight, horizontal.bias, dilation=self.dilation) + link(seen)
+        if cond is not None:
+            v_cond, h_cond = self.block.cond(cond if cond.dim() == 4 else cond[:, :, None, None]).chunk(2, dim=1)
+            z, u = z + v_cond, u + h_cond
+        y = F.conv2d(self.gate(u), out.weight * self.mask_out, out.bias)
+        return self.gate(z), y + h if self.block.residual else y
 
 
 # Objectives

@@ -460,10 +460,14 @@ def test_the_op_on_a_model_of_the_hardware(kernels, run, monkeypatch, activation
 def test_environment_that_names_no_kernel_is_named():
     code = """
 import torch, fastelbo
-try: fastelbo.masked_conv2d(torch.ones(1, 1, 2, 3), torch.ones(1, 1, 3, 3), mask_type="A")
+x = torch.ones(1, 1, 2, 3)
+try: fastelbo.masked_conv2d(x, torch.ones(1, 1, 3, 3), mask_type="A")
+except ValueError as error: print(error)
+try: fastelbo.nn.GatedMaskedConv2d(1, 4, 3, mask_type="A")(x, x)
 except ValueError as error: print(error)
 """
-    assert fresh_python.run(code, FASTELBO_CONV="cudnn").stdout == "FASTELBO_CONV must be tma or unset; got 'cudnn'\n"
+    said = fresh_python.run(code, FASTELBO_CONV="cudnn").stdout
+    assert said == 2 * "FASTELBO_CONV must be tma or unset; got 'cudnn'\n"
 
 
 def test_environment_chooses_once():

@@ -358,8 +358,6 @@ def _run(tensors, options, backend):
     input = tensors[0]
     autocast = isinstance(input, torch.Tensor) and _autocast(input)
     options, shape = _checked_once(tensors, options, autocast)
-    if backends.CONVOLUTIONS not in (None, "tma"):
-        raise ValueError(f"FASTELBO_CONV must be tma or unset; got {backends.CONVOLUTIONS!r}")
     if autocast:
         dtype = torch.get_autocast_dtype(input.device.type)
         tensors = tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
@@ -367,9 +365,7 @@ def _run(tensors, options, backend):
     if unbatched:
         input, weight, bias, cond, residual = tensors
         tensors = (input[None], weight, bias, *(t if t is None else t[None] for t in (cond, residual)))
-    images, channels = tensors[0].shape[:2]
-    first_layer = channels <= 4  # too few channels for tensor cores
-    backend = backends.choose(input.device, backend, backends.only_reference(), convolution=not first_layer)
+    backend = backend_of(tensors[0], backend)
     keep = _autograd.recorded(tensors) and not torch.compiler.is_exporting()
     if not _sharding.sharded(*tensors):
         y = _local(tensors, (keep, *options), backend)
@@ -377,8 +373,16 @@ def _run(tensors, options, backend):
         _, stack, _, groups, order, activation, _ = options
         gate = activation if activation in GATES else None
         layout = _sharding.Convolution(tensors, 1 if stack == "vertical" else groups, order, gate)
-        y = layout.image(_local(layout.shards(), (keep, *options), backend), (images, *shape[-3:]))
+        y = layout.image(_local(layout.shards(), (keep, *options), backend), (len(tensors[0]), *shape[-3:]))
     return y[0] if unbatched else y
+
+
+def backend_of(input, chosen):
+    """The backend for a convolution of images [N, C, H, W], which the caller may have chosen."""
+    if backends.CONVOLUTIONS not in (None, "tma"):
+        raise ValueError(f"FASTELBO_CONV must be tma or unset; got {backends.CONVOLUTIONS!r}")
+    first_layer = input.shape[1] <= 4  # too few channels for tensor cores
+    return backends.choose(input.device, chosen, backends.only_reference(), convolution=not first_layer)
 
 
 def _local(tensors, options, backend):
