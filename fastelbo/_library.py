@@ -69,7 +69,7 @@ def define(name: str, schema: str, fake, check=None, differentiable=None) -> "di
     device = "CPU" if INTERPRETED else "CUDA"
     places = [i for i, parameter in enumerate(parameters) if "Tensor" in str(parameter.type)]
     for overload, make in ((name, checked), (f"{name}.kernel", allocate)):
-        run = functools.partial(_run_triton, name, make, defaults, places)
+        run = functools.partial(run_triton, name, make, defaults, places)
         _triton_library.impl(overload, run, device)
     if not any("float" in str(parameter.type) for parameter in parameters):  # whose kernels may tell 1 from 1.0
         kernels["triton"] = _Direct(kernels["triton"], run, device.lower())
@@ -168,7 +168,7 @@ def _on(device):
     return torch.cuda.device(device) if elsewhere else _HERE
 
 
-def _run_triton(name, fake, defaults, places, *arguments):
+def run_triton(name, fake, defaults, places, *arguments):
     """Allocates and fills what an op returns; places: of the tensors among its arguments."""
     arguments = whole(arguments, defaults)
     kind = name, fake, *map(_kind, arguments)

@@ -33,7 +33,8 @@ _OLDEST_TRITON = (3, 6)
 
 # Read once: a call costs microseconds, and so would reading the environment.
 OVERRIDE = os.environ.get("FASTELBO_BACKEND") or None
-# "tma": Triton's convolutions take the kernels over TMA boxes where GPU and layer can.
+# "tma": Triton's convolutions take the kernels over TMA boxes where GPU and layer can. "block": the block of a Gated
+# PixelCNN takes two launches of Triton's where it can.
 CONVOLUTIONS = os.environ.get("FASTELBO_CONV") or None
 
 

@@ -176,11 +176,12 @@ def _convolve(
     x, x_strides, weight, n, row, column, valid, out, wanted, rows, columns, dilation,
     SIGN: tl.constexpr, INPUTS: tl.constexpr, INPUT_HALF: tl.constexpr, OUTPUT_HALF: tl.constexpr,
     KERNEL: tl.constexpr, KERNEL_ROWS: tl.constexpr, T: tl.constexpr, PRECISION: tl.constexpr, FLAT: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, IN_PART: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, IN_PART: tl.constexpr, above=None, above_stride=0,
 ):  # fmt: skip
     """The sums over live taps and input channels: [M, N].
 
-    weight: [outputs, taps, INPUTS], contiguous. A half is all channels where no gate halves them.
+    weight: [outputs, taps, INPUTS], contiguous. A half is all channels where no gate halves them. above: what
+    the channels are above the first row; 0 where None.
     """
     COLUMNS: tl.constexpr = KERNEL[0]
     UP: tl.constexpr = KERNEL[1]
@@ -215,6 +216,9 @@ def _convolve(
         inside = valid[:, None] & (r >= 0) & (r < rows) & (s >= 0) & (s < columns) & live[None, :]
         away = tl.cast(down, tl.int64) * x_strides[2] + tl.cast(right, tl.int64) * x_strides[3]
         a = tl.load(pixel + (away + (c.to(tl.int64) * x_strides[1])[None, :]), mask=inside, other=0)
+        if above is not None:
+            constant = tl.load(above + c * above_stride, mask=live, other=0)[None, :]
+            a = tl.where(valid[:, None] & (r < 0), constant, a)
         b = tl.load(to + k[:, None], mask=live[:, None] & wanted[None, :], other=0)
         part, total = _add_block(_dot(a, b, part, PRECISION), total, step, IN_PART)
     total = total + part if IN_PART > 0 else part
@@ -237,14 +241,17 @@ def _convolve(
 
 @triton.jit
 def _before_gate(
-    z, bias, bias_stride, cond, cond_strides, kept, kept_strides, n, row, column, channel, mask, KEEP: tl.constexpr
-):
-    """z + bias + cond, which is kept where KEEP."""
+    z, bias, bias_stride, cond, cond_strides, kept, kept_strides, n, row, column, channel, mask, KEEP: tl.constexpr,
+    BARE: tl.constexpr = False,
+):  # fmt: skip
+    """z + bias + cond, which is kept where KEEP, without cond where BARE."""
     if bias is not None:
         z += tl.load(bias + channel * bias_stride, mask=mask, other=0).to(z.dtype)
+    if KEEP and BARE:
+        _store(kept, kept_strides, n, row, column, channel, z, mask)
     if cond is not None:
         z += _load(cond, cond_strides, n, row, column, channel, mask, z.dtype)
-    if KEEP:
+    if KEEP and not BARE:
         _store(kept, kept_strides, n, row, column, channel, z, mask)
     return z
 
@@ -257,7 +264,7 @@ def _fwd(
     SIGN: tl.constexpr, INPUTS: tl.constexpr, INPUT_HALF: tl.constexpr, OUTPUTS: tl.constexpr,
     ACTIVATION: tl.constexpr, KERNEL: tl.constexpr, KERNEL_ROWS: tl.constexpr, T: tl.constexpr,
     PRECISION: tl.constexpr, FLAT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    IN_PART: tl.constexpr,
+    IN_PART: tl.constexpr, BARE: tl.constexpr,
 ):  # fmt: skip
     """y [images, OUTPUTS, rows, columns] = f(convolution + bias + cond) + residual. SIGN -1: the input gradient."""
     GATED: tl.constexpr = ACTIVATION == "tanh_sigmoid" or ACTIVATION == "glu"
@@ -283,11 +290,12 @@ def _fwd(
         a, b = tl.split(tl.reshape(z, [M, WIDTH, 2]))
         KEEP: tl.constexpr = kept is not None
         a = _before_gate(
-            a, bias, bias_stride, cond, cond_strides, kept, kept_strides, n, row, column, channel, mask, KEEP
+            a, bias, bias_stride, cond, cond_strides, kept, kept_strides, n, row, column, channel, mask, KEEP, BARE
         )
         b = _before_gate(
-            b, bias, bias_stride, cond, cond_strides, kept, kept_strides, n, row, column, channel + OUTPUTS, mask, KEEP
-        )
+            b, bias, bias_stride, cond, cond_strides, kept, kept_strides, n, row, column, channel + OUTPUTS, mask, KEEP,
+            BARE,
+        )  # fmt: skip
         if ACTIVATION == "tanh_sigmoid":
             a = elementary.tanh(a)
         z = a * _sigmoid(b)
@@ -553,6 +561,11 @@ def _channels_innermost(x):
     return x.contiguous(memory_format=torch.channels_last) if _scattered(x) else x
 
 
+def _packed(weight):
+    """As kernels take it: [outputs, taps, inputs]."""
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
 def _image_innermost(x):
     """_image(_channels_innermost(x)), without the copy."""
     if not _scattered(x):
@@ -561,12 +574,13 @@ def _image_innermost(x):
     return TENSOR, (channels * rows * columns, 1, channels * columns, channels)
 
 
-def _convolution(tensors, dilation, sign, halves, activation, taps):
+def _convolution(tensors, dilation, sign, halves, activation, taps, bare=False):
     """What launches _fwd: a function of the tensors, and of `exact` (tune.choose).
 
     Args:
         tensors: x, weight [channels of z, of x, rows, columns], bias, cond, residual, y, kept.
         halves: of x's channels and of z's, under a gate.
+        bare: whether, under a gate, cond is not part of what is kept.
     """
     x, weight, bias, cond, residual, y, kept = tensors
     images, outputs, rows, columns = y.shape
@@ -578,7 +592,7 @@ def _convolution(tensors, dilation, sign, halves, activation, taps):
     )  # fmt: skip
     constants = {
         "SIGN": sign, "INPUTS": inputs, "INPUT_HALF": inputs // halves[0], "OUTPUTS": outputs, "ACTIVATION": activation,
-        "KERNEL": taps.constants, "KERNEL_ROWS": weight.shape[2], "T": plan.TYPES[arithmetic_dtype(x)],
+        "KERNEL": taps.constants, "KERNEL_ROWS": weight.shape[2], "T": plan.TYPES[arithmetic_dtype(x)], "BARE": bare,
     }  # fmt: skip
     by_channel = y.stride(1)
     key = ("convolve", sign, dtype, tuple(x.shape), outputs, activation, taps, dilation, by_channel)
@@ -597,8 +611,7 @@ def _convolution(tensors, dilation, sign, halves, activation, taps):
 
     def convolve(x, weight, bias, cond, residual, y, kept, exact):
         precision = _precision(dtype)
-        packed = weight.contiguous(memory_format=torch.channels_last)
-        tensors = _channels_innermost(x), packed, bias, cond, residual, y, kept
+        tensors = _channels_innermost(x), _packed(weight), bias, cond, residual, y, kept
         tune.launch((*key, precision), launches(precision), tensors, y, exact)
 
     return convolve
@@ -719,9 +732,9 @@ def _plain(x, weight, taps, dilation, halves):
 
 def masked_conv2d_fwd(
     results, input, weight, bias, cond, residual,
-    mask_type, stack, dilation, channel_groups, group_order, activation, keep, listed=(),
+    mask_type, stack, dilation, channel_groups, group_order, activation, keep, listed=(), bare=False,
 ):  # fmt: skip
-    """What fills y and kept; the arguments of the op's schema."""
+    """What fills y and kept; the arguments of the op's schema, and `bare`, which _convolution() takes."""
     y, kept = results
     if y.numel() == 0:
         return lambda *tensors: None
@@ -739,7 +752,7 @@ def masked_conv2d_fwd(
                 bias=bias, cond=cond, residual=residual,
             )  # fmt: skip
     operands = input, weight, bias, cond, residual, y, kept
-    convolve = _convolution(operands, dilation, 1, (1, halves), activation, taps)
+    convolve = _convolution(operands, dilation, 1, (1, halves), activation, taps, bare)
 
     def fill(results, input, weight, bias, cond, residual):
         y, kept = results

@@ -25,7 +25,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # lets the backend take CPU tensors ...
 import ops
 
 import fastelbo
-from fastelbo import _library
+from fastelbo import _library, backends
+from fastelbo.nn import GatedMaskedConv2d
 
 del os.environ["TRITON_INTERPRET"]  # ... but the kernels, imported at the first call, are those of a GPU
 _library.INTERPRETED = False
@@ -66,6 +67,16 @@ LAYERS = {
 LAYERS_OVER_BOXES = {
     "boxes-bfloat16": ((16, 128, 28, 28), (128, 128, 5, 5), {"activation": "relu"}, torch.bfloat16),
     "boxes-float16": ((16, 64, 28, 28), (128, 64, 3, 3), {"activation": "tanh_sigmoid"}, torch.float16),
+}
+# Blocks of a Gated PixelCNN: channels in and out, keywords, dtype. With gradients, for which most is written.
+BLOCKS = {
+    "float32": (64, 64, {}, torch.float32),
+    "bfloat16": (64, 64, {"link": "pad-first", "cond_channels": 8}, torch.bfloat16),
+    "wide-bfloat16": (128, 128, {}, torch.bfloat16),
+    "wide-float32": (128, 128, {}, torch.float32),
+    "wider-float16": (160, 160, {"activation": "glu"}, torch.float16),
+    "first-bfloat16": (3, 64, {"mask_type": "A"}, torch.bfloat16),
+    "groups-bfloat16": (60, 60, {"channel_groups": 3}, torch.bfloat16),
 }
 # Cases of Gaussians and layers. All layers are compiled for sm_90 alone.
 FEW = ("float32", "bfloat16")
@@ -167,6 +178,12 @@ def main(capability: int, share: str = "") -> None:
         for name, kernel, options in compiled:
             direction = "_input" if options.get("SIGN") == -1 or options.get("TRANSPOSED") else ""
             found[f"masked_conv2d_{name.removeprefix('_')}{direction}-{case}"] = kernel, {}
+    for case, block in BLOCKS.items():
+        if case in (BLOCKS if not share else FEW) and (share, case) != ("few", "float32"):
+            compiled.clear()
+            run_block(*block)
+            (kernel,) = (kernel for name, kernel, _ in compiled if name == "_horizontal")
+            found[f"gated_block_horizontal-{case}"] = kernel, {"shared": kernel.metadata.shared}
     codes = disassembled([machine_code(kernel.asm["cubin"]) for kernel, _ in found.values()], capability)
     kernels = zip(found.items(), codes, strict=True)
     print(json.dumps({name: {**usage(kernel), **more, "code": code} for (name, (kernel, more)), code in kernels}))
@@ -196,6 +213,16 @@ def run_layer(case, shape, weight_shape, keywords, dtype):
     keywords = keywords if "taps" in keywords else {"mask_type": "B"} | keywords
     y = fastelbo.masked_conv2d(x, weight, bias, cond=cond, backend="triton", **keywords)
     torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+
+def run_block(inputs, outputs, keywords, dtype):
+    backends.CONVOLUTIONS = "block"
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    block = GatedMaskedConv2d(inputs, outputs, 3, **keywords, dtype=dtype, backend="triton")
+    x = torch.ones(8, inputs, 28, 28, dtype=dtype).to(memory_format=torch.channels_last)
+    cond = torch.ones(8, keywords["cond_channels"], dtype=dtype) if "cond_channels" in keywords else None
+    block.to(memory_format=torch.channels_last)(x, x, cond)
+    backends.CONVOLUTIONS = None
 
 
 if __name__ == "__main__":

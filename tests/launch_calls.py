@@ -168,6 +168,8 @@ def calls():
             compile_triton.run_layer(case, *layer)
 
         yield case, run
+    for case, block in compile_triton.BLOCKS.items():
+        yield f"block of {case}", functools.partial(compile_triton.run_block, *block)
 
 
 @triton.jit

@@ -1,5 +1,5 @@
-"""The block of a Gated PixelCNN at once: against the lines that users write, NaN where nothing may look, and the block
-that calls its layers one by one."""
+"""The block of a Gated PixelCNN at once, by raw ops or in the two launches of FASTELBO_CONV=block: against the lines
+that users write, NaN where nothing may look, and the block that calls its layers one by one."""
 
 import pytest
 import torch
@@ -8,9 +8,15 @@ from originals import GatedBlock
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastelbo import _library, backends
+from fastelbo.kernels import gated_block as kernels
+from fastelbo.kernels.launch import Launch
 from fastelbo.nn import GatedMaskedConv2d
 from fastelbo.ops import _gated_block
 from fastelbo.testing import assert_causal, assert_within_budget
+
+interpreted = pytest.mark.skipif(not _library.INTERPRETED, reason="tests/test_gpu.py has what a GPU runs")
+each_backend = pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=interpreted)])
 
 
 @pytest.fixture
@@ -24,6 +30,7 @@ def taken(monkeypatch):
             return forward(tensors, options, keep)
 
         monkeypatch.setitem(_gated_block._FORWARD, backend, noted)
+    monkeypatch.setattr(backends, "CONVOLUTIONS", "block")
     return found
 
 
@@ -69,9 +76,10 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_equals_the_lines(name, taken):
+@each_backend
+def test_equals_the_lines(backend, name, taken):
     arguments, options = BLOCKS[name]
-    block, images = make(*arguments, **options)
+    block, images = make(*arguments, backend=backend, **options)
     found = both_ways(block, block, images)
     for a, b in zip(found, both_ways(lambda *x: lines(block, *x), block, images), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
@@ -81,11 +89,27 @@ def test_equals_the_lines(name, taken):
     assert all(a.stride() == x.stride() for a, x in zip(found[2:], images, strict=False))
 
 
+@interpreted
+def test_many_channels_take_a_third_launch(taken, monkeypatch):
+    monkeypatch.setattr(kernels, "_MOST", 4)
+    monkeypatch.setattr(_library, "_FOUND", {})
+    test_equals_the_lines("triton", "colours", taken)
+    block, images = make(6, 6, layout=torch.channels_last, backend="triton")
+    assert launched(monkeypatch, lambda: block(*images))[0] == ["_fwd", "_horizontal", "_fwd"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["plain", "colours"])
-def test_error_budget(name, dtype, taken, monkeypatch):
+@pytest.mark.parametrize(
+    "backend, name",
+    [
+        ("cpu", "plain"),
+        pytest.param("triton", "colours", marks=interpreted),
+        pytest.param("triton", "plain", marks=[interpreted, pytest.mark.slow]),
+    ],
+)
+def test_error_budget(backend, name, dtype, taken, monkeypatch):
     arguments, options = BLOCKS[name]
-    block, images = make(*arguments, **options)
+    block, images = make(*arguments, backend=backend, **options)
     exact = both_ways(lambda *x: lines(block, *x), block, images)
     block, images = block.to(dtype), [x.to(dtype) for x in images]
     found = both_ways(block, block, images)
@@ -117,16 +141,18 @@ class Network(nn.Module):
 
 
 @pytest.mark.parametrize("colours, link, order", [(1, "shift", "interleaved"), (3, "pad-first", "contiguous")])
-def test_no_pixel_sees_what_comes_after_it(colours, link, order, taken):
-    network = Network(colours, link=link, group_order=order, backend="cpu").double()
+@each_backend
+def test_no_pixel_sees_what_comes_after_it(backend, colours, link, order, taken):
+    network = Network(colours, link=link, group_order=order, backend=backend).double()
     assert_causal(network, (colours, 2, 3), channel_groups=colours, group_order=order, pixels=[(1, 1)])
     assert len(taken) >= 4
 
 
 @pytest.mark.parametrize("name", ["first of colours", "colours"])
-def test_dead_taps_are_not_read(name, taken):
+@each_backend
+def test_dead_taps_are_not_read(backend, name, taken):
     arguments, options = BLOCKS[name]
-    block, images = make(*arguments, **options)
+    block, images = make(*arguments, backend=backend, **options)
     clean = both_ways(block, block, images)
     with torch.no_grad():
         for layer in (block.vertical, block.horizontal, block.out):
@@ -226,3 +252,37 @@ def test_autocast(taken):
 def test_no_pixels(taken):
     block, (v, h) = make(4, 4)
     assert block(v[:0], h[:0])[1].shape == (0, 4, 5, 6) and taken == []
+
+
+# Launches
+
+
+def launched(monkeypatch, call):
+    """The kernels that a call launches in Triton, and the ops of torch that it computes with."""
+    names = []
+    monkeypatch.setattr(Launch, "__call__", lambda self, *tensors: names.append(self._kernel.__name__))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    monkeypatch.undo()
+    free = "empty", "view", "as_strided", "detach", "expand", "slice", "chunk", "split", "narrow", "select", "alias"
+    called = [event.name for event in profile.events() if event.name.startswith("aten::")]
+    return names, [name for name in called if not any(name.startswith(f"aten::{one}") for one in free)]
+
+
+@interpreted
+@pytest.mark.parametrize("grad", [False, True])
+def test_two_launches(grad, taken, monkeypatch):
+    block, images = make(20, 20, layout=torch.channels_last, backend="triton")
+    with torch.set_grad_enabled(grad):
+        block(*images)
+        found = launched(monkeypatch, lambda: block(*images))
+    assert found == (["_fwd", "_horizontal"], [])
+    names, ops = launched(monkeypatch, lambda: block(*images))  # as without the setting
+    assert len(names) == 3 and len(ops) > 5
+
+
+@interpreted
+def test_a_condition_is_another_launch(taken, monkeypatch):
+    block, images = make(20, 20, layout=torch.channels_last, cond="class", backend="triton")
+    names, ops = launched(monkeypatch, lambda: block(*images))
+    assert names == ["_fwd", "_horizontal"] and "aten::conv2d" in ops and "aten::add" not in ops

@@ -12,6 +12,8 @@ import pytest
 import torch
 from ops import CONVOLUTIONS
 from ops import GAUSSIAN as OPS
+from test_gated_block import both_ways, make, taken  # noqa: F401 (a fixture)
+from test_gated_block import lines as lines_of_block
 from test_masked_conv2d import NAMES, lines, operands, outputs_and_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -769,3 +771,33 @@ def test_a_graph_replays_convolutions_over_boxes(over_boxes):
     x.copy_(torch.randn(x.shape))
     graph.replay()
     assert torch.equal(y, run())
+
+
+# Blocks of a Gated PixelCNN in two launches
+
+GATED = {
+    "64": ((64, 64, (28, 28)), {"n": 16}),
+    "128": ((128, 128, (16, 16)), {"k": 5, "link": "pad-first", "cond": "class", "n": 16}),
+    "colours": ((60, 60, (13, 9)), {"channel_groups": 3, "cond": "image", "n": 8}),
+    "first": ((3, 96, (32, 32)), {"mask_type": "A", "k": 7, "channel_groups": 3, "n": 8}),
+    "three launches": ((160, 160, (16, 16)), {"link": "mask-first-layer", "activation": "glu", "n": 8}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", GATED)
+def test_blocks_in_two_launches(name, dtype, taken):  # noqa: F811
+    """Within the error budget, and fifty times the same bits; float32 in TF32, as torch's own lines."""
+    arguments, options = GATED[name]
+    with torch.device(DEVICE):
+        block, images = make(*arguments, layout=torch.channels_last, backend="triton", **options)
+        exact = both_ways(lambda *x: lines_of_block(block, *x), block, images)
+        block, images = block.to(dtype), [x.to(dtype) for x in images]
+        plain = both_ways(lambda *x: lines_of_block(block, *x), block, images)
+        first = both_ways(block, block, images)
+        for part, three in enumerate(zip(first, exact, plain, strict=True)):
+            assert_within_budget(*three, name=str(part))
+        differing = sum(
+            (a != b).any() for _ in range(49) for a, b in zip(both_ways(block, block, images), first, strict=True)
+        )
+        assert differing.item() == 0 and taken == [True] * 50

@@ -467,7 +467,7 @@ try: fastelbo.nn.GatedMaskedConv2d(1, 4, 3, mask_type="A")(x, x)
 except ValueError as error: print(error)
 """
     said = fresh_python.run(code, FASTELBO_CONV="cudnn").stdout
-    assert said == 2 * "FASTELBO_CONV must be tma or unset; got 'cudnn'\n"
+    assert said == 2 * "FASTELBO_CONV must be tma, block or unset; got 'cudnn'\n"
 
 
 def test_environment_chooses_once():

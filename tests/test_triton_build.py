@@ -14,14 +14,14 @@ SLOWLY = [pytest.param(machine, marks=pytest.mark.slow) for machine in ("80", "9
 every_machine = pytest.mark.parametrize("machine", ["80 few", "90 most", "100 few", *SLOWLY])
 
 # Three blocks of four warps each fit the 65536 registers of a multiprocessor; of the matrix products, two.
-MOST_REGISTERS = {"gaussian": 168, "masked": 255}
-KERNELS = {  # of the Gaussian ops, and of the convolution's layers
-    "80 few": 12 + 10,
-    "80": 46 + 25,
-    "90 most": 42 + 35 + 5,
-    "90": 46 + 55 + 10,
-    "100 few": 12 + 10,
-    "100": 46 + 25,
+MOST_REGISTERS = {"gaussian": 168, "masked": 255, "gated": 255}
+KERNELS = {  # of the Gaussian ops, of the convolution's layers, and of blocks
+    "80 few": 12 + 10 + 1,
+    "80": 46 + 25 + 7,
+    "90 most": 42 + 35 + 5 + 2,
+    "90": 46 + 55 + 10 + 7,
+    "100 few": 12 + 10 + 1,
+    "100": 46 + 25 + 7,
 }
 MATRIX_PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "DMMA")  # on tensor cores
 
@@ -81,7 +81,7 @@ def test_instructions_of_a_sample_and_its_kl(compiled, machine, dtype, most):
 def test_convolutions_run_on_tensor_cores(compiled, machine):
     """But for the elementwise kernels, and for float32 where TF32 is not allowed."""
     for name, kernel in compiled[machine].items():
-        if name.startswith("masked_conv2d"):
+        if name.startswith(("masked_conv2d", "gated_block")):
             elementwise = "before_activation" in name or "add_shares" in name
             found = any(code.startswith(MATRIX_PRODUCTS) for code in kernel["code"])
             assert found != (elementwise or name.endswith("ieee")), name
@@ -94,6 +94,12 @@ def test_convolutions_load_16_bytes_at_a_time(compiled, machine, case):
         code = compiled[machine][f"masked_conv2d_{kernel}-{case}"]["code"]
         copies = [instruction for instruction in code if instruction.startswith("LDGSTS")]
         assert copies and all("128" in instruction for instruction in copies)
+
+
+@every_machine
+def test_blocks_fit_the_shared_memory_of_every_gpu(compiled, machine):
+    blocks = {name: kernel for name, kernel in compiled[machine].items() if name.startswith("gated_block")}
+    assert blocks and all(kernel["shared"] <= 99 * 1024 for kernel in blocks.values())
 
 
 @pytest.mark.parametrize("machine", ["90 most", SLOWLY[1]])

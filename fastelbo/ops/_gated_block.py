@@ -1,12 +1,15 @@
-"""A block of the Gated PixelCNN at once: by raw ops, on CPUs.
+"""A block of the Gated PixelCNN at once: by raw ops on CPUs, in two launches where FASTELBO_CONV=block asks for them.
 
 It is no op that torch knows: what traces, transforms or watches a call gets the layers that the block is composed of.
 """
 
+import functools
+import importlib
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from fastelbo import _autograd, reference
+from fastelbo import _autograd, _library, backends, reference
 from fastelbo.ops import masked_conv2d
 from fastelbo.reference.masked_conv2d import activate
 
@@ -45,16 +48,23 @@ def gated_block(tensors, options, chosen: "str | None") -> "tuple[torch.Tensor, 
         return None
     v = tensors[0]
     backend = masked_conv2d.backend_of(v, chosen)
-    if backend not in _FORWARD:
+    if backend not in ("cpu", "triton") or (backend == "triton" and backends.CONVOLUTIONS != "block"):
         return None
     if masked_conv2d._autocast(v):
         dtype = torch.get_autocast_dtype(v.device.type)
         tensors = tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
+    if backend == "triton" and not _kernels().takes(tensors[0].dtype):
+        return None
     size = v.shape[0], tensors[6].shape[0], *v.shape[2:]
     tensors = *tensors[:10], *(cond if cond is None else cond.expand(size) for cond in tensors[10:])
     if _autograd.recorded(tensors):
         return _autograd.record(_GatedBlock, tensors, options, backend)
     return _FORWARD[backend](tensors, options, False)[:2]
+
+
+@functools.cache
+def _kernels():
+    return importlib.import_module("fastelbo.kernels.gated_block")
 
 
 def _fit(tensors, add) -> bool:
@@ -80,13 +90,33 @@ def _fit(tensors, add) -> bool:
     )
 
 
+def _empty(shape, like, wanted=True):
+    """Of the block's own: with channels side by side."""
+    options = {"dtype": like.dtype, "device": like.device}
+    return torch.empty(shape, memory_format=torch.channels_last, **options) if wanted else torch.empty(0, **options)
+
+
+def _fake(v, h, vertical, vertical_bias, horizontal, horizontal_bias, link, link_bias, out, *rest):
+    images, inputs, rows, columns = v.shape
+    one, both = ((images, channels, rows, columns) for channels in (out.shape[0], link.shape[0]))
+    groups, keep = rest[-5], rest[-1]
+    joined = _kernels().joins(v.dtype, inputs, out.shape[0], groups)
+    found = masked_conv2d._empty_image(one, v), masked_conv2d._empty_image(one, h), _empty(both, v)
+    return *found, _empty(both, v, keep), _empty(one, v, keep or not joined)
+
+
+def _in_two_launches(tensors, options, keep):
+    """v, h, z, and what is before and after the horizontal gate, where that is kept."""
+    return _library.run_triton("gated_block_fwd", _fake, (), range(12), *tensors, *options, keep)
+
+
 def _shifting(link, convention):
     """The link as a convolution that shifts, of the rows above and at the pixel, and its taps."""
     return (link, []) if convention == "mask-first-layer" else (F.pad(link, (0, 0, 0, 1)), [0])
 
 
 def _by_ops(tensors, options, keep):
-    """v, h, z, and what is before and after the horizontal gate, where that is kept."""
+    """As _in_two_launches."""
     v, h, vertical, vertical_bias, horizontal, horizontal_bias, link, link_bias, out, out_bias, v_cond, h_cond = tensors
     mask_type, vertical_mask, convention, dilation, groups, order, activation, add = options
     convolve, point = masked_conv2d._FWD["cpu"], ("B", "square", 1)
@@ -107,7 +137,7 @@ def _by_ops(tensors, options, keep):
     return v_out, y, z, before, gated
 
 
-_FORWARD = {"cpu": _by_ops}
+_FORWARD = {"cpu": _by_ops, "triton": _in_two_launches}
 
 
 def _reference(

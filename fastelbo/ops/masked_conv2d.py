@@ -379,8 +379,8 @@ def _run(tensors, options, backend):
 
 def backend_of(input, chosen):
     """The backend for a convolution of images [N, C, H, W], which the caller may have chosen."""
-    if backends.CONVOLUTIONS not in (None, "tma"):
-        raise ValueError(f"FASTELBO_CONV must be tma or unset; got {backends.CONVOLUTIONS!r}")
+    if backends.CONVOLUTIONS not in (None, "tma", "block"):
+        raise ValueError(f"FASTELBO_CONV must be tma, block or unset; got {backends.CONVOLUTIONS!r}")
     first_layer = input.shape[1] <= 4  # too few channels for tensor cores
     return backends.choose(input.device, chosen, backends.only_reference(), convolution=not first_layer)
 
