@@ -31,7 +31,7 @@ TIMED = {
     "test_memory": cases.counted,
     "test_dropins": dropins.timed,
 }
-OPS = sorted({case.op for case in cases.CASES} | {"masked_conv2d", "sampling"} | {one.op for one in DROP_INS})
+OPS = sorted({*(case.op for case in cases.CASES), *convolutions.OPS, "sampling", *(one.op for one in DROP_INS)})
 RIVALS = tuple(dict.fromkeys((*cases.RIVALS, "copy", *convolutions.RIVALS, *sampling.RIVALS)))
 BENCH = pytest.StashKey[Bench]()
 

@@ -7,6 +7,7 @@ torch.backends.cudnn.benchmark. All of them are timed in both memory formats. "t
 FASTELBO_CONV=tma has it, of the layers that it takes then.
 """
 
+import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from typing import NamedTuple
 import cases
 import torch
 import torch.nn.functional as F  # noqa: N812
+from originals import GatedBlock
 from ratios import form_of
 from rows import OURS
 
 import fastelbo
 
+OPS = "masked_conv2d", "gated_block"
 PASSES = {"cpu": ("forward", "forward_backward"), "cuda": ("forward", "d_input", "d_weight", "forward_backward")}
 RIVALS = ("eager", "full", "crop", "compile")
 SMALL = 10**10  # operations: a kernel takes 20 us or less of them on an H200, and its launch as long
@@ -47,6 +50,9 @@ class Layer(NamedTuple):
 
     @property
     def live(self):
+        """Products for each pixel and pair of channels in and out."""
+        if self is BLOCK:  # both stacks' taps, for twice the channels, the link of two by two, and the last
+            return 2 * (self.k // 2 + 1) * (self.k + 1) + 5
         return (self.k**2 - 1) // 2 + (self.mask_type == "B")
 
     @property
@@ -69,6 +75,7 @@ LAYERS = [
     Layer(32, 320, 320, 32, 3, "B"),  # lmconv
 ]
 QUICK = (LAYERS[0], LAYERS[3], LAYERS[8])
+BLOCK = Layer(16, 64, 64, 28, 3, "gated")  # both stacks of a Gated PixelCNN's
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,10 @@ class Timed:
 
     def __str__(self):
         return f"{self.layer.name}-{self.layer.shape}-{self.dtype}-{self.pass_}"
+
+    @property
+    def op(self) -> str:
+        return OPS[self.layer is BLOCK]
 
     @property
     def timings(self) -> tuple[str, ...]:
@@ -98,29 +109,33 @@ class Timed:
     @property
     def fields(self) -> dict:
         """What all of its rows have in common."""
-        found = {"op": "masked_conv2d", "case": self.layer.name, "shape": self.layer.shape, "dtype": self.dtype}
+        found = {"op": self.op, "case": self.layer.name, "shape": self.layer.shape, "dtype": self.dtype}
         return found | {"pass_": self.pass_, "bytes": self.bytes_moved}
 
     @property
     def bytes_moved(self) -> int:
         """Input, weight and one result, once; in the backward their gradients and the first two again."""
         layer = self.layer
-        image, size = layer.n * layer.size**2, torch.finfo(getattr(torch, self.dtype)).bits // 8
+        image, size = (
+            layer.n * layer.size**2 * (2 if layer is BLOCK else 1),
+            torch.finfo(getattr(torch, self.dtype)).bits // 8,
+        )
         operands, output = image * layer.c_in + layer.c_out * layer.c_in * layer.live, image * layer.c_out
         return size * (operands + output + (self.pass_ == "forward_backward") * (2 * operands + output))
 
 
 def timed(option) -> list[Timed]:
     """What is to be timed, as cases.timed."""
-    if not cases.chosen(option.op, "masked_conv2d"):
-        return []
     layers = QUICK if option.quick and not option.shape else LAYERS
+    layers = layers if cases.chosen(option.op, "masked_conv2d") else []
+    layers = [*layers, BLOCK] if cases.chosen(option.op, "gated_block") and (option.op or not option.quick) else layers
     default = {"cpu": "float32", "cuda": "bfloat16"}[option.device]
     return [
         Timed(layer, dtype, pass_, option.device)
         for pass_ in PASSES[option.device]
         for layer in layers
         if cases.chosen(option.shape, layer.shape) and not (pass_ == "d_input" and layer.of_data)
+        if layer is not BLOCK or not pass_.startswith("d_")
         for dtype in option.dtype or [default]
     ]
 
@@ -240,6 +255,8 @@ def calls(case: Timed, device: torch.device, backends: list[str], rivals) -> dic
     Raises:
         AssertionError: if some do not, or if ours change from run to run.
     """
+    if case.layer is BLOCK:
+        return calls_of_block(case, device, backends, rivals)
     dtype, made, inputs = getattr(torch, case.dtype), {}, {}
     pass_ = "backward" if case.pass_.startswith("d_") else case.pass_
     expected, mask = exact(case, device, pass_), mask_of(case.layer, dtype, device)
@@ -259,6 +276,39 @@ def calls(case: Timed, device: torch.device, backends: list[str], rivals) -> dic
             same = map(torch.equal, cases.flat(call()), results)
             assert all(same), f"{name}: other bits in another run"
         made[name] = call
+    return made
+
+
+def calls_of_block(case: Timed, device: torch.device, backends: list[str], rivals) -> dict[str, Callable]:
+    """As calls, of both stacks; "block": Triton's backend as FASTELBO_CONV=block has it."""
+    layer, dtype, made = case.layer, getattr(torch, case.dtype), {}
+    shape, generator = (layer.n, layer.c_in, layer.size, layer.size), torch.Generator(device).manual_seed(0)
+    images = [torch.randn(shape, generator=generator, device=device) for _ in range(2)]
+    block = fastelbo.nn.GatedMaskedConv2d(layer.c_in, layer.c_out, layer.k, device=device)
+    block.requires_grad_(case.pass_ == "forward_backward")
+
+    def call(function, dtype, memory_format, settings=(), backend=None):
+        own = copy.deepcopy(block).to(dtype=dtype, memory_format=memory_format)
+        own.vertical.backend = own.horizontal.backend = own.out.backend = backend
+        inputs = [x.to(dtype, memory_format=memory_format) for x in images]
+        inputs = [*(x.requires_grad_(case.pass_ == "forward_backward") for x in inputs), *own.parameters()]
+        found = function(own)
+        return within(cases.bind(lambda v, h, *_: found(v, h), inputs, case.pass_), settings)
+
+    expected = cases.flat(call(GatedBlock, torch.float64, torch.contiguous_format)())
+    launches = [(fastelbo.backends, "CONVOLUTIONS", "block")]
+    for suffix, memory_format in (("", torch.contiguous_format), ("_channels_last", torch.channels_last)):
+        common = dtype, memory_format
+        for backend in backends:
+            made[backend + suffix] = call(lambda own: own, *common, backend=backend)
+        if "triton" in backends and case.device == "cuda":
+            made["block" + suffix] = call(lambda own: own, *common, launches, "triton")
+        if "eager" in rivals:
+            made["eager" + suffix] = call(GatedBlock, *common)
+        if "compile" in rivals and (suffix or case.device == "cpu"):
+            made["compile" + suffix] = call(lambda own: cases.compiled(GatedBlock(own), fullgraph=True), *common)
+    for name, one in made.items():
+        cases.compare(name, cases.flat(one()), expected, TOLERANCE[dtype])
     return made
 
 

@@ -10,7 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-OURS = ("cpu", "triton", "cuda", "tma")  # backends; "tma": Triton's where FASTELBO_CONV says so
+OURS = ("cpu", "triton", "cuda", "tma", "block")  # backends; the last two: Triton's where FASTELBO_CONV says so
 OPS = Path(__file__).parent.parent / "fastelbo" / "ops"
 NOISY = 1.5  # a median this many times the minimum says that the machine was doing something else
 
@@ -247,5 +247,5 @@ def topic(row: Row | MemoryRow) -> str:
     """What a row is about; each topic has a table and a figure."""
     if isinstance(row, MemoryRow):
         return "memory"
-    others = {"masked_conv2d": "convolutions", "sampling": "sampling"}
+    others = {"masked_conv2d": "convolutions", "gated_block": "convolutions", "sampling": "sampling"}
     return others.get(row.op, "speed" if (OPS / f"{row.op}.py").exists() else "dropins")

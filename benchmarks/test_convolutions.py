@@ -4,7 +4,7 @@ import convolutions
 
 
 def test_convolutions(timed, bench):
-    verified = bench.verified("masked_conv2d")
+    verified = bench.verified(timed.op)
     calls = convolutions.calls(timed, bench.device, bench.backends, bench.rivals(convolutions.RIVALS))
     for timing in timed.timings:
         common = timed.fields | {"verified": verified}
