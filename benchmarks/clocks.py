@@ -16,7 +16,6 @@ GRAPH_CALLS = 20  # in one graph, whose launch takes as long as a tiny call
 CYCLES_PER_SECOND = 2e9  # of a GPU, at most; a slower clock makes a pause longer, which does no harm
 LONGEST_PAUSE = 5e-3  # seconds
 
-
 Calls = dict[str, Callable]  # without arguments, by name
 Samples = dict[str, list[float]]  # seconds
 

@@ -82,11 +82,9 @@ OPTIONS = {
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup(
-        "fastelbo",
-        "fastelbo: times ours against the rivals, appends rows to CSV files, prints tables; all of it takes tens of "
-        "minutes, and an interrupt loses nothing but the case that it stops",
-    )
+    what = "times ours against the rivals, appends rows to CSV files, prints tables"
+    long = "all of it takes tens of minutes, and an interrupt loses nothing but the case that it stops"
+    group = parser.getgroup("fastelbo", f"fastelbo: {what}; {long}")
     for name, (options, words) in OPTIONS.items():
         group.addoption(f"--{name}", help=words, **options)
 

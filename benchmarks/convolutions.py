@@ -25,6 +25,7 @@ import fastelbo
 OPS = "masked_conv2d", "gated_block"
 PASSES = {"cpu": ("forward", "forward_backward"), "cuda": ("forward", "d_input", "d_weight", "forward_backward")}
 RIVALS = ("eager", "full", "crop", "compile")
+FORMATS = {"": torch.contiguous_format, "_channels_last": torch.channels_last}  # by the end of a contestant's name
 SMALL = 10**10  # operations: a kernel takes 20 us or less of them on an H200, and its launch as long
 RUNS = 10  # of ours on a GPU, which must give the same bits
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.005}  # of the largest value; TF32 in float32
@@ -39,6 +40,7 @@ class Layer(NamedTuple):
     size: int
     k: int
     mask_type: str
+    op: str = "masked_conv2d"
 
     @property
     def shape(self):
@@ -75,7 +77,7 @@ LAYERS = [
     Layer(32, 320, 320, 32, 3, "B"),  # lmconv
 ]
 QUICK = (LAYERS[0], LAYERS[3], LAYERS[8])
-BLOCK = Layer(16, 64, 64, 28, 3, "gated")  # both stacks of a Gated PixelCNN's
+BLOCK = Layer(16, 64, 64, 28, 3, "gated", "gated_block")  # both stacks of a Gated PixelCNN's
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,6 @@ class Timed:
 
     def __str__(self):
         return f"{self.layer.name}-{self.layer.shape}-{self.dtype}-{self.pass_}"
-
-    @property
-    def op(self) -> str:
-        return OPS[self.layer is BLOCK]
 
     @property
     def timings(self) -> tuple[str, ...]:
@@ -109,17 +107,15 @@ class Timed:
     @property
     def fields(self) -> dict:
         """What all of its rows have in common."""
-        found = {"op": self.op, "case": self.layer.name, "shape": self.layer.shape, "dtype": self.dtype}
+        found = {"op": self.layer.op, "case": self.layer.name, "shape": self.layer.shape, "dtype": self.dtype}
         return found | {"pass_": self.pass_, "bytes": self.bytes_moved}
 
     @property
     def bytes_moved(self) -> int:
         """Input, weight and one result, once; in the backward their gradients and the first two again."""
         layer = self.layer
-        image, size = (
-            layer.n * layer.size**2 * (2 if layer is BLOCK else 1),
-            torch.finfo(getattr(torch, self.dtype)).bits // 8,
-        )
+        image, size = layer.n * layer.size**2, torch.finfo(getattr(torch, self.dtype)).bits // 8
+        image *= 2 if layer is BLOCK else 1
         operands, output = image * layer.c_in + layer.c_out * layer.c_in * layer.live, image * layer.c_out
         return size * (operands + output + (self.pass_ == "forward_backward") * (2 * operands + output))
 
@@ -161,7 +157,7 @@ def contestants(case: Timed, device: torch.device, backends: list[str], rivals):
         return lambda *inputs: fastelbo.masked_conv2d(*inputs, mask_type=layer.mask_type, backend=backend)
 
     found, on_gpu = {}, case.device == "cuda"
-    for suffix, memory_format in (("", torch.contiguous_format), ("_channels_last", torch.channels_last)):
+    for suffix, memory_format in FORMATS.items():
         found |= {backend + suffix: (ours(backend), memory_format, []) for backend in backends}
         if "triton" in backends and on_gpu and torch.cuda.get_device_capability()[0] == 9:
             found["tma" + suffix] = ours("triton"), memory_format, over_boxes()
@@ -169,10 +165,8 @@ def contestants(case: Timed, device: torch.device, backends: list[str], rivals):
             found["crop_sliced_benchmark" + suffix] = sliced, memory_format, searched(dtype)
             if suffix:
                 found["full_benchmark" + suffix] = full, memory_format, searched(dtype)
-        found["eager" + suffix] = eager, memory_format, []
-        found["full" + suffix] = full, memory_format, []
-        found["crop" + suffix] = padded, memory_format, []
-        found["crop_sliced" + suffix] = sliced, memory_format, []
+        plain = {"eager": eager, "full": full, "crop": padded, "crop_sliced": sliced}
+        found |= {name + suffix: (function, memory_format, []) for name, function in plain.items()}
         # a compiled backward can run but once; on a GPU inductor lays convolutions out in channels last itself
         if "compile" in rivals and case.pass_ in ("forward", "forward_backward") and (suffix or not on_gpu):
             found["compile" + suffix] = cases.compiled(padded, fullgraph=True), memory_format, []
@@ -281,23 +275,22 @@ def calls(case: Timed, device: torch.device, backends: list[str], rivals) -> dic
 
 def calls_of_block(case: Timed, device: torch.device, backends: list[str], rivals) -> dict[str, Callable]:
     """As calls, of both stacks; "block": Triton's backend as FASTELBO_CONV=block has it."""
-    layer, dtype, made = case.layer, getattr(torch, case.dtype), {}
-    shape, generator = (layer.n, layer.c_in, layer.size, layer.size), torch.Generator(device).manual_seed(0)
-    images = [torch.randn(shape, generator=generator, device=device) for _ in range(2)]
+    layer, dtype, wanted, made = case.layer, getattr(torch, case.dtype), case.pass_ == "forward_backward", {}
+    torch.manual_seed(0)
+    images = [torch.randn(layer.n, layer.c_in, layer.size, layer.size, device=device) for _ in range(2)]
     block = fastelbo.nn.GatedMaskedConv2d(layer.c_in, layer.c_out, layer.k, device=device)
-    block.requires_grad_(case.pass_ == "forward_backward")
 
     def call(function, dtype, memory_format, settings=(), backend=None):
-        own = copy.deepcopy(block).to(dtype=dtype, memory_format=memory_format)
+        own = copy.deepcopy(block).to(dtype=dtype, memory_format=memory_format).requires_grad_(wanted)
         own.vertical.backend = own.horizontal.backend = own.out.backend = backend
         inputs = [x.to(dtype, memory_format=memory_format) for x in images]
-        inputs = [*(x.requires_grad_(case.pass_ == "forward_backward") for x in inputs), *own.parameters()]
+        inputs = [*(x.requires_grad_(wanted) for x in inputs), *own.parameters()]
         found = function(own)
         return within(cases.bind(lambda v, h, *_: found(v, h), inputs, case.pass_), settings)
 
     expected = cases.flat(call(GatedBlock, torch.float64, torch.contiguous_format)())
     launches = [(fastelbo.backends, "CONVOLUTIONS", "block")]
-    for suffix, memory_format in (("", torch.contiguous_format), ("_channels_last", torch.channels_last)):
+    for suffix, memory_format in FORMATS.items():
         common = dtype, memory_format
         for backend in backends:
             made[backend + suffix] = call(lambda own: own, *common, backend=backend)

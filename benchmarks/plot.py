@@ -1,6 +1,5 @@
 """Draws the rows of benchmarks/results: a figure for each kind of case and device, of the newest rows of each machine's
-last commit, to docs/figures: speed, memory, convolutions, sampling and dropins.
-"""
+last commit, to docs/figures: speed, memory, convolutions, sampling and dropins."""
 
 import argparse
 from pathlib import Path

@@ -4,7 +4,7 @@ import convolutions
 
 
 def test_convolutions(timed, bench):
-    verified = bench.verified(timed.op)
+    verified = bench.verified(timed.layer.op)
     calls = convolutions.calls(timed, bench.device, bench.backends, bench.rivals(convolutions.RIVALS))
     for timing in timed.timings:
         common = timed.fields | {"verified": verified}

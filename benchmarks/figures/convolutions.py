@@ -33,7 +33,8 @@ def draw(found: list[Row]) -> pyplot.Figure:
         style.lanes(axis, [label(*layer) for layer in layers])
         style.ratio_axis(axis, *bounds)
         for lane, layer in enumerate(layers):
-            points(axis, lane, [one for one in ours if key(one[0]) == (*layer, pass_)], rivals)
+            of_lane = [one for one in ours if one[0].timed[1:5] == (layer[0], pass_, *layer[1:])]
+            points(axis, lane, of_lane, rivals)
     handles = [style.handle(name, color=colour, marker=marker) for _, name, colour, marker in rivals]
     handles += [
         style.handle("ours contiguous, with its value", color=style.BLACK, marker="o"),
@@ -42,10 +43,6 @@ def draw(found: list[Row]) -> pyplot.Figure:
     ]
     style.frame(figure, "masked convolutions", found[0], handles)
     return figure
-
-
-def key(row: Row) -> tuple:
-    return row.case, row.shape, row.dtype, row.pass_
 
 
 def label(case: str, shape: str, dtype: str) -> str:

@@ -60,8 +60,8 @@ def legend(sized, graphs) -> list[Line2D]:
     present = {size_of(row) for row in sized}
     sizes = [size for k, size in enumerate(SIZES) if k in present]
     found = [style.handle(name, color=colour, marker=marker) for name, _, colour, marker in sizes]
-    found.append(style.handle("float32", color=style.BLACK, marker="o"))
-    found.append(style.handle("bfloat16", color=style.BLACK, marker="o", markerfacecolor="white"))
+    for dtype, look in (("float32", {}), ("bfloat16", {"markerfacecolor": "white"})):
+        found.append(style.handle(dtype, color=style.BLACK, marker="o", **look))
     if graphs:
         found.append(style.handle("tiny, in a CUDA graph", color=style.PURPLE, marker="o"))
     return [*found, style.slower_patch()]
