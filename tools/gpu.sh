@@ -261,7 +261,7 @@ if [ -n "$tests" ]; then
     files=(tests/test_gpu.py)
     if [ -z "$quick" ]; then
         # files with tests of a backend on a GPU; not those that build, or that run CUDA code on a CPU
-        for name in masked_conv2d memory noise scale rows raw_ops torch_integration sampling sampling_networks \
+        for name in masked_conv2d gated_block memory noise scale rows raw_ops torch_integration sampling sampling_networks \
             sampling_check bad_input defaults elbo flops backends; do
             files+=("tests/test_$name.py")
         done
