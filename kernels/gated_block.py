@@ -138,11 +138,15 @@ def tiles_for(inputs, outputs, taps, more) -> "tuple[Tiles, int]":
     return Tiles(64, 2 * power(outputs, 16, width), k, flat, 4 if flat else 8), power(2 * outputs, 16, 32)
 
 
-def gated_block_fwd(
-    results, v, h, vertical, vertical_bias, horizontal, horizontal_bias, link, link_bias, out, out_bias, v_cond, h_cond,
-    mask_type, vertical_mask, convention, dilation, groups, order, activation, add, keep,
-):  # fmt: skip
-    """What fills both stacks, z, and, where kept, what is before and after the horizontal gate."""
+def gated_block_fwd(results, *arguments):
+    """What fills both stacks, z, and, where kept, what is before and after the horizontal gate.
+
+    Args:
+        results: those.
+        arguments: the tensors and the options of fastelbo.ops._gated_block, and whether the last two are kept.
+    """
+    v, h, vertical, vertical_bias, horizontal, horizontal_bias, _, link_bias, out, out_bias, *rest = arguments
+    v_cond, h_cond, mask_type, vertical_mask, convention, dilation, groups, order, activation, add, keep = rest
     v_out, h_out, z, kept, gated = results
     images, inputs, rows, columns = h.shape
     outputs, dtype = h_out.shape[1], h.dtype
@@ -188,10 +192,9 @@ def gated_block_fwd(
             **tiles._asdict(), enable_fp_fusion=False,
         )  # fmt: skip
 
-    def fill(
-        results, v, h, vertical, vertical_bias, horizontal, horizontal_bias, link, link_bias, out, out_bias,
-        v_cond, h_cond,
-    ):  # fmt: skip
+    def fill(results, *tensors):
+        v, h, vertical, vertical_bias, horizontal, horizontal_bias, link, link_bias, out, out_bias, *added = tensors
+        v_cond, h_cond = added
         v_out, h_out, z, kept, gated = results
         residual = h if add else None
         read_rows((v_out, z), v, vertical, vertical_bias, v_cond, None)

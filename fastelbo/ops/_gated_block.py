@@ -140,9 +140,8 @@ def _by_ops(tensors, options, keep):
 _FORWARD = {"cpu": _by_ops, "triton": _in_two_launches}
 
 
-def _reference(
-    v, h, vertical, vertical_bias, horizontal, horizontal_bias, link, link_bias, out, out_bias, v_cond, h_cond, options
-):  # fmt: skip
+def _reference(tensors, options):
+    v, h, vertical, vertical_bias, horizontal, horizontal_bias, link, link_bias, out, out_bias, v_cond, h_cond = tensors
     mask_type, vertical_mask, convention, dilation, groups, order, activation, add = options
     z = reference.causal_conv2d(
         v, vertical, vertical_bias, stack="vertical", mask_type=vertical_mask, dilation=dilation
@@ -173,7 +172,7 @@ class _GatedBlock(_autograd.Function):
         wanted = ctx.needs_input_grad[:12]
         if _autograd.differentiable_backward():
             grads = _autograd.reference_gradients(
-                lambda *inputs: _reference(*inputs, ctx.options), inputs, wanted, (d_v_out, d_h_out)
+                lambda *inputs: _reference(inputs, ctx.options), inputs, wanted, (d_v_out, d_h_out)
             )
             return *grads, None, None
         if d_v_out is None and d_h_out is None:
