@@ -2,6 +2,19 @@
 
 namespace fastelbo::FASTELBO_ISA {
 
+// One sigma for all elements, whose inverse is taken once.
+template <class V, bool is_exponential>
+struct OneSpread : Spread<V, is_exponential> {
+  Inverse<V> inverse;
+
+  FASTELBO_INLINE explicit OneSpread(const Spread<V, is_exponential>& spread)
+      : Spread<V, is_exponential>(spread), inverse(spread.log_std) {}
+  FASTELBO_INLINE V divide(V x) const {
+    if constexpr (is_exponential) return inverse.times(x);
+    return Spread<V, is_exponential>::divide(x);
+  }
+};
+
 // Calls loop(raw_at, spread_at): functions from a position in the tile to the raw scale there and to what it means.
 template <class T, bool exponential, int needs, class Loop>
 FASTELBO_INLINE void with_scale(const ScaleOf<T>& scale, bool one_s, const T* s, int n,
@@ -9,7 +22,7 @@ FASTELBO_INLINE void with_scale(const ScaleOf<T>& scale, bool one_s, const T* s,
   using V = typename VectorOf<T>::type;
   if (one_s) {
     V raw(*s);
-    Spread<V, exponential> fixed = spread<exponential>(scale, raw);
+    OneSpread<V, exponential> fixed(spread<exponential>(scale, raw));
     loop([&](int, auto) FASTELBO_LAMBDA { return raw; }, [&](int, auto) FASTELBO_LAMBDA { return fixed; });
   } else {
     ahead.read(scale, s, n);
@@ -68,7 +81,7 @@ void gaussian_log_prob_bwd(const GaussianLogProb& args, int64_t begin, int64_t e
     with_scale(scale, args.one_s, s, n, p_at, [&](auto raw_at, auto spread_at) FASTELBO_LAMBDA {
       for_each_vector<T>(n, [&](int i, auto part) FASTELBO_LAMBDA {
         V raw = raw_at(i, part), upstream = sign * load(d_out + i, part);
-        Spread<V, exponential> p = spread_at(i, part);
+        auto p = spread_at(i, part);
         GaussianNLL<V> nll = gaussian_nll(load(x + i, part) - load(mean + i, part), p, weight);
         V d_delta = upstream * nll.d_x;
         if (x_grad) store(d_x + i, d_delta, part);

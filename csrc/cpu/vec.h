@@ -60,6 +60,7 @@ struct Mask {
 FASTELBO_INLINE Mask operator<(F32 a, F32 b) { return {_mm512_cmp_ps_mask((__m512)a.v, (__m512)b.v, _CMP_LT_OQ)}; }
 FASTELBO_INLINE Mask operator>(F32 a, F32 b) { return {_mm512_cmp_ps_mask((__m512)a.v, (__m512)b.v, _CMP_GT_OQ)}; }
 FASTELBO_INLINE Mask nonzero(I32 a) { return {_mm512_test_epi32_mask((__m512i)a.v, (__m512i)a.v)}; }
+FASTELBO_INLINE bool may_be_any(Mask m) { return m.v != 0; }
 FASTELBO_INLINE F32 select(Mask m, F32 a, F32 b) {
   return F32((NativeF)_mm512_mask_blend_ps(m.v, (__m512)b.v, (__m512)a.v));
 }
@@ -79,6 +80,11 @@ struct Mask {
 FASTELBO_INLINE Mask operator<(F32 a, F32 b) { return {a.v < b.v}; }
 FASTELBO_INLINE Mask operator>(F32 a, F32 b) { return {a.v > b.v}; }
 FASTELBO_INLINE Mask nonzero(I32 a) { return {a.v != 0}; }
+#if defined(FASTELBO_AVX2)
+FASTELBO_INLINE bool may_be_any(Mask m) { return _mm256_movemask_ps((__m256)m.v) != 0; }
+#else
+FASTELBO_INLINE bool may_be_any(Mask) { return true; }
+#endif
 FASTELBO_INLINE F32 select(Mask m, F32 a, F32 b) { return F32(m.v ? a.v : b.v); }
 #if defined(FASTELBO_AVX2)
 FASTELBO_INLINE F32 fma(F32 a, F32 b, F32 c) {
@@ -140,6 +146,7 @@ FASTELBO_INLINE F32 times_pow2_from_1(F32 x, Integral n) {
 FASTELBO_INLINE F32 sqrt_of_positive_part(F32 a) { return sqrt(max(F32(0.0f), a)); }
 
 FASTELBO_INLINE double fma(double a, double b, double c) { return a * b + c; }
+FASTELBO_INLINE bool may_be_any(bool mask) { return mask; }
 
 struct Whole {};  // all lanes
 struct Part {     // the first `count`; the others load as 0 and are not stored

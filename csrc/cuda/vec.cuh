@@ -23,6 +23,7 @@ using Mask = bool;
 FASTELBO_INLINE float as_float(int32_t a) { return __int_as_float(a); }
 FASTELBO_INLINE int32_t as_int(float a) { return __float_as_int(a); }
 FASTELBO_INLINE bool nonzero(int32_t a) { return a != 0; }
+FASTELBO_INLINE constexpr bool may_be_any(bool) { return true; }  // to ask takes as long as what it saves
 FASTELBO_INLINE float select(bool m, float a, float b) { return m ? a : b; }
 FASTELBO_INLINE float abs(float a) { return fabsf(a); }
 FASTELBO_INLINE float flip_sign(float a, int32_t s) { return as_float(as_int(a) ^ s); }

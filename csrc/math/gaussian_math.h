@@ -112,10 +112,10 @@ struct GaussianNLL {
 
 // r^2 / 2 + weight ln p.std + constant of r = delta / p.std: -ln N(x; mean, p.std^2) of delta = x - mean, where the
 // weight is 1 and the constant ln(2 pi) / 2.
-template <class V, bool exponential>
-FASTELBO_INLINE GaussianNLL<V> gaussian_nll(V delta, const Spread<V, exponential>& p, V weight, V constant = V(0)) {
+template <class V, class SpreadOf>
+FASTELBO_INLINE GaussianNLL<V> gaussian_nll(V delta, const SpreadOf& p, V weight, V constant = V(0)) {
   V r = p.divide(delta), d_s;
-  if constexpr (exponential)
+  if constexpr (SpreadOf::exponential)
     d_s = V(0.5f) * fma(-r, r, weight) * p.d_logvar;
   else  // r^2 may overflow where that does not
     d_s = V(0.5f) * fma(-r, r * p.d_logvar, weight * p.d_logvar);

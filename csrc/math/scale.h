@@ -17,8 +17,12 @@ struct Inverse {
     constexpr bool wide = std::is_same_v<V, double>;
     V limit(wide ? 709.0f : 88.0f), exponent = -log_std;
     auto beyond = exponent > limit;
-    exponential = exp(min(limit, select(beyond, exponent - limit, exponent)));
-    lift = select(beyond, V(wide ? 8.218407461554972e307 : 1.6516362549940018e38), V(1));
+    lift = V(1);
+    if (may_be_any(beyond)) {
+      exponent = select(beyond, exponent - limit, exponent);
+      lift = select(beyond, V(wide ? 8.218407461554972e307 : 1.6516362549940018e38), V(1));
+    }
+    exponential = exp(min(limit, exponent));
   }
   FASTELBO_INLINE V times(V x) const { return x * exponential * lift; }
 };
@@ -35,6 +39,7 @@ struct Spread {
   V rest;  // (1 - |tanh(t / c)|) / 2 under a soft clamp c
   V excess;  // sigma - 1, without cancellation
   bool by_log = false;  // log_std says more than sigma where that runs out of normal numbers
+  static constexpr bool exponential = is_exponential;
 
   // x / sigma, finite wherever the quotient is.
   FASTELBO_INLINE V divide(V x) const {
