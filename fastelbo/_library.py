@@ -87,7 +87,7 @@ class _Direct:
         if told or torch.autograd._profiler_enabled() or arguments[0].device.type != self.device:
             return self.op(*arguments)
         for argument in arguments:
-            if isinstance(argument, torch.Tensor) and type(argument) not in _PLAIN:
+            if isinstance(argument, torch.Tensor) and type(argument) not in PLAIN:
                 return self.op(*arguments)
         return self.run(*arguments)
 
@@ -136,7 +136,7 @@ def _triton_kernel(name):
     return getattr(importlib.import_module(f"fastelbo.kernels.{name.rpartition('_')[0]}"), name)
 
 
-_PLAIN = torch.Tensor, torch.nn.Parameter
+PLAIN = torch.Tensor, torch.nn.Parameter
 _FOUND: dict = {}  # what allocates and what fills the results of calls of one kind
 _MOST_FOUND = 4096
 

@@ -465,9 +465,11 @@ try: fastelbo.masked_conv2d(x, torch.ones(1, 1, 3, 3), mask_type="A")
 except ValueError as error: print(error)
 try: fastelbo.nn.GatedMaskedConv2d(1, 4, 3, mask_type="A")(x, x)
 except ValueError as error: print(error)
+try: torch.ops.fastelbo.masked_conv2d_fwd(x.to("meta"), torch.ones(1, 1, 3, 3, device="meta"), None)
+except ValueError as error: print(error)
 """
     said = fresh_python.run(code, FASTELBO_CONV="cudnn").stdout
-    assert said == 2 * "FASTELBO_CONV must be tma, block or unset; got 'cudnn'\n"
+    assert said == 3 * "FASTELBO_CONV must be tma, block or unset; got 'cudnn'\n"
 
 
 def test_environment_chooses_once():

@@ -9,12 +9,9 @@ import importlib
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from fastelbo import _autograd, _library, backends, reference
+from fastelbo import _autograd, _checks, _library, backends, reference
 from fastelbo.ops import masked_conv2d
 from fastelbo.reference.masked_conv2d import activate
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def seen_by_link(z: torch.Tensor, bias: "torch.Tensor | None", convention: str) -> torch.Tensor:
@@ -71,7 +68,7 @@ def _fit(tensors, add) -> bool:
     """Whether tensors are plain ones of one device, dtype and block; else the layers say what is wrong."""
     v, h, vertical, vertical_bias, horizontal, horizontal_bias, link, link_bias, out, out_bias, *conds = tensors
     given = [v, h, *[tensor for tensor in tensors[2:] if tensor is not None]]
-    if any(type(x) not in _PLAIN or x.dtype not in _DTYPES or x.device != v.device for x in given):
+    if any(type(x) not in _library.PLAIN or x.dtype not in _checks.DTYPES or x.device != v.device for x in given):
         return False
     if v.dim() != 4 or v.shape != h.shape or v.numel() == 0:
         return False

@@ -263,6 +263,11 @@ def _check_tensors(input, weight, bias, cond, residual, autocast=False):
         raise ValueError(f"input must have at least one row and one column; got shape {tuple(input.shape)}")
 
 
+def _check_setting():
+    if backends.CONVOLUTIONS not in (None, "tma", "block"):
+        raise ValueError(f"FASTELBO_CONV must be tma, block or unset; got {backends.CONVOLUTIONS!r}")
+
+
 def _check_kernel(weight, stack):
     rows, columns = weight.shape[2:]
     if stack == "square" and (rows != columns or rows % 2 == 0):
@@ -379,8 +384,7 @@ def _run(tensors, options, backend):
 
 def backend_of(input, chosen):
     """The backend for a convolution of images [N, C, H, W], which the caller may have chosen."""
-    if backends.CONVOLUTIONS not in (None, "tma", "block"):
-        raise ValueError(f"FASTELBO_CONV must be tma, block or unset; got {backends.CONVOLUTIONS!r}")
+    _check_setting()
     first_layer = input.shape[1] <= 4  # too few channels for tensor cores
     return backends.choose(input.device, chosen, backends.only_reference(), convolution=not first_layer)
 
@@ -523,6 +527,7 @@ def _check(input, weight, stack, activation, **given):
         if tensor.dtype != input.dtype:
             raise TypeError(f"{name} must have the dtype of input, {input.dtype}; got {tensor.dtype}")
     forward = {name: given.get(name) for name in ("bias", "cond", "residual")}
+    _check_setting()
     _check_tensors(input, weight, **forward)
     _checks.check_one_of("mask_type", given["mask_type"], MASK_TYPES)
     _checks.check_one_of("stack", stack, ("square", *STACKS))
