@@ -58,6 +58,14 @@ def _draw(device: torch.device, generator=None, on_cpu=False) -> torch.Tensor:
     return torch.randint(_LOW, _HIGH, (1,), device=device, generator=generator)
 
 
+_LIKE = torch.empty((1,), dtype=torch.int64)
+
+
+def drawn_on_cpu() -> torch.Tensor:
+    """What as_seed draws on a CPU where nothing is given or traced, through fewer of torch's layers."""
+    return torch.randint_like(_LIKE, _LOW, _HIGH)
+
+
 def _filled(seed: Any, device: torch.device) -> torch.Tensor:
     signed = seed - 2**64 if seed > _HIGH else seed
     return torch.full((1,), signed, dtype=torch.int64, device=device)

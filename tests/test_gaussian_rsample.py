@@ -140,3 +140,29 @@ def test_num_samples_needs_a_dimension(backend):
     for function in (fastelbo.gaussian_rsample, fastelbo.gaussian_rsample_kl):
         with pytest.raises(ValueError, match=message):
             function(mean, 0.0, num_samples=3, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("wanted", [(False, False), (True, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 16), (), (0, 3), (1,) * 15 + (2,)], ids=str)
+def test_shortcut_is_the_long_way_with_the_seed_that_torch_draws(shape, wanted, dtype):
+    def results(**seed):
+        generator = torch.Generator().manual_seed(1)
+        tensors = [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for _ in range(3)]
+        inputs = [tensor.requires_grad_(want) for tensor, want in zip(tensors, wanted, strict=False)]
+        z = fastelbo.gaussian_rsample(*inputs, **seed)
+        inputs = [tensor for tensor in inputs if tensor.requires_grad]
+        if not inputs:
+            return [z]
+        first = torch.autograd.grad(z, inputs, tensors[2], retain_graph=True)
+        again = torch.autograd.grad(z, inputs, tensors[2], create_graph=True)
+        twice = torch.autograd.grad(again[-1].sum(), inputs[-1]) if wanted[1] else ()
+        return [z, *first, *again, *twice]
+
+    torch.manual_seed(0)
+    short, after = results(), torch.rand(())
+    torch.manual_seed(0)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+    assert torch.rand(()) == after
+    for a, b in zip(short, results(seed=seed), strict=True):
+        assert a.dtype == dtype and torch.equal(a, b)

@@ -153,7 +153,8 @@ def _reference(tensors, options):
     return activate(z if v_cond is None else z + v_cond, activation), y
 
 
-class _GatedBlock(_autograd.Function):
+@_autograd.recordable
+class _GatedBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         ctx.set_materialize_grads(False)

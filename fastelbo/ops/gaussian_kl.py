@@ -137,7 +137,8 @@ def _arguments(mean_q, s_q, mean_p, s_p, mask, options):
     return mean_q, s_q, mean_p, s_p, numbers(scale), numbers(scale_p), event_ndim, mask, balance
 
 
-class _GaussianKL(_autograd.Function):
+@_autograd.recordable
+class _GaussianKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mean_q, s_q, mean_p, s_p, mask, options, backend):
         ctx.save_for_backward(mean_q, s_q, mean_p, s_p, mask)

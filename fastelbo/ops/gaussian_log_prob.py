@@ -178,7 +178,8 @@ def _arguments(x, mean, s, mask, options):
     return given if mask is None and terms == _DENSITY else (*given, mask, *terms)
 
 
-class _GaussianLogProb(_autograd.Function):
+@_autograd.recordable
+class _GaussianLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, mean, s, mask, options, backend):
         ctx.save_for_backward(x, mean, s, mask)

@@ -60,6 +60,10 @@ def gaussian_rsample(
         >>> fastelbo.gaussian_rsample(mean, logvar, seed=0).shape
         torch.Size([2, 3])
     """
+    if num_samples is noise is seed is generator is out_dtype is backend is None:
+        z = _at_once(mean, s, scale, temperature, noise_offset)
+        if z is not None:
+            return z
     scale = as_scale(scale)
     (mean, s), shape, dtype = _checks.operands(mean=mean, s=s)
     device = mean.device
@@ -84,6 +88,34 @@ def gaussian_rsample(
     if scale is _DEFAULTS[3] and options == _DEFAULTS and not torch.compiler.is_compiling():
         options = ()  # to be left out of calls: each costs torch's dispatcher up to a microsecond
     return run((mean, s, seed, noise), options, backend)
+
+
+def _at_once(mean, s, scale, temperature, noise_offset):
+    """The sample where two tensors of one shape and dtype, on the CPU, are all that decides it, and nobody traces it:
+    then there is nothing to choose, compiled code checks the rest, and a small sample does not wait for Python. None
+    for all others, and for what compiled code refuses."""
+    if (
+        torch.compiler.is_compiling()
+        or not (type(mean) in _library.PLAIN and type(s) in _library.PLAIN)
+        or not (scale == "logvar" and type(temperature) is float and temperature == 1.0)
+        or not (type(noise_offset) is int and noise_offset == 0)
+        or not (mean.is_cpu and _COMPILED and backends.OVERRIDE is None)
+        or mean.dtype is not s.dtype
+        or _autograd.transformed()
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return None
+    grads = torch.is_grad_enabled()
+    try:
+        if mean.shape != s.shape or mean.dim() > _gaussian.MAX_DIMS:
+            return None
+        if grads and s.requires_grad:
+            return _Draw.record(mean, s)
+        if not (grads and mean.requires_grad):
+            return _FWD["cpu"]._op(mean, s, _seed.drawn_on_cpu())
+    except RuntimeError:
+        pass
+    return None
 
 
 def _folded(tensors, options, backend):
@@ -113,6 +145,7 @@ def _reference(mean, s, seed, noise, options):
     return reference.gaussian_rsample(mean, s, **keywords, **draw)
 
 
+_COMPILED = backends.fastest(torch.device("cpu")) == "cpu"
 _DEFAULTS = 0, None, 1.0, as_scale("logvar"), None  # of the schemas, where the options are ()
 
 
@@ -124,7 +157,15 @@ def _arguments(mean, s, seed, noise, options):
     return mean, s, seed, noise, noise_offset, num_samples, temperature, numbers(scale), out_dtype
 
 
-class _GaussianRsample(_autograd.Function):
+def _reference_gradient(d_z, s, seed, noise, options):
+    """Of s, differentiable itself."""
+    _, num_samples, *_ = options or _DEFAULTS
+    mean = s.new_zeros(()).expand(d_z.shape if num_samples is None else d_z.shape[1:])
+    return _autograd.reference_gradients(lambda s: _reference(mean, s, seed, noise, options), (s,), (True,), (d_z,))[0]
+
+
+@_autograd.recordable
+class _GaussianRsample(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mean, s, seed, noise, options, backend):
         ctx.save_for_backward(s, seed, noise)
@@ -142,15 +183,29 @@ class _GaussianRsample(_autograd.Function):
         if ctx.needs_input_grad[0]:
             d_mean = _autograd.summed(d_z, ctx.mean_shape, ctx.mean_dtype)
         if ctx.needs_input_grad[1] and _autograd.differentiable_backward():
-            _, num_samples, *_ = ctx.options or _DEFAULTS
-            mean = s.new_zeros(()).expand(d_z.shape if num_samples is None else d_z.shape[1:])
-            (d_s,) = _autograd.reference_gradients(
-                lambda s: _reference(mean, s, seed, noise, ctx.options), (s,), (True,), (d_z,)
-            )
+            d_s = _reference_gradient(d_z, s, seed, noise, ctx.options)
         elif ctx.needs_input_grad[1]:
             arguments = _arguments(d_z, s, seed, noise, ctx.options)[:8]  # all but the sample's dtype
             d_s = _autograd.summed(_BWD[ctx.backend](*arguments), s.shape, s.dtype)
         return d_mean, d_s, None, None, None, None
+
+
+@_autograd.recordable
+class _Draw(torch.autograd.Function):
+    """The commonest sample, where s wants a gradient. Its ops are called past a function of Python's."""
+
+    @staticmethod
+    def forward(ctx, mean, s):
+        seed = _seed.drawn_on_cpu()
+        ctx.save_for_backward(s, seed)
+        return _FWD["cpu"]._op(mean, s, seed)
+
+    @staticmethod
+    def backward(ctx, d_z):
+        s, seed = ctx.saved_tensors
+        if _autograd.differentiable_backward():
+            return d_z, _reference_gradient(d_z, s, seed, None, ())
+        return d_z, _BWD["cpu"]._op(d_z, s, seed)
 
 
 def _bwd_check(d_z, s, seed, noise, noise_offset, num_samples, temperature, scale):
@@ -176,7 +231,7 @@ def _bwd_fake(d_z, s, seed, noise, noise_offset, num_samples, *_):
 
 _FWD = _library.define(
     "gaussian_rsample_fwd",
-    "(Tensor mean, Tensor s, Tensor? seed, Tensor? noise, SymInt noise_offset=0, SymInt? num_samples=None,"
+    "(Tensor mean, Tensor s, Tensor? seed, Tensor? noise=None, SymInt noise_offset=0, SymInt? num_samples=None,"
     " float temperature=1.0, float[] scale=[0.0], ScalarType? out_dtype=None) -> Tensor",
     _fwd_fake,
     _gaussian.check,
@@ -184,7 +239,7 @@ _FWD = _library.define(
 )
 _BWD = _library.define(
     "gaussian_rsample_bwd",
-    "(Tensor d_z, Tensor s, Tensor? seed, Tensor? noise, SymInt noise_offset=0, SymInt? num_samples=None,"
+    "(Tensor d_z, Tensor s, Tensor? seed, Tensor? noise=None, SymInt noise_offset=0, SymInt? num_samples=None,"
     " float temperature=1.0, float[] scale=[0.0]) -> Tensor",
     _bwd_fake,
     _bwd_check,

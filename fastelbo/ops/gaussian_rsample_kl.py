@@ -143,7 +143,8 @@ def _arguments(mean_q, s_q, mean_p, s_p, seed, noise, mask, options):
     return mean_q, s_q, mean_p, s_p, seed, noise, *draw, *scales, event_ndim, mask, out_dtype, balance
 
 
-class _GaussianRsampleKL(_autograd.Function):
+@_autograd.recordable
+class _GaussianRsampleKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mean_q, s_q, mean_p, s_p, seed, noise, mask, options, backend):
         ctx.save_for_backward(mean_q, s_q, mean_p, s_p, seed, noise, mask)

@@ -428,7 +428,8 @@ def _arguments(input, weight, bias, cond, residual, options):
     return input, weight, bias, cond, residual, *others, activation or "", keep, taps
 
 
-class _MaskedConv2d(_autograd.Function):
+@_autograd.recordable
+class _MaskedConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, cond, residual, options, backend):
         ctx.set_materialize_grads(False)
