@@ -60,8 +60,8 @@ def gaussian_rsample(
         >>> fastelbo.gaussian_rsample(mean, logvar, seed=0).shape
         torch.Size([2, 3])
     """
-    if num_samples is noise is seed is generator is out_dtype is backend is None:
-        z = _at_once(mean, s, scale, temperature, noise_offset)
+    if num_samples is noise is seed is generator is out_dtype is None:
+        z = _at_once(mean, s, scale, temperature, noise_offset, backend)
         if z is not None:
             return z
     scale = as_scale(scale)
@@ -90,7 +90,7 @@ def gaussian_rsample(
     return run((mean, s, seed, noise), options, backend)
 
 
-def _at_once(mean, s, scale, temperature, noise_offset):
+def _at_once(mean, s, scale, temperature, noise_offset, backend):
     """The sample where two tensors of one shape and dtype, on the CPU, are all that decides it, and nobody traces it:
     then there is nothing to choose, compiled code checks the rest, and a small sample does not wait for Python. None
     for all others, and for what compiled code refuses."""
@@ -99,7 +99,8 @@ def _at_once(mean, s, scale, temperature, noise_offset):
         or not (type(mean) in _library.PLAIN and type(s) in _library.PLAIN)
         or not (scale == "logvar" and type(temperature) is float and temperature == 1.0)
         or not (type(noise_offset) is int and noise_offset == 0)
-        or not (mean.is_cpu and _COMPILED and backends.OVERRIDE is None)
+        or not (mean.is_cpu and s.is_cpu and _COMPILED)
+        or not (backend == "cpu" or backend is backends.OVERRIDE is None)
         or mean.dtype is not s.dtype
         or _autograd.transformed()
         or torch.autograd.forward_ad._current_level >= 0
