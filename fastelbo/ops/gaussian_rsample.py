@@ -95,7 +95,7 @@ def _at_once(mean, s, scale, temperature, noise_offset, backend):
     then there is nothing to choose, compiled code checks the rest, and a small sample does not wait for Python. None
     for all others, and for what compiled code refuses."""
     if (
-        torch.compiler.is_compiling()
+        torch.compiler.is_dynamo_compiling()
         or not (type(mean) in _library.PLAIN and type(s) in _library.PLAIN)
         or not (scale == "logvar" and type(temperature) is float and temperature == 1.0)
         or not (type(noise_offset) is int and noise_offset == 0)
