@@ -48,6 +48,13 @@ def record(function, tensors, options, backend):
     return function.record(*tensors, options, backend)
 
 
+def at_once(function, tensors, options, backend):
+    """`record` of a call that nobody traces; what it computes alone where nothing is to be recorded."""
+    if recorded(tensors):
+        return function.record(*tensors, options, backend)
+    return function.compute(*tensors, options, backend)
+
+
 def _distinct(tensors):
     """The tensors; a view in place of one that comes again, because torch.compile traces no Function that gets a tensor
     twice (a sigma that two Gaussians share)."""

@@ -66,6 +66,11 @@ def drawn_on_cpu() -> torch.Tensor:
     return torch.randint_like(_LIKE, _LOW, _HIGH)
 
 
+def drawn(like: Any, backend: str) -> torch.Tensor:
+    """What as_seed draws, for a sample like a tensor, where nothing is given or traced."""
+    return drawn_on_cpu() if like.is_cpu else _draw(like.device, None, backend == "cuda" and by_value(like.device))
+
+
 def _filled(seed: Any, device: torch.device) -> torch.Tensor:
     signed = seed - 2**64 if seed > _HIGH else seed
     return torch.full((1,), signed, dtype=torch.int64, device=device)

@@ -201,3 +201,41 @@ def test_raises_the_same_while_tracing(case):
     with pytest.raises(Exception) as caught:
         torch.compile(call, backend="eager", fullgraph=True)(*arguments)
     assert message in str(caught.value)
+
+
+CALLED_BEFORE = [  # what may be called, and what may not although Python says that it is the same
+    ("kl", {"event_ndim": 1}, {"event_ndim": True}, TypeError),
+    ("kl", {"event_ndim": 1}, {"event_ndim": 1.0}, TypeError),
+    ("kl", {"free_bits": 1.0}, {"free_bits": True}, TypeError),
+    ("log_prob", {"event_ndim": 0}, {"event_ndim": False}, TypeError),
+    ("rsample", {}, {"temperature": True}, TypeError),
+    ("rsample", {}, {"noise_offset": False}, TypeError),
+    ("rsample", {"num_samples": 1}, {"num_samples": True}, TypeError),
+    ("rsample_kl", {"num_samples": 1}, {"num_samples": 1.0}, TypeError),
+    ("rsample_kl", {}, {"temperature": True}, TypeError),
+    ("rsample_kl", {"balance": 1.0}, {"balance": True}, TypeError),
+]
+
+
+@pytest.mark.parametrize("case", CALLED_BEFORE, ids=lambda case: f"{case[0]}-{case[2]}")
+def test_raises_after_a_call_that_was_right(case):
+    op, right, wrong, error = case
+    arguments = (M, M, S) if op == "log_prob" else (M, S, M, S) if "balance" in right else (M, S)
+    function = getattr(fastelbo, f"gaussian_{op}")
+    for _ in range(2):
+        function(*arguments, **right)
+        with pytest.raises(error, match=f"{next(iter(wrong))} must be"):
+            function(*arguments, **wrong)
+
+
+@pytest.mark.parametrize("op", ["rsample", "kl", "rsample_kl", "log_prob"])
+def test_raises_for_tensors_of_another_kind_after_a_call_that_was_right(op):
+    function, x = getattr(fastelbo, f"gaussian_{op}"), [M] if op == "log_prob" else []
+    for _ in range(2):
+        function(*x, M, S)
+    others = [S.to_sparse(), S.to_sparse_csr(), S.to("meta"), S.long(), torch.zeros(8, 31), NESTED, JAGGED]
+    for other in others:
+        with pytest.raises((TypeError, ValueError), match="must "):
+            function(*x, M, other)
+        with pytest.raises((TypeError, ValueError), match="must "):
+            function(*x, other, S)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from fastelbo import _checks, _library, _seed, reference
+from fastelbo import _checks, _library, _seed, backends, reference
 from fastelbo.reference.gaussian_kl import event_sum
 from fastelbo.reference.scale import arithmetic_dtype
 from fastelbo.scale import as_scale, numbers, of_numbers
@@ -17,6 +17,56 @@ def prior_scale(scale, mean_p, scale_p):
     if mean_p is None:
         return None
     return scale if scale_p is None else as_scale(scale_p, "scale_p")
+
+
+class Known:
+    """What checks and choices came to, for later calls that differ in nothing that these look at: they take longer than
+    a small tensor's kernel, and than all that torch does around it."""
+
+    def __init__(self):
+        self._plans = {}
+
+    def find(self, mean, s, others, *given):
+        """What is known of a call, and all that decides it, to keep more by: None where somebody traces, or where more
+        decides than a key can hold.
+
+        Args:
+            mean, s, others: the call's tensors; others: None where there are none, or a tuple whose elements may be.
+            given: its other arguments, some in tuples; numbers come with their types, for True is 1.
+        """
+        if _traced() or _transform() is not None or _forward_ad._current_level >= 0 or backends.OVERRIDE is not None:
+            return None, None
+        if type(mean) not in _PLAIN or type(s) not in _PLAIN:
+            return None, None
+        try:
+            kind = given, mean.dtype, mean.shape, mean.device, mean.layout, s.dtype, s.shape, s.device, s.layout
+            if others is not None:
+                for tensor in others:
+                    if type(tensor) in _PLAIN:
+                        kind += tensor.dtype, tensor.shape, tensor.device, tensor.layout
+                    elif tensor is None:
+                        kind += (None,)
+                    else:
+                        return None, None
+            return self._plans.get(kind), kind
+        except (RuntimeError, TypeError):  # a nested tensor has no shape, and a list no hash
+            return None, None
+
+    def keep(self, kind, plan, before, after):
+        """Keeps what a call came to, unless tensors were made others, or it was told of values that no key holds."""
+        changed = any(a is not b for a, b in zip(before, after, strict=True))
+        told = [x for given in kind[0] for x in (given if type(given) is tuple else (given,))]
+        unheld = any(isinstance(x, torch.Tensor) or (type(x) is float and x == 0) for x in told)  # -0.0 is 0.0, too
+        if changed or unheld:
+            return
+        if len(self._plans) >= 4096:
+            self._plans.clear()
+        self._plans[kind] = plan
+
+
+# What each call asks, by short ways.
+_traced, _transform = torch.compiler.is_dynamo_compiling, torch._C._functorch.peek_interpreter_stack
+_forward_ad, _PLAIN = torch.autograd.forward_ad, _library.PLAIN
 
 
 def clamp_before_broadcast(s, shape, scale, dtype):

@@ -77,33 +77,47 @@ def gaussian_kl(
         >>> fastelbo.gaussian_kl(mean, torch.zeros(2, 3), free_bits=3.0, free_bits_per="example")
         tensor([3.0000, 4.5000])
     """
-    scale = as_scale(scale)
-    _checks.check_prior(mean_p, s_p, scale_p)
-    scale_p = _gaussian.prior_scale(scale, mean_p, scale_p)
-    (mean_q, s_q, mean_p, s_p), shape, dtype = _checks.operands(
-        event_ndim, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p
-    )
-    event_ndim = _checks.check_event_ndim(event_ndim, shape)
-    _checks.check_reduction(reduction)
-    if free_bits is not None or balance is not None or mask is not None or free_bits_per != "dim":
-        free_bits, balance = _checks.check_kl_objective(
-            free_bits, free_bits_per, balance, mask, shape, event_ndim, mean_q.device, mean_p
-        )
-    backend = backends.choose(mean_q.device, backend, backends.only_reference())
-    s_q, scale = _gaussian.clamp_before_broadcast(s_q, shape, scale, dtype)
-    s_p, scale_p = _gaussian.clamp_before_broadcast(s_p, shape, scale_p, dtype)
-    tensors = mean_q, s_q, mean_p, s_p, mask
-    kernel_ndim = _gaussian.kernel_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
-    options = scale, scale_p, kernel_ndim, balance
-    run = _local if len(shape) <= _gaussian.MAX_DIMS else _folded
-    if _sharding.sharded(*tensors):
-        layout = _sharding.Gaussian(shape, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p, mask=mask)
-        kl = layout.terms(run(layout.shards(), options, backend), kernel_ndim)
+    given = mean_q, s_q, mean_p, s_p, mask
+    others = None if mean_p is s_p is mask is None else given[2:]
+    choices = scale, scale_p, reduction, free_bits_per, backend
+    numbers = event_ndim, type(event_ndim), free_bits, type(free_bits), balance, type(balance)
+    plan, kind = _KNOWN.find(mean_q, s_q, others, choices, numbers)
+    if plan:
+        options, backend, shape, event_ndim = plan
+        kl = _autograd.at_once(_GaussianKL, given, options, backend)
     else:
-        kl = run(tensors, options, backend)
+        scale = as_scale(scale)
+        _checks.check_prior(mean_p, s_p, scale_p)
+        scale_p = _gaussian.prior_scale(scale, mean_p, scale_p)
+        (mean_q, s_q, mean_p, s_p), shape, dtype = _checks.operands(
+            event_ndim, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p
+        )
+        event_ndim = _checks.check_event_ndim(event_ndim, shape)
+        _checks.check_reduction(reduction)
+        if free_bits is not None or balance is not None or mask is not None or free_bits_per != "dim":
+            free_bits, balance = _checks.check_kl_objective(
+                free_bits, free_bits_per, balance, mask, shape, event_ndim, mean_q.device, mean_p
+            )
+        backend = backends.choose(mean_q.device, backend, backends.only_reference())
+        s_q, scale = _gaussian.clamp_before_broadcast(s_q, shape, scale, dtype)
+        s_p, scale_p = _gaussian.clamp_before_broadcast(s_p, shape, scale_p, dtype)
+        tensors = mean_q, s_q, mean_p, s_p, mask
+        kernel_ndim = _gaussian.kernel_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
+        options = scale, scale_p, kernel_ndim, balance
+        run = _local if len(shape) <= _gaussian.MAX_DIMS else _folded
+        if _sharding.sharded(*tensors):
+            layout = _sharding.Gaussian(shape, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p, mask=mask)
+            kl = layout.terms(run(layout.shards(), options, backend), kernel_ndim)
+        else:
+            kl = run(tensors, options, backend)
+        if kind and run is _local and backend != "reference":
+            _KNOWN.keep(kind, (options, backend, shape, event_ndim), given, tensors)
     if free_bits is not None:
         kl = _gaussian.floored(kl, shape, event_ndim, free_bits, free_bits_per, mask)
     return _gaussian.reduce(kl, reduction, shape, event_ndim, mask)
+
+
+_KNOWN = _gaussian.Known()
 
 
 def _folded(tensors, options, backend):
@@ -121,7 +135,7 @@ def _local(tensors, options, backend):
     if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
         return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))
     if not _autograd.recorded(tensors):
-        return _FWD[backend](*_arguments(*tensors, options))
+        return _GaussianKL.compute(*tensors, options, backend)
     return _autograd.record(_GaussianKL, tensors, options, backend)
 
 
@@ -140,11 +154,15 @@ def _arguments(mean_q, s_q, mean_p, s_p, mask, options):
 @_autograd.recordable
 class _GaussianKL(torch.autograd.Function):
     @staticmethod
+    def compute(mean_q, s_q, mean_p, s_p, mask, options, backend):
+        return _FWD[backend](*_arguments(mean_q, s_q, mean_p, s_p, mask, options))
+
+    @staticmethod
     def forward(ctx, mean_q, s_q, mean_p, s_p, mask, options, backend):
         ctx.save_for_backward(mean_q, s_q, mean_p, s_p, mask)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.backend = options, backend
-        return _FWD[backend](*_arguments(mean_q, s_q, mean_p, s_p, mask, options))
+        return _GaussianKL.compute(mean_q, s_q, mean_p, s_p, mask, options, backend)
 
     @staticmethod
     def backward(ctx, d_kl):

@@ -126,24 +126,36 @@ _DENSITY = list(Terms())  # which a call leaves out, for the dispatcher takes it
 
 def log_prob(x, mean, s, scale, event_ndim, reduction, mask, backend, negative, terms=Terms()):  # noqa: B008
     """The log-density, or its negative, with these terms."""
-    scale = as_scale(scale)
-    (x, mean, s), shape, dtype = _checks.operands(event_ndim, x=x, mean=mean, s=s)
-    event_ndim = _checks.check_event_ndim(event_ndim, shape)
-    _checks.check_reduction(reduction)
-    if mask is not None:
-        _checks.check_mask(mask, shape, x.device)
-    backend = backends.choose(x.device, backend, backends.only_reference())
-    s, scale = _gaussian.clamp_before_broadcast(s, shape, scale, dtype)
-    tensors = x, mean, s, mask
-    kernel_ndim = _gaussian.kernel_event_ndim(event_ndim, reduction, shape)
-    options = scale, kernel_ndim, negative, *terms
-    run = _local if len(shape) <= _gaussian.MAX_DIMS else _folded
-    if _sharding.sharded(*tensors):
-        layout = _sharding.Gaussian(shape, x=x, mean=mean, s=s, mask=mask)
-        out = layout.terms(run(layout.shards(), options, backend), kernel_ndim)
+    given = x, mean, s, mask
+    choices = scale, reduction, backend, negative, terms
+    plan, kind = _KNOWN.find(mean, s, (x, mask), choices, event_ndim, type(event_ndim))
+    if plan:
+        options, backend, shape, event_ndim = plan
+        out = _autograd.at_once(_GaussianLogProb, given, options, backend)
     else:
-        out = run(tensors, options, backend)
+        scale = as_scale(scale)
+        (x, mean, s), shape, dtype = _checks.operands(event_ndim, x=x, mean=mean, s=s)
+        event_ndim = _checks.check_event_ndim(event_ndim, shape)
+        _checks.check_reduction(reduction)
+        if mask is not None:
+            _checks.check_mask(mask, shape, x.device)
+        backend = backends.choose(x.device, backend, backends.only_reference())
+        s, scale = _gaussian.clamp_before_broadcast(s, shape, scale, dtype)
+        tensors = x, mean, s, mask
+        kernel_ndim = _gaussian.kernel_event_ndim(event_ndim, reduction, shape)
+        options = scale, kernel_ndim, negative, *terms
+        run = _local if len(shape) <= _gaussian.MAX_DIMS else _folded
+        if _sharding.sharded(*tensors):
+            layout = _sharding.Gaussian(shape, x=x, mean=mean, s=s, mask=mask)
+            out = layout.terms(run(layout.shards(), options, backend), kernel_ndim)
+        else:
+            out = run(tensors, options, backend)
+        if kind and run is _local and backend != "reference":
+            _KNOWN.keep(kind, (options, backend, shape, event_ndim), given, tensors)
     return _gaussian.reduce(out, reduction, shape, event_ndim, mask)
+
+
+_KNOWN = _gaussian.Known()
 
 
 def _folded(tensors, options, backend):
@@ -161,7 +173,7 @@ def _local(tensors, options, backend):
     if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
         return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))
     if not _autograd.recorded(tensors):
-        return _FWD[backend](*_arguments(*tensors, options))
+        return _GaussianLogProb.compute(*tensors, options, backend)
     return _autograd.record(_GaussianLogProb, tensors, options, backend)
 
 
@@ -181,11 +193,15 @@ def _arguments(x, mean, s, mask, options):
 @_autograd.recordable
 class _GaussianLogProb(torch.autograd.Function):
     @staticmethod
+    def compute(x, mean, s, mask, options, backend):
+        return _FWD[backend](*_arguments(x, mean, s, mask, options))
+
+    @staticmethod
     def forward(ctx, x, mean, s, mask, options, backend):
         ctx.save_for_backward(x, mean, s, mask)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.backend = options, backend
-        return _FWD[backend](*_arguments(x, mean, s, mask, options))
+        return _GaussianLogProb.compute(x, mean, s, mask, options, backend)
 
     @staticmethod
     def backward(ctx, d_out):

@@ -60,10 +60,13 @@ def gaussian_rsample(
         >>> fastelbo.gaussian_rsample(mean, logvar, seed=0).shape
         torch.Size([2, 3])
     """
-    if num_samples is noise is seed is generator is out_dtype is None:
-        z = _at_once(mean, s, scale, temperature, noise_offset, backend)
-        if z is not None:
-            return z
+    kind = None
+    if noise is seed is generator is None:
+        choices, types = (scale, out_dtype, backend), (type(num_samples), type(temperature), type(noise_offset))
+        plan, kind = _KNOWN.find(mean, s, None, choices, num_samples, temperature, noise_offset, types)
+        if plan:
+            return plan(mean, s)
+    given = mean, s
     scale = as_scale(scale)
     (mean, s), shape, dtype = _checks.operands(mean=mean, s=s)
     device = mean.device
@@ -87,36 +90,26 @@ def gaussian_rsample(
         return layout.sample(z, num_samples)
     if scale is _DEFAULTS[3] and options == _DEFAULTS and not torch.compiler.is_compiling():
         options = ()  # to be left out of calls: each costs torch's dispatcher up to a microsecond
-    return run((mean, s, seed, noise), options, backend)
+    z = run((mean, s, seed, noise), options, backend)
+    if kind and run is _local and backend != "reference":
+        _KNOWN.keep(kind, _plan(mean, s, options, backend), given, (mean, s))
+    return z
 
 
-def _at_once(mean, s, scale, temperature, noise_offset, backend):
-    """The sample where two tensors of one shape and dtype, on the CPU, are all that decides it, and nobody traces it:
-    then there is nothing to choose, compiled code checks the rest, and a small sample does not wait for Python. None
-    for all others, and for what compiled code refuses."""
-    if (
-        torch.compiler.is_dynamo_compiling()
-        or not (type(mean) in _library.PLAIN and type(s) in _library.PLAIN)
-        or not (scale == "logvar" and type(temperature) is float and temperature == 1.0)
-        or not (type(noise_offset) is int and noise_offset == 0)
-        or not (mean.is_cpu and s.is_cpu and _COMPILED)
-        or not (backend == "cpu" or backend is backends.OVERRIDE is None)
-        or mean.dtype is not s.dtype
-        or _autograd.transformed()
-        or torch.autograd.forward_ad._current_level >= 0
-    ):
-        return None
-    grads = torch.is_grad_enabled()
-    try:
-        if mean.shape != s.shape or mean.dim() > _gaussian.MAX_DIMS:
-            return None
-        if grads and s.requires_grad:
-            return _Draw.record(mean, s)
-        if not (grads and mean.requires_grad):
-            return _FWD["cpu"]._op(mean, s, _seed.drawn_on_cpu())
-    except RuntimeError:
-        pass
-    return None
+_KNOWN = _gaussian.Known()
+
+
+def _plan(mean, s, options, backend):
+    """What draws from tensors of such a kind."""
+
+    def draw(mean, s):
+        seed = _seed.drawn(mean, backend)
+        return _autograd.at_once(_GaussianRsample, (mean, s, seed, None), options, backend)
+
+    def commonest(mean, s):
+        return _Draw.record(mean, s) if s.requires_grad and torch.is_grad_enabled() else draw(mean, s)
+
+    return commonest if backend == "cpu" and options == () and mean.shape == s.shape else draw
 
 
 def _folded(tensors, options, backend):
@@ -134,7 +127,7 @@ def _local(tensors, options, backend):
     if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
         return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))
     if not _autograd.recorded(tensors):
-        return _FWD[backend](*_arguments(*tensors, options))
+        return _GaussianRsample.compute(*tensors, options, backend)
     return _autograd.record(_GaussianRsample, tensors, options, backend)
 
 
@@ -146,7 +139,6 @@ def _reference(mean, s, seed, noise, options):
     return reference.gaussian_rsample(mean, s, **keywords, **draw)
 
 
-_COMPILED = backends.fastest(torch.device("cpu")) == "cpu"
 _DEFAULTS = 0, None, 1.0, as_scale("logvar"), None  # of the schemas, where the options are ()
 
 
@@ -168,12 +160,16 @@ def _reference_gradient(d_z, s, seed, noise, options):
 @_autograd.recordable
 class _GaussianRsample(torch.autograd.Function):
     @staticmethod
+    def compute(mean, s, seed, noise, options, backend):
+        return _FWD[backend](*_arguments(mean, s, seed, noise, options))
+
+    @staticmethod
     def forward(ctx, mean, s, seed, noise, options, backend):
         ctx.save_for_backward(s, seed, noise)
         ctx.set_materialize_grads(False)
         ctx.mean_shape, ctx.mean_dtype = mean.shape, mean.dtype
         ctx.options, ctx.backend = options, backend
-        return _FWD[backend](*_arguments(mean, s, seed, noise, options))
+        return _GaussianRsample.compute(mean, s, seed, noise, options, backend)
 
     @staticmethod
     def backward(ctx, d_z):
@@ -193,7 +189,8 @@ class _GaussianRsample(torch.autograd.Function):
 
 @_autograd.recordable
 class _Draw(torch.autograd.Function):
-    """The commonest sample, where s wants a gradient. Its ops are called past a function of Python's."""
+    """The commonest sample, of two tensors of one shape, whose s wants a gradient: a tiny one costs no more than eager
+    torch's. Its ops are called past a function of Python's."""
 
     @staticmethod
     def forward(ctx, mean, s):

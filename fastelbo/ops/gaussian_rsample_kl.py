@@ -65,45 +65,66 @@ def gaussian_rsample_kl(
         >>> z.shape, kl
         (torch.Size([2, 3]), tensor([1.5000, 1.5000]))
     """
-    scale = as_scale(scale)
-    _checks.check_prior(mean_p, s_p, scale_p)
-    scale_p = _gaussian.prior_scale(scale, mean_p, scale_p)
-    (mean_q, s_q, mean_p, s_p), shape, dtype = _checks.operands(
-        event_ndim, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p
-    )
-    device = mean_q.device
-    noise_offset, num_samples, temperature = _checks.noise_arguments(
-        noise, seed, generator, noise_offset, num_samples, temperature, shape, device
-    )
-    _checks.check_out_dtype(out_dtype)
-    if out_dtype is None and (mean_p is not None or dtype != mean_q.dtype):
-        out_dtype = _checks.promoted(mean_q, s_q)
-    event_ndim = _checks.check_event_ndim(event_ndim, shape)
-    _checks.check_reduction(reduction)
-    if free_bits is not None or balance is not None or mask is not None or free_bits_per != "dim":
-        free_bits, balance = _checks.check_kl_objective(
-            free_bits, free_bits_per, balance, mask, shape, event_ndim, device, mean_p
-        )
-    backend = backends.choose(device, backend, backends.only_reference(noise))
-    if noise is None:
-        on_cpu = backend == "cuda" and _seed.by_value(device) and not _sharding.sharded(mean_q, s_q, mean_p, s_p, mask)
-        seed = _seed.as_seed(seed, generator, device, on_cpu)
-    s_q, scale = _gaussian.clamp_before_broadcast(s_q, shape, scale, dtype)
-    s_p, scale_p = _gaussian.clamp_before_broadcast(s_p, shape, scale_p, dtype)
-    kernel_ndim = _gaussian.kernel_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
-    options = num_samples, temperature, scale, scale_p, kernel_ndim, out_dtype, balance
-    run = _local if len(shape) <= _gaussian.MAX_DIMS else _folded
-    if _sharding.sharded(mean_q, s_q, mean_p, s_p, noise, mask):
-        layout = _sharding.Gaussian(shape, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p, mask=mask)
-        seed, noise, noise_offset = layout.draw(seed, noise, noise_offset, _gaussian.normals(backend, num_samples))
-        *inputs, local_mask = layout.shards()
-        z, kl = run((*inputs, seed, noise, local_mask), (noise_offset, *options), backend)
-        z, kl = layout.sample(z, num_samples), layout.terms(kl, kernel_ndim)
+    plan = kind = None
+    given = mean_q, s_q, mean_p, s_p, mask
+    if noise is seed is generator is None:
+        others = None if mean_p is s_p is mask is None else given[2:]
+        choices = scale, scale_p, out_dtype, reduction, free_bits_per, backend
+        draw = num_samples, type(num_samples), temperature, type(temperature), noise_offset, type(noise_offset)
+        numbers = event_ndim, type(event_ndim), free_bits, type(free_bits), balance, type(balance)
+        plan, kind = _KNOWN.find(mean_q, s_q, others, choices, draw, numbers)
+    if plan:
+        options, backend, shape, event_ndim = plan
+        tensors = mean_q, s_q, mean_p, s_p, _seed.drawn(mean_q, backend), None, mask
+        z, kl = _autograd.at_once(_GaussianRsampleKL, tensors, options, backend)
     else:
-        z, kl = run((mean_q, s_q, mean_p, s_p, seed, noise, mask), (noise_offset, *options), backend)
+        scale = as_scale(scale)
+        _checks.check_prior(mean_p, s_p, scale_p)
+        scale_p = _gaussian.prior_scale(scale, mean_p, scale_p)
+        (mean_q, s_q, mean_p, s_p), shape, dtype = _checks.operands(
+            event_ndim, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p
+        )
+        device = mean_q.device
+        noise_offset, num_samples, temperature = _checks.noise_arguments(
+            noise, seed, generator, noise_offset, num_samples, temperature, shape, device
+        )
+        _checks.check_out_dtype(out_dtype)
+        if out_dtype is None and (mean_p is not None or dtype != mean_q.dtype):
+            out_dtype = _checks.promoted(mean_q, s_q)
+        event_ndim = _checks.check_event_ndim(event_ndim, shape)
+        _checks.check_reduction(reduction)
+        if free_bits is not None or balance is not None or mask is not None or free_bits_per != "dim":
+            free_bits, balance = _checks.check_kl_objective(
+                free_bits, free_bits_per, balance, mask, shape, event_ndim, device, mean_p
+            )
+        backend = backends.choose(device, backend, backends.only_reference(noise))
+        if noise is None:
+            on_cpu = (
+                backend == "cuda" and _seed.by_value(device) and not _sharding.sharded(mean_q, s_q, mean_p, s_p, mask)
+            )
+            seed = _seed.as_seed(seed, generator, device, on_cpu)
+        s_q, scale = _gaussian.clamp_before_broadcast(s_q, shape, scale, dtype)
+        s_p, scale_p = _gaussian.clamp_before_broadcast(s_p, shape, scale_p, dtype)
+        kernel_ndim = _gaussian.kernel_event_ndim(event_ndim, reduction, shape, free_bits, free_bits_per)
+        options = num_samples, temperature, scale, scale_p, kernel_ndim, out_dtype, balance
+        run = _local if len(shape) <= _gaussian.MAX_DIMS else _folded
+        if _sharding.sharded(mean_q, s_q, mean_p, s_p, noise, mask):
+            layout = _sharding.Gaussian(shape, mean_q=mean_q, s_q=s_q, mean_p=mean_p, s_p=s_p, mask=mask)
+            seed, noise, noise_offset = layout.draw(seed, noise, noise_offset, _gaussian.normals(backend, num_samples))
+            *inputs, local_mask = layout.shards()
+            z, kl = run((*inputs, seed, noise, local_mask), (noise_offset, *options), backend)
+            z, kl = layout.sample(z, num_samples), layout.terms(kl, kernel_ndim)
+        else:
+            z, kl = run((mean_q, s_q, mean_p, s_p, seed, noise, mask), (noise_offset, *options), backend)
+        if kind and run is _local and backend != "reference":
+            plan = (noise_offset, *options), backend, shape, event_ndim
+            _KNOWN.keep(kind, plan, given, (mean_q, s_q, mean_p, s_p, mask))
     if free_bits is not None:
         kl = _gaussian.floored(kl, shape, event_ndim, free_bits, free_bits_per, mask)
     return z, _gaussian.reduce(kl, reduction, shape, event_ndim, mask)
+
+
+_KNOWN = _gaussian.Known()
 
 
 def _folded(tensors, options, backend):
@@ -124,7 +145,7 @@ def _local(tensors, options, backend):
     if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
         return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))
     if not _autograd.recorded(tensors):
-        return _FWD[backend](*_arguments(*tensors, options))
+        return _GaussianRsampleKL.compute(*tensors, options, backend)
     return _autograd.record(_GaussianRsampleKL, tensors, options, backend)
 
 
@@ -146,11 +167,15 @@ def _arguments(mean_q, s_q, mean_p, s_p, seed, noise, mask, options):
 @_autograd.recordable
 class _GaussianRsampleKL(torch.autograd.Function):
     @staticmethod
+    def compute(mean_q, s_q, mean_p, s_p, seed, noise, mask, options, backend):
+        return _FWD[backend](*_arguments(mean_q, s_q, mean_p, s_p, seed, noise, mask, options))
+
+    @staticmethod
     def forward(ctx, mean_q, s_q, mean_p, s_p, seed, noise, mask, options, backend):
         ctx.save_for_backward(mean_q, s_q, mean_p, s_p, seed, noise, mask)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.backend = options, backend
-        return _FWD[backend](*_arguments(mean_q, s_q, mean_p, s_p, seed, noise, mask, options))
+        return _GaussianRsampleKL.compute(mean_q, s_q, mean_p, s_p, seed, noise, mask, options, backend)
 
     @staticmethod
     def backward(ctx, d_z, d_kl):
