@@ -3,6 +3,7 @@
 import functools
 import math
 import random
+from types import SimpleNamespace
 
 import fresh_python
 import numpy
@@ -453,6 +454,9 @@ def test_seeds_of_gpus_lie_on_the_host(monkeypatch):
     drawn = _seed.as_seed(None, None, device, on_cpu=True)
     assert (drawn.device.type, drawn.dtype, drawn.shape, default.offset) == ("cpu", torch.int64, (1,), 4)
     assert drawn.item() % 2**64 == _seed._reserve(StateOnTheHost(3))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    like = SimpleNamespace(is_cpu=False, device=device)  # a tensor of the GPU, whose later calls of a kind draw so
+    assert _seed.drawn(like, "cuda").item() % 2**64 == _seed._reserve(StateOnTheHost(3, 4)) and default.offset == 8
     assert _seed.as_seed(2**64 - 1, None, device, on_cpu=True).tolist() == [-1]
     with pytest.raises(ValueError, match="generator must be on the device of mean, cuda:0; got cuda:1"):
         _seed._draw(device, StateOnTheHost(3, device="cuda:1"), on_cpu=True)
