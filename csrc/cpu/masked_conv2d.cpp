@@ -93,6 +93,25 @@ struct Side {
   int64_t weights_of(int64_t unit, int half) const { return start[unit] + half * pairs(unit) * block; }
 };
 
+// The pixels of an image whose taps, or some of them, read inside it.
+struct Window {
+  int64_t top = INT64_MAX, bottom = 0, left = INT64_MAX, right = 0;
+
+  void add(const Tap& tap, int64_t rows, int64_t columns) {
+    top = std::min(top, std::max<int64_t>(-tap.down, 0));
+    bottom = std::max(bottom, std::min(rows - tap.down, rows));
+    left = std::min(left, std::max<int64_t>(-tap.right, 0));
+    right = std::max(right, std::min(columns - tap.right, columns));
+  }
+  // What of it is in some rows, counted from the first of these.
+  Window of_rows(int64_t first, int64_t rows) const {
+    Window part = *this;
+    part.top = std::max<int64_t>(top - first, 0);
+    part.bottom = std::min(bottom - first, rows);
+    return part;
+  }
+};
+
 // Memory for a thread. The loops call nothing of std that is a template: compiled for one instruction set, it would be
 // linked for all.
 struct Scratch {
@@ -122,8 +141,9 @@ struct ConvArgs {
   Planes d_planes;  // of the gradient before the activation
   Side backward;
   void* d_packed = nullptr;
-  int64_t chunks = 0, pairs = 0;  // pairs: rows of a partial weight gradient, channels times taps
+  int64_t chunks = 0, pairs = 0;  // pairs: rows of a partial weight gradient, taps times channels
   std::vector<int32_t> pair_offset;
+  std::vector<Window> windows;  // of each tile of pairs
   void* partial = nullptr;   // [chunks][blocks of output channels][pairs][lanes of a block]
   double* sums = nullptr;    // [n * bands][z_channels]
 
@@ -138,6 +158,7 @@ struct ConvArgs {
     return tap < int64_t(mask.taps.size()) || mask.live(out, in);
   }
   const int32_t* pair_offsets(int64_t first) const { return pair_offset.data() + first; }
+  const Window& window(int64_t tile) const { return windows[size_t(tile)]; }
   bool gated() const { return is_gate(activation); }
 };
 
@@ -333,9 +354,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
                                                                           : 2));
     int64_t count = args.in_channels * count_of_taps;
     args.pairs = (count + constants.pairs - 1) / constants.pairs * constants.pairs;
-    for (int64_t in = 0; in < args.in_channels; ++in) {
-      for (int64_t t = 0; t < count_of_taps; ++t) {
-        const Tap& tap = args.tap(t);
+    args.windows.resize(args.pairs / constants.pairs);
+    for (int64_t t = 0; t < count_of_taps; ++t) {
+      const Tap& tap = args.tap(t);
+      for (int64_t in = 0; in < args.in_channels; ++in) {
+        args.windows[args.pair_offset.size() / constants.pairs].add(tap, args.rows, args.columns);
         args.pair_offset.push_back(int32_t(in * args.planes.size + args.planes.offset(tap.down, tap.right)));
       }
     }

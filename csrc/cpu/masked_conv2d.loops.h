@@ -493,22 +493,24 @@ inline void transpose_block(const T* from, int64_t stride, int64_t channels, int
   transpose(from, stride, std::min<int64_t>(channels, lanes), columns, to, lanes);
 }
 
-// The products of kPairs inputs, given by their offsets, with a block of output channels, summed over rows of pixels.
-// dz: [rows][columns][lanes of the block]. Lanes are channels, so that a NaN reaches the weights of its own channel
-// only.
+// The products of kPairs inputs, given by their offsets, with a block of output channels, summed over the pixels of a
+// window. dz: [rows][columns][lanes of the block]. Lanes are channels, so that a NaN reaches the weights of its own
+// channel only.
 template <class T>
-inline void weight_tile(const T* in, const int32_t* offsets, const T* dz, int64_t rows, int64_t columns, int64_t pitch,
-                        T* totals) {
+inline void weight_tile(const T* in, const int32_t* offsets, const T* dz, const Window& window, int64_t columns,
+                        int64_t pitch, T* totals) {
   using Wide = WideOf<T>;
   using V = typename Wide::type;
+  constexpr int64_t kD = kChannelVectors * Wide::lanes;
   const T* from[kPairs];
   FASTELBO_UNROLL
   for (int m = 0; m < kPairs; ++m) from[m] = in + offsets[m];
-  int64_t width = std::min(columns, kSum), height = std::max<int64_t>(kSum / columns, 1);  // of what registers add up
-  for (int64_t top = 0; top < rows; top += height) {
-    int64_t bottom = std::min(top + height, rows);
-    for (int64_t left = 0; left < columns; left += width) {
-      int64_t right = std::min(left + width, columns);
+  int64_t width = window.right - window.left, height = std::max<int64_t>(kSum / width, 1);  // of what registers add up
+  width = std::min(width, kSum);
+  for (int64_t top = window.top; top < window.bottom; top += height) {
+    int64_t bottom = std::min(top + height, window.bottom);
+    for (int64_t left = window.left; left < window.right; left += width) {
+      int64_t right = std::min(left + width, window.right);
       V total[kPairs][kChannelVectors];
       FASTELBO_UNROLL
       for (int m = 0; m < kPairs; ++m) {
@@ -516,10 +518,11 @@ inline void weight_tile(const T* in, const int32_t* offsets, const T* dz, int64_
         for (int v = 0; v < kChannelVectors; ++v) total[m][v] = V(T(0));
       }
       for (int64_t row = top; row < bottom; ++row) {
-        for (int64_t i = row * pitch + left; i < row * pitch + right; ++i, dz += kChannelVectors * Wide::lanes) {
+        const T* of_pixel = dz + (row * columns + left) * kD;
+        for (int64_t i = row * pitch + left; i < row * pitch + right; ++i, of_pixel += kD) {
           V d[kChannelVectors];
           FASTELBO_UNROLL
-          for (int v = 0; v < kChannelVectors; ++v) d[v] = Wide::get(dz + v * Wide::lanes);
+          for (int v = 0; v < kChannelVectors; ++v) d[v] = Wide::get(of_pixel + v * Wide::lanes);
           FASTELBO_UNROLL
           for (int m = 0; m < kPairs; ++m) {
             V x = Wide::all(from[m][i]);
@@ -610,7 +613,8 @@ void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
                                         transposed.get() + r * run * lanes);
             for (int64_t pair = 0; pair < args.pairs; pair += kPairs)
               weight_tile(in.get() + planes.first() + row * planes.pitch, args.pair_offsets(pair), transposed.get(),
-                          some, args.columns, planes.pitch, partial + (block * args.pairs + pair) * lanes);
+                          args.window(pair / kPairs).of_rows(first + row, some), args.columns, planes.pitch,
+                          partial + (block * args.pairs + pair) * lanes);
           }
         }
       }
@@ -631,7 +635,8 @@ void conv_reduce_weight(const ConvArgs& args, int64_t begin, int64_t end) {
         double total = 0;
         if (args.live(t, out, in))
           for (int64_t chunk = 0; chunk < args.chunks; ++chunk)
-            total += partial[((chunk * blocks + out / lanes) * args.pairs + in * taps + t) * lanes + out % lanes];
+            total += partial[((chunk * blocks + out / lanes) * args.pairs + t * args.in_channels + in) * lanes +
+                             out % lanes];
         const Tap& tap = args.tap(t);
         int64_t offset = out * to.stride[0] + in * to.stride[1] + tap.row * to.stride[2] + tap.column * to.stride[3];
         with_format(to.format, [&](auto format) { scatter<decltype(format)>(to.data, offset, 1, 1, &total); });
