@@ -16,6 +16,7 @@ from fastelbo.testing import assert_within_budget
 HALVES = [torch.bfloat16, torch.float16]
 ACTIVATIONS = [None, "relu", "elu", "tanh_sigmoid", "glu"]
 NAMES = "y", "d_input", "d_weight", "d_bias", "d_cond"
+MANY_SMALL = 31, 6, 12, 7, 7, 7  # on CPUs these are images in lanes, all lanes but one of some vectors
 GROUPS = [(1, "interleaved"), (2, "contiguous"), (3, "interleaved"), (3, "contiguous")]
 
 
@@ -121,9 +122,9 @@ def test_number_of_live_taps(k, live):
 
 @pytest.mark.parametrize("groups, order", GROUPS)
 @pytest.mark.parametrize("mask_type", ["A", "B"])
-@pytest.mark.parametrize("k", [1, 3, 5, 7])
-def test_equals_the_product_with_the_mask(backend, k, mask_type, groups, order):
-    tensors = operands(k=k, cond=None, residual=False)
+@pytest.mark.parametrize("n, k", [(2, 1), (2, 3), (2, 5), (2, 7), (8, 7), (9, 5)])
+def test_equals_the_product_with_the_mask(backend, n, k, mask_type, groups, order):
+    tensors = operands(n, k=k, cond=None, residual=False)
     mask = published_mask(12, 6, k, mask_type, groups, order).double()
     keywords = {"mask_type": mask_type, "channel_groups": groups, "group_order": order, "backend": backend}
     got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, **keywords)
@@ -134,10 +135,11 @@ def test_equals_the_product_with_the_mask(backend, k, mask_type, groups, order):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("cond", [None, "class", "image"])
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
-def test_what_surrounds_the_convolution(backend, activation, cond, residual):
+@pytest.mark.parametrize("shape", [(2, 6, 12, 5, 7, 3), MANY_SMALL], ids=str)
+def test_what_surrounds_the_convolution(backend, shape, activation, cond, residual):
     gated = activation in ("tanh_sigmoid", "glu")
-    tensors = operands(activation=activation, cond=cond, residual=residual)
-    mask = published_mask(12, 6, 3, "B", 3, "contiguous", gated).double()
+    tensors = operands(*shape, activation=activation, cond=cond, residual=residual)
+    mask = published_mask(12, 6, shape[-1], "B", 3, "contiguous", gated).double()
     keywords = {"mask_type": "B", "channel_groups": 3, "group_order": "contiguous", "backend": backend}
     got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, activation=activation, **keywords)
     assert_close(got, outputs_and_gradients(lines, tensors, mask=mask, activation=activation))
@@ -145,10 +147,10 @@ def test_what_surrounds_the_convolution(backend, activation, cond, residual):
 
 @pytest.mark.parametrize("dilation", [1, 2, 5])
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 3), (5, 33)], ids=str)
-@pytest.mark.parametrize("k", [3, 7])
-def test_sizes_and_dilations(backend, size, dilation, k):
+@pytest.mark.parametrize("n, k", [(3, 3), (3, 7), (16, 7), (17, 3)])
+def test_sizes_and_dilations(backend, size, dilation, n, k):
     """Non-square images, and such that are smaller than the kernel; channels that fill no vector."""
-    tensors = operands(3, 5, 7, *size, k)
+    tensors = operands(n, 5, 7, *size, k)
     mask = published_mask(7, 5, k, "B").double()
     got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, mask_type="B", dilation=dilation, backend=backend)
     assert_close(got, outputs_and_gradients(lines, tensors, mask=mask, dilation=dilation))
@@ -222,10 +224,10 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("channels", [(6, 12), (5, 70)], ids=str)
-def test_memory_layouts(backend, layout, dtype, channels):
+@pytest.mark.parametrize("shape", [(2, 6, 12, 6, 7, 3), (2, 5, 70, 6, 7, 3), MANY_SMALL], ids=str)
+def test_memory_layouts(backend, layout, dtype, shape):
     lay_out = LAYOUTS[layout] if layout != "transposed" else lambda t: LAYOUTS[layout](t) if t.dim() > 1 else t
-    tensors = operands(2, *channels, activation="glu", cond="image", h=6, dtype=dtype)
+    tensors = operands(*shape, activation="glu", cond="image", dtype=dtype)
     keywords = {"mask_type": "B", "activation": "glu", "backend": backend}
     want = outputs_and_gradients(fastelbo.masked_conv2d, tensors, **keywords)
     got = outputs_and_gradients(fastelbo.masked_conv2d, [lay_out(t) for t in tensors], **keywords)
@@ -239,20 +241,36 @@ def test_memory_layouts(backend, layout, dtype, channels):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("keywords", [{"mask_type": "A"}, {"mask_type": "B", "dilation": 2}, {"taps": "unequal sides"}])
-@pytest.mark.parametrize("size", [(8, 8), (7, 7), (3, 9), (2, 7), (20, 14)], ids=str)
-def test_an_image_among_zeros_has_the_same_bits(size, keywords, layout):
-    """However wide it is: planes of small images have other gaps between their rows."""
+@pytest.mark.parametrize("n, size", [(2, (8, 8)), (2, (7, 7)), (2, (3, 9)), (2, (2, 7)), (2, (20, 14)), (31, (7, 7))])
+def test_an_image_among_zeros_has_the_same_bits(n, size, keywords, layout):
+    """However wide it is: planes of small images have other gaps between their rows, or hold several images."""
     keywords = dict(keywords)
     kernel = (7, 7) if "mask_type" in keywords else (3, 5)
     if "taps" in keywords:
         keywords["taps"] = TAPS[keywords["taps"]]
-    weight, image = torch.randn(24, 20, *kernel), torch.randn(2, 20, *size)
+    weight, image = torch.randn(24, 20, *kernel), torch.randn(n, 20, *size)
     results = []
     for columns in (size[1], size[1] + 16):
         x = F.pad(image, (0, columns - size[1])).requires_grad_()
         y = fastelbo.masked_conv2d(LAYOUTS[layout](x), weight, backend="cpu", **keywords)[..., : size[1]]
         (d_x,) = torch.autograd.grad(y, x, image.new_ones(1).expand(y.shape))
         results.append((y, d_x[..., : size[1]]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("keywords", [{"mask_type": "A"}, {"mask_type": "B", "channel_groups": 3}], ids=str)
+@pytest.mark.parametrize("bad", [None, float("nan")], ids=str)
+def test_an_image_has_the_same_bits_in_any_batch(bad, keywords):
+    """Also beside one of NaN."""
+    x, weight, bias, cond, residual = operands(33, 20, 24, 7, 7, 7, activation="glu", dtype=torch.float32)
+    results = []
+    for images in (slice(None), slice(4, 5)):
+        leaf = x[images].clone().requires_grad_()
+        given = leaf if bad is None or len(leaf) == 1 else torch.cat([leaf[:3], leaf[3:4] * bad, leaf[4:]])
+        others = {"activation": "glu", "cond": cond[images], "residual": residual[images], "backend": "cpu"}
+        y = fastelbo.masked_conv2d(given, weight, bias, **keywords, **others)
+        (d_x,) = torch.autograd.grad(y, leaf, y.detach().cos())
+        results.append((y[4:5], d_x[4:5]) if len(y) > 1 else (y, d_x))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -281,7 +299,9 @@ def budget(device, dtype, activation, *shape, k):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(4, 3, 40, 16, 15, 7), (2, 32, 24, 12, 13, 5), (3, 60, 30, 9, 8, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(4, 3, 40, 16, 15, 7), (2, 32, 24, 12, 13, 5), (3, 60, 30, 9, 8, 3), (16, 16, 12, 7, 7, 7)], ids=str
+)
 def test_error_budget(backend, dtype, activation, shape):
     *shape, k = shape
     tensors, *known = budget(torch.get_default_device(), dtype, activation, *shape, k=k)
@@ -292,7 +312,11 @@ def test_error_budget(backend, dtype, activation, shape):
         assert_within_budget(*three, name=name, promised=error if dtype == torch.float32 else 0.0)
 
 
-@pytest.mark.parametrize("shape", [(1, 128, 24, 9, 8, 7), (1, 24, 128, 9, 8, 7), (4, 4, 16, 64, 48, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 128, 24, 9, 8, 7), (1, 24, 128, 9, 8, 7), (4, 4, 16, 64, 48, 3), (32, 24, 64, 8, 8, 5), (256, 8, 8, 7, 7, 7)],
+    ids=str,
+)
 def test_float32_sums_are_in_blocks(kernels, shape):
     """What the algorithm promises, whatever torch does there: one chain of fused additions is off by far more."""
     *shape, k = shape
@@ -330,9 +354,10 @@ def test_gradcheck(backend, activation, mask_type, groups):
     assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
-def test_only_wanted_gradients(backend):
+@pytest.mark.parametrize("shape", [(2, 6, 12, 5, 7, 3), MANY_SMALL], ids=str)
+def test_only_wanted_gradients(backend, shape):
     """Every subset of inputs that want a gradient gets the same as when all do."""
-    tensors = operands(activation="tanh_sigmoid")
+    tensors = operands(*shape, activation="tanh_sigmoid")
     keywords = {"mask_type": "B", "activation": "tanh_sigmoid", "backend": backend}
     every = outputs_and_gradients(fastelbo.masked_conv2d, tensors, **keywords)[1:]
     for wanted in [subset for subset in itertools.product([False, True], repeat=5) if sum(subset) in (1, 4)]:
@@ -356,8 +381,9 @@ def later_pixels(h, w, row, column, own):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("mask_type", ["A", "B"])
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_future_pixels_reach_nothing(backend, mask_type, dilation, bad):
-    x, weight, bias, *_ = operands(1, 3, 9, 6, 7, 5, cond=None, residual=False)
+@pytest.mark.parametrize("n", [1, 8])
+def test_future_pixels_reach_nothing(backend, mask_type, dilation, bad, n):
+    x, weight, bias, *_ = operands(n, 3, 9, 6, 7, 5, cond=None, residual=False)
     keywords = {"mask_type": mask_type, "dilation": dilation, "backend": backend}
     clean = fastelbo.masked_conv2d(x, weight, bias, **keywords)
     for row, column in itertools.product((0, 2, 3, 5), (0, 1, 3, 6)):
@@ -386,7 +412,7 @@ def test_later_channel_groups_reach_nothing(backend, mask_type, order, activatio
 
 def test_dead_weights_are_never_read(backend):
     for (groups, order), mask_type, k in itertools.product(GROUPS, "AB", (1, 3, 5)):
-        x, weight, *_ = operands(k=k)
+        x, weight, *_ = operands(8, k=k)
         mask = fastelbo.conv_mask2d(12, 6, k, mask_type, channel_groups=groups, group_order=order)
         keywords = {"mask_type": mask_type, "channel_groups": groups, "group_order": order, "backend": backend}
 
@@ -399,9 +425,10 @@ def test_dead_weights_are_never_read(backend):
         assert (poisoned[2][~mask] == 0).all()
 
 
-def test_pixels_that_nothing_reads_leave_the_gradients_alone(backend):
+@pytest.mark.parametrize("n", [2, 8])
+def test_pixels_that_nothing_reads_leave_the_gradients_alone(backend, n):
     """The last pixel is in everybody's future under mask A: NaN there reaches no weight's gradient."""
-    x, weight, bias, *_ = operands(2, 3, 8, 5, 6, 5)
+    x, weight, bias, *_ = operands(n, 3, 8, 5, 6, 5)
     keywords = {"mask_type": "A", "backend": backend}
     clean = outputs_and_gradients(fastelbo.masked_conv2d, [x, weight, bias, None, None], **keywords)
     x[:, :, -1, -1] = float("nan")
@@ -478,11 +505,12 @@ def test_bitwise_the_same_from_run_to_run(kernels):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_bitwise_the_same_for_any_number_of_threads():
-    tensors = operands(5, 16, 32, 19, 13, 5, activation="tanh_sigmoid", dtype=torch.float32)
+@pytest.mark.parametrize("shape", [(5, 16, 32, 19, 13, 5), (31, 32, 32, 7, 7, 7), (160, 16, 32, 7, 7, 7)], ids=str)
+def test_bitwise_the_same_for_any_number_of_threads(shape):
+    tensors = operands(*shape, activation="tanh_sigmoid", dtype=torch.float32)
     results = []
     before = torch.get_num_threads()
-    for threads in (1, 2, 2):
+    for threads in (1, 2, 2, 3):
         torch.set_num_threads(threads)
         try:
             keywords = {"mask_type": "B", "activation": "tanh_sigmoid", "backend": "cpu"}
@@ -508,10 +536,11 @@ TAPS = {
 }
 
 
+@pytest.mark.parametrize("n", [2, 9])
 @pytest.mark.parametrize("size, dilation", [((6, 7), 1), ((6, 7), 2), ((2, 9), 1), ((1, 1), 9)], ids=str)
 @pytest.mark.parametrize("taps", TAPS.values(), ids=TAPS)
-def test_any_taps_equal_the_product_with_them(backend, taps, size, dilation):
-    tensors = operands(2, 6, 8, *size, residual=False)
+def test_any_taps_equal_the_product_with_them(backend, taps, size, dilation, n):
+    tensors = operands(n, 6, 8, *size, residual=False)
     mask = torch.tensor(taps, dtype=torch.float64)
     tensors[1] = torch.randn(8, 6, *mask.shape, dtype=torch.float64) / 8
     got = outputs_and_gradients(fastelbo.masked_conv2d, tensors, taps=taps, dilation=dilation, backend=backend)

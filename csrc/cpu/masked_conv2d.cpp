@@ -7,6 +7,10 @@
 // negated. The zeros beside a row are computed with, too: where they are many, as in small images, each channel has
 // a plane without them for every distance that a tap moves it to the side.
 //
+// Many images that are smaller still lie in the lanes: a vector is one pixel of that many images, which fill it however
+// few pixels they have, and a tile of pixels goes through the runs of the list that it reads inside the image. What
+// follows the sums is of one image at a time in every layout, and its bits do not depend on which it was.
+//
 // The loops (masked_conv2d.loops.h) in the order in which they run: what they read and write, the tasks that threads
 // share, and what a thread has of its own.
 //
@@ -15,14 +19,14 @@
 //   forward
 //   conv_pack_forward   weight               packed                    blocks of outputs  nothing
 //   masked_conv2d_fwd   input, packed;       y, kept                   bands of rows of   planes of input, a block
-//                       bias, cond,                                    an image           of outputs, a row
-//                       residual
+//                       bias, cond,                                    an image, or parts of outputs, a row
+//                       residual                                       of some images'
 //
 //   backward
 //   conv_pack_backward  weight               d_packed                  blocks of inputs   nothing
-//   masked_conv2d_bwd   d_y, kept, input,    d_input, d_cond, sums of  chunks of bands    planes of d_z and of input,
-//                       d_packed             bands, partial: shares                       a block of inputs, d_z of
-//                                            of d_weight                                  rows, channels innermost
+//   masked_conv2d_bwd   d_y, kept, input,    d_input, d_cond, sums of  chunks of bands,   planes of d_z and of input,
+//                       d_packed             bands, partial: shares    or parts of their  a block of inputs, d_z of
+//                                            of d_weight               gradients          rows, channels innermost
 //   conv_reduce_weight  partial              d_weight                  output channels    nothing
 //
 // The host adds up the sums of bands, for d_bias and the cond of a class.
@@ -39,9 +43,10 @@ namespace fastelbo {
 
 // How a band of rows lies in a channel's planes: `above` and `below` further rows, and `gap` zeros between any two
 // rows; or no gap, and `copies` planes, each moved to the side by one of `shifts`, with zeros where that leaves the
-// image.
+// image. Or the rows of `lanes` images, an element of each after the other. Lengths are in elements, but for `columns`
+// and `gap`, in pixels.
 struct Planes {
-  int64_t columns, gap, pitch, above, below, rows, front, plane, size, copies = 1;
+  int64_t lanes = 1, columns, gap, pitch, above, below, rows, front, plane, size, copies = 1;
   std::vector<int64_t> shifts = {0};
 
   Planes() = default;
@@ -56,14 +61,30 @@ struct Planes {
         front(reach),
         copies(int64_t(shifts.size())),
         shifts(std::move(shifts)) {
-    plane = (front + (above + rows + below) * pitch + slack + (copies > 1 ? reach : 0) + 15) / 16 * 16;
+    allot(slack + (copies > 1 ? reach : 0));
+  }
+  static Planes of_images(int64_t lanes, int64_t columns, int64_t rows, int64_t gap, int64_t above, int64_t below) {
+    Planes planes;
+    planes.lanes = lanes;
+    planes.columns = columns;
+    planes.gap = gap;
+    planes.pitch = (columns + gap) * lanes;
+    planes.above = above;
+    planes.below = below;
+    planes.rows = rows;
+    planes.front = gap * lanes;
+    planes.allot(0);
+    return planes;
+  }
+  void allot(int64_t slack) {
+    plane = (front + (above + rows + below) * pitch + slack + 15) / 16 * 16;
     if (plane % 32 == 0) plane += 16;  // an odd number of cache lines, so that planes spread over the cache's sets
     size = copies * plane;
   }
-  int64_t positions(int64_t rows) const { return rows * pitch - gap; }
+  int64_t positions(int64_t rows) const { return rows * pitch - gap * lanes; }
   int64_t first() const { return front + above * pitch; }
   int64_t offset(int64_t down, int64_t right) const {
-    if (copies == 1) return down * pitch + right;
+    if (copies == 1) return down * pitch + right * lanes;
     return down * pitch + (std::find(shifts.begin(), shifts.end(), right) - shifts.begin()) * plane;
   }
 };
@@ -73,22 +94,40 @@ struct ChannelTap {
   int32_t channel, tap;
 };
 
+// Products that registers add up, one after the other, before their total joins the others in memory: rounding errors
+// grow with the root of this number and of that of totals, not with that of all products. tests/rounding.py has the
+// bound.
+constexpr int kSum = 128;
+
+// Pairs that registers add up one after the other, and whether their total then joins the others in memory; a tile's
+// last run says so.
+struct Run {
+  enum Ends : int32_t { nothing, sum, tile };
+  int32_t begin, end;
+  Ends ends;
+};
+
+// A tile of neighbouring vectors is of at most three; four are two and two, not three and one.
+inline int64_t tile_of(int64_t vectors) { return vectors >= 3 && vectors != 4 ? 3 : std::min<int64_t>(vectors, 2); }
+
 // One side of the convolution, its output or its input gradient. The output channels come in blocks of `block`, none of
 // which spans two groups; under a gate a unit is a block of the first half and that of the second, else it is a block.
 struct Side {
   int block = 0, halves = 1;
-  int64_t half = 0;     // channels from one half to the other
+  int64_t half = 0;  // channels from one half to the other
   int64_t weights = 0;  // elements, once packed
   std::vector<int32_t> channels;  // [units][block], those of the first half; -1 for none
-  std::vector<int> group;         // [units]
-  std::vector<int64_t> start;     // [units] of its packed weights: [halves][pairs][block]
+  std::vector<int> group;  // [units]
+  std::vector<int64_t> start;  // [units] of its packed weights: [halves][pairs][block]
   std::vector<std::vector<int32_t>> group_offsets;  // [groups][pairs]
-  std::vector<std::vector<ChannelTap>> group_pairs;       // [groups][pairs]
+  std::vector<std::vector<ChannelTap>> group_pairs;  // [groups][pairs]
+  std::vector<std::vector<Run>> group_runs;  // [groups], those of one tile after the other, or of any tile
 
   int64_t units() const { return int64_t(group.size()); }
   int channel(int64_t unit, int m) const { return channels[unit * block + m]; }
   int64_t pairs(int64_t unit) const { return int64_t(group_pairs[group[unit]].size()); }
   const int32_t* offsets(int64_t unit) const { return group_offsets[group[unit]].data(); }
+  const Run* runs(int64_t unit) const { return group_runs[group[unit]].data(); }
   ChannelTap pair(int64_t unit, int64_t k) const { return group_pairs[group[unit]][k]; }
   int64_t weights_of(int64_t unit, int half) const { return start[unit] + half * pairs(unit) * block; }
 };
@@ -103,13 +142,21 @@ struct Window {
     left = std::min(left, std::max<int64_t>(-tap.right, 0));
     right = std::max(right, std::min(columns - tap.right, columns));
   }
-  // What of it is in some rows, counted from the first of these.
-  Window of_rows(int64_t first, int64_t rows) const {
-    Window part = *this;
-    part.top = std::max<int64_t>(top - first, 0);
-    part.bottom = std::min(bottom - first, rows);
-    return part;
+  // What of it is in some rows, counted from the first of these, and in positions of so many lanes.
+  Window part(int64_t first, int64_t rows, int64_t lanes) const {
+    return {std::max<int64_t>(top - first, 0), std::min(bottom - first, rows), left * lanes, right * lanes};
   }
+};
+
+// What tasks begin .. end - 1 do of a chunk that `parts` tasks share: the same part of whatever there is to share.
+struct Share {
+  int64_t chunk, begin, end, parts;
+
+  Share(int64_t task, int64_t last, int64_t parts)
+      : chunk(task / parts), begin(task % parts), end(std::min(parts, begin + last - task)), parts(parts) {}
+  int64_t tasks() const { return end - begin; }
+  int64_t first(int64_t count) const { return begin * count / parts; }
+  int64_t last(int64_t count) const { return end * count / parts; }
 };
 
 // Memory for a thread. The loops call nothing of std that is a template: compiled for one instruction set, it would be
@@ -128,10 +175,11 @@ struct ConvArgs {
   Activation activation;
   LiveTaps mask;
   int64_t band, bands;  // rows in a band, bands in an image
+  int64_t images = 1, parts = 1;  // images of a task, and tasks that share these, each for some outputs
   Image input, bias, cond, residual, y, kept;
   int64_t cond_ndim = 0;  // 2 for a class, 4 for an image
-  Image weight;         // strides of out, in, row, column
-  Planes planes;        // of the input
+  Image weight;  // strides of out, in, row, column
+  Planes planes;  // of the input
   Side forward;
   void* packed = nullptr;  // forward's weights
 
@@ -141,13 +189,13 @@ struct ConvArgs {
   Planes d_planes;  // of the gradient before the activation
   Side backward;
   void* d_packed = nullptr;
-  int64_t chunks = 0, pairs = 0;  // pairs: rows of a partial weight gradient, taps times channels
+  int64_t chunks = 0, pairs = 0;  // pairs: rows of a partial weight gradient, taps times channels, in whole tiles
   std::vector<int32_t> pair_offset;
   std::vector<Window> windows;  // of each tile of pairs
-  void* partial = nullptr;   // [chunks][blocks of output channels][pairs][lanes of a block]
-  double* sums = nullptr;    // [n * bands][z_channels]
+  void* partial = nullptr;  // [chunks][blocks of output channels][pairs][lanes of a block]
+  double* sums = nullptr;  // [n][bands][z_channels]
 
-  int64_t units() const { return n * bands; }
+  int64_t units() const { return (n + images - 1) / images * bands; }
   int64_t first_unit(int64_t chunk) const { return chunk * units() / chunks; }
   int64_t taps() const { return int64_t(mask.taps.size()) + mask.centre; }
   // The tap of an index; -1 and one past the last are the centre.
@@ -180,6 +228,42 @@ void run_tasks(Loop loop, const ConvArgs& args, int64_t tasks) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { loop(args, begin, end); });
 }
 
+// Whether `width` positions, moved by a tap, meet an image's rows or columns.
+bool meets(int64_t first, int64_t width, int64_t moved, int64_t size) {
+  return first + moved + width > 0 && first + moved < size;
+}
+
+// The tiles of a row of images in lanes, a pixel a vector: f(column, width).
+template <class F>
+void for_tiles(int64_t columns, F&& f) {
+  for (int64_t column = 0, width; column < columns; column += width) f(column, width = tile_of(columns - column));
+}
+
+constexpr int64_t kChannels = 32;  // whose rows beside a tile, for all taps, stay in the first-level cache
+
+// The runs of a tile: those of the taps that it reads, cut where a sum ends. Sums are the same whatever a tile reads.
+template <class Reads>
+void add_runs(std::vector<Run>& runs, const std::vector<Run>& of_taps, Reads&& reads) {
+  int32_t pairs = of_taps.empty() ? 0 : of_taps.back().end, sums = std::max((pairs + kSum - 1) / kSum, 1),
+          in_sum = (pairs + sums - 1) / sums;
+  size_t first = runs.size();
+  for (size_t t = 0; t < of_taps.size(); ++t) {
+    if (!reads(t)) continue;
+    for (int32_t begin = of_taps[t].begin, end; begin < of_taps[t].end; begin = end) {
+      end = std::min(of_taps[t].end, (begin / in_sum + 1) * in_sum);
+      bool others = runs.size() > first;
+      if (others && runs.back().end == begin && begin % in_sum != 0) {
+        runs.back().end = end;
+        continue;
+      }
+      if (others && runs.back().begin / in_sum != begin / in_sum) runs.back().ends = Run::sum;
+      runs.push_back({begin, end, Run::nothing});
+    }
+  }
+  if (runs.size() == first) runs.push_back({0, 0, Run::tile});
+  runs.back().ends = Run::tile;
+}
+
 // sign: 1 for the convolution, -1 for its input gradient, whose outputs are the convolution's inputs.
 Side side_of(const LiveTaps& mask, int64_t outputs, int64_t inputs, const Planes& planes, int block, bool gated,
              int sign) {
@@ -190,19 +274,42 @@ Side side_of(const LiveTaps& mask, int64_t outputs, int64_t inputs, const Planes
   const std::vector<int>& group = sign > 0 ? mask.group_out : mask.group_in;
   side.group_offsets.resize(mask.groups);
   side.group_pairs.resize(mask.groups);
+  side.group_runs.resize(mask.groups);
   for (int g = 0; g < mask.groups; ++g) {
     std::vector<int32_t> members;
     for (int64_t c = 0; c < side.half; ++c)
       if (group[c] == g) members.push_back(int32_t(c));
     if (members.empty()) continue;
-    auto add = [&](int64_t c, int32_t t, int64_t offset) {
-      side.group_offsets[g].push_back(int32_t(c * planes.size + offset));
-      side.group_pairs[g].push_back({int32_t(c), t});
+    std::vector<Run> of_taps;  // the pairs of a tap and some channels
+    std::vector<const Tap*> taps;
+    auto add = [&](int64_t first, int64_t end, int32_t t, const Tap& tap, auto&& live) {
+      int32_t begin = int32_t(side.group_pairs[g].size());
+      for (int64_t c = first; c < end; ++c) {
+        if (!live(c)) continue;
+        side.group_offsets[g].push_back(int32_t(c * planes.size + planes.offset(sign * tap.down, sign * tap.right)));
+        side.group_pairs[g].push_back({int32_t(c), t});
+      }
+      of_taps.push_back({begin, int32_t(side.group_pairs[g].size()), Run::nothing});
+      taps.push_back(&tap);
     };
-    for (int64_t c = 0; c < inputs; ++c) {
+    for (int64_t first = 0; first < inputs; first += kChannels) {
+      int64_t end = std::min(first + kChannels, inputs);
       for (size_t t = 0; t < mask.taps.size(); ++t)
-        add(c, int32_t(t), planes.offset(sign * mask.taps[t].down, sign * mask.taps[t].right));
-      if (mask.centre && (sign > 0 ? mask.live(members[0], c) : mask.live(c, members[0]))) add(c, -1, 0);
+        add(first, end, int32_t(t), mask.taps[t], [](int64_t) { return true; });
+      if (mask.centre)
+        add(first, end, -1, mask.centre_tap,
+            [&](int64_t c) { return sign > 0 ? mask.live(members[0], c) : mask.live(c, members[0]); });
+    }
+    if (planes.lanes == 1) {
+      add_runs(side.group_runs[g], of_taps, [](size_t) { return true; });
+    } else {
+      for (int64_t row = 0; row < planes.rows; ++row)
+        for_tiles(planes.columns, [&](int64_t column, int64_t width) {
+          add_runs(side.group_runs[g], of_taps, [&](size_t t) {
+            return meets(row, 1, sign * taps[t]->down, planes.rows) &&
+                   meets(column, width, sign * taps[t]->right, planes.columns);
+          });
+        });
     }
     for (size_t at = 0; at < members.size(); at += block) {
       for (int m = 0; m < block; ++m) side.channels.push_back(at + m < members.size() ? members[at + m] : -1);
@@ -222,8 +329,9 @@ struct Constants {
 };
 
 constexpr int64_t kBandElements = 1 << 16;  // of all planes of a band: 256 KiB of a second-level cache
-constexpr int64_t kTasks = 16;              // enough for any number of threads that a small batch can use
-constexpr int64_t kChunkPixels = 1024;      // of a share of the weight gradient: fewer, and adding the shares shows
+constexpr int64_t kFewLanes = 8;  // processors with more have larger caches, too
+constexpr int64_t kTasks = 16;  // enough for any number of threads that a small batch can use
+constexpr int64_t kChunkPixels = 1024;  // of a share of the weight gradient: fewer, and adding the shares shows
 
 // The rows in a band depend on shapes only, so that results do not depend on the number of threads.
 int64_t band_rows(int64_t n, int64_t rows, int64_t columns, int64_t channels, int64_t reach) {
@@ -234,21 +342,35 @@ int64_t band_rows(int64_t n, int64_t rows, int64_t columns, int64_t channels, in
   return std::min(rows, std::max(least, (rows + bands - 1) / bands));
 }
 
-// The planes of a band of one side's inputs, sign as for side_of: without gaps where vectors over them take a twentieth
-// less, and where they fit.
-Planes planes_of(const ConvArgs& args, int64_t channels, int64_t above, int64_t below, int sign,
+// The planes of a band of one side's inputs, sign as for side_of, in the layout that takes the fewest vectors times
+// taps, where it fits: without gaps, and with images in lanes, where that takes a twentieth less.
+Planes planes_of(const ConvArgs& args, int64_t channels, int64_t outputs, int64_t above, int64_t below, int sign,
                  const Constants& constants) {
-  int64_t reach = args.mask.sideways();
+  int64_t reach = args.mask.sideways(), lanes = constants.vector;
   Planes spaced(args.columns, args.band, reach, above, below, constants.slack);
   std::vector<int64_t> shifts = {0};
   for (const Tap& tap : args.mask.taps)
     if (std::find(shifts.begin(), shifts.end(), sign * tap.right) == shifts.end()) shifts.push_back(sign * tap.right);
   Planes moved(args.columns, args.band, reach, above, below, constants.slack, shifts);
-  auto vectors = [&](const Planes& planes) {
-    return (planes.positions(args.band) + constants.vector - 1) / constants.vector;
-  };
+  auto vectors = [&](const Planes& planes) { return (planes.positions(args.band) + lanes - 1) / lanes; };
   bool fit = channels * moved.size <= kBandElements;
-  return fit && 20 * vectors(moved) <= 19 * vectors(spaced) ? moved : spaced;
+  const Planes& pixels = fit && 20 * vectors(moved) <= 19 * vectors(spaced) ? moved : spaced;
+
+  // a tile reads zeros beside the image for at most all of its pixels but one
+  int64_t gap = std::min(reach, tile_of(args.columns) - 1), of_a_group = 0;
+  Planes images = Planes::of_images(lanes, args.columns, args.rows, gap, 0, 0);
+  if (channels * images.size > kBandElements * lanes / kFewLanes) return pixels;
+  for (int64_t t = 0; t < args.taps(); ++t) {
+    const Tap& tap = args.tap(t);
+    for_tiles(args.columns, [&](int64_t column, int64_t width) {
+      if (meets(column, width, sign * tap.right, args.columns)) of_a_group += (args.rows - std::abs(tap.down)) * width;
+    });
+  }
+  int64_t groups = (args.n + lanes - 1) / lanes, pairs = channels * outputs;
+  int64_t transposed = args.n * args.rows * args.columns * (channels + outputs);  // each costs as much as a vector
+  int64_t of_images = groups * of_a_group * pairs + transposed;
+  int64_t of_pixels = args.n * args.bands * vectors(pixels) * args.taps() * pairs;
+  return 20 * of_images <= 19 * of_pixels ? images : pixels;
 }
 
 ConvArgs arguments(const Tensor& input, const Tensor& weight, const std::string& mask_type, const std::string& stack,
@@ -272,6 +394,17 @@ ConvArgs arguments(const Tensor& input, const Tensor& weight, const std::string&
   return args;
 }
 
+void take_images(ConvArgs& args, int64_t lanes) {
+  args.band = args.rows;
+  args.bands = 1;
+  args.images = lanes;
+}
+
+// Into how many parts the work on some images is cut, each of which packs them for itself unless a thread does several.
+int64_t parts_of(const ConvArgs& args, int64_t tasks) {
+  return args.images > 1 ? std::max<int64_t>(kTasks / std::max<int64_t>(tasks, 1), 1) : 1;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::optional<Tensor> bias,
@@ -284,7 +417,8 @@ std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::o
   Constants constants(dtype);
   ConvArgs args =
       arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, taps, constants);
-  args.planes = planes_of(args, args.in_channels, args.mask.up, args.mask.down, 1, constants);
+  args.planes = planes_of(args, args.in_channels, args.z_channels, args.mask.up, args.mask.down, 1, constants);
+  if (args.planes.lanes > 1) take_images(args, args.planes.lanes);
   Tensor y = allocate_image(args.n, args.y_channels, input);
   Tensor kept =
       keep ? allocate_image(args.n, args.z_channels, input) : allocate(Shape{0}, input.scalar_type(), Device(input));
@@ -299,7 +433,8 @@ std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::o
   Tensor packed = allocate(Shape{args.forward.weights}, dtype, Device(input));
   args.packed = packed.data_ptr();
   run_tasks(FASTELBO_CONV_LOOP(conv_pack_forward, dtype), args, args.forward.units());
-  run_tasks(FASTELBO_CONV_LOOP(masked_conv2d_fwd, dtype), args, args.units());
+  args.parts = std::min(parts_of(args, args.units()), args.forward.units());
+  run_tasks(FASTELBO_CONV_LOOP(masked_conv2d_fwd, dtype), args, args.units() * args.parts);
   return {y, kept};
 }
 
@@ -321,8 +456,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   args.kept = image_of(kept);
   int64_t reach = mask.sideways();
   args.planes = Planes(args.columns, args.band, reach, mask.up, mask.down, constants.slack);
-  args.d_planes = want_input ? planes_of(args, args.z_channels, mask.down, mask.up, -1, constants)
+  args.d_planes = want_input ? planes_of(args, args.z_channels, args.in_channels, mask.down, mask.up, -1, constants)
                              : Planes(args.columns, args.band, 0, 0, 0, constants.slack);  // no tap reads them
+  if (args.d_planes.lanes > 1) {
+    take_images(args, args.d_planes.lanes);
+    args.planes = Planes::of_images(args.images, args.columns, args.rows, reach, mask.up, mask.down);
+  }
   Tensor d_input = want_input ? allocate(Shape(input), stored, input) : allocate(Shape{0}, stored, device);
   Tensor d_weight = want_weight ? allocate(Shape(weight), stored, weight) : allocate(Shape{0}, stored, device);
   Tensor d_bias = allocate(Shape{want_bias ? args.z_channels : 0}, stored, device);
@@ -332,7 +471,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   if (cond_ndim == 4) args.d_cond = image_of(d_cond);
   std::vector<double> sums;
   if (want_bias || cond_ndim == 2) {
-    sums.resize(args.units() * args.z_channels);
+    sums.resize(args.n * args.bands * args.z_channels);
     args.sums_wanted = true;
     args.sums = sums.data();
   }
@@ -370,11 +509,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
     partial = allocate(Shape{args.chunks * share}, dtype, device);
     args.partial = count ? partial->data_ptr() : nullptr;
   }
-  run_tasks(FASTELBO_CONV_LOOP(masked_conv2d_bwd, dtype), args, args.chunks);
+  args.parts = parts_of(args, args.chunks);
+  run_tasks(FASTELBO_CONV_LOOP(masked_conv2d_bwd, dtype), args, args.chunks * args.parts);
   if (args.partial) run_tasks(FASTELBO_CONV_LOOP(conv_reduce_weight, dtype), args, args.z_channels);
 
-  auto store_sums = [&](Tensor& to, int64_t entries) {  // each of as many consecutive units as there are to an entry
-    int64_t per_entry = entries ? args.units() / entries : 0;
+  auto store_sums = [&](Tensor& to, int64_t entries) {  // each of as many consecutive bands as there are to an entry
+    int64_t per_entry = entries ? args.n * args.bands / entries : 0;
     Image image = image_of(to);
     for (int64_t entry = 0; entry < entries; ++entry) {
       for (int64_t c = 0; c < args.z_channels; ++c) {

@@ -60,225 +60,64 @@ void conv_constants(int64_t* block, int64_t* vector, int64_t* slack, int64_t* la
   *pairs = kPairs;
 }
 
-// Rows of one channel of an image, from an offset on, to and from rows of the arithmetic type that lie `pitch` apart.
-template <class T>
-inline void read_rows(const Image& image, int64_t offset, int64_t rows, int64_t columns, T* to, int64_t pitch) {
-  if (pitch == columns && image.stride[2] == columns * image.stride[3]) {
-    columns *= rows;
-    rows = 1;
-  }
-  with_format(image.format, [&](auto format) {
-    for (int64_t row = 0; row < rows; ++row)
-      gather<decltype(format)>(image.data, offset + row * image.stride[2], image.stride[3], int(columns),
-                               to + row * pitch);
-  });
-}
-template <class T>
-inline void write_rows(const Image& image, int64_t offset, int64_t rows, int64_t columns, const T* from,
-                       int64_t pitch) {
-  if (pitch == columns && image.stride[2] == columns * image.stride[3]) {
-    columns *= rows;
-    rows = 1;
-  }
-  with_format(image.format, [&](auto format) {
-    for (int64_t row = 0; row < rows; ++row)
-      scatter<decltype(format)>(image.data, offset + row * image.stride[2], image.stride[3], int(columns),
-                                from + row * pitch);
-  });
-}
+#include "masked_conv2d_planes.h"
 
-// to[i * to_stride + line] = from[line * stride + i]
-template <class T>
-inline void transpose(const T* from, int64_t stride, int64_t lines, int64_t length, T* to, int64_t to_stride) {
-  int64_t line = 0;
-#if defined(FASTELBO_AVX2) || defined(FASTELBO_AVX512)
-  if constexpr (sizeof(T) == 4) {
-    for (; line + 8 <= lines; line += 8, from += 8 * stride, to += 8) {
-      int64_t i = 0;
-      for (; i + 8 <= length; i += 8) {
-        __m256 r[8], s[8];
-        FASTELBO_UNROLL
-        for (int k = 0; k < 8; ++k) r[k] = _mm256_loadu_ps(from + k * stride + i);
-        FASTELBO_UNROLL
-        for (int k = 0; k < 8; k += 2) {
-          s[k] = _mm256_unpacklo_ps(r[k], r[k + 1]);
-          s[k + 1] = _mm256_unpackhi_ps(r[k], r[k + 1]);
-        }
-        FASTELBO_UNROLL
-        for (int k = 0; k < 8; k += 4) {
-          r[k] = _mm256_shuffle_ps(s[k], s[k + 2], 0x44);
-          r[k + 1] = _mm256_shuffle_ps(s[k], s[k + 2], 0xee);
-          r[k + 2] = _mm256_shuffle_ps(s[k + 1], s[k + 3], 0x44);
-          r[k + 3] = _mm256_shuffle_ps(s[k + 1], s[k + 3], 0xee);
-        }
-        FASTELBO_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          _mm256_storeu_ps(to + (i + k) * to_stride, _mm256_permute2f128_ps(r[k], r[k + 4], 0x20));
-          _mm256_storeu_ps(to + (i + k + 4) * to_stride, _mm256_permute2f128_ps(r[k], r[k + 4], 0x31));
-        }
-      }
-      for (; i < length; ++i)
-        for (int k = 0; k < 8; ++k) to[i * to_stride + k] = from[k * stride + i];
-    }
-    for (; line + 4 <= lines; line += 4, from += 4 * stride, to += 4) {
-      int64_t i = 0;
-      for (; i + 4 <= length; i += 4) {
-        __m128 r[4];
-        FASTELBO_UNROLL
-        for (int k = 0; k < 4; ++k) r[k] = _mm_loadu_ps(from + k * stride + i);
-        _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
-        FASTELBO_UNROLL
-        for (int k = 0; k < 4; ++k) _mm_storeu_ps(to + (i + k) * to_stride, r[k]);
-      }
-      for (; i < length; ++i)
-        for (int k = 0; k < 4; ++k) to[i * to_stride + k] = from[k * stride + i];
-    }
-  }
-#endif
-  for (; line < lines; ++line, from += stride, ++to)
-    for (int64_t i = 0; i < length; ++i) to[i * to_stride] = from[i];
-}
-
-// Whether an image's pixels are vectors of channels, of the arithmetic type; `pixel` is the address of one.
-template <class T>
-inline bool channels_innermost(const Image& image) {
-  return image.stride[1] == 1 && image.stride[3] != 1 && image.format == (sizeof(T) == 4 ? Format::f32 : Format::f64);
-}
-template <class T>
-inline T* pixel(const Image& image, int64_t offset) {
-  return reinterpret_cast<T*>(image.data) + offset;
-}
-
-// How many rows to take of one channel before the next: with channels last one, so that a row of all channels stays in
-// the cache, else some that fill vectors.
-inline int64_t rows_of_a_channel(const Image& image, int64_t columns) {
-  constexpr int64_t kPixels = 1024;
-  return image.stride[3] == 1 && columns < kPixels ? kPixels / columns : 1;
-}
-
-template <class T>
-FASTELBO_INLINE void zero(T* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = 0;
-}
-
-// Of each further copy of a plane: 1 where the first one, moved to the side, stays in its row, else 0.
-template <class T>
-inline void find_kept(const Planes& planes, T* kept) {
-  for (int64_t copy = 1; copy < planes.copies; ++copy) {
-    for (int64_t i = 0; i < planes.plane; ++i, ++kept) {
-      int64_t column = (i + planes.pitch - planes.front % planes.pitch) % planes.pitch + planes.shifts[size_t(copy)];
-      *kept = T(column >= 0 && column < planes.columns);
-    }
-  }
-}
-
-// Fills the further copies of a channel's first plane.
-template <class T>
-inline void move_plane(const Planes& planes, const T* kept, T* of_channel) {
-  int64_t reach = planes.front, count = planes.plane - 2 * reach;
-  for (int64_t copy = 1; copy < planes.copies; ++copy, kept += planes.plane) {
-    const T *from = of_channel + reach + planes.shifts[size_t(copy)], *keep = kept + reach;
-    T* to = of_channel + copy * planes.plane + reach;
-    for (int64_t i = 0; i < count; ++i) {
-      T value = from[i];
-      to[i] = keep[i] != 0 ? value : T(0);
-    }
-  }
-}
-
-// Rows first - above .. first + rows + below - 1 of all channels. Those inside the image come through fetch(row, count,
-// i), `step` at a time: row .. row + count - 1 of all channels, into rows i .. of the planes.
-template <class T, class Fetch>
-inline void pack_planes(const Planes& planes, int64_t image_rows, int64_t channels, int64_t first, int64_t rows,
-                        int64_t step, const T* kept, T* to, Fetch&& fetch) {
-  int64_t all = planes.above + rows + planes.below, start = first - planes.above;
-  int64_t begin = std::max<int64_t>(-start, 0), end = std::min(all, image_rows - start);
-  for (int64_t c = 0; c < channels; ++c) {
-    T* plane = to + c * planes.size;
-    zero(plane, planes.front + begin * planes.pitch);
-    for (int64_t i = begin; i < end; ++i) zero(plane + planes.front + i * planes.pitch + planes.columns, planes.gap);
-    zero(plane + planes.front + end * planes.pitch, planes.plane - planes.front - end * planes.pitch);
-  }
-  for (int64_t i = begin; i < end; i += step) fetch(start + i, std::min(step, end - i), i);
-  for (int64_t c = 0; c < channels; ++c) move_plane(planes, kept, to + c * planes.size);
-}
-
-template <class T>
-inline void pack_input(const ConvArgs& args, int64_t n, int64_t first, int64_t rows, const T* kept, T* to) {
-  const Planes& planes = args.planes;
-  int64_t step = rows_of_a_channel(args.input, args.columns);
-  pack_planes(
-      planes, args.rows, args.in_channels, first, rows, step, kept, to, [&](int64_t row, int64_t count, int64_t i) {
-        T* at = to + planes.front + i * planes.pitch;
-        if (channels_innermost<T>(args.input))
-          return transpose(pixel<T>(args.input, args.input.at(n, 0, row)), args.input.stride[3], args.columns,
-                           args.in_channels, at, planes.size);
-        for (int64_t c = 0; c < args.in_channels; ++c)
-          read_rows(args.input, args.input.at(n, c, row), count, args.columns, at + c * planes.size, planes.pitch);
-      });
-}
-
-// Products that registers add up, one after the other, before their total joins the others in memory: rounding errors
-// grow with the root of this number and of that of totals, not with that of all products. tests/rounding.py has the
-// bound.
-constexpr int64_t kSum = 128;
-
-// kBlock output channels of vectors * lanes neighbouring pixels, on top of a constant for each channel.
+// kBlock output channels of `vectors` neighbouring vectors, on top of a vector for each channel. Returns the next
+// tile's runs.
 template <class T, int vectors>
-inline void conv_tile(const T* in, const int32_t* offsets, int64_t pairs, int64_t in_sum, const T* weights,
-                      const T* constants, T* out, int64_t pitch) {
+inline const Run* conv_tile(const T* in, const int32_t* offsets, const Run* run, const T* weights, const T* constants,
+                            T* out, int64_t pitch) {
   using Wide = WideOf<T>;
   using V = typename Wide::type;
-  int64_t k = 0;
-  do {
-    bool first = k == 0;
+  for (bool first = true;; first = false) {
     V total[kBlock][vectors];
     FASTELBO_UNROLL
     for (int m = 0; m < kBlock; ++m) {
       FASTELBO_UNROLL
       for (int v = 0; v < vectors; ++v) total[m][v] = V(T(0));
     }
-    for (int64_t end = std::min(k + in_sum, pairs); k < end; ++k, weights += kBlock) {
-      const T* from = in + offsets[k];
-      V x[vectors];
-      FASTELBO_UNROLL
-      for (int v = 0; v < vectors; ++v) x[v] = Wide::get(from + v * Wide::lanes);
-      FASTELBO_UNROLL
-      for (int m = 0; m < kBlock; ++m) {
-        V w = Wide::all(weights[m]);
+    for (;; ++run) {
+      const T* w = weights + run->begin * kBlock;
+      for (int64_t k = run->begin; k < run->end; ++k, w += kBlock) {
+        const T* from = in + offsets[k];
+        V x[vectors];
         FASTELBO_UNROLL
-        for (int v = 0; v < vectors; ++v) total[m][v] = fma(w, x[v], total[m][v]);
+        for (int v = 0; v < vectors; ++v) x[v] = Wide::get(from + v * Wide::lanes);
+        FASTELBO_UNROLL
+        for (int m = 0; m < kBlock; ++m) {
+          V of_channel = Wide::all(w[m]);
+          FASTELBO_UNROLL
+          for (int v = 0; v < vectors; ++v) total[m][v] = fma(of_channel, x[v], total[m][v]);
+        }
       }
+      if (run->ends != Run::nothing) break;
     }
     FASTELBO_UNROLL
     for (int m = 0; m < kBlock; ++m) {
       T* to = out + m * pitch;
       FASTELBO_UNROLL
       for (int v = 0; v < vectors; ++v, to += Wide::lanes)
-        Wide::put(to, total[m][v] + (first ? Wide::all(constants[m]) : Wide::get(to)));
+        Wide::put(to, total[m][v] + Wide::get(first ? constants + m * Wide::lanes : to));
     }
-  } while (k < pairs);
+    if ((run++)->ends == Run::tile) return run;
+  }
 }
 
-// A block of output channels over all pixels of a band: out[kBlock][pitch].
-template <class T>
-inline void conv_band(const T* in, const int32_t* offsets, int64_t pairs, const T* weights, const T* constants,
-                      int64_t positions, T* out, int64_t pitch) {
+// A block of output channels over neighbouring positions: out[kBlock][pitch]. Either each tile has runs of its own, or
+// all have the same.
+template <class T, bool own>
+inline const Run* conv_row(const T* in, const int32_t* offsets, const Run* runs, const T* weights, const T* constants,
+                           int64_t positions, T* out, int64_t pitch) {
   constexpr int lanes = WideOf<T>::lanes;
-  int64_t sums = std::max<int64_t>((pairs + kSum - 1) / kSum, 1), in_sum = (pairs + sums - 1) / sums;
-  for (int64_t p = 0; p < positions;) {
-    int64_t left = (positions - p + lanes - 1) / lanes;  // vectors; four are two and two, not three and one
-    if (left >= 3 && left != 4) {
-      conv_tile<T, 3>(in + p, offsets, pairs, in_sum, weights, constants, out + p, pitch);
-      p += 3 * lanes;
-    } else if (left >= 2) {
-      conv_tile<T, 2>(in + p, offsets, pairs, in_sum, weights, constants, out + p, pitch);
-      p += 2 * lanes;
-    } else {
-      conv_tile<T, 1>(in + p, offsets, pairs, in_sum, weights, constants, out + p, pitch);
-      p += lanes;
-    }
+  for (int64_t left = (positions + lanes - 1) / lanes, tile; left > 0; left -= tile) {
+    tile = tile_of(left);
+    auto conv = tile == 3 ? &conv_tile<T, 3> : tile == 2 ? &conv_tile<T, 2> : &conv_tile<T, 1>;
+    const Run* next = conv(in, offsets, runs, weights, constants, out, pitch);
+    if (own) runs = next;
+    in += tile * lanes;
+    out += tile * lanes;
   }
+  return runs;
 }
 
 // The weights of units begin .. end - 1 in the order in which conv_tile reads them.
@@ -363,11 +202,12 @@ inline void write_unit(const Image& image, const Side& side, int64_t unit, int64
     write_rows(image, image.at(n, side.channel(unit, m), first), rows, columns, from + m * stride, pitch);
 }
 
-// What follows the sum over taps and the bias, for the rows of one output channel: z[half], gaps and all.
+// What follows the sum over taps and the bias, for the rows of one output channel, `pitch` apart: z[half], gaps and
+// all.
 template <class T>
 inline void finish_channel(const ConvArgs& args, int64_t n, int64_t c, int64_t first, int64_t rows, T* const* z,
-                           T* scratch) {
-  int64_t columns = args.columns, pitch = args.planes.pitch, positions = args.planes.positions(rows);
+                           int64_t pitch, T* scratch) {
+  int64_t columns = args.columns, positions = (rows - 1) * pitch + columns;
   bool gated = args.gated();
   for (int h = 0; h < (gated ? 2 : 1); ++h) {
     int64_t channel = c + h * args.y_channels;
@@ -399,40 +239,97 @@ inline void finish_channel(const ConvArgs& args, int64_t n, int64_t c, int64_t f
   if (args.residual) add_rows(args.residual, args.residual.at(n, c, first), rows, columns, y, pitch, scratch);
 }
 
+// A unit's outputs over a band: [halves][kBlock][pitch], of each image.
 template <class T>
-struct ScratchOf : Scratch {
-  explicit ScratchOf(int64_t count) : Scratch(count * int64_t(sizeof(T))) {}
-  T* get() const { return static_cast<T*>(data); }
+struct Outputs {
+  static constexpr int lanes = WideOf<T>::lanes;
+  const ConvArgs& args;
+  const Planes& planes;
+  const Side& side;
+  bool of_images;
+  int64_t row_pitch, pitch, size;  // of a channel's row, of a channel, of an image
+  ScratchOf<T> pixels, interleaved;
+
+  Outputs(const ConvArgs& args, const Planes& planes, const Side& side)
+      : args(args),
+        planes(planes),
+        side(side),
+        of_images(planes.lanes > 1),
+        row_pitch(of_images ? args.columns : planes.pitch),
+        pitch((args.band * row_pitch + lanes - 1) / lanes * lanes + kVectors * lanes),
+        size(side.halves * kBlock * pitch),
+        pixels(planes.lanes * size),
+        interleaved(of_images ? kBlock * lanes * args.band * args.columns : 0) {}
+  T* channel(int64_t image, int half, int m) const { return pixels.get() + image * size + (half * kBlock + m) * pitch; }
+  // constants: [kBlock][lanes]
+  void convolve(const T* in, int64_t unit, int half, const void* packed, const T* constants, int64_t rows) const {
+    const T* weights = static_cast<const T*>(packed) + side.weights_of(unit, half);
+    const int32_t* offsets = side.offsets(unit);
+    const Run* runs = side.runs(unit);
+    in += planes.first();
+    if (!of_images) {
+      conv_row<T, false>(in, offsets, runs, weights, constants, planes.positions(rows), channel(0, half, 0), pitch);
+      return;
+    }
+    int64_t wide = args.columns * lanes, plane = rows * wide;
+    T* to = interleaved.get();
+    for (int64_t row = 0; row < rows; ++row)
+      runs =
+          conv_row<T, true>(in + row * planes.pitch, offsets, runs, weights, constants, wide, to + row * wide, plane);
+    for (int m = 0; m < kBlock; ++m)
+      transpose(to + m * plane, lanes, rows * args.columns, lanes, channel(0, half, m), size);
+  }
 };
+
+// What the sums start from: [units][halves][kBlock][lanes], a lane of each image, or all of one.
+template <class T>
+inline void find_constants(const ConvArgs& args, int64_t n, int64_t images, T* to) {
+  const Side& forward = args.forward;
+  for (int64_t u = 0; u < forward.units(); ++u) {
+    for (int h = 0; h < forward.halves; ++h) {
+      for (int m = 0; m < kBlock; ++m) {
+        int64_t channel = forward.channel(u, m) + h * forward.half;
+        bool there = forward.channel(u, m) >= 0;
+        T bias = there && args.bias ? value_at<T>(args.bias, channel * args.bias.stride[0]) : T(0), value = bias;
+        for (int64_t i = 0; i < WideOf<T>::lanes; ++i) {
+          if (there && i < images) value = bias + value_at<T>(args.cond, args.cond.at(n + i, channel, 0));
+          *to++ = value;
+        }
+      }
+    }
+  }
+}
 
 template <class T, bool>
 void masked_conv2d_fwd(const ConvArgs& args, int64_t begin, int64_t end) {
+  constexpr int lanes = WideOf<T>::lanes;
   const Planes& planes = args.planes;
   const Side& forward = args.forward;
-  int64_t pitch = planes.positions(args.band) + kVectors * WideOf<T>::lanes;
   ScratchOf<T> kept((planes.copies - 1) * planes.plane), in(args.in_channels * planes.size),
-      z(forward.halves * kBlock * pitch), row_scratch(args.columns + kVectors * WideOf<T>::lanes);
+      constants(forward.units() * forward.halves * kBlock * lanes), row_scratch(args.columns + kVectors * lanes);
+  bool of_class = args.cond && args.cond_ndim == 2;
+  if (!of_class) find_constants(args, 0, 0, constants.get());
+  Outputs<T> z(args, planes, forward);
+  Staging<T> staging(planes);
   find_kept(planes, kept.get());
-  for (int64_t task = begin; task < end; ++task) {
-    int64_t n = task / args.bands, first = task % args.bands * args.band, rows = std::min(args.band, args.rows - first);
-    pack_input(args, n, first, rows, kept.get(), in.get());
-    for (int64_t u = 0; u < forward.units(); ++u) {
-      for (int h = 0; h < forward.halves; ++h) {
-        T constants[kBlock] = {};
+  if (planes.lanes > 1) zero(in.get(), args.in_channels * planes.size);
+  for (int64_t task = begin; task < end;) {
+    Share share(task, end, args.parts);
+    task += share.tasks();
+    int64_t n = share.chunk / args.bands * args.images, images = std::min(args.images, args.n - n),
+            first = share.chunk % args.bands * args.band, rows = std::min(args.band, args.rows - first);
+    if (of_class) find_constants(args, n, images, constants.get());
+    pack_input(args, n, first, rows, kept.get(), staging, in.get());
+    for (int64_t u = share.first(forward.units()); u < share.last(forward.units()); ++u) {
+      for (int h = 0; h < forward.halves; ++h)
+        z.convolve(in.get(), u, h, args.packed, constants.get() + (u * forward.halves + h) * kBlock * lanes, rows);
+      for (int64_t i = 0; i < images; ++i) {
         for (int m = 0; m < kBlock && forward.channel(u, m) >= 0; ++m) {
-          int64_t channel = forward.channel(u, m) + h * forward.half;
-          if (args.bias) constants[m] = value_at<T>(args.bias, channel * args.bias.stride[0]);
-          if (args.cond && args.cond_ndim == 2) constants[m] += value_at<T>(args.cond, args.cond.at(n, channel, 0));
+          T* of_channel[2] = {z.channel(i, 0, m), z.channel(i, forward.halves - 1, m)};
+          finish_channel(args, n + i, forward.channel(u, m), first, rows, of_channel, z.row_pitch, row_scratch.get());
         }
-        conv_band(in.get() + planes.first(), forward.offsets(u), forward.pairs(u),
-                  static_cast<const T*>(args.packed) + forward.weights_of(u, h), constants, planes.positions(rows),
-                  z.get() + h * kBlock * pitch, pitch);
+        write_unit(args.y, forward, u, n + i, first, rows, args.columns, z.channel(i, 0, 0), z.pitch, z.row_pitch);
       }
-      for (int m = 0; m < kBlock && forward.channel(u, m) >= 0; ++m) {
-        T* planes_of_channel[2] = {z.get() + m * pitch, z.get() + (kBlock + m) * pitch};
-        finish_channel(args, n, forward.channel(u, m), first, rows, planes_of_channel, row_scratch.get());
-      }
-      write_unit(args.y, forward, u, n, first, rows, args.columns, z.get(), pitch, planes.pitch);
     }
   }
 }
@@ -506,7 +403,7 @@ inline void weight_tile(const T* in, const int32_t* offsets, const T* dz, const 
   FASTELBO_UNROLL
   for (int m = 0; m < kPairs; ++m) from[m] = in + offsets[m];
   int64_t width = window.right - window.left, height = std::max<int64_t>(kSum / width, 1);  // of what registers add up
-  width = std::min(width, kSum);
+  width = std::min<int64_t>(width, kSum);
   for (int64_t top = window.top; top < window.bottom; top += height) {
     int64_t bottom = std::min(top + height, window.bottom);
     for (int64_t left = window.left; left < window.right; left += width) {
@@ -549,71 +446,119 @@ inline double sum_plane(const T* from, int64_t positions) {
   return total;
 }
 
-constexpr int64_t kWeightPositions = 256;  // pixels whose gradients, transposed, stay in the first-level cache
+// The gradient before the activation of a band into d_planes, and what else is wanted of it: d_cond, and sums.
+template <class T>
+struct ActivationGradient {
+  const ConvArgs& args;
+  const Planes& planes;
+  int64_t step, most;
+  ScratchOf<T> kept, scratch;
+  Staging<T> staging;
+
+  explicit ActivationGradient(const ConvArgs& args)
+      : args(args),
+        planes(args.d_planes),
+        step(planes.lanes > 1 ? args.rows : rows_of_a_channel(args.d_y, args.columns)),
+        most(covered<T>(step * args.columns)),
+        kept((planes.copies - 1) * planes.plane),
+        scratch(3 * most),
+        staging(planes, args.gated() ? 2 : 1) {
+    find_kept(planes, kept.get());
+    zero(scratch.get(), 3 * most);
+  }
+
+  // of: a channel's rows, `pitch` apart, with zeros between them
+  void store(int64_t n, int64_t c, int64_t first, int64_t rows, const T* of, int64_t pitch) const {
+    if (args.d_cond) write_rows(args.d_cond, args.d_cond.at(n, c, first), rows, args.columns, of, pitch);
+    if (args.sums_wanted)
+      args.sums[(n * args.bands + first / args.band) * args.z_channels + c] =
+          sum_plane(of, (rows - 1) * pitch + args.columns);
+  }
+
+  void pack(int64_t n, int64_t first, int64_t rows, bool stored, T* to) const {
+    if (planes.lanes > 1) return pack_group(n, stored, to);
+    pack_planes(planes, args.rows, args.z_channels, first, rows, step, kept.get(), to,
+                [&](int64_t row, int64_t count, int64_t i) {
+                  if (args.activation == Activation::none && channels_innermost<T>(args.d_y))
+                    return transpose(pixel<T>(args.d_y, args.d_y.at(n, 0, row)), args.d_y.stride[3], args.columns,
+                                     args.z_channels, to + planes.front + i * planes.pitch, planes.size);
+                  for (int64_t c = 0; c < args.y_channels; ++c) {
+                    T* line = to + c * planes.size + planes.front + i * planes.pitch;
+                    T* lines[2] = {line, line + args.y_channels * planes.size};
+                    activation_gradient(args, n, c, row, count, lines, planes.pitch, scratch.get(), most);
+                  }
+                });
+    for (int64_t c = 0; c < args.z_channels; ++c)
+      store(n, c, first, rows, to + c * planes.size + planes.first(), planes.pitch);
+  }
+
+  void pack_group(int64_t n, bool stored, T* to) const {
+    int64_t images = std::min(args.images, args.n - n);
+    for (int64_t c = 0; c < args.y_channels; ++c) {
+      for (int64_t i = 0; i < images; ++i) {
+        T* lines[2] = {staging.plane(i), staging.plane(i, args.gated())};
+        activation_gradient(args, n + i, c, 0, args.rows, lines, staging.columns, scratch.get(), most);
+      }
+      for (int h = 0; h < (args.gated() ? 2 : 1); ++h) {
+        int64_t channel = c + h * args.y_channels;
+        for (int64_t i = 0; i < images && stored; ++i)
+          store(n + i, channel, 0, args.rows, staging.plane(i, h), staging.columns);
+        staging.pack(images, h, to + channel * planes.size);
+      }
+    }
+  }
+};
+
+constexpr int64_t kWeightPositions = 256;  // positions whose gradients, transposed, stay in the first-level cache
 
 template <class T, bool>
 void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
   constexpr int lanes = kChannelVectors * WideOf<T>::lanes;
   const Planes &planes = args.planes, &d_planes = args.d_planes;
   const Side& backward = args.backward;
-  int64_t pitch = d_planes.positions(args.band) + kVectors * WideOf<T>::lanes;
-  int64_t blocks = (args.z_channels + lanes - 1) / lanes;
-  int64_t rows_at_once = std::max<int64_t>(1, std::min(kWeightPositions / args.columns, args.band));
-  int64_t step = rows_of_a_channel(args.d_y, args.columns), most = covered<T>(step * args.columns);
-  ScratchOf<T> kept((d_planes.copies - 1) * d_planes.plane), dz(args.z_channels * d_planes.size), row_scratch(3 * most);
-  find_kept(d_planes, kept.get());
-  zero(row_scratch.get(), 3 * most);
-  ScratchOf<T> in(args.partial ? args.in_channels * planes.size : 0);
-  ScratchOf<T> transposed(args.partial ? rows_at_once * args.columns * lanes : 0);
-  ScratchOf<T> d_in(args.d_input ? kBlock * pitch : 0);
-  const T no_constants[kBlock] = {};
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    T* partial = args.partial ? static_cast<T*>(args.partial) + chunk * blocks * args.pairs * lanes : nullptr;
-    if (partial) zero(partial, blocks * args.pairs * lanes);
-    for (int64_t unit = args.first_unit(chunk); unit < args.first_unit(chunk + 1); ++unit) {
-      int64_t n = unit / args.bands, first = unit % args.bands * args.band,
-              rows = std::min(args.band, args.rows - first);
-      pack_planes(d_planes, args.rows, args.z_channels, first, rows, step, kept.get(), dz.get(),
-                  [&](int64_t row, int64_t count, int64_t i) {
-                    if (args.activation == Activation::none && channels_innermost<T>(args.d_y))
-                      return transpose(pixel<T>(args.d_y, args.d_y.at(n, 0, row)), args.d_y.stride[3], args.columns,
-                                       args.z_channels, dz.get() + d_planes.front + i * d_planes.pitch, d_planes.size);
-                    for (int64_t c = 0; c < args.y_channels; ++c) {
-                      T* line = dz.get() + c * d_planes.size + d_planes.front + i * d_planes.pitch;
-                      T* lines[2] = {line, line + args.y_channels * d_planes.size};
-                      activation_gradient(args, n, c, row, count, lines, d_planes.pitch, row_scratch.get(), most);
-                    }
-                  });
-      if (args.d_cond || args.sums_wanted) {
-        for (int64_t c = 0; c < args.z_channels; ++c) {
-          const T* line = dz.get() + c * d_planes.size + d_planes.first();
-          if (args.d_cond)
-            write_rows(args.d_cond, args.d_cond.at(n, c, first), rows, args.columns, line, d_planes.pitch);
-          if (args.sums_wanted) args.sums[unit * args.z_channels + c] = sum_plane(line, d_planes.positions(rows));
-        }
-      }
+  int64_t blocks = (args.z_channels + lanes - 1) / lanes, tiles = args.pairs / kPairs;
+  int64_t wide = args.columns * planes.lanes;  // positions of a row
+  int64_t rows_at_once = std::max<int64_t>(1, std::min(kWeightPositions / wide, args.band));
+  ActivationGradient<T> gradient(args);
+  Outputs<T> d_in(args, d_planes, backward);
+  Staging<T> staging(planes);
+  int64_t in_size = args.partial ? args.in_channels * planes.size : 0, dz_size = args.z_channels * d_planes.size;
+  ScratchOf<T> dz(dz_size), in(in_size), transposed(args.partial ? rows_at_once * wide * lanes : 0);
+  if (planes.lanes > 1) zero(dz.get(), dz_size), zero(in.get(), in_size);
+  const T no_constants[kBlock * WideOf<T>::lanes] = {};
+  for (int64_t task = begin; task < end;) {
+    Share share(task, end, args.parts);
+    task += share.tasks();
+    int64_t first_pair = share.first(tiles) * kPairs, last_pair = share.last(tiles) * kPairs;
+    T* partial = args.partial ? static_cast<T*>(args.partial) + share.chunk * blocks * args.pairs * lanes : nullptr;
+    for (int64_t block = 0; partial && block < blocks; ++block)
+      zero(partial + (block * args.pairs + first_pair) * lanes, (last_pair - first_pair) * lanes);
+    for (int64_t unit = args.first_unit(share.chunk); unit < args.first_unit(share.chunk + 1); ++unit) {
+      int64_t n = unit / args.bands * args.images, images = std::min(args.images, args.n - n),
+              first = unit % args.bands * args.band, rows = std::min(args.band, args.rows - first);
+      gradient.pack(n, first, rows, share.begin == 0, dz.get());
       if (args.d_input) {
-        for (int64_t u = 0; u < backward.units(); ++u) {
-          conv_band(dz.get() + d_planes.first(), backward.offsets(u), backward.pairs(u),
-                    static_cast<const T*>(args.d_packed) + backward.weights_of(u, 0), no_constants,
-                    d_planes.positions(rows), d_in.get(), pitch);
-          write_unit(args.d_input, backward, u, n, first, rows, args.columns, d_in.get(), pitch, d_planes.pitch);
+        for (int64_t u = share.first(backward.units()); u < share.last(backward.units()); ++u) {
+          d_in.convolve(dz.get(), u, 0, args.d_packed, no_constants, rows);
+          for (int64_t i = 0; i < images; ++i)
+            write_unit(args.d_input, backward, u, n + i, first, rows, args.columns, d_in.channel(i, 0, 0), d_in.pitch,
+                       d_in.row_pitch);
         }
       }
       if (partial) {
-        pack_input<T>(args, n, first, rows, nullptr, in.get());
+        pack_input<T>(args, n, first, rows, nullptr, staging, in.get());
         for (int64_t row = 0; row < rows; row += rows_at_once) {
           int64_t some = std::min(rows_at_once, rows - row);
           for (int64_t block = 0; block < blocks; ++block) {
             const T* line = dz.get() + block * lanes * d_planes.size + d_planes.first() + row * d_planes.pitch;
-            bool gapless = d_planes.pitch == args.columns;
-            int64_t run = gapless ? some * args.columns : args.columns;
+            bool gapless = d_planes.pitch == wide;
+            int64_t run = gapless ? some * wide : wide;
             for (int64_t r = 0; r < (gapless ? 1 : some); ++r)
               transpose_block<T, lanes>(line + r * d_planes.pitch, d_planes.size, args.z_channels - block * lanes, run,
                                         transposed.get() + r * run * lanes);
-            for (int64_t pair = 0; pair < args.pairs; pair += kPairs)
+            for (int64_t pair = first_pair; pair < last_pair; pair += kPairs)
               weight_tile(in.get() + planes.first() + row * planes.pitch, args.pair_offsets(pair), transposed.get(),
-                          args.window(pair / kPairs).of_rows(first + row, some), args.columns, planes.pitch,
+                          args.window(pair / kPairs).part(first + row, some, planes.lanes), wide, planes.pitch,
                           partial + (block * args.pairs + pair) * lanes);
           }
         }
