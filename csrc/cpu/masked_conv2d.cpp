@@ -190,6 +190,7 @@ struct ConvArgs {
   Side backward;
   void* d_packed = nullptr;
   int64_t chunks = 0, pairs = 0;  // pairs: rows of a partial weight gradient, taps times channels, in whole tiles
+  int64_t channels_at_once = 1;
   std::vector<int32_t> pair_offset;
   std::vector<Window> windows;  // of each tile of pairs
   void* partial = nullptr;  // [chunks][blocks of output channels][pairs][lanes of a block]
@@ -204,6 +205,12 @@ struct ConvArgs {
   }
   bool live(int64_t tap, int64_t out, int64_t in) const {
     return tap < int64_t(mask.taps.size()) || mask.live(out, in);
+  }
+  // Pairs are ordered by tap, of as many channels at once as a tile has: its pixels are those that one tap reads inside
+  // the image, and the rows of these channels stay in the first-level cache.
+  int64_t pair(int64_t in, int64_t tap) const {
+    int64_t first = in / channels_at_once * channels_at_once;
+    return first * taps() + tap * std::min(channels_at_once, in_channels - first) + in - first;
   }
   const int32_t* pair_offsets(int64_t first) const { return pair_offset.data() + first; }
   const Window& window(int64_t tile) const { return windows[size_t(tile)]; }
@@ -239,7 +246,7 @@ void for_tiles(int64_t columns, F&& f) {
   for (int64_t column = 0, width; column < columns; column += width) f(column, width = tile_of(columns - column));
 }
 
-constexpr int64_t kChannels = 32;  // whose rows beside a tile, for all taps, stay in the first-level cache
+constexpr int64_t kChannels = 8;  // whose rows around a tile stay in the first-level cache from tap to tap
 
 // The runs of a tile: those of the taps that it reads, cut where a sum ends. Sums are the same whatever a tile reads.
 template <class Reads>
@@ -322,9 +329,9 @@ Side side_of(const LiveTaps& mask, int64_t outputs, int64_t inputs, const Planes
 }
 
 struct Constants {
-  int64_t block, vector, slack, lanes, pairs;
+  int64_t block, vector, slack, lanes, pairs, few_pairs;
   explicit Constants(ScalarType dtype) {
-    FASTELBO_CONV_LOOP(conv_constants, dtype)(&block, &vector, &slack, &lanes, &pairs);
+    FASTELBO_CONV_LOOP(conv_constants, dtype)(&block, &vector, &slack, &lanes, &pairs, &few_pairs);
   }
 };
 
@@ -492,16 +499,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
                                             : stored == ScalarType::Float ? 4
                                                                           : 2));
     int64_t count = args.in_channels * count_of_taps;
-    args.pairs = (count + constants.pairs - 1) / constants.pairs * constants.pairs;
-    args.windows.resize(args.pairs / constants.pairs);
+    args.pairs = (count + constants.few_pairs - 1) / constants.few_pairs * constants.few_pairs;
+    args.windows.resize((args.pairs + constants.pairs - 1) / constants.pairs);
+    args.pair_offset.resize(args.pairs, 0);
+    args.channels_at_once = constants.pairs;
     for (int64_t t = 0; t < count_of_taps; ++t) {
       const Tap& tap = args.tap(t);
       for (int64_t in = 0; in < args.in_channels; ++in) {
-        args.windows[args.pair_offset.size() / constants.pairs].add(tap, args.rows, args.columns);
-        args.pair_offset.push_back(int32_t(in * args.planes.size + args.planes.offset(tap.down, tap.right)));
+        int64_t pair = args.pair(in, t);
+        args.windows[pair / constants.pairs].add(tap, args.rows, args.columns);
+        args.pair_offset[pair] = int32_t(in * args.planes.size + args.planes.offset(tap.down, tap.right));
       }
     }
-    args.pair_offset.resize(args.pairs, 0);
     int64_t blocks = (args.z_channels + constants.lanes - 1) / constants.lanes,
             share = blocks * args.pairs * constants.lanes;
     int64_t most = std::max<int64_t>(args.n * args.rows * args.columns / kChunkPixels, 4);

@@ -48,16 +48,19 @@ constexpr int kBlock = 8, kPairs = 12;
 constexpr int kBlock = 4, kPairs = 6;
 #endif
 constexpr int kVectors = 3;       // of pixels in a tile
+constexpr int kFewPairs = kPairs / 3;  // of a list's last tiles
 constexpr int kChannelVectors = 2;  // of output channels in a tile of the weight gradient
 
 // The sizes that host code must know, too.
 template <class T, bool>
-void conv_constants(int64_t* block, int64_t* vector, int64_t* slack, int64_t* lanes, int64_t* pairs) {
+void conv_constants(int64_t* block, int64_t* vector, int64_t* slack, int64_t* lanes, int64_t* pairs,
+                    int64_t* few_pairs) {
   *block = kBlock;
   *vector = WideOf<T>::lanes;
   *slack = kVectors * WideOf<T>::lanes;
   *lanes = kChannelVectors * WideOf<T>::lanes;
   *pairs = kPairs;
+  *few_pairs = kFewPairs;
 }
 
 #include "masked_conv2d_planes.h"
@@ -261,18 +264,26 @@ struct Outputs {
         pixels(planes.lanes * size),
         interleaved(of_images ? kBlock * lanes * args.band * args.columns : 0) {}
   T* channel(int64_t image, int half, int m) const { return pixels.get() + image * size + (half * kBlock + m) * pitch; }
-  // constants: [kBlock][lanes]
-  void convolve(const T* in, int64_t unit, int half, const void* packed, const T* constants, int64_t rows) const {
+  // Where a unit lies in an image of the same layout, whole vectors of whole blocks, else null.
+  T* in_place(const Image& image, int64_t unit, int64_t n, int64_t first, int64_t rows) const {
+    int c = side.channel(unit, 0);
+    bool same = !of_images && is_plane<T>(image, args.columns) && row_pitch == args.columns &&
+                rows * args.columns % lanes == 0 && side.channel(unit, kBlock - 1) == c + kBlock - 1;
+    return same ? pixel<T>(image, image.at(n, c, first)) : nullptr;
+  }
+  // constants: [kBlock][lanes]; to: null, or in place
+  void convolve(const T* in, int64_t unit, int half, const void* packed, const T* constants, int64_t rows, T* to,
+                int64_t to_pitch) const {
     const T* weights = static_cast<const T*>(packed) + side.weights_of(unit, half);
     const int32_t* offsets = side.offsets(unit);
     const Run* runs = side.runs(unit);
-    in += planes.first();
     if (!of_images) {
-      conv_row<T, false>(in, offsets, runs, weights, constants, planes.positions(rows), channel(0, half, 0), pitch);
+      conv_row<T, false>(in, offsets, runs, weights, constants, planes.positions(rows), to ? to : channel(0, half, 0),
+                         to ? to_pitch : pitch);
       return;
     }
     int64_t wide = args.columns * lanes, plane = rows * wide;
-    T* to = interleaved.get();
+    to = interleaved.get();
     for (int64_t row = 0; row < rows; ++row)
       runs =
           conv_row<T, true>(in + row * planes.pitch, offsets, runs, weights, constants, wide, to + row * wide, plane);
@@ -308,6 +319,7 @@ void masked_conv2d_fwd(const ConvArgs& args, int64_t begin, int64_t end) {
   ScratchOf<T> kept((planes.copies - 1) * planes.plane), in(args.in_channels * planes.size),
       constants(forward.units() * forward.halves * kBlock * lanes), row_scratch(args.columns + kVectors * lanes);
   bool of_class = args.cond && args.cond_ndim == 2;
+  bool bare = args.activation == Activation::none && !args.kept && !args.residual && (!args.cond || of_class);
   if (!of_class) find_constants(args, 0, 0, constants.get());
   Outputs<T> z(args, planes, forward);
   Staging<T> staging(planes);
@@ -321,8 +333,11 @@ void masked_conv2d_fwd(const ConvArgs& args, int64_t begin, int64_t end) {
     if (of_class) find_constants(args, n, images, constants.get());
     pack_input(args, n, first, rows, kept.get(), staging, in.get());
     for (int64_t u = share.first(forward.units()); u < share.last(forward.units()); ++u) {
+      T* y = bare ? z.in_place(args.y, u, n, first, rows) : nullptr;
       for (int h = 0; h < forward.halves; ++h)
-        z.convolve(in.get(), u, h, args.packed, constants.get() + (u * forward.halves + h) * kBlock * lanes, rows);
+        z.convolve(in.get() + planes.first(), u, h, args.packed,
+                   constants.get() + (u * forward.halves + h) * kBlock * lanes, rows, y, args.y.stride[1]);
+      if (y) continue;
       for (int64_t i = 0; i < images; ++i) {
         for (int m = 0; m < kBlock && forward.channel(u, m) >= 0; ++m) {
           T* of_channel[2] = {z.channel(i, 0, m), z.channel(i, forward.halves - 1, m)};
@@ -390,27 +405,27 @@ inline void transpose_block(const T* from, int64_t stride, int64_t channels, int
   transpose(from, stride, std::min<int64_t>(channels, lanes), columns, to, lanes);
 }
 
-// The products of kPairs inputs, given by their offsets, with a block of output channels, summed over the pixels of a
+// The products of `pairs` inputs, given by their offsets, with a block of output channels, summed over the pixels of a
 // window. dz: [rows][columns][lanes of the block]. Lanes are channels, so that a NaN reaches the weights of its own
 // channel only.
-template <class T>
+template <class T, int pairs>
 inline void weight_tile(const T* in, const int32_t* offsets, const T* dz, const Window& window, int64_t columns,
                         int64_t pitch, T* totals) {
   using Wide = WideOf<T>;
   using V = typename Wide::type;
   constexpr int64_t kD = kChannelVectors * Wide::lanes;
-  const T* from[kPairs];
+  const T* from[pairs];
   FASTELBO_UNROLL
-  for (int m = 0; m < kPairs; ++m) from[m] = in + offsets[m];
+  for (int m = 0; m < pairs; ++m) from[m] = in + offsets[m];
   int64_t width = window.right - window.left, height = std::max<int64_t>(kSum / width, 1);  // of what registers add up
   width = std::min<int64_t>(width, kSum);
   for (int64_t top = window.top; top < window.bottom; top += height) {
     int64_t bottom = std::min(top + height, window.bottom);
     for (int64_t left = window.left; left < window.right; left += width) {
       int64_t right = std::min(left + width, window.right);
-      V total[kPairs][kChannelVectors];
+      V total[pairs][kChannelVectors];
       FASTELBO_UNROLL
-      for (int m = 0; m < kPairs; ++m) {
+      for (int m = 0; m < pairs; ++m) {
         FASTELBO_UNROLL
         for (int v = 0; v < kChannelVectors; ++v) total[m][v] = V(T(0));
       }
@@ -421,7 +436,7 @@ inline void weight_tile(const T* in, const int32_t* offsets, const T* dz, const 
           FASTELBO_UNROLL
           for (int v = 0; v < kChannelVectors; ++v) d[v] = Wide::get(of_pixel + v * Wide::lanes);
           FASTELBO_UNROLL
-          for (int m = 0; m < kPairs; ++m) {
+          for (int m = 0; m < pairs; ++m) {
             V x = Wide::all(from[m][i]);
             FASTELBO_UNROLL
             for (int v = 0; v < kChannelVectors; ++v) total[m][v] = fma(x, d[v], total[m][v]);
@@ -430,7 +445,7 @@ inline void weight_tile(const T* in, const int32_t* offsets, const T* dz, const 
       }
       T* to = totals;
       FASTELBO_UNROLL
-      for (int m = 0; m < kPairs; ++m) {
+      for (int m = 0; m < pairs; ++m) {
         FASTELBO_UNROLL
         for (int v = 0; v < kChannelVectors; ++v, to += Wide::lanes) Wide::put(to, Wide::get(to) + total[m][v]);
       }
@@ -446,25 +461,32 @@ inline double sum_plane(const T* from, int64_t positions) {
   return total;
 }
 
-// The gradient before the activation of a band into d_planes, and what else is wanted of it: d_cond, and sums.
+// The gradient before the activation of a band in d_planes, and what else is wanted of it: d_cond, and sums. Where it
+// is that of the output, and no tap reads beside it, it stays in place.
 template <class T>
 struct ActivationGradient {
   const ConvArgs& args;
   const Planes& planes;
+  bool in_place;
+  int64_t size;  // from one channel to the next
   int64_t step, most;
-  ScratchOf<T> kept, scratch;
+  ScratchOf<T> kept, scratch, packed;
   Staging<T> staging;
 
   explicit ActivationGradient(const ConvArgs& args)
       : args(args),
         planes(args.d_planes),
+        in_place(!args.d_input && args.activation == Activation::none && is_plane<T>(args.d_y, args.columns)),
+        size(in_place ? args.d_y.stride[1] : planes.size),
         step(planes.lanes > 1 ? args.rows : rows_of_a_channel(args.d_y, args.columns)),
         most(covered<T>(step * args.columns)),
         kept((planes.copies - 1) * planes.plane),
         scratch(3 * most),
+        packed(in_place ? 0 : args.z_channels * planes.size),
         staging(planes, args.gated() ? 2 : 1) {
     find_kept(planes, kept.get());
     zero(scratch.get(), 3 * most);
+    if (planes.lanes > 1) zero(packed.get(), args.z_channels * planes.size);
   }
 
   // of: a channel's rows, `pitch` apart, with zeros between them
@@ -475,24 +497,31 @@ struct ActivationGradient {
           sum_plane(of, (rows - 1) * pitch + args.columns);
   }
 
-  void pack(int64_t n, int64_t first, int64_t rows, bool stored, T* to) const {
-    if (planes.lanes > 1) return pack_group(n, stored, to);
-    pack_planes(planes, args.rows, args.z_channels, first, rows, step, kept.get(), to,
-                [&](int64_t row, int64_t count, int64_t i) {
-                  if (args.activation == Activation::none && channels_innermost<T>(args.d_y))
-                    return transpose(pixel<T>(args.d_y, args.d_y.at(n, 0, row)), args.d_y.stride[3], args.columns,
-                                     args.z_channels, to + planes.front + i * planes.pitch, planes.size);
-                  for (int64_t c = 0; c < args.y_channels; ++c) {
-                    T* line = to + c * planes.size + planes.front + i * planes.pitch;
-                    T* lines[2] = {line, line + args.y_channels * planes.size};
-                    activation_gradient(args, n, c, row, count, lines, planes.pitch, scratch.get(), most);
-                  }
-                });
-    for (int64_t c = 0; c < args.z_channels; ++c)
-      store(n, c, first, rows, to + c * planes.size + planes.first(), planes.pitch);
+  // The band's first row of the first channel.
+  const T* pack(int64_t n, int64_t first, int64_t rows, bool stored) const {
+    T* to = packed.get();
+    const T* band = in_place ? pixel<T>(args.d_y, args.d_y.at(n, 0, first)) : to + planes.first();
+    if (planes.lanes > 1) {
+      pack_images(n, stored, to);
+      return band;
+    }
+    if (!in_place)
+      pack_planes(planes, args.rows, args.z_channels, first, rows, step, kept.get(), to,
+                  [&](int64_t row, int64_t count, int64_t i) {
+                    if (args.activation == Activation::none && channels_innermost<T>(args.d_y))
+                      return transpose(pixel<T>(args.d_y, args.d_y.at(n, 0, row)), args.d_y.stride[3], args.columns,
+                                       args.z_channels, to + planes.front + i * planes.pitch, planes.size);
+                    for (int64_t c = 0; c < args.y_channels; ++c) {
+                      T* line = to + c * planes.size + planes.front + i * planes.pitch;
+                      T* lines[2] = {line, line + args.y_channels * planes.size};
+                      activation_gradient(args, n, c, row, count, lines, planes.pitch, scratch.get(), most);
+                    }
+                  });
+    for (int64_t c = 0; c < args.z_channels; ++c) store(n, c, first, rows, band + c * size, planes.pitch);
+    return band;
   }
 
-  void pack_group(int64_t n, bool stored, T* to) const {
+  void pack_images(int64_t n, bool stored, T* to) const {
     int64_t images = std::min(args.images, args.n - n);
     for (int64_t c = 0; c < args.y_channels; ++c) {
       for (int64_t i = 0; i < images; ++i) {
@@ -516,31 +545,32 @@ void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
   constexpr int lanes = kChannelVectors * WideOf<T>::lanes;
   const Planes &planes = args.planes, &d_planes = args.d_planes;
   const Side& backward = args.backward;
-  int64_t blocks = (args.z_channels + lanes - 1) / lanes, tiles = args.pairs / kPairs;
+  int64_t blocks = (args.z_channels + lanes - 1) / lanes, tiles = (args.pairs + kPairs - 1) / kPairs;
   int64_t wide = args.columns * planes.lanes;  // positions of a row
   int64_t rows_at_once = std::max<int64_t>(1, std::min(kWeightPositions / wide, args.band));
   ActivationGradient<T> gradient(args);
   Outputs<T> d_in(args, d_planes, backward);
   Staging<T> staging(planes);
-  int64_t in_size = args.partial ? args.in_channels * planes.size : 0, dz_size = args.z_channels * d_planes.size;
-  ScratchOf<T> dz(dz_size), in(in_size), transposed(args.partial ? rows_at_once * wide * lanes : 0);
-  if (planes.lanes > 1) zero(dz.get(), dz_size), zero(in.get(), in_size);
+  int64_t in_size = args.partial ? args.in_channels * planes.size : 0;
+  ScratchOf<T> in(in_size), transposed(args.partial ? rows_at_once * wide * lanes : 0);
+  if (planes.lanes > 1) zero(in.get(), in_size);
   const T no_constants[kBlock * WideOf<T>::lanes] = {};
   for (int64_t task = begin; task < end;) {
     Share share(task, end, args.parts);
     task += share.tasks();
-    int64_t first_pair = share.first(tiles) * kPairs, last_pair = share.last(tiles) * kPairs;
+    int64_t first_pair = share.first(tiles) * kPairs, last_pair = std::min(share.last(tiles) * kPairs, args.pairs);
     T* partial = args.partial ? static_cast<T*>(args.partial) + share.chunk * blocks * args.pairs * lanes : nullptr;
     for (int64_t block = 0; partial && block < blocks; ++block)
       zero(partial + (block * args.pairs + first_pair) * lanes, (last_pair - first_pair) * lanes);
     for (int64_t unit = args.first_unit(share.chunk); unit < args.first_unit(share.chunk + 1); ++unit) {
       int64_t n = unit / args.bands * args.images, images = std::min(args.images, args.n - n),
               first = unit % args.bands * args.band, rows = std::min(args.band, args.rows - first);
-      gradient.pack(n, first, rows, share.begin == 0, dz.get());
+      const T* dz = gradient.pack(n, first, rows, share.begin == 0);
       if (args.d_input) {
         for (int64_t u = share.first(backward.units()); u < share.last(backward.units()); ++u) {
-          d_in.convolve(dz.get(), u, 0, args.d_packed, no_constants, rows);
-          for (int64_t i = 0; i < images; ++i)
+          T* in_place = d_in.in_place(args.d_input, u, n, first, rows);
+          d_in.convolve(dz, u, 0, args.d_packed, no_constants, rows, in_place, args.d_input.stride[1]);
+          for (int64_t i = 0; i < images && !in_place; ++i)
             write_unit(args.d_input, backward, u, n + i, first, rows, args.columns, d_in.channel(i, 0, 0), d_in.pitch,
                        d_in.row_pitch);
         }
@@ -550,16 +580,19 @@ void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
         for (int64_t row = 0; row < rows; row += rows_at_once) {
           int64_t some = std::min(rows_at_once, rows - row);
           for (int64_t block = 0; block < blocks; ++block) {
-            const T* line = dz.get() + block * lanes * d_planes.size + d_planes.first() + row * d_planes.pitch;
+            const T* line = dz + block * lanes * gradient.size + row * d_planes.pitch;
             bool gapless = d_planes.pitch == wide;
             int64_t run = gapless ? some * wide : wide;
             for (int64_t r = 0; r < (gapless ? 1 : some); ++r)
-              transpose_block<T, lanes>(line + r * d_planes.pitch, d_planes.size, args.z_channels - block * lanes, run,
+              transpose_block<T, lanes>(line + r * d_planes.pitch, gradient.size, args.z_channels - block * lanes, run,
                                         transposed.get() + r * run * lanes);
-            for (int64_t pair = first_pair; pair < last_pair; pair += kPairs)
-              weight_tile(in.get() + planes.first() + row * planes.pitch, args.pair_offsets(pair), transposed.get(),
-                          args.window(pair / kPairs).part(first + row, some, planes.lanes), wide, planes.pitch,
-                          partial + (block * args.pairs + pair) * lanes);
+            for (int64_t pair = first_pair, step; pair < last_pair; pair += step) {
+              step = last_pair - pair >= kPairs ? kPairs : kFewPairs;
+              auto tile = step == kPairs ? &weight_tile<T, kPairs> : &weight_tile<T, kFewPairs>;
+              tile(in.get() + planes.first() + row * planes.pitch, args.pair_offsets(pair), transposed.get(),
+                   args.window(pair / kPairs).part(first + row, some, planes.lanes), wide, planes.pitch,
+                   partial + (block * args.pairs + pair) * lanes);
+            }
           }
         }
       }
@@ -574,17 +607,23 @@ void conv_reduce_weight(const ConvArgs& args, int64_t begin, int64_t end) {
   int64_t blocks = (args.z_channels + lanes - 1) / lanes, taps = args.taps();
   const T* partial = static_cast<const T*>(args.partial);
   const Image& to = args.d_weight;
-  for (int64_t out = begin; out < end; ++out) {
+  for (int64_t out = begin, next; out < end; out = next) {
+    next = std::min(end, (out / lanes + 1) * lanes);  // all of a block
     for (int64_t in = 0; in < args.in_channels; ++in) {
       for (int64_t t = 0; t < taps; ++t) {
-        double total = 0;
-        if (args.live(t, out, in))
-          for (int64_t chunk = 0; chunk < args.chunks; ++chunk)
-            total += partial[((chunk * blocks + out / lanes) * args.pairs + t * args.in_channels + in) * lanes +
-                             out % lanes];
+        double total[lanes] = {};
+        for (int64_t chunk = 0; chunk < args.chunks; ++chunk) {
+          int64_t row = (chunk * blocks + out / lanes) * args.pairs + args.pair(in, t);
+          const T* from = partial + row * lanes + out % lanes;
+          for (int64_t i = 0; i < next - out; ++i) total[i] += from[i];
+        }
         const Tap& tap = args.tap(t);
         int64_t offset = out * to.stride[0] + in * to.stride[1] + tap.row * to.stride[2] + tap.column * to.stride[3];
-        with_format(to.format, [&](auto format) { scatter<decltype(format)>(to.data, offset, 1, 1, &total); });
+        for (int64_t i = 0; i < next - out; ++i)
+          if (!args.live(t, out + i, in)) total[i] = 0;
+        with_format(to.format, [&](auto format) {
+          scatter<decltype(format)>(to.data, offset, to.stride[0], int(next - out), total);
+        });
       }
     }
   }

@@ -96,6 +96,13 @@ inline T* pixel(const Image& image, int64_t offset) {
   return reinterpret_cast<T*>(image.data) + offset;
 }
 
+// Whether an image's rows lie one after the other, of the arithmetic type.
+template <class T>
+inline bool is_plane(const Image& image, int64_t columns) {
+  return image.stride[3] == 1 && image.stride[2] == columns &&
+         image.format == (sizeof(T) == 4 ? Format::f32 : Format::f64);
+}
+
 // How many rows to take of one channel before the next: with channels last one, so that a row of all channels stays in
 // the cache, else some that fill vectors.
 inline int64_t rows_of_a_channel(const Image& image, int64_t columns) {
