@@ -336,7 +336,9 @@ struct Constants {
 };
 
 constexpr int64_t kBandElements = 1 << 16;  // of all planes of a band: 256 KiB of a second-level cache
-constexpr int64_t kFewLanes = 8;  // processors with more have larger caches, too
+// Of all planes of an image in a lane, 2 MiB of sixteen: what a tile reads, a few rows of some channels, it reads for
+// many taps.
+constexpr int64_t kLaneElements = 1 << 15;
 constexpr int64_t kTasks = 16;  // enough for any number of threads that a small batch can use
 constexpr int64_t kChunkPixels = 1024;  // of a share of the weight gradient: fewer, and adding the shares shows
 
@@ -366,7 +368,7 @@ Planes planes_of(const ConvArgs& args, int64_t channels, int64_t outputs, int64_
   // a tile reads zeros beside the image for at most all of its pixels but one
   int64_t gap = std::min(reach, tile_of(args.columns) - 1), of_a_group = 0;
   Planes images = Planes::of_images(lanes, args.columns, args.rows, gap, 0, 0);
-  if (channels * images.size > kBandElements * lanes / kFewLanes) return pixels;
+  if (channels * images.size > kLaneElements * lanes) return pixels;
   for (int64_t t = 0; t < args.taps(); ++t) {
     const Tap& tap = args.tap(t);
     for_tiles(args.columns, [&](int64_t column, int64_t width) {
