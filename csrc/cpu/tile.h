@@ -160,8 +160,16 @@ template <class T>
 inline const T* read_tile(const Operand& operand, int64_t start, int n, T* scratch) {
   if (const T* direct = in_place<T>(operand, start, n)) return direct;
   for_each_run(operand, start, n, [&](int64_t offset, int64_t stride, int count, int at) {
-    with_format(operand.format,
-                [&](auto format) { gather<decltype(format)>(operand.data, offset, stride, count, scratch + at); });
+    with_format(operand.format, [&](auto format) {
+      // What the next tile reads comes from memory while this one is computed with, as it would unasked if values were
+      // used where they lie.
+      if (stride == 1) {
+        constexpr int64_t kLine = 64, size = sizeof(typename decltype(format)::Stored);
+        const char* next = operand.data + (offset + count) * size;
+        for (int64_t i = 0; i < count * size; i += kLine) __builtin_prefetch(next + i, 0, 2);
+      }
+      gather<decltype(format)>(operand.data, offset, stride, count, scratch + at);
+    });
   });
   return scratch;
 }
