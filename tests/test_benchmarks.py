@@ -385,7 +385,7 @@ def test_comparison_of_a_run(quick_run, tmp_path):
     assert "0 neither, 1 of another machine, 0 without" in elsewhere[1]
     assert shown[0] == 0 and "SLOWER" in shown[1] and "FAILED" not in shown[1]
     assert commit[0] == 0 and "0 without an older row" in commit[1]
-    assert older[0] == 0 and "commit 79c34fc" in older[1]  # a file of fewer columns
+    assert older[0] == 0 and "commit 4b0188b" in older[1]  # a file of fewer columns
 
 
 # Rows
