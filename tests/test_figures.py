@@ -48,10 +48,12 @@ def test_report_of_stored_rows(tool):
     assert "forward in a graph" in done.out
     case = ["gaussian_rsample_kl", "fwd+bwd", "4096x256", "float32", "cpu"]
     (found,) = (line.split() for line in done.out.splitlines() if line.split()[:5] == case)
-    row = next(row for row in rows.stored_in([RESULTS / "cpu.csv"]) if tables.case(row) == tuple(case))
+    stored = rows.stored_in([RESULTS / "cpu.csv"])
+    row = next(row for row in stored if tables.case(row) == tuple(case))
     rivals = row.over_eager, row.over_distributions, row.over_compile, row.fraction_of_copy, row.over_compile_checkpoint
     best = min(row.over_eager, row.over_distributions, row.over_compile, row.over_compile_checkpoint)
-    assert found[5:] == [f"{row.min_us:.4g}", *(f"{ratio:.2f}x" for ratio in (*rivals, best))]
+    noisy = ["NOISY"] * any(other.noisy for other in stored if tables.compared(other) == tables.compared(row))
+    assert found[5:] == [f"{row.min_us:.4g}", *(f"{ratio:.2f}x" for ratio in (*rivals, best)), *noisy]
 
 
 def test_the_fastest_backend_stands_for_ours():
@@ -131,8 +133,9 @@ def drawn():
 
     def make(name):
         path = RESULTS / name
-        ((title, found),) = plot.figures_of(rows.stored_in([path])).items()
-        figures.append(plot.KINDS[title.split("_")[0]].draw(found))
+        every = plot.figures_of(rows.stored_in([path]))
+        title = min(every, key=len)  # of the newest rows; others say of which machine
+        figures.append(plot.KINDS[title.split("_")[0]].draw(every[title]))
         with path.open(newline="") as file:
             lines = list(csv.DictReader(file))
         newest = max(lines, key=lambda line: line["timestamp"])
@@ -176,7 +179,9 @@ def test_figure_of_convolutions(drawn):
     for line in lines:
         times.setdefault((line["case"], line["shape"], line["pass"]), {})[line["contestant"]] = float(line["min_us"])
     for of_case in times.values():
-        for rival in ("eager", "crop", "compile"):
+        for rival in ("eager", "full", "crop", "compile"):
+            if not any(name.startswith(rival) for name in of_case):  # a block has neither
+                continue
             best = min(time for name, time in of_case.items() if name.startswith(rival))
             expected += [best / of_case["cpu"], best / of_case["cpu_channels_last"]]
             shown.append(f"{best / of_case['cpu']:.2f}{TIMES}")
