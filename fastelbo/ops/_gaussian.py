@@ -27,12 +27,15 @@ class Known:
         self._plans = {}
 
     def find(self, mean, s, others, *given):
-        """What is known of a call, and all that decides it, to keep more by: None where somebody traces, or where more
-        decides than a key can hold.
+        """Looks a call up.
 
         Args:
             mean, s, others: the call's tensors; others: None where there are none, or a tuple whose elements may be.
             given: its other arguments, some in tuples; numbers come with their types, for True is 1.
+
+        Returns:
+            The plan that was kept of such a call, or None; and the call's kind, to keep one by. The kind is None, too,
+            where somebody traces, or where more decides than a key can hold.
         """
         if _traced() or _transform() is not None or _forward_ad._current_level >= 0 or backends.OVERRIDE is not None:
             return None, None
@@ -53,7 +56,13 @@ class Known:
             return None, None
 
     def keep(self, kind, plan, before, after):
-        """Keeps what a call came to, unless tensors were made others, or it was told of values that no key holds."""
+        """Keeps what a call came to, unless tensors were made others, or it was told of values that no key holds.
+
+        Args:
+            kind: from find, which must not be None.
+            plan: anything but a tensor, or what holds one.
+            before, after: the call's tensors, and those that the op was given.
+        """
         changed = any(a is not b for a, b in zip(before, after, strict=True))
         told = [x for given in kind[0] for x in (given if type(given) is tuple else (given,))]
         unheld = any(isinstance(x, torch.Tensor) or (type(x) is float and x == 0) for x in told)  # -0.0 is 0.0, too

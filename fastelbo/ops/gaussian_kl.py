@@ -80,8 +80,8 @@ def gaussian_kl(
     given = mean_q, s_q, mean_p, s_p, mask
     others = None if mean_p is s_p is mask is None else given[2:]
     choices = scale, scale_p, reduction, free_bits_per, backend
-    numbers = event_ndim, type(event_ndim), free_bits, type(free_bits), balance, type(balance)
-    plan, kind = _KNOWN.find(mean_q, s_q, others, choices, numbers)
+    amounts = event_ndim, type(event_ndim), free_bits, type(free_bits), balance, type(balance)
+    plan, kind = _KNOWN.find(mean_q, s_q, others, choices, amounts)
     if plan:
         options, backend, shape, event_ndim = plan
         kl = _autograd.at_once(_GaussianKL, given, options, backend)

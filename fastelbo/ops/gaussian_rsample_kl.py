@@ -71,8 +71,8 @@ def gaussian_rsample_kl(
         others = None if mean_p is s_p is mask is None else given[2:]
         choices = scale, scale_p, out_dtype, reduction, free_bits_per, backend
         draw = num_samples, type(num_samples), temperature, type(temperature), noise_offset, type(noise_offset)
-        numbers = event_ndim, type(event_ndim), free_bits, type(free_bits), balance, type(balance)
-        plan, kind = _KNOWN.find(mean_q, s_q, others, choices, draw, numbers)
+        amounts = event_ndim, type(event_ndim), free_bits, type(free_bits), balance, type(balance)
+        plan, kind = _KNOWN.find(mean_q, s_q, others, choices, draw, amounts)
     if plan:
         options, backend, shape, event_ndim = plan
         tensors = mean_q, s_q, mean_p, s_p, _seed.drawn(mean_q, backend), None, mask
