@@ -274,6 +274,29 @@ def test_an_image_has_the_same_bits_in_any_batch(bad, keywords):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("keywords", [{"mask_type": "A"}, {"mask_type": "B", "dilation": 2}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "n, size", [(3, (28, 28)), (2, (5, 7)), (2, (3, 9)), (1, (32, 32)), (1, (1, 50)), (1, (90, 20))]
+)
+def test_what_lies_beside_an_image_in_memory_reaches_nothing(n, size, dtype, keywords):
+    """NaN before it, after it and between its channels; rows that lie one after the other may be read where they are."""
+
+    def among_nans(image):
+        whole = torch.full((n + 2, image.shape[1] + 2, *size), float("nan"), dtype=dtype)
+        whole[1:-1, 1:-1] = image
+        return whole[1:-1, 1:-1]
+
+    x, weight, _, _, d_y = operands(n, 20, 24, *size, 7, dtype=dtype)
+    results = []
+    for lay_out in (among_nans, lambda image: image.clone(memory_format=torch.channels_last), torch.clone):
+        leaves = [lay_out(x).requires_grad_(), weight.clone().requires_grad_()]
+        y = fastelbo.masked_conv2d(*leaves, backend="cpu", **keywords)
+        results.append((y, *torch.autograd.grad(y, leaves, lay_out(d_y))))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_gradient_of_any_strides(backend):
     x, weight, *_ = operands()
     x.requires_grad_()

@@ -4,8 +4,10 @@
 // with zeros around the image, so that every tap is a constant offset and no loop knows an edge. A convolution is then
 // a list of (offset, weight) pairs over vectors of neighbouring pixels, and masks, channel groups, stacks and dilation
 // are only which pairs the list holds: a dead tap is not in it. The input gradient is the same with the offsets
-// negated. The zeros beside a row are computed with, too: where they are many, as in small images, each channel has
-// a plane without them for every distance that a tap moves it to the side.
+// negated. The zeros beside a row are computed with, too: in small images each channel has a plane without them for
+// every distance that a tap moves it to the side. With AVX-512, whose loads leave out lanes at no cost, there are no
+// zeros: masks say which pixels of a vector have a tap inside the image, and an image of the arithmetic type whose rows
+// lie one after the other is read where it is.
 //
 // Many images that are smaller still lie in the lanes: a vector is one pixel of that many images, which fill it however
 // few pixels they have, and a tile of pixels goes through the runs of the list that it reads inside the image. What
@@ -43,11 +45,14 @@ namespace fastelbo {
 
 // How a band of rows lies in a channel's planes: `above` and `below` further rows, and `gap` zeros between any two
 // rows; or no gap, and `copies` planes, each moved to the side by one of `shifts`, with zeros where that leaves the
-// image. Or the rows of `lanes` images, an element of each after the other. Lengths are in elements, but for `columns`
-// and `gap`, in pixels.
+// image; or no gap and no zeros, but masks of what each tap reads inside the image. Or the rows of `lanes` images, an
+// element of each after the other. Lengths are in elements, but for `columns` and `gap`, in pixels.
 struct Planes {
   int64_t lanes = 1, columns, gap, pitch, above, below, rows, front, plane, size, copies = 1;
   std::vector<int64_t> shifts = {0};
+  bool in_place = false;  // the channels' rows are those of the image in memory, `size` from one channel to the next
+  int64_t vectors = 0;  // of a band
+  std::vector<uint16_t> masks;  // [bands][taps][vectors], a bit for each lane; empty for none
 
   Planes() = default;
   Planes(int64_t columns, int64_t rows, int64_t reach, int64_t above, int64_t below, int64_t slack,
@@ -82,12 +87,19 @@ struct Planes {
     size = copies * plane;
   }
   int64_t positions(int64_t rows) const { return rows * pitch - gap * lanes; }
+  bool masked() const { return vectors > 0; }
+  const uint16_t* masks_of(int64_t band, int64_t taps) const { return masks.data() + band * taps * vectors; }
   int64_t first() const { return front + above * pitch; }
   int64_t offset(int64_t down, int64_t right) const {
     if (copies == 1) return down * pitch + right * lanes;
     return down * pitch + (std::find(shifts.begin(), shifts.end(), right) - shifts.begin()) * plane;
   }
 };
+
+// Whether an image's rows lie one after the other, of the arithmetic type.
+inline bool is_plane(const Image& image, int64_t columns, bool is_double) {
+  return image.stride[3] == 1 && image.stride[2] == columns && image.format == (is_double ? Format::f64 : Format::f32);
+}
 
 // An input channel and one of its taps, by index; -1 is the centre.
 struct ChannelTap {
@@ -105,6 +117,7 @@ struct Run {
   enum Ends : int32_t { nothing, sum, tile };
   int32_t begin, end;
   Ends ends;
+  int32_t tap;  // of its first pair, which is that of all where masks need it
 };
 
 // A tile of neighbouring vectors is of at most three; four are two and two, not three and one.
@@ -145,6 +158,23 @@ struct Window {
   // What of it is in some rows, counted from the first of these, and in positions of so many lanes.
   Window part(int64_t first, int64_t rows, int64_t lanes) const {
     return {std::max<int64_t>(top - first, 0), std::min(bottom - first, rows), left * lanes, right * lanes};
+  }
+};
+
+// What will be read next: pieces of memory, `stride` bytes apart. A tile fetches a few and waits for none; all of them
+// at once would hold up its own loads.
+struct Ahead {
+  const char* from = nullptr;
+  int64_t pieces = 0, stride = 0, length = 0;
+
+  Ahead part(int64_t index, int64_t of) const {
+    int64_t first = pieces * index / of;
+    return {from + first * stride, pieces * (index + 1) / of - first, stride, length};
+  }
+  // tiles: how many are left, this one included
+  void fetch(int64_t tiles) {
+    for (int64_t rest = pieces - pieces / tiles; pieces > rest; --pieces, from += stride)
+      for (int64_t i = 0; i < length; i += 64) __builtin_prefetch(from + i, 0, 2);
   }
 };
 
@@ -215,6 +245,16 @@ struct ConvArgs {
   const int32_t* pair_offsets(int64_t first) const { return pair_offset.data() + first; }
   const Window& window(int64_t tile) const { return windows[size_t(tile)]; }
   bool gated() const { return is_gate(activation); }
+  // A band of some images, before its turn.
+  Ahead ahead(const Image& image, int64_t channels, int64_t band) const {
+    if (images > 1) return {};
+    int64_t first = band % bands * this->band, rows_of_band = std::min(this->band, rows - first);
+    int64_t element = image.format == Format::f64 ? 8 : image.format == Format::f32 ? 4 : 2;
+    const char* from = image.data + image.at(band / bands, 0, first) * element;
+    if (image.stride[3] == 1)
+      return {from, channels, image.stride[1] * element, rows_of_band * image.stride[2] * element};
+    return {from, rows_of_band, image.stride[2] * element, columns * image.stride[3] * element};
+  }
 };
 
 }  // namespace fastelbo
@@ -248,9 +288,10 @@ void for_tiles(int64_t columns, F&& f) {
 
 constexpr int64_t kChannels = 8;  // whose rows around a tile stay in the first-level cache from tap to tap
 
-// The runs of a tile: those of the taps that it reads, cut where a sum ends. Sums are the same whatever a tile reads.
+// The runs of a tile: those of the taps that it reads, apart or joined, cut where a sum ends. Sums are the same
+// whatever a tile reads.
 template <class Reads>
-void add_runs(std::vector<Run>& runs, const std::vector<Run>& of_taps, Reads&& reads) {
+void add_runs(std::vector<Run>& runs, const std::vector<Run>& of_taps, bool apart, Reads&& reads) {
   int32_t pairs = of_taps.empty() ? 0 : of_taps.back().end, sums = std::max((pairs + kSum - 1) / kSum, 1),
           in_sum = (pairs + sums - 1) / sums;
   size_t first = runs.size();
@@ -259,15 +300,15 @@ void add_runs(std::vector<Run>& runs, const std::vector<Run>& of_taps, Reads&& r
     for (int32_t begin = of_taps[t].begin, end; begin < of_taps[t].end; begin = end) {
       end = std::min(of_taps[t].end, (begin / in_sum + 1) * in_sum);
       bool others = runs.size() > first;
-      if (others && runs.back().end == begin && begin % in_sum != 0) {
+      if (!apart && others && runs.back().end == begin && begin % in_sum != 0) {
         runs.back().end = end;
         continue;
       }
       if (others && runs.back().begin / in_sum != begin / in_sum) runs.back().ends = Run::sum;
-      runs.push_back({begin, end, Run::nothing});
+      runs.push_back({begin, end, Run::nothing, of_taps[t].tap});
     }
   }
-  if (runs.size() == first) runs.push_back({0, 0, Run::tile});
+  if (runs.size() == first) runs.push_back({0, 0, Run::tile, 0});
   runs.back().ends = Run::tile;
 }
 
@@ -296,7 +337,8 @@ Side side_of(const LiveTaps& mask, int64_t outputs, int64_t inputs, const Planes
         side.group_offsets[g].push_back(int32_t(c * planes.size + planes.offset(sign * tap.down, sign * tap.right)));
         side.group_pairs[g].push_back({int32_t(c), t});
       }
-      of_taps.push_back({begin, int32_t(side.group_pairs[g].size()), Run::nothing});
+      of_taps.push_back(
+          {begin, int32_t(side.group_pairs[g].size()), Run::nothing, t < 0 ? int32_t(mask.taps.size()) : t});
       taps.push_back(&tap);
     };
     for (int64_t first = 0; first < inputs; first += kChannels) {
@@ -308,11 +350,11 @@ Side side_of(const LiveTaps& mask, int64_t outputs, int64_t inputs, const Planes
             [&](int64_t c) { return sign > 0 ? mask.live(members[0], c) : mask.live(c, members[0]); });
     }
     if (planes.lanes == 1) {
-      add_runs(side.group_runs[g], of_taps, [](size_t) { return true; });
+      add_runs(side.group_runs[g], of_taps, planes.masked(), [](size_t) { return true; });
     } else {
       for (int64_t row = 0; row < planes.rows; ++row)
         for_tiles(planes.columns, [&](int64_t column, int64_t width) {
-          add_runs(side.group_runs[g], of_taps, [&](size_t t) {
+          add_runs(side.group_runs[g], of_taps, false, [&](size_t t) {
             return meets(row, 1, sign * taps[t]->down, planes.rows) &&
                    meets(column, width, sign * taps[t]->right, planes.columns);
           });
@@ -330,9 +372,11 @@ Side side_of(const LiveTaps& mask, int64_t outputs, int64_t inputs, const Planes
 
 struct Constants {
   int64_t block, vector, slack, lanes, pairs, few_pairs;
+  bool masks;
   explicit Constants(ScalarType dtype) {
-    FASTELBO_CONV_LOOP(conv_constants, dtype)(&block, &vector, &slack, &lanes, &pairs, &few_pairs);
+    FASTELBO_CONV_LOOP(conv_constants, dtype)(&block, &vector, &slack, &lanes, &pairs, &few_pairs, &masks);
   }
+  int64_t vectors(int64_t positions) const { return (positions + vector - 1) / vector; }
 };
 
 constexpr int64_t kBandElements = 1 << 16;  // of all planes of a band: 256 KiB of a second-level cache
@@ -351,19 +395,66 @@ int64_t band_rows(int64_t n, int64_t rows, int64_t columns, int64_t channels, in
   return std::min(rows, std::max(least, (rows + bands - 1) / bands));
 }
 
-// The planes of a band of one side's inputs, sign as for side_of, in the layout that takes the fewest vectors times
-// taps, where it fits: without gaps, and with images in lanes, where that takes a twentieth less.
-Planes planes_of(const ConvArgs& args, int64_t channels, int64_t outputs, int64_t above, int64_t below, int sign,
-                 const Constants& constants) {
-  int64_t reach = args.mask.sideways(), lanes = constants.vector;
-  Planes spaced(args.columns, args.band, reach, above, below, constants.slack);
+// What a convolution is over: a side's inputs, as many outputs as taps are to be summed for, and how they are moved.
+struct Source {
+  const Image& image;  // without memory, if they have yet to be made
+  bool is_double;
+  int64_t channels, outputs, above, below;
+  int sign;  // as for side_of
+};
+
+// Leaves the channels' rows where they are, if planes without gaps would look the same.
+void leave_in_place(Planes& planes, const ConvArgs& args, const Source& source) {
+  planes.in_place = source.image && is_plane(source.image, args.columns, source.is_double);
+  if (!planes.in_place) return;
+  planes.size = source.image.stride[1];
+  planes.front = planes.above = planes.below = 0;
+}
+
+// A band's rows one after the other, and which lanes of its vectors each tap reads inside the image.
+Planes masked_planes(const ConvArgs& args, const Source& source, const Constants& constants) {
+  Planes planes(args.columns, args.band, 0, source.above, source.below, 0);
+  // rows that lie whole pages apart would share a few sets of the first-level cache
+  int64_t stride = source.image.stride[1], lanes = constants.vector;
+  if (stride % 1024 != 0 && stride < INT32_MAX / 2 / source.channels) leave_in_place(planes, args, source);
+  planes.vectors = constants.vectors(args.band * args.columns);
+  planes.masks.resize(args.bands * args.taps() * planes.vectors);
+  uint16_t* masks = planes.masks.data();
+  for (int64_t band = 0; band < args.bands; ++band) {
+    int64_t first = band * args.band, last = std::min(first + args.band, args.rows);
+    for (int64_t t = 0; t < args.taps(); ++t, masks += planes.vectors) {
+      int64_t down = source.sign * args.tap(t).down, right = source.sign * args.tap(t).right;
+      int64_t left_edge = std::max<int64_t>(-right, 0), right_edge = std::min(args.columns - right, args.columns);
+      for (int64_t row = std::max(first, -down); row < std::min(last, args.rows - down); ++row) {
+        int64_t start = (row - first) * args.columns;
+        for (int64_t p = start + left_edge, next; p < start + right_edge; p = next) {
+          next = std::min(start + right_edge, (p / lanes + 1) * lanes);
+          masks[p / lanes] |= uint16_t(((1 << (next - p)) - 1) << p % lanes);
+        }
+      }
+    }
+  }
+  return planes;
+}
+
+// A band's rows with zeros between them; or without, where the copies that this takes fit and are fewer vectors.
+Planes planes_with_zeros(const ConvArgs& args, const Source& source, const Constants& constants) {
+  int64_t reach = args.mask.sideways();
+  Planes spaced(args.columns, args.band, reach, source.above, source.below, constants.slack);
   std::vector<int64_t> shifts = {0};
   for (const Tap& tap : args.mask.taps)
-    if (std::find(shifts.begin(), shifts.end(), sign * tap.right) == shifts.end()) shifts.push_back(sign * tap.right);
-  Planes moved(args.columns, args.band, reach, above, below, constants.slack, shifts);
-  auto vectors = [&](const Planes& planes) { return (planes.positions(args.band) + lanes - 1) / lanes; };
-  bool fit = channels * moved.size <= kBandElements;
-  const Planes& pixels = fit && 20 * vectors(moved) <= 19 * vectors(spaced) ? moved : spaced;
+    if (std::find(shifts.begin(), shifts.end(), source.sign * tap.right) == shifts.end())
+      shifts.push_back(source.sign * tap.right);
+  Planes moved(args.columns, args.band, reach, source.above, source.below, constants.slack, shifts);
+  bool fewer = constants.vectors(moved.positions(args.band)) < constants.vectors(spaced.positions(args.band));
+  return fewer && source.channels * moved.size <= kBandElements ? moved : spaced;
+}
+
+// The planes of a band: of one image, or with images in lanes where these fit and take a twentieth fewer vectors times
+// taps.
+Planes planes_of(const ConvArgs& args, const Source& source, const Constants& constants) {
+  int64_t reach = args.mask.sideways(), lanes = constants.vector, channels = source.channels;
+  Planes pixels = constants.masks ? masked_planes(args, source, constants) : planes_with_zeros(args, source, constants);
 
   // a tile reads zeros beside the image for at most all of its pixels but one
   int64_t gap = std::min(reach, tile_of(args.columns) - 1), of_a_group = 0;
@@ -372,13 +463,15 @@ Planes planes_of(const ConvArgs& args, int64_t channels, int64_t outputs, int64_
   for (int64_t t = 0; t < args.taps(); ++t) {
     const Tap& tap = args.tap(t);
     for_tiles(args.columns, [&](int64_t column, int64_t width) {
-      if (meets(column, width, sign * tap.right, args.columns)) of_a_group += (args.rows - std::abs(tap.down)) * width;
+      if (meets(column, width, source.sign * tap.right, args.columns))
+        of_a_group += (args.rows - std::abs(tap.down)) * width;
     });
   }
-  int64_t groups = (args.n + lanes - 1) / lanes, pairs = channels * outputs;
-  int64_t transposed = args.n * args.rows * args.columns * (channels + outputs);  // each costs as much as a vector
+  int64_t groups = (args.n + lanes - 1) / lanes, pairs = channels * source.outputs;
+  int64_t transposed =
+      args.n * args.rows * args.columns * (channels + source.outputs);  // each costs as much as a vector
   int64_t of_images = groups * of_a_group * pairs + transposed;
-  int64_t of_pixels = args.n * args.bands * vectors(pixels) * args.taps() * pairs;
+  int64_t of_pixels = args.n * args.bands * constants.vectors(pixels.positions(args.band)) * args.taps() * pairs;
   return 20 * of_images <= 19 * of_pixels ? images : pixels;
 }
 
@@ -426,7 +519,9 @@ std::tuple<Tensor, Tensor> masked_conv2d_fwd(Tensor input, Tensor weight, std::o
   Constants constants(dtype);
   ConvArgs args =
       arguments(input, weight, mask_type, stack, dilation, channel_groups, group_order, activation, taps, constants);
-  args.planes = planes_of(args, args.in_channels, args.z_channels, args.mask.up, args.mask.down, 1, constants);
+  Source source{
+      args.input, dtype == ScalarType::Double, args.in_channels, args.z_channels, args.mask.up, args.mask.down, 1};
+  args.planes = planes_of(args, source, constants);
   if (args.planes.lanes > 1) take_images(args, args.planes.lanes);
   Tensor y = allocate_image(args.n, args.y_channels, input);
   Tensor kept =
@@ -465,8 +560,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_conv2d_bwd(Tensor d_y, Tensor 
   args.kept = image_of(kept);
   int64_t reach = mask.sideways();
   args.planes = Planes(args.columns, args.band, reach, mask.up, mask.down, constants.slack);
-  args.d_planes = want_input ? planes_of(args, args.z_channels, args.in_channels, mask.down, mask.up, -1, constants)
-                             : Planes(args.columns, args.band, 0, 0, 0, constants.slack);  // no tap reads them
+  Image d_z = args.activation == Activation::none ? args.d_y : Image();
+  Source source{d_z, dtype == ScalarType::Double, args.z_channels, args.in_channels, mask.down, mask.up, -1};
+  if (want_input) {
+    args.d_planes = planes_of(args, source, constants);
+  } else {
+    args.d_planes = Planes(args.columns, args.band, 0, 0, 0, constants.slack);  // no tap reads them
+    leave_in_place(args.d_planes, args, source);
+  }
   if (args.d_planes.lanes > 1) {
     take_images(args, args.d_planes.lanes);
     args.planes = Planes::of_images(args.images, args.columns, args.rows, reach, mask.up, mask.down);

@@ -31,6 +31,11 @@ template <> struct WideOf<float> {
   // x - 0 is x, and compiles to a broadcast; 0 + x, which F32(x) is, turns -0 into 0 and costs an addition
   static FASTELBO_INLINE F32 all(float x) { return F32(x - NativeF{}); }
   static FASTELBO_INLINE F32 get(const float* from) { return load(from, Whole{}); }
+#if defined(FASTELBO_AVX512)
+  static FASTELBO_INLINE F32 get(const float* from, uint16_t mask) {
+    return F32((NativeF)_mm512_maskz_loadu_ps(mask, from));
+  }
+#endif
   static FASTELBO_INLINE void put(float* to, F32 a) { store(to, a, Whole{}); }
 };
 template <> struct WideOf<double> {
@@ -44,8 +49,10 @@ template <> struct WideOf<double> {
 // Registers: AVX-512 has 32, the others 16 (AArch64 has 32, and does not need them).
 #if defined(FASTELBO_AVX512)
 constexpr int kBlock = 8, kPairs = 12;
+constexpr bool kMasks = true;  // a load that leaves out lanes costs no more than another
 #else
 constexpr int kBlock = 4, kPairs = 6;
+constexpr bool kMasks = false;
 #endif
 constexpr int kVectors = 3;       // of pixels in a tile
 constexpr int kFewPairs = kPairs / 3;  // of a list's last tiles
@@ -53,23 +60,26 @@ constexpr int kChannelVectors = 2;  // of output channels in a tile of the weigh
 
 // The sizes that host code must know, too.
 template <class T, bool>
-void conv_constants(int64_t* block, int64_t* vector, int64_t* slack, int64_t* lanes, int64_t* pairs,
-                    int64_t* few_pairs) {
+void conv_constants(int64_t* block, int64_t* vector, int64_t* slack, int64_t* lanes, int64_t* pairs, int64_t* few_pairs,
+                    bool* masks) {
   *block = kBlock;
   *vector = WideOf<T>::lanes;
   *slack = kVectors * WideOf<T>::lanes;
   *lanes = kChannelVectors * WideOf<T>::lanes;
   *pairs = kPairs;
   *few_pairs = kFewPairs;
+  *masks = kMasks;
 }
 
 #include "masked_conv2d_planes.h"
 
-// kBlock output channels of `vectors` neighbouring vectors, on top of a vector for each channel. Returns the next
-// tile's runs.
-template <class T, int vectors>
-inline const Run* conv_tile(const T* in, const int32_t* offsets, const Run* run, const T* weights, const T* constants,
-                            T* out, int64_t pitch) {
+enum class Layout { spaced, masked, images };
+
+// kBlock output channels of `vectors` neighbouring vectors, on top of a vector for each channel. masks: those of the
+// first tap, `of_tap` before those of the next. Returns the next tile's runs.
+template <class T, int vectors, bool masked>
+inline const Run* conv_tile(const T* in, const int32_t* offsets, const Run* run, const uint16_t* masks, int64_t of_tap,
+                            const T* weights, const T* constants, T* out, int64_t pitch) {
   using Wide = WideOf<T>;
   using V = typename Wide::type;
   for (bool first = true;; first = false) {
@@ -80,12 +90,25 @@ inline const Run* conv_tile(const T* in, const int32_t* offsets, const Run* run,
       for (int v = 0; v < vectors; ++v) total[m][v] = V(T(0));
     }
     for (;; ++run) {
-      const T* w = weights + run->begin * kBlock;
-      for (int64_t k = run->begin; k < run->end; ++k, w += kBlock) {
+      int64_t begin = run->begin, end = run->end;
+      uint16_t inside[vectors] = {};
+      if (masked) {
+        int any = 0;
+        FASTELBO_UNROLL
+        for (int v = 0; v < vectors; ++v) any |= inside[v] = masks[run->tap * of_tap + v];
+        if (!any) end = begin;
+      }
+      const T* w = weights + begin * kBlock;
+      for (int64_t k = begin; k < end; ++k, w += kBlock) {
         const T* from = in + offsets[k];
         V x[vectors];
         FASTELBO_UNROLL
-        for (int v = 0; v < vectors; ++v) x[v] = Wide::get(from + v * Wide::lanes);
+        for (int v = 0; v < vectors; ++v, from += Wide::lanes) {
+          if constexpr (masked)
+            x[v] = Wide::get(from, inside[v]);
+          else
+            x[v] = Wide::get(from);
+        }
         FASTELBO_UNROLL
         for (int m = 0; m < kBlock; ++m) {
           V of_channel = Wide::all(w[m]);
@@ -106,17 +129,21 @@ inline const Run* conv_tile(const T* in, const int32_t* offsets, const Run* run,
   }
 }
 
-// A block of output channels over neighbouring positions: out[kBlock][pitch]. Either each tile has runs of its own, or
-// all have the same.
-template <class T, bool own>
-inline const Run* conv_row(const T* in, const int32_t* offsets, const Run* runs, const T* weights, const T* constants,
-                           int64_t positions, T* out, int64_t pitch) {
+// A block of output channels over neighbouring positions: out[kBlock][pitch]. With images in lanes each tile has runs
+// of its own, else all have the same.
+template <class T, Layout layout>
+inline const Run* conv_row(const T* in, const int32_t* offsets, const Run* runs, const uint16_t* masks, int64_t of_tap,
+                           const T* weights, const T* constants, int64_t positions, T* out, int64_t pitch,
+                           Ahead ahead = {}) {
   constexpr int lanes = WideOf<T>::lanes;
+  constexpr bool masked = layout == Layout::masked;
   for (int64_t left = (positions + lanes - 1) / lanes, tile; left > 0; left -= tile) {
     tile = tile_of(left);
-    auto conv = tile == 3 ? &conv_tile<T, 3> : tile == 2 ? &conv_tile<T, 2> : &conv_tile<T, 1>;
-    const Run* next = conv(in, offsets, runs, weights, constants, out, pitch);
-    if (own) runs = next;
+    auto conv = tile == 3 ? &conv_tile<T, 3, masked> : tile == 2 ? &conv_tile<T, 2, masked> : &conv_tile<T, 1, masked>;
+    const Run* next = conv(in, offsets, runs, masks, of_tap, weights, constants, out, pitch);
+    if (layout == Layout::images) runs = next;
+    if (masked) masks += tile;
+    ahead.fetch((left + kVectors - 1) / kVectors);
     in += tile * lanes;
     out += tile * lanes;
   }
@@ -196,6 +223,10 @@ inline void write_unit(const Image& image, const Side& side, int64_t unit, int64
                        int64_t columns, const T* from, int64_t stride, int64_t pitch) {
   int c = side.channel(unit, 0);
   if (channels_innermost<T>(image) && side.channel(unit, kBlock - 1) == c + kBlock - 1) {
+    if (is_one_row(image, columns, pitch)) {
+      columns *= rows;
+      rows = 1;
+    }
     for (int64_t row = 0; row < rows; ++row)
       transpose(from + row * pitch, stride, kBlock, columns, pixel<T>(image, image.at(n, c, first + row)),
                 image.stride[3]);
@@ -242,6 +273,14 @@ inline void finish_channel(const ConvArgs& args, int64_t n, int64_t c, int64_t f
   if (args.residual) add_rows(args.residual, args.residual.at(n, c, first), rows, columns, y, pitch, scratch);
 }
 
+// A band's first row of the first channel, in planes or in place, and what is read for the next one.
+template <class T>
+struct Band {
+  int64_t first, rows;
+  const T* in;
+  Ahead next;
+};
+
 // A unit's outputs over a band: [halves][kBlock][pitch], of each image.
 template <class T>
 struct Outputs {
@@ -265,30 +304,40 @@ struct Outputs {
         interleaved(of_images ? kBlock * lanes * args.band * args.columns : 0) {}
   T* channel(int64_t image, int half, int m) const { return pixels.get() + image * size + (half * kBlock + m) * pitch; }
   // Where a unit lies in an image of the same layout, whole vectors of whole blocks, else null.
-  T* in_place(const Image& image, int64_t unit, int64_t n, int64_t first, int64_t rows) const {
+  T* in_place(const Image& image, int64_t unit, int64_t n, const Band<T>& band) const {
     int c = side.channel(unit, 0);
-    bool same = !of_images && is_plane<T>(image, args.columns) && row_pitch == args.columns &&
-                rows * args.columns % lanes == 0 && side.channel(unit, kBlock - 1) == c + kBlock - 1;
-    return same ? pixel<T>(image, image.at(n, c, first)) : nullptr;
+    bool same = !of_images && is_plane(image, args.columns, sizeof(T) == 8) && row_pitch == args.columns &&
+                band.rows * args.columns % lanes == 0 && side.channel(unit, kBlock - 1) == c + kBlock - 1;
+    return same ? pixel<T>(image, image.at(n, c, band.first)) : nullptr;
   }
   // constants: [kBlock][lanes]; to: null, or in place
-  void convolve(const T* in, int64_t unit, int half, const void* packed, const T* constants, int64_t rows, T* to,
+  void convolve(const Band<T>& band, int64_t unit, int half, const void* packed, const T* constants, T* to,
                 int64_t to_pitch) const {
     const T* weights = static_cast<const T*>(packed) + side.weights_of(unit, half);
     const int32_t* offsets = side.offsets(unit);
     const Run* runs = side.runs(unit);
     if (!of_images) {
-      conv_row<T, false>(in, offsets, runs, weights, constants, planes.positions(rows), to ? to : channel(0, half, 0),
-                         to ? to_pitch : pitch);
+      if (!to) {
+        to = channel(0, half, 0);
+        to_pitch = pitch;
+      }
+      int64_t positions = planes.positions(band.rows);
+      Ahead ahead = half == 0 ? band.next.part(unit, side.units()) : Ahead();
+      if constexpr (kMasks)
+        conv_row<T, Layout::masked>(band.in, offsets, runs, planes.masks_of(band.first / args.band, args.taps()),
+                                    planes.vectors, weights, constants, positions, to, to_pitch, ahead);
+      else
+        conv_row<T, Layout::spaced>(band.in, offsets, runs, nullptr, 0, weights, constants, positions, to, to_pitch,
+                                    ahead);
       return;
     }
-    int64_t wide = args.columns * lanes, plane = rows * wide;
+    int64_t wide = args.columns * lanes, plane = band.rows * wide;
     to = interleaved.get();
-    for (int64_t row = 0; row < rows; ++row)
-      runs =
-          conv_row<T, true>(in + row * planes.pitch, offsets, runs, weights, constants, wide, to + row * wide, plane);
+    for (int64_t row = 0; row < band.rows; ++row)
+      runs = conv_row<T, Layout::images>(band.in + row * planes.pitch, offsets, runs, nullptr, 0, weights, constants,
+                                         wide, to + row * wide, plane);
     for (int m = 0; m < kBlock; ++m)
-      transpose(to + m * plane, lanes, rows * args.columns, lanes, channel(0, half, m), size);
+      transpose(to + m * plane, lanes, band.rows * args.columns, lanes, channel(0, half, m), size);
   }
 };
 
@@ -316,7 +365,7 @@ void masked_conv2d_fwd(const ConvArgs& args, int64_t begin, int64_t end) {
   constexpr int lanes = WideOf<T>::lanes;
   const Planes& planes = args.planes;
   const Side& forward = args.forward;
-  ScratchOf<T> kept((planes.copies - 1) * planes.plane), in(args.in_channels * planes.size),
+  ScratchOf<T> kept((planes.copies - 1) * planes.plane), in(planes.in_place ? 0 : args.in_channels * planes.size),
       constants(forward.units() * forward.halves * kBlock * lanes), row_scratch(args.columns + kVectors * lanes);
   bool of_class = args.cond && args.cond_ndim == 2;
   bool bare = args.activation == Activation::none && !args.kept && !args.residual && (!args.cond || of_class);
@@ -331,12 +380,13 @@ void masked_conv2d_fwd(const ConvArgs& args, int64_t begin, int64_t end) {
     int64_t n = share.chunk / args.bands * args.images, images = std::min(args.images, args.n - n),
             first = share.chunk % args.bands * args.band, rows = std::min(args.band, args.rows - first);
     if (of_class) find_constants(args, n, images, constants.get());
-    pack_input(args, n, first, rows, kept.get(), staging, in.get());
+    Band<T> band{first, rows, pack_input(args, n, first, rows, kept.get(), staging, in.get()),
+                 task < end ? args.ahead(args.input, args.in_channels, task) : Ahead()};
     for (int64_t u = share.first(forward.units()); u < share.last(forward.units()); ++u) {
-      T* y = bare ? z.in_place(args.y, u, n, first, rows) : nullptr;
+      T* y = bare ? z.in_place(args.y, u, n, band) : nullptr;
       for (int h = 0; h < forward.halves; ++h)
-        z.convolve(in.get() + planes.first(), u, h, args.packed,
-                   constants.get() + (u * forward.halves + h) * kBlock * lanes, rows, y, args.y.stride[1]);
+        z.convolve(band, u, h, args.packed, constants.get() + (u * forward.halves + h) * kBlock * lanes, y,
+                   args.y.stride[1]);
       if (y) continue;
       for (int64_t i = 0; i < images; ++i) {
         for (int m = 0; m < kBlock && forward.channel(u, m) >= 0; ++m) {
@@ -407,8 +457,8 @@ inline void transpose_block(const T* from, int64_t stride, int64_t channels, int
 
 // The products of `pairs` inputs, given by their offsets, with a block of output channels, summed over the pixels of a
 // window. dz: [rows][columns][lanes of the block]. Lanes are channels, so that a NaN reaches the weights of its own
-// channel only.
-template <class T, int pairs>
+// channel only. vectors: fewer than the block has, where its channels fill no more.
+template <class T, int pairs, int vectors>
 inline void weight_tile(const T* in, const int32_t* offsets, const T* dz, const Window& window, int64_t columns,
                         int64_t pitch, T* totals) {
   using Wide = WideOf<T>;
@@ -423,31 +473,34 @@ inline void weight_tile(const T* in, const int32_t* offsets, const T* dz, const 
     int64_t bottom = std::min(top + height, window.bottom);
     for (int64_t left = window.left; left < window.right; left += width) {
       int64_t right = std::min(left + width, window.right);
-      V total[pairs][kChannelVectors];
+      V total[pairs][vectors];
       FASTELBO_UNROLL
       for (int m = 0; m < pairs; ++m) {
         FASTELBO_UNROLL
-        for (int v = 0; v < kChannelVectors; ++v) total[m][v] = V(T(0));
+        for (int v = 0; v < vectors; ++v) total[m][v] = V(T(0));
       }
       for (int64_t row = top; row < bottom; ++row) {
         const T* of_pixel = dz + (row * columns + left) * kD;
         for (int64_t i = row * pitch + left; i < row * pitch + right; ++i, of_pixel += kD) {
-          V d[kChannelVectors];
+          V d[vectors];
           FASTELBO_UNROLL
-          for (int v = 0; v < kChannelVectors; ++v) d[v] = Wide::get(of_pixel + v * Wide::lanes);
+          for (int v = 0; v < vectors; ++v) d[v] = Wide::get(of_pixel + v * Wide::lanes);
           FASTELBO_UNROLL
           for (int m = 0; m < pairs; ++m) {
             V x = Wide::all(from[m][i]);
             FASTELBO_UNROLL
-            for (int v = 0; v < kChannelVectors; ++v) total[m][v] = fma(x, d[v], total[m][v]);
+            for (int v = 0; v < vectors; ++v) total[m][v] = fma(x, d[v], total[m][v]);
           }
         }
       }
       T* to = totals;
       FASTELBO_UNROLL
-      for (int m = 0; m < pairs; ++m) {
+      for (int m = 0; m < pairs; ++m, to += kD) {
         FASTELBO_UNROLL
-        for (int v = 0; v < kChannelVectors; ++v, to += Wide::lanes) Wide::put(to, Wide::get(to) + total[m][v]);
+        for (int v = 0; v < vectors; ++v) {
+          T* of = to + v * Wide::lanes;
+          Wide::put(of, Wide::get(of) + total[m][v]);
+        }
       }
     }
   }
@@ -467,8 +520,6 @@ template <class T>
 struct ActivationGradient {
   const ConvArgs& args;
   const Planes& planes;
-  bool in_place;
-  int64_t size;  // from one channel to the next
   int64_t step, most;
   ScratchOf<T> kept, scratch, packed;
   Staging<T> staging;
@@ -476,13 +527,11 @@ struct ActivationGradient {
   explicit ActivationGradient(const ConvArgs& args)
       : args(args),
         planes(args.d_planes),
-        in_place(!args.d_input && args.activation == Activation::none && is_plane<T>(args.d_y, args.columns)),
-        size(in_place ? args.d_y.stride[1] : planes.size),
-        step(planes.lanes > 1 ? args.rows : rows_of_a_channel(args.d_y, args.columns)),
+        step(planes.lanes > 1 ? args.rows : rows_of_a_channel(args.d_y, args.columns, args.z_channels, planes.pitch)),
         most(covered<T>(step * args.columns)),
         kept((planes.copies - 1) * planes.plane),
         scratch(3 * most),
-        packed(in_place ? 0 : args.z_channels * planes.size),
+        packed(planes.in_place ? 0 : args.z_channels * planes.size),
         staging(planes, args.gated() ? 2 : 1) {
     find_kept(planes, kept.get());
     zero(scratch.get(), 3 * most);
@@ -500,24 +549,25 @@ struct ActivationGradient {
   // The band's first row of the first channel.
   const T* pack(int64_t n, int64_t first, int64_t rows, bool stored) const {
     T* to = packed.get();
-    const T* band = in_place ? pixel<T>(args.d_y, args.d_y.at(n, 0, first)) : to + planes.first();
+    const T* band = planes.in_place ? pixel<T>(args.d_y, args.d_y.at(n, 0, first)) : to + planes.first();
     if (planes.lanes > 1) {
       pack_images(n, stored, to);
       return band;
     }
-    if (!in_place)
+    if (!planes.in_place)
       pack_planes(planes, args.rows, args.z_channels, first, rows, step, kept.get(), to,
                   [&](int64_t row, int64_t count, int64_t i) {
                     if (args.activation == Activation::none && channels_innermost<T>(args.d_y))
-                      return transpose(pixel<T>(args.d_y, args.d_y.at(n, 0, row)), args.d_y.stride[3], args.columns,
-                                       args.z_channels, to + planes.front + i * planes.pitch, planes.size);
+                      return transpose(pixel<T>(args.d_y, args.d_y.at(n, 0, row)), args.d_y.stride[3],
+                                       count * args.columns, args.z_channels, to + planes.front + i * planes.pitch,
+                                       planes.size);
                     for (int64_t c = 0; c < args.y_channels; ++c) {
                       T* line = to + c * planes.size + planes.front + i * planes.pitch;
                       T* lines[2] = {line, line + args.y_channels * planes.size};
                       activation_gradient(args, n, c, row, count, lines, planes.pitch, scratch.get(), most);
                     }
                   });
-    for (int64_t c = 0; c < args.z_channels; ++c) store(n, c, first, rows, band + c * size, planes.pitch);
+    for (int64_t c = 0; c < args.z_channels; ++c) store(n, c, first, rows, band + c * planes.size, planes.pitch);
     return band;
   }
 
@@ -566,30 +616,36 @@ void masked_conv2d_bwd(const ConvArgs& args, int64_t begin, int64_t end) {
       int64_t n = unit / args.bands * args.images, images = std::min(args.images, args.n - n),
               first = unit % args.bands * args.band, rows = std::min(args.band, args.rows - first);
       const T* dz = gradient.pack(n, first, rows, share.begin == 0);
+      Band<T> d_band{first, rows, dz,
+                     unit + 1 < args.units() ? args.ahead(args.d_y, args.y_channels, unit + 1) : Ahead()};
       if (args.d_input) {
         for (int64_t u = share.first(backward.units()); u < share.last(backward.units()); ++u) {
-          T* in_place = d_in.in_place(args.d_input, u, n, first, rows);
-          d_in.convolve(dz, u, 0, args.d_packed, no_constants, rows, in_place, args.d_input.stride[1]);
+          T* in_place = d_in.in_place(args.d_input, u, n, d_band);
+          d_in.convolve(d_band, u, 0, args.d_packed, no_constants, in_place, args.d_input.stride[1]);
           for (int64_t i = 0; i < images && !in_place; ++i)
             write_unit(args.d_input, backward, u, n + i, first, rows, args.columns, d_in.channel(i, 0, 0), d_in.pitch,
                        d_in.row_pitch);
         }
       }
       if (partial) {
-        pack_input<T>(args, n, first, rows, nullptr, staging, in.get());
+        const T* band = pack_input<T>(args, n, first, rows, nullptr, staging, in.get());
         for (int64_t row = 0; row < rows; row += rows_at_once) {
           int64_t some = std::min(rows_at_once, rows - row);
           for (int64_t block = 0; block < blocks; ++block) {
-            const T* line = dz + block * lanes * gradient.size + row * d_planes.pitch;
+            const T* line = dz + block * lanes * d_planes.size + row * d_planes.pitch;
+            bool few_channels = args.z_channels - block * lanes <= WideOf<T>::lanes;
             bool gapless = d_planes.pitch == wide;
             int64_t run = gapless ? some * wide : wide;
             for (int64_t r = 0; r < (gapless ? 1 : some); ++r)
-              transpose_block<T, lanes>(line + r * d_planes.pitch, gradient.size, args.z_channels - block * lanes, run,
+              transpose_block<T, lanes>(line + r * d_planes.pitch, d_planes.size, args.z_channels - block * lanes, run,
                                         transposed.get() + r * run * lanes);
             for (int64_t pair = first_pair, step; pair < last_pair; pair += step) {
               step = last_pair - pair >= kPairs ? kPairs : kFewPairs;
-              auto tile = step == kPairs ? &weight_tile<T, kPairs> : &weight_tile<T, kFewPairs>;
-              tile(in.get() + planes.first() + row * planes.pitch, args.pair_offsets(pair), transposed.get(),
+              auto tile = step == kPairs
+                              ? few_channels ? &weight_tile<T, kPairs, 1> : &weight_tile<T, kPairs, kChannelVectors>
+                          : few_channels ? &weight_tile<T, kFewPairs, 1>
+                                         : &weight_tile<T, kFewPairs, kChannelVectors>;
+              tile(band + row * planes.pitch, args.pair_offsets(pair), transposed.get(),
                    args.window(pair / kPairs).part(first + row, some, planes.lanes), wide, planes.pitch,
                    partial + (block * args.pairs + pair) * lanes);
             }

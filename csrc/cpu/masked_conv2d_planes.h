@@ -7,10 +7,15 @@ struct ScratchOf : Scratch {
   T* get() const { return static_cast<T*>(data); }
 };
 
+// Whether rows of an image, and those of planes `pitch` apart, are one long row.
+inline bool is_one_row(const Image& image, int64_t columns, int64_t pitch) {
+  return pitch == columns && image.stride[2] == columns * image.stride[3];
+}
+
 // Rows of one channel of an image, from an offset on, to and from rows of the arithmetic type that lie `pitch` apart.
 template <class T>
 inline void read_rows(const Image& image, int64_t offset, int64_t rows, int64_t columns, T* to, int64_t pitch) {
-  if (pitch == columns && image.stride[2] == columns * image.stride[3]) {
+  if (is_one_row(image, columns, pitch)) {
     columns *= rows;
     rows = 1;
   }
@@ -23,7 +28,7 @@ inline void read_rows(const Image& image, int64_t offset, int64_t rows, int64_t 
 template <class T>
 inline void write_rows(const Image& image, int64_t offset, int64_t rows, int64_t columns, const T* from,
                        int64_t pitch) {
-  if (pitch == columns && image.stride[2] == columns * image.stride[3]) {
+  if (is_one_row(image, columns, pitch)) {
     columns *= rows;
     rows = 1;
   }
@@ -96,18 +101,12 @@ inline T* pixel(const Image& image, int64_t offset) {
   return reinterpret_cast<T*>(image.data) + offset;
 }
 
-// Whether an image's rows lie one after the other, of the arithmetic type.
-template <class T>
-inline bool is_plane(const Image& image, int64_t columns) {
-  return image.stride[3] == 1 && image.stride[2] == columns &&
-         image.format == (sizeof(T) == 4 ? Format::f32 : Format::f64);
-}
-
-// How many rows to take of one channel before the next: with channels last one, so that a row of all channels stays in
-// the cache, else some that fill vectors.
-inline int64_t rows_of_a_channel(const Image& image, int64_t columns) {
-  constexpr int64_t kPixels = 1024;
-  return image.stride[3] == 1 && columns < kPixels ? kPixels / columns : 1;
+// How many rows to take of one channel before the next: some that fill vectors, with channels last so few that all
+// channels stay in the cache, one where they are not one long row.
+inline int64_t rows_of_a_channel(const Image& image, int64_t columns, int64_t channels, int64_t pitch) {
+  constexpr int64_t kPixels = 1024, kElements = 4096;
+  if (image.stride[3] == 1) return std::max<int64_t>(kPixels / columns, 1);
+  return is_one_row(image, columns, pitch) ? std::max<int64_t>(kElements / (columns * channels), 1) : 1;
 }
 
 template <class T>
@@ -179,10 +178,12 @@ struct Staging {
   }
 };
 
+// The input's planes; returns the band's first row of the first channel.
 template <class T>
-inline void pack_input(const ConvArgs& args, int64_t n, int64_t first, int64_t rows, const T* kept,
-                       const Staging<T>& staging, T* to) {
+inline const T* pack_input(const ConvArgs& args, int64_t n, int64_t first, int64_t rows, const T* kept,
+                           const Staging<T>& staging, T* to) {
   const Planes& planes = args.planes;
+  if (planes.in_place) return pixel<T>(args.input, args.input.at(n, 0, first));
   if (planes.lanes > 1) {
     int64_t images = std::min(args.images, args.n - n);
     for (int64_t c = 0; c < args.in_channels; ++c) {
@@ -190,16 +191,17 @@ inline void pack_input(const ConvArgs& args, int64_t n, int64_t first, int64_t r
         read_rows(args.input, args.input.at(n + i, c, 0), rows, args.columns, staging.plane(i), staging.columns);
       staging.pack(images, 0, to + c * planes.size);
     }
-    return;
+    return to + planes.first();
   }
-  int64_t step = rows_of_a_channel(args.input, args.columns);
+  int64_t step = rows_of_a_channel(args.input, args.columns, args.in_channels, planes.pitch);
   pack_planes(
       planes, args.rows, args.in_channels, first, rows, step, kept, to, [&](int64_t row, int64_t count, int64_t i) {
         T* at = to + planes.front + i * planes.pitch;
         if (channels_innermost<T>(args.input))
-          return transpose(pixel<T>(args.input, args.input.at(n, 0, row)), args.input.stride[3], args.columns,
+          return transpose(pixel<T>(args.input, args.input.at(n, 0, row)), args.input.stride[3], count * args.columns,
                            args.in_channels, at, planes.size);
         for (int64_t c = 0; c < args.in_channels; ++c)
           read_rows(args.input, args.input.at(n, c, row), count, args.columns, at + c * planes.size, planes.pitch);
       });
+  return to + planes.first();
 }
