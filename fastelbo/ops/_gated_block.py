@@ -195,12 +195,12 @@ class _GatedBlock(torch.autograd.Function):
             )
             found[7], found[11] = found[5], d_both
             if add and wanted[1]:
-                found[1] = found[1] + d_h_out
+                found[1] += d_h_out
             weight, taps = _shifting(link, convention)
             d_seen, d_link, _, _ = differentiate(
                 d_both, z, weight, None, *point, 1, order, "", True, wanted[6], False, 0, taps
             )
-            d_z = d_seen if d_z is None else d_z + d_seen
+            d_z = d_seen if d_z is None else d_seen.add_(d_z)  # d_z may be v_cond's gradient, too
             found[6] = d_link[:, :, :1] if wanted[6] else None
         found[0], found[2], found[3], _ = differentiate(d_z, v, vertical, None, *rows, "", *wanted[:1], *wanted[2:4], 0)
         if d_h_out is not None and convention == "pad-first" and vertical_bias is not None:
