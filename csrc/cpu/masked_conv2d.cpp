@@ -245,12 +245,12 @@ struct ConvArgs {
   const int32_t* pair_offsets(int64_t first) const { return pair_offset.data() + first; }
   const Window& window(int64_t tile) const { return windows[size_t(tile)]; }
   bool gated() const { return is_gate(activation); }
-  // A band of some images, before its turn.
-  Ahead ahead(const Image& image, int64_t channels, int64_t band) const {
+  // A band of an image, by its index among those of all images.
+  Ahead ahead(const Image& image, int64_t channels, int64_t index) const {
     if (images > 1) return {};
-    int64_t first = band % bands * this->band, rows_of_band = std::min(this->band, rows - first);
+    int64_t first = index % bands * band, rows_of_band = std::min(band, rows - first);
     int64_t element = image.format == Format::f64 ? 8 : image.format == Format::f32 ? 4 : 2;
-    const char* from = image.data + image.at(band / bands, 0, first) * element;
+    const char* from = image.data + image.at(index / bands, 0, first) * element;
     if (image.stride[3] == 1)
       return {from, channels, image.stride[1] * element, rows_of_band * image.stride[2] * element};
     return {from, rows_of_band, image.stride[2] * element, columns * image.stride[3] * element};
@@ -395,9 +395,9 @@ int64_t band_rows(int64_t n, int64_t rows, int64_t columns, int64_t channels, in
   return std::min(rows, std::max(least, (rows + bands - 1) / bands));
 }
 
-// What a convolution is over: a side's inputs, as many outputs as taps are to be summed for, and how they are moved.
+// What the planes of one side are made of: its inputs, and what the convolution over them is to be.
 struct Source {
-  const Image& image;  // without memory, if they have yet to be made
+  const Image& image;  // of the inputs; without memory, if they have yet to be computed
   bool is_double;
   int64_t channels, outputs, above, below;
   int sign;  // as for side_of

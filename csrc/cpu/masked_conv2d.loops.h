@@ -73,7 +73,7 @@ void conv_constants(int64_t* block, int64_t* vector, int64_t* slack, int64_t* la
 
 #include "masked_conv2d_planes.h"
 
-enum class Layout { spaced, masked, images };
+enum class Layout { spaced, masked, images };  // pixels with zeros between rows, or with masks; images in lanes
 
 // kBlock output channels of `vectors` neighbouring vectors, on top of a vector for each channel. masks: those of the
 // first tap, `of_tap` before those of the next. Returns the next tile's runs.
