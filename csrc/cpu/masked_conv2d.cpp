@@ -245,15 +245,16 @@ struct ConvArgs {
   const int32_t* pair_offsets(int64_t first) const { return pair_offset.data() + first; }
   const Window& window(int64_t tile) const { return windows[size_t(tile)]; }
   bool gated() const { return is_gate(activation); }
-  // A band of an image, by its index among those of all images.
+  // A band of an image, by its index among those of all images; nothing of images with anything between their rows.
   Ahead ahead(const Image& image, int64_t channels, int64_t index) const {
-    if (images > 1) return {};
+    bool planes = image.stride[3] == 1, pixels = image.stride[3] == channels;
+    if (images > 1 || !(planes || pixels) || image.stride[2] != columns * image.stride[3]) return {};
     int64_t first = index % bands * band, rows_of_band = std::min(band, rows - first);
     int64_t element = image.format == Format::f64 ? 8 : image.format == Format::f32 ? 4 : 2;
     const char* from = image.data + image.at(index / bands, 0, first) * element;
-    if (image.stride[3] == 1)
-      return {from, channels, image.stride[1] * element, rows_of_band * image.stride[2] * element};
-    return {from, rows_of_band, image.stride[2] * element, columns * image.stride[3] * element};
+    int64_t row = image.stride[2] * element;
+    if (pixels) return {from, rows_of_band, row, row};
+    return {from, channels, image.stride[1] * element, rows_of_band * row};
   }
 };
 
