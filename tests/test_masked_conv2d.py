@@ -513,8 +513,9 @@ def test_empty_batch_and_no_batch(backend):
         torch.testing.assert_close(one, whole[0], rtol=1e-13, atol=1e-13)
 
 
-def test_mask_a_without_taps(backend):
-    x, weight, bias, *_ = operands(k=1)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_mask_a_without_taps(backend, dtype):
+    x, weight, bias, *_ = operands(k=1, dtype=dtype)
     got = outputs_and_gradients(fastelbo.masked_conv2d, [x, weight, bias, None, None], mask_type="A", backend=backend)
     assert torch.equal(got[0], bias[:, None, None].expand_as(got[0]))
     assert (got[1] == 0).all()

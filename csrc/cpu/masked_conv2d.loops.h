@@ -43,6 +43,11 @@ template <> struct WideOf<double> {
   static constexpr int lanes = kLanes / 2;
   static FASTELBO_INLINE F64 all(double x) { return F64(x - NativeD{}); }
   static FASTELBO_INLINE F64 get(const double* from) { return F64(*(const UnalignedD*)from); }
+#if defined(FASTELBO_AVX512)
+  static FASTELBO_INLINE F64 get(const double* from, uint16_t mask) {
+    return F64((NativeD)_mm512_maskz_loadu_pd(__mmask8(mask), from));
+  }
+#endif
   static FASTELBO_INLINE void put(double* to, F64 a) { *(UnalignedD*)to = a.v; }
 };
 
@@ -92,7 +97,7 @@ inline const Run* conv_tile(const T* in, const int32_t* offsets, const Run* run,
     for (;; ++run) {
       int64_t begin = run->begin, end = run->end;
       uint16_t inside[vectors] = {};
-      if (masked) {
+      if (masked && begin < end) {
         int any = 0;
         FASTELBO_UNROLL
         for (int v = 0; v < vectors; ++v) any |= inside[v] = masks[run->tap * of_tap + v];
