@@ -44,14 +44,15 @@ def sanitized(tmp_path_factory):
         """A folder with the package, whose library has the loops of one instruction set: all take thrice as long."""
         flags = f"{os.environ.get('CPPFLAGS', '')} -DFASTELBO_ONLY={isa}"
         environment = {**os.environ, "FASTELBO_SANITIZE": SANITIZERS, "FASTELBO_CUDA": "0", "CPPFLAGS": flags}
-        command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(BUILD)]
+        library = BUILD / isa  # another process may build for another one
+        command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(library)]
         built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert built.returncode == 0, built.stdout[-2000:] + built.stderr[-4000:]
         folder = tmp_path_factory.mktemp("sanitized")
         package = folder / "fastelbo"
         shutil.copytree(ROOT / "fastelbo", package, ignore=shutil.ignore_patterns("*.so", "kernels", "__pycache__"))
         shutil.copytree(ROOT / "kernels", package / "kernels")
-        shutil.copy(BUILD / "fastelbo" / "_cpu.so", package)
+        shutil.copy(library / "fastelbo" / "_cpu.so", package)
         return folder
 
     def run(*arguments, isa=BEST):
