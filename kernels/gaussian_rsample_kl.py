@@ -31,16 +31,16 @@ def _fwd(
         window = tile.window(row, rows, first, columns, shift, row_sizes, column_sizes, C, EVEN, ALIGNED)
         mean_q, s_q, q, mean_p, s_p, p = load_gaussians(gaussians, window, SCALE, SCALE_P, T, VECTOR)
         kept = tile.kept(mask, window, VECTOR)
-        store_samples(
-            z, z_stride, kept, mean_q, heat(q[0], temperature, HEATED), (seed, noise, noise_stride, noise_offset),
-            samples, window, shift, columns, T, VECTOR, ALIGNED, APPROXIMATE,
-        )  # fmt: skip
         terms, _, _, _ = kl_terms(mean_q, s_q, q, mean_p, s_p, p, SCALE, SCALE_P)
         terms = tl.where(kept, terms, 0.0)
         if SUM:
             total += tile.inside(terms, window)
         else:
             tile.store(kl, window, terms, VECTOR)
+        store_samples(  # last, when all that only the KL takes has left its registers
+            z, z_stride, kept, mean_q, heat(q[0], temperature, HEATED), (seed, noise, noise_stride, noise_offset),
+            samples, window, shift, columns, T, VECTOR, ALIGNED, APPROXIMATE,
+        )  # fmt: skip
     if SUM:
         tile.store_sums(kl, total, row, rows, splits, split)
 
