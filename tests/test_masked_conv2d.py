@@ -280,21 +280,39 @@ def test_an_image_has_the_same_bits_in_any_batch(bad, keywords):
     "n, size", [(3, (28, 28)), (2, (5, 7)), (2, (3, 9)), (1, (32, 32)), (1, (1, 50)), (1, (90, 20))]
 )
 def test_what_lies_beside_an_image_in_memory_reaches_nothing(n, size, dtype, keywords):
-    """NaN before it, after it and between its channels; rows that lie one after the other may be read where they are."""
+    """NaN before it, after it and between its channels, or beside those of a pixel; rows and pixels that lie one after
+    the other may be read where they are. Only the sums of d_weight may have another order with channels last."""
 
     def among_nans(image):
         whole = torch.full((n + 2, image.shape[1] + 2, *size), float("nan"), dtype=dtype)
         whole[1:-1, 1:-1] = image
         return whole[1:-1, 1:-1]
 
+    def pixels_among_nans(image):
+        whole = torch.full((n + 2, *size, image.shape[1] + 2), float("nan"), dtype=dtype)
+        whole[1:-1, ..., 1:-1] = image.movedim(1, -1)
+        return whole[1:-1, ..., 1:-1].movedim(-1, 1)
+
     x, weight, _, _, d_y = operands(n, 20, 24, *size, 7, dtype=dtype)
     results = []
-    for lay_out in (among_nans, lambda image: image.clone(memory_format=torch.channels_last), torch.clone):
+    for lay_out in (torch.clone, among_nans, LAYOUTS["channels_last"], pixels_among_nans):
         leaves = [lay_out(x).requires_grad_(), weight.clone().requires_grad_()]
         y = fastelbo.masked_conv2d(*leaves, backend="cpu", **keywords)
         results.append((y, *torch.autograd.grad(y, leaves, lay_out(d_y))))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    planes, planes_among_nans, pixels, between_nans = results
+    for some, others in ((planes, planes_among_nans), (pixels, between_nans), (planes[:2], pixels[:2])):
+        assert all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def test_a_channel_of_pixels():
+    """One of several that lie side by side."""
+    image, weight = torch.randn(2, 9, 9, 3), torch.randn(16, 1, 5, 5)
+    channel = image.movedim(-1, 1)[:, 1:2]
+    assert channel.stride(1) == 1 and channel.stride(3) == 3
+    got, want = (
+        fastelbo.masked_conv2d(x, weight, mask_type="B", backend="cpu") for x in (channel, channel.contiguous())
+    )
+    assert torch.equal(got, want)
 
 
 def test_gradient_of_any_strides(backend):

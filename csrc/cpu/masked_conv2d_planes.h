@@ -1,149 +1,19 @@
-// Images into the planes of masked_conv2d.cpp, and rows of an image to and from memory, in any format and any strides.
-// Included inside a namespace, once per instruction set (masked_conv2d.loops.h).
-
-template <class T>
-struct ScratchOf : Scratch {
-  explicit ScratchOf(int64_t count) : Scratch(count * int64_t(sizeof(T))) {}
-  T* get() const { return static_cast<T*>(data); }
-};
-
-// Whether rows of an image, and those of planes `pitch` apart, are one long row.
-inline bool is_one_row(const Image& image, int64_t columns, int64_t pitch) {
-  return pitch == columns && image.stride[2] == columns * image.stride[3];
-}
-
-// Rows of one channel of an image, from an offset on, to and from rows of the arithmetic type that lie `pitch` apart.
-template <class T>
-inline void read_rows(const Image& image, int64_t offset, int64_t rows, int64_t columns, T* to, int64_t pitch) {
-  if (is_one_row(image, columns, pitch)) {
-    columns *= rows;
-    rows = 1;
-  }
-  with_format(image.format, [&](auto format) {
-    for (int64_t row = 0; row < rows; ++row)
-      gather<decltype(format)>(image.data, offset + row * image.stride[2], image.stride[3], int(columns),
-                               to + row * pitch);
-  });
-}
-template <class T>
-inline void write_rows(const Image& image, int64_t offset, int64_t rows, int64_t columns, const T* from,
-                       int64_t pitch) {
-  if (is_one_row(image, columns, pitch)) {
-    columns *= rows;
-    rows = 1;
-  }
-  with_format(image.format, [&](auto format) {
-    for (int64_t row = 0; row < rows; ++row)
-      scatter<decltype(format)>(image.data, offset + row * image.stride[2], image.stride[3], int(columns),
-                                from + row * pitch);
-  });
-}
-
-// to[i * to_stride + line] = from[line * stride + i]
-template <class T>
-inline void transpose(const T* from, int64_t stride, int64_t lines, int64_t length, T* to, int64_t to_stride) {
-  int64_t line = 0;
-#if defined(FASTELBO_AVX2) || defined(FASTELBO_AVX512)
-  if constexpr (sizeof(T) == 4) {
-    for (; line + 8 <= lines; line += 8, from += 8 * stride, to += 8) {
-      int64_t i = 0;
-      for (; i + 8 <= length; i += 8) {
-        __m256 r[8], s[8];
-        FASTELBO_UNROLL
-        for (int k = 0; k < 8; ++k) r[k] = _mm256_loadu_ps(from + k * stride + i);
-        FASTELBO_UNROLL
-        for (int k = 0; k < 8; k += 2) {
-          s[k] = _mm256_unpacklo_ps(r[k], r[k + 1]);
-          s[k + 1] = _mm256_unpackhi_ps(r[k], r[k + 1]);
-        }
-        FASTELBO_UNROLL
-        for (int k = 0; k < 8; k += 4) {
-          r[k] = _mm256_shuffle_ps(s[k], s[k + 2], 0x44);
-          r[k + 1] = _mm256_shuffle_ps(s[k], s[k + 2], 0xee);
-          r[k + 2] = _mm256_shuffle_ps(s[k + 1], s[k + 3], 0x44);
-          r[k + 3] = _mm256_shuffle_ps(s[k + 1], s[k + 3], 0xee);
-        }
-        FASTELBO_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          _mm256_storeu_ps(to + (i + k) * to_stride, _mm256_permute2f128_ps(r[k], r[k + 4], 0x20));
-          _mm256_storeu_ps(to + (i + k + 4) * to_stride, _mm256_permute2f128_ps(r[k], r[k + 4], 0x31));
-        }
-      }
-      for (; i < length; ++i)
-        for (int k = 0; k < 8; ++k) to[i * to_stride + k] = from[k * stride + i];
-    }
-    for (; line + 4 <= lines; line += 4, from += 4 * stride, to += 4) {
-      int64_t i = 0;
-      for (; i + 4 <= length; i += 4) {
-        __m128 r[4];
-        FASTELBO_UNROLL
-        for (int k = 0; k < 4; ++k) r[k] = _mm_loadu_ps(from + k * stride + i);
-        _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
-        FASTELBO_UNROLL
-        for (int k = 0; k < 4; ++k) _mm_storeu_ps(to + (i + k) * to_stride, r[k]);
-      }
-      for (; i < length; ++i)
-        for (int k = 0; k < 4; ++k) to[i * to_stride + k] = from[k * stride + i];
-    }
-  }
-#endif
-  for (; line < lines; ++line, from += stride, ++to)
-    for (int64_t i = 0; i < length; ++i) to[i * to_stride] = from[i];
-}
-
-// Whether an image's pixels are vectors of channels, of the arithmetic type; `pixel` is the address of one.
-template <class T>
-inline bool channels_innermost(const Image& image) {
-  return image.stride[1] == 1 && image.stride[3] != 1 && image.format == (sizeof(T) == 4 ? Format::f32 : Format::f64);
-}
-template <class T>
-inline T* pixel(const Image& image, int64_t offset) {
-  return reinterpret_cast<T*>(image.data) + offset;
-}
+// The layouts in which every channel has a plane, of one image or of several. Included inside a namespace, once per
+// instruction set (masked_conv2d.loops.h).
 
 // How many rows to take of one channel before the next: some that fill vectors, with channels last so few that all
 // channels stay in the cache, one where they are not one long row.
 inline int64_t rows_of_a_channel(const Image& image, int64_t columns, int64_t channels, int64_t pitch) {
   constexpr int64_t kPixels = 1024, kElements = 4096;
   if (image.stride[3] == 1) return std::max<int64_t>(kPixels / columns, 1);
-  return is_one_row(image, columns, pitch) ? std::max<int64_t>(kElements / (columns * channels), 1) : 1;
-}
-
-template <class T>
-FASTELBO_INLINE void zero(T* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = 0;
-}
-
-// Of each further copy of a plane: 1 where the first one, moved to the side, stays in its row, else 0.
-template <class T>
-inline void find_kept(const Planes& planes, T* kept) {
-  for (int64_t copy = 1; copy < planes.copies; ++copy) {
-    for (int64_t i = 0; i < planes.plane; ++i, ++kept) {
-      int64_t column = (i + planes.pitch - planes.front % planes.pitch) % planes.pitch + planes.shifts[size_t(copy)];
-      *kept = T(column >= 0 && column < planes.columns);
-    }
-  }
-}
-
-// Fills the further copies of a channel's first plane.
-template <class T>
-inline void move_plane(const Planes& planes, const T* kept, T* of_channel) {
-  int64_t reach = planes.front, count = planes.plane - 2 * reach;
-  for (int64_t copy = 1; copy < planes.copies; ++copy, kept += planes.plane) {
-    const T *from = of_channel + reach + planes.shifts[size_t(copy)], *keep = kept + reach;
-    T* to = of_channel + copy * planes.plane + reach;
-    for (int64_t i = 0; i < count; ++i) {
-      T value = from[i];
-      to[i] = keep[i] != 0 ? value : T(0);
-    }
-  }
+  return Lines{0, 0, 0, 1, columns}.joined(image, pitch) ? std::max<int64_t>(kElements / (columns * channels), 1) : 1;
 }
 
 // Rows first - above .. first + rows + below - 1 of all channels. Those inside the image come through fetch(row, count,
 // i), `step` at a time: row .. row + count - 1 of all channels, into rows i .. of the planes.
 template <class T, class Fetch>
 inline void pack_planes(const Planes& planes, int64_t image_rows, int64_t channels, int64_t first, int64_t rows,
-                        int64_t step, const T* kept, T* to, Fetch&& fetch) {
+                        int64_t step, T* to, Fetch&& fetch) {
   int64_t all = planes.above + rows + planes.below, start = first - planes.above;
   int64_t begin = std::max<int64_t>(-start, 0), end = std::min(all, image_rows - start);
   for (int64_t c = 0; c < channels; ++c) {
@@ -153,7 +23,6 @@ inline void pack_planes(const Planes& planes, int64_t image_rows, int64_t channe
     zero(plane + planes.front + end * planes.pitch, planes.plane - planes.front - end * planes.pitch);
   }
   for (int64_t i = begin; i < end; i += step) fetch(start + i, std::min(step, end - i), i);
-  for (int64_t c = 0; c < channels; ++c) move_plane(planes, kept, to + c * planes.size);
 }
 
 // Where the planes of some images lie one by one, before their pixels become lanes: [halves][lanes][length].
@@ -166,7 +35,7 @@ struct Staging {
   explicit Staging(const Planes& planes, int64_t halves = 1)
       : planes(planes),
         columns(planes.columns + planes.gap),
-        length(planes.lanes > 1 ? planes.rows * columns : 0),
+        length(planes.layout == Layout::images ? planes.rows * columns : 0),
         rows(halves * planes.lanes * length) {
     zero(rows.get(), halves * planes.lanes * length);
   }
@@ -178,30 +47,181 @@ struct Staging {
   }
 };
 
-// The input's planes; returns the band's first row of the first channel.
+// Writes rows of a unit's channels, which lie `stride` apart.
 template <class T>
-inline const T* pack_input(const ConvArgs& args, int64_t n, int64_t first, int64_t rows, const T* kept,
-                           const Staging<T>& staging, T* to) {
-  const Planes& planes = args.planes;
-  if (planes.in_place) return pixel<T>(args.input, args.input.at(n, 0, first));
-  if (planes.lanes > 1) {
-    int64_t images = std::min(args.images, args.n - n);
-    for (int64_t c = 0; c < args.in_channels; ++c) {
-      for (int64_t i = 0; i < images; ++i)
-        read_rows(args.input, args.input.at(n + i, c, 0), rows, args.columns, staging.plane(i), staging.columns);
-      staging.pack(images, 0, to + c * planes.size);
+inline void write_unit(const Image& image, const Side& side, int64_t unit, int64_t n, int64_t first, int64_t rows,
+                       int64_t columns, const T* from, int64_t stride, int64_t pitch) {
+  int c = side.channel(unit, 0);
+  if (channels_innermost<T>(image) && side.channel(unit, kBlock - 1) == c + kBlock - 1) {
+    if (Lines{n, c, first, rows, columns}.joined(image, pitch)) {
+      columns *= rows;
+      rows = 1;
     }
-    return to + planes.first();
+    for (int64_t row = 0; row < rows; ++row)
+      transpose(from + row * pitch, stride, kBlock, columns, pixel<T>(image, image.at(n, c, first + row)),
+                image.stride[3]);
+    return;
   }
-  int64_t step = rows_of_a_channel(args.input, args.columns, args.in_channels, planes.pitch);
-  pack_planes(
-      planes, args.rows, args.in_channels, first, rows, step, kept, to, [&](int64_t row, int64_t count, int64_t i) {
-        T* at = to + planes.front + i * planes.pitch;
-        if (channels_innermost<T>(args.input))
-          return transpose(pixel<T>(args.input, args.input.at(n, 0, row)), args.input.stride[3], count * args.columns,
-                           args.in_channels, at, planes.size);
-        for (int64_t c = 0; c < args.in_channels; ++c)
-          read_rows(args.input, args.input.at(n, c, row), count, args.columns, at + c * planes.size, planes.pitch);
-      });
-  return to + planes.first();
+  for (int m = 0; m < kBlock && side.channel(unit, m) >= 0; ++m)
+    write_lines(image, {n, side.channel(unit, m), first, rows, columns}, from + m * stride, pitch);
 }
+
+// A unit's outputs over a band: [halves][kBlock][pitch], of each image.
+template <class T>
+struct PlaneOutputs {
+  static constexpr int lanes = WideOf<T>::lanes;
+  const ConvArgs& args;
+  const Planes& planes;
+  const Side& side;
+  bool of_images;
+  int64_t row_pitch, pitch, size;  // of a channel's row, of a channel, of an image
+  ScratchOf<T> pixels, interleaved, scratch;
+
+  PlaneOutputs(const ConvArgs& args, const Planes& planes, const Side& side)
+      : args(args),
+        planes(planes),
+        side(side),
+        of_images(planes.layout == Layout::images),
+        row_pitch(of_images ? args.columns : planes.pitch),
+        pitch((args.band * row_pitch + lanes - 1) / lanes * lanes + kVectors * lanes),
+        size(planes.layout == Layout::pixels ? 0 : side.halves * kBlock * pitch),
+        pixels(planes.lanes * size),
+        interleaved(of_images ? kBlock * lanes * args.band * args.columns : 0),
+        scratch(args.columns + kVectors * lanes) {}
+
+  // A band's outputs, of the share's units. constants: [units][halves][kBlock][lanes]; bare: whether nothing follows.
+  void convolve(const Band<T>& band, int64_t n, const Share& share, const void* packed, const T* constants,
+                const Image& y, bool bare) const {
+    int64_t images = std::min(args.images, args.n - n);
+    for (int64_t u = share.first(side.units()); u < share.last(side.units()); ++u) {
+      T* place = bare ? in_place(y, u, n, band) : nullptr;
+      for (int h = 0; h < side.halves; ++h)
+        convolve_unit(band, u, h, static_cast<const T*>(packed) + side.weights_of(u, h),
+                      constants + (u * side.halves + h) * kBlock * lanes, place, y.stride[1]);
+      for (int64_t i = 0; i < images && !place; ++i) {
+        for (int m = 0; m < kBlock && side.channel(u, m) >= 0 && !bare; ++m) {
+          T* of_channel[2] = {channel(i, 0, m), channel(i, side.halves - 1, m)};
+          finish(args, {n + i, side.channel(u, m), band.first, band.rows, args.columns}, of_channel, row_pitch,
+                 scratch.get());
+        }
+        write_unit(y, side, u, n + i, band.first, band.rows, args.columns, channel(i, 0, 0), pitch, row_pitch);
+      }
+    }
+  }
+
+ private:
+  T* channel(int64_t image, int half, int m) const { return pixels.get() + image * size + (half * kBlock + m) * pitch; }
+  // Where a unit lies in an image of the same layout, whole vectors of whole blocks, else null.
+  T* in_place(const Image& image, int64_t unit, int64_t n, const Band<T>& band) const {
+    int c = side.channel(unit, 0);
+    bool same = !of_images && is_plane(image, args.columns, sizeof(T) == 8) && row_pitch == args.columns &&
+                band.rows * args.columns % lanes == 0 && side.channel(unit, kBlock - 1) == c + kBlock - 1;
+    return same ? pixel<T>(image, image.at(n, c, band.first)) : nullptr;
+  }
+  // to: null, or in place
+  void convolve_unit(const Band<T>& band, int64_t unit, int half, const T* weights, const T* constants, T* to,
+                     int64_t to_pitch) const {
+    const int32_t* offsets = side.offsets(unit);
+    const Run* runs = side.runs(unit);
+    if (!of_images) {
+      if (!to) {
+        to = channel(0, half, 0);
+        to_pitch = pitch;
+      }
+      Ahead ahead = half == 0 ? band.next.part(unit, side.units()) : Ahead();
+      const uint16_t* masks = kMasks ? planes.masks_of(band.first / args.band, args.taps()) : nullptr;
+      conv_row<T, kMasks>(band.in, offsets, runs, nullptr, masks, planes.vectors, weights, constants,
+                          planes.positions(band.rows), to, to_pitch, ahead);
+      return;
+    }
+    int64_t wide = args.columns * lanes, plane = band.rows * wide;
+    to = interleaved.get();
+    for (int64_t row = 0; row < band.rows; ++row)
+      conv_row<T, false>(band.in + row * planes.pitch, offsets, runs, side.starts(unit, row, args.rows), nullptr, 0,
+                         weights, constants, wide, to + row * wide, plane);
+    for (int m = 0; m < kBlock; ++m)
+      transpose(to + m * plane, lanes, band.rows * args.columns, lanes, channel(0, half, m), size);
+  }
+};
+
+// The sum of a plane, whose gaps are zeros.
+template <class T>
+inline double sum_plane(const T* from, int64_t positions) {
+  double total = 0;
+  for (int64_t p = 0; p < positions; p += kTile) total += sum(from + p, int(std::min<int64_t>(kTile, positions - p)));
+  return total;
+}
+
+// The gradient before the activation of a band in d_planes, and what else is wanted of it: d_cond, and sums. Where it
+// is that of the output, and no tap reads beside it, it stays in place.
+template <class T>
+struct PlaneGradient {
+  const ConvArgs& args;
+  const Planes& planes;
+  int64_t step, most;
+  ScratchOf<T> scratch, packed;
+  Staging<T> staging;
+
+  explicit PlaneGradient(const ConvArgs& args)
+      : args(args),
+        planes(args.d_planes),
+        step(planes.layout == Layout::images
+                 ? args.rows
+                 : rows_of_a_channel(args.d_y, args.columns, args.z_channels, planes.pitch)),
+        most(covered<T>(step * args.columns)),
+        scratch(3 * most),
+        packed(planes.layout == Layout::pixels ? 0 : planes.elements(args.z_channels)),
+        staging(planes, args.gated() ? 2 : 1) {
+    zero(scratch.get(), 3 * most);
+    if (planes.layout == Layout::images) zero(packed.get(), planes.elements(args.z_channels));
+  }
+
+  // of: a channel's rows, `pitch` apart, with zeros between them
+  void store(int64_t n, int64_t c, int64_t first, int64_t rows, const T* of, int64_t pitch) const {
+    if (args.d_cond) write_lines(args.d_cond, {n, c, first, rows, args.columns}, of, pitch);
+    if (args.sums_wanted)
+      args.sums[(n * args.bands + first / args.band) * args.z_channels + c] =
+          sum_plane(of, (rows - 1) * pitch + args.columns);
+  }
+
+  // The band's first row of the first channel.
+  const T* pack(int64_t n, int64_t first, int64_t rows, bool stored) const {
+    T* to = packed.get();
+    const T* band = planes.in_place ? pixel<T>(args.d_y, args.d_y.at(n, 0, first)) : to + planes.first();
+    if (planes.layout == Layout::images) {
+      pack_images(n, stored, to);
+      return band;
+    }
+    if (!planes.in_place)
+      pack_planes(
+          planes, args.rows, args.z_channels, first, rows, step, to, [&](int64_t row, int64_t count, int64_t i) {
+            if (args.activation == Activation::none && channels_innermost<T>(args.d_y))
+              return transpose(pixel<T>(args.d_y, args.d_y.at(n, 0, row)), args.d_y.stride[3], count * args.columns,
+                               args.z_channels, to + planes.front + i * planes.pitch, planes.size);
+            for (int64_t c = 0; c < args.y_channels; ++c) {
+              T* line = to + c * planes.size + planes.front + i * planes.pitch;
+              T* of_halves[2] = {line, line + args.y_channels * planes.size};
+              activation_gradient(args, {n, c, row, count, args.columns}, of_halves, planes.pitch, scratch.get(), most);
+            }
+          });
+    for (int64_t c = 0; c < args.z_channels; ++c) store(n, c, first, rows, band + c * planes.size, planes.pitch);
+    return band;
+  }
+
+  void pack_images(int64_t n, bool stored, T* to) const {
+    int64_t images = std::min(args.images, args.n - n);
+    for (int64_t c = 0; c < args.y_channels; ++c) {
+      for (int64_t i = 0; i < images; ++i) {
+        T* of_halves[2] = {staging.plane(i), staging.plane(i, args.gated())};
+        activation_gradient(args, {n + i, c, 0, args.rows, args.columns}, of_halves, staging.columns, scratch.get(),
+                            most);
+      }
+      for (int h = 0; h < (args.gated() ? 2 : 1); ++h) {
+        int64_t channel = c + h * args.y_channels;
+        for (int64_t i = 0; i < images && stored; ++i)
+          store(n + i, channel, 0, args.rows, staging.plane(i, h), staging.columns);
+        staging.pack(images, h, to + channel * planes.size);
+      }
+    }
+  }
+};
