@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from fastelbo import _checks, _library, _seed, backends, reference
+from fastelbo import _autograd, _checks, _library, _seed, backends, reference
 from fastelbo.reference.gaussian_kl import event_sum
 from fastelbo.reference.scale import arithmetic_dtype
 from fastelbo.scale import as_scale, numbers, of_numbers
@@ -76,6 +76,31 @@ class Known:
 # What each call asks, by short ways.
 _traced, _transform = torch.compiler.is_dynamo_compiling, torch._C._functorch.peek_interpreter_stack
 _forward_ad, _PLAIN = torch.autograd.forward_ad, _library.PLAIN
+
+
+def local(function, kernels, reference, arguments):
+    """The op of a file, for tensors that are no DTensors and have no more dimensions than kernels take.
+
+    Args:
+        function: its autograd.Function.
+        kernels: of its forward, by backend.
+        reference, arguments: what the reference computes, and the arguments of the forward's schema; of the op's
+            tensors and its options.
+
+    Returns:
+        A function of the op's tensors, its options and a backend.
+    """
+
+    def run(tensors, options, backend):
+        if backend == "reference":
+            return reference(*tensors, options)
+        if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
+            return _library.by_name(kernels[backend])(*arguments(*tensors, options))
+        if not _autograd.recorded(tensors):
+            return function.compute(*tensors, options, backend)
+        return _autograd.record(function, tensors, options, backend)
+
+    return run
 
 
 def clamp_before_broadcast(s, shape, scale, dtype):

@@ -129,16 +129,6 @@ def _folded(tensors, options, backend):
     return fold.terms(_local(fold.tensors, (scale, scale_p, fold.event_ndim, balance), backend))
 
 
-def _local(tensors, options, backend):
-    if backend == "reference":
-        return _reference(*tensors, options)
-    if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
-        return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))
-    if not _autograd.recorded(tensors):
-        return _GaussianKL.compute(*tensors, options, backend)
-    return _autograd.record(_GaussianKL, tensors, options, backend)
-
-
 def _reference(mean_q, s_q, mean_p, s_p, mask, options):
     scale, scale_p, event_ndim, balance = options
     keywords = {"scale": scale, "scale_p": scale_p, "event_ndim": event_ndim, "balance": balance, "mask": mask}
@@ -206,3 +196,5 @@ _BWD = _library.define(
     _bwd_fake,
     _gaussian.check,
 )
+
+_local = _gaussian.local(_GaussianKL, _FWD, _reference, _arguments)

@@ -167,16 +167,6 @@ def _folded(tensors, options, backend):
     return fold.terms(_local(fold.tensors, (scale, fold.event_ndim, *rest), backend))
 
 
-def _local(tensors, options, backend):
-    if backend == "reference":
-        return _reference(*tensors, options)
-    if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
-        return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))
-    if not _autograd.recorded(tensors):
-        return _GaussianLogProb.compute(*tensors, options, backend)
-    return _autograd.record(_GaussianLogProb, tensors, options, backend)
-
-
 def _reference(x, mean, s, mask, options):
     scale, event_ndim, negative, *terms = options
     function = reference.gaussian_nll if negative else reference.gaussian_log_prob
@@ -249,3 +239,5 @@ _BWD = _library.define(
     _bwd_fake,
     _gaussian.check,
 )
+
+_local = _gaussian.local(_GaussianLogProb, _FWD, _reference, _arguments)

@@ -121,16 +121,6 @@ def _folded(tensors, options, backend):
     return fold.sample(_local((mean, s, seed, noise), options, backend))
 
 
-def _local(tensors, options, backend):
-    if backend == "reference":
-        return _reference(*tensors, options)
-    if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
-        return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))
-    if not _autograd.recorded(tensors):
-        return _GaussianRsample.compute(*tensors, options, backend)
-    return _autograd.record(_GaussianRsample, tensors, options, backend)
-
-
 def _reference(mean, s, seed, noise, options):
     noise_offset, num_samples, temperature, scale, out_dtype = options or _DEFAULTS
     draw = {"noise": noise, "seed": _seed.at(seed, mean.device), "noise_offset": noise_offset}
@@ -242,3 +232,5 @@ _BWD = _library.define(
     _bwd_fake,
     _bwd_check,
 )
+
+_local = _gaussian.local(_GaussianRsample, _FWD, _reference, _arguments)

@@ -139,16 +139,6 @@ def _folded(tensors, options, backend):
     return fold.sample(z), fold.terms(kl)
 
 
-def _local(tensors, options, backend):
-    if backend == "reference":
-        return _reference(*tensors, options)
-    if torch.compiler.is_exporting():  # a Function would leave no more in the program than its forward
-        return _library.by_name(_FWD[backend])(*_arguments(*tensors, options))
-    if not _autograd.recorded(tensors):
-        return _GaussianRsampleKL.compute(*tensors, options, backend)
-    return _autograd.record(_GaussianRsampleKL, tensors, options, backend)
-
-
 def _reference(mean_q, s_q, mean_p, s_p, seed, noise, mask, options):
     noise_offset, num_samples, temperature, scale, scale_p, event_ndim, out_dtype, balance = options
     draw = {"noise": noise, "seed": _seed.at(seed, mean_q.device), "noise_offset": noise_offset}
@@ -232,3 +222,5 @@ _BWD = _library.define(
     _bwd_fake,
     _gaussian.check,
 )
+
+_local = _gaussian.local(_GaussianRsampleKL, _FWD, _reference, _arguments)
