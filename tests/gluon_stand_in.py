@@ -293,7 +293,7 @@ class Language:
 
 @contextlib.contextmanager
 def standing_in(module, monkeypatch, real=torch.float64):
-    """A function run(kernel, grid, arguments) for the kernels of a module."""
+    """A function run(kernel, grid, arguments) for the kernels of a module of launches."""
     from triton.experimental.gluon import language
     from triton.runtime.jit import JITFunction
 
@@ -313,7 +313,7 @@ def standing_in(module, monkeypatch, real=torch.float64):
         "_copy_in": _copy_in,
         "_copy_out": _copy_out,
     }
-    for name, value in vars(module).items():
+    for name, value in vars(module.kernels).items():
         if isinstance(value, JITFunction):
             names.setdefault(name, value.fn)
 
@@ -332,5 +332,5 @@ def standing_in(module, monkeypatch, real=torch.float64):
 
     with monkeypatch.context() as patch:
         for name, value in names.items():
-            patch.setattr(module, name, value)
+            patch.setattr(module if name == "_descriptor" else module.kernels, name, value)
         yield run

@@ -62,7 +62,7 @@ def close(found, want):
 
 
 def forms(kernels):
-    tile, row = kernels.Tile, kernels.RowTile
+    tile, row = kernels.tiling.Tile, kernels.tiling.RowTile
     return {
         "plain": tile(128, 64, STAGES=3),
         "swapped": tile(128, 64, STAGES=2, SWAP=True),
@@ -78,7 +78,7 @@ def forms(kernels):
 
 def make(kernels, form):
     tile = forms(kernels)[form]
-    return tile, kernels.prepare_rows if isinstance(tile, kernels.RowTile) else kernels.prepare_convolution
+    return tile, kernels.prepare_rows if isinstance(tile, kernels.tiling.RowTile) else kernels.prepare_convolution
 
 
 FORMS = ["plain", "swapped", "special", "special swapped", "two parts", "special, two parts", "wide steps", "rows",
@@ -162,7 +162,7 @@ def test_weight_gradient(kernels, run, monkeypatch, g, g2, special, channels):
     c, o = channels
     x, _, d_z, taps, _ = case(5, c, o, (8, 12), 3, "B")
     taps = kernels.Taps(*taps)
-    tile = kernels.WeightTile(64, 64, g, g2, 3, special, waves=99)
+    tile = kernels.tiling.WeightTile(64, 64, g, g2, 3, special, waves=99)
     d_weight = torch.full((o, c, 3, 3), float("nan"), dtype=torch.float64)
     first, second = kernels.prepare_weight_gradient(d_z, x, d_weight, taps, tile)
     first[2]["shares"] = first[2]["shares"].double()
@@ -180,7 +180,7 @@ def test_weight_gradient_of_any_size(kernels, run, size):
     x, _, d_z, taps, _ = case(2, 8, 16, size, 3, "A")
     taps = kernels.Taps(*taps)
     d_weight = torch.empty(16, 8, 3, 3, dtype=torch.float64)
-    first, _ = kernels.prepare_weight_gradient(d_z, x, d_weight, taps, kernels.WeightTile(64, 64, 2, 0, 3))
+    first, _ = kernels.prepare_weight_gradient(d_z, x, d_weight, taps, kernels.tiling.WeightTile(64, 64, 2, 0, 3))
     first[2]["shares"] = first[2]["shares"].double().fill_(float("nan"))
     run(*first)
     want = torch.nn.grad.conv2d_weight(x, (16, 8, 3, 3), d_z, padding=1)
@@ -286,7 +286,7 @@ TAKEN = ["convolve", "convolve", "weight_shares", "add_shares"]
     ids=str,
 )
 def test_a_layer_takes_them_by_rule(kernels, launched, monkeypatch, case, keywords, taken):
-    monkeypatch.setattr(kernels, "_FEW_PIXELS", 0)
+    monkeypatch.setattr(kernels.tiling, "FEW_PIXELS", 0)
     tensors = layer(**case)
     found = both_ways(*tensors, **keywords)
     assert launched == taken
@@ -363,9 +363,9 @@ class Layer(NamedTuple):
 
     def tile_for(self, kernels, pass_):
         if pass_ == "d_weight":
-            return kernels.weight_tile_for(self.o, self.c, self.live)
+            return kernels.tiling.weight_tile_for(self.o, self.c, self.live)
         outputs, inputs = (self.o, self.c) if pass_ == "forward" else (self.c, self.o)
-        return kernels.tile_for(outputs, inputs, self.pixels, self.k // 2, self.size[0])
+        return kernels.tiling.tile_for(outputs, inputs, self.pixels, self.k // 2, self.size[0])
 
 
 @pytest.fixture(scope="module")
@@ -407,7 +407,7 @@ def test_arguments_are_those_that_candidates_were_right_with(kernels, candidates
             want = kernels.prepare_weight_gradient(d_z, x, out, taps, tile)
         else:
             found = kernels.convolution(source, weight, out, kernel, 1, pass_ == "d_input")
-            prepare = kernels.prepare_rows if isinstance(tile, kernels.RowTile) else kernels.prepare_convolution
+            prepare = kernels.prepare_rows if isinstance(tile, kernels.tiling.RowTile) else kernels.prepare_convolution
             by_taps = weight.permute(0, 2, 3, 1).reshape(case.o, case.k**2, case.c)
             want = [prepare(source, by_taps, out, taps, tile, transposed=pass_ == "d_input")]
         for (a, grid, arguments), (b, other, wanted) in zip(found, want, strict=True):
@@ -418,10 +418,10 @@ def test_arguments_are_those_that_candidates_were_right_with(kernels, candidates
 
 def test_tiles_are_the_measured_best(kernels, candidates, monkeypatch):
     """Within 5 % of the best of a layer."""
-    monkeypatch.setattr(kernels, "_RENAMED", False)
+    monkeypatch.setattr(kernels.tiling, "RENAMED", False)
     for case, pass_ in itertools.product(candidates, PASSES):
         times = {row["tile"]: float(row["cold_us"]) for row in candidates[case] if row["pass_"] == pass_}
-        if pass_ == "d_weight" and (not times or case.pixels <= kernels._FEW_PIXELS):
+        if pass_ == "d_weight" and (not times or case.pixels <= kernels.tiling.FEW_PIXELS):
             continue
         tile = case.tile_for(kernels, pass_)
         name = f"{type(tile).__name__}({','.join(str(int(value)) for value in tile)})"
@@ -443,7 +443,7 @@ def test_the_op_on_a_model_of_the_hardware(kernels, run, monkeypatch, activation
     names = []
     on_a_gpu(kernels, monkeypatch, launch)
     monkeypatch.setattr(kernels, "can_take", lambda image: image.stride(1) == 1)
-    monkeypatch.setattr(kernels, "_FEW_PIXELS", 0)
+    monkeypatch.setattr(kernels.tiling, "FEW_PIXELS", 0)
     gated = activation in ("tanh_sigmoid", "glu")
     x, weight, *rest = layer(8, 32, 3, (8, 8), dtype=torch.float64, z=64 if gated else 32)
     weight.flatten(2)[:, :, 5:] = float("nan")

@@ -299,7 +299,7 @@ def test_candidates_begin_with_what_is_chosen(tool, capsys):
         case = dataclasses.replace(case, layer=LAYER._replace(n=64, c_in=64, c_out=64, size=16), dtype="bfloat16")
         layer, of_weight = case.layer, case.pass_ == "d_weight"
         found = [one.tile for one in tool.candidates_of(case, "tma")]
-        boxes = tool.masked_conv2d_tma
+        boxes = tool.masked_conv2d_tma.tiling
         chosen = boxes.weight_tile_for(64, 64, layer.live) if of_weight else boxes.tile_for(64, 64, 64 * 256, 1, 16)
         assert found[0] == chosen and len(set(found)) == len(found) > 10
         for dtype, size in (("float32", 16), ("bfloat16", 7)):
@@ -362,7 +362,8 @@ def test_kernels_over_boxes_on_a_model_of_the_hardware(tool, monkeypatch, pass_)
         monkeypatch.setattr(tool, "RUNS", 2)
         monkeypatch.setitem(tool.RELATIVE, torch.float64, 1e-6)
         monkeypatch.setitem(convolutions.TOLERANCE, torch.float64, 1e-6)
-        tile = boxes.WeightTile(64, 64, 1) if pass_ == "d_weight" else boxes.Tile(64, 64, STAGES=2, SWAP=True)
+        tiles = boxes.tiling
+        tile = tiles.WeightTile(64, 64, 1) if pass_ == "d_weight" else tiles.Tile(64, 64, STAGES=2, SWAP=True)
         found = measured(tool, case, [tool.Candidate("tma", tile)])
         assert found.verdicts == {("tma", tile): ("", pytest.approx(0, abs=1e-7))}, found.verdicts
         assert set(ran) == ({"weight_shares", "add_shares"} if pass_ == "d_weight" else {"convolve"})

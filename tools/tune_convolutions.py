@@ -136,8 +136,8 @@ class Row(Session):
 CHOICES = {
     ("triton", False): (masked_conv2d, "tiles_for", masked_conv2d.more_tiles_for),
     ("triton", True): (masked_conv2d, "weight_tiles_for", masked_conv2d.more_weight_tiles_for),
-    ("tma", False): (masked_conv2d_tma, "tile_for", masked_conv2d_tma.more_tiles_for),
-    ("tma", True): (masked_conv2d_tma, "weight_tile_for", masked_conv2d_tma.more_weight_tiles_for),
+    ("tma", False): (masked_conv2d_tma.tiling, "tile_for", masked_conv2d_tma.tiling.more_tiles_for),
+    ("tma", True): (masked_conv2d_tma.tiling, "weight_tile_for", masked_conv2d_tma.tiling.more_weight_tiles_for),
 }
 
 
@@ -176,7 +176,7 @@ def with_choice(call, case, backend, choose, *settings):
     """What a call returns while its tile is chosen by what choose() makes of the function that does else."""
     of_weight = case.pass_ == "d_weight"
     module, name, _ = CHOICES[backend, of_weight]
-    few = [(masked_conv2d_tma, "_FEW_PIXELS", 0)] if of_weight else []  # a rule of today's choice
+    few = [(masked_conv2d_tma.tiling, "FEW_PIXELS", 0)] if of_weight else []  # a rule of today's choice
     boxes = masked_conv2d, "boxes", masked_conv2d_tma if backend == "tma" else None
     return convolutions.within(call, [boxes, (module, name, choose(getattr(module, name))), *few, *settings])()
 
@@ -192,7 +192,7 @@ def candidates_of(case, backend) -> list[Candidate]:
         return lambda *arguments: asked.append(arguments) or right(*arguments)
 
     with_choice(lambda: filling(case, backend, tensors)(), case, backend, choose, note)
-    if backend == "tma" and masked_conv2d_tma.__name__ not in modules:  # it leaves the case to the other kernels
+    if backend == "tma" and masked_conv2d_tma.kernels.__name__ not in modules:  # the case is left to other kernels
         return []
     *_, more = CHOICES[backend, case.pass_ == "d_weight"]
     return [Candidate(backend, tile) for tile in more(*asked[0])]
