@@ -261,7 +261,8 @@ struct ConvArgs {
     int64_t element = image.format == Format::f64 ? 8 : image.format == Format::f32 ? 4 : 2;
     const char* from = image.data + image.at(index / bands, 0, first) * element;
     int64_t row = image.stride[2] * element;
-    if (pixels) return {from, rows_of_band, row, row};
+    constexpr int64_t kPiece = 512;  // of what lies in one piece
+    if (pixels) return {from, rows_of_band * row / kPiece, kPiece, kPiece};
     return {from, channels, image.stride[1] * element, rows_of_band * row};
   }
 };

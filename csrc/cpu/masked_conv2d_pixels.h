@@ -34,29 +34,32 @@ struct PixelOutputs {
   // As of planes. constants: [units][halves][block]
   void convolve(const Band<T>& band, int64_t n, const Share& share, const void* packed, const T* constants,
                 const Image& y, bool bare) const {
-    int64_t of_half = args.columns * side.block;
     for (int64_t u = share.first(side.units()); u < share.last(side.units()); ++u) {
       Ahead ahead = band.next.part(u, side.units());
-      for (int64_t row = 0; row < band.rows; ++row) {
-        ahead.fetch(band.rows - row);
-        Lines lines{n, side.channel(u, 0), band.first + row, args.columns, side.channels_of(u), true};
-        bool in_place = bare && channels_innermost<T>(y) && lines.length % WideOf<T>::lanes == 0;
-        T* of_halves[2] = {in_place ? pixel<T>(y, y.at(n, lines.c, lines.row)) : pixels.get(),
-                           pixels.get() + (side.halves - 1) * of_half};
-        for (int h = 0; h < side.halves; ++h)
-          convolve_row(
-              band.in + row * planes.pitch, lines.row, u, static_cast<const T*>(packed) + side.weights_of(u, h),
-              constants + (u * side.halves + h) * side.block, of_halves[h], in_place ? y.stride[3] : side.block);
-        if (in_place) continue;
-        if (!bare) finish(args, lines, of_halves, side.block, scratch.get());
-        write_pixels(y, lines, pixels.get(), side.block);
-      }
+      for (int64_t row = 0; row < band.rows; ++row)
+        convolve_row(band.in + row * planes.pitch, n, band.first + row, u, packed, constants, y, bare, ahead,
+                     band.rows - row);
     }
   }
 
  private:
-  void convolve_row(const T* in, int64_t row, int64_t unit, const T* weights, const T* constants, T* to,
-                    int64_t to_step) const {
+  // A unit's outputs of a row, of which `rows` are left.
+  void convolve_row(const T* in, int64_t n, int64_t row, int64_t unit, const void* packed, const T* constants,
+                    const Image& y, bool bare, Ahead& ahead, int64_t rows) const {
+    Lines lines{n, side.channel(unit, 0), row, args.columns, side.channels_of(unit), true};
+    bool in_place = bare && channels_innermost<T>(y) && lines.length % WideOf<T>::lanes == 0;
+    T* of_halves[2] = {in_place ? pixel<T>(y, y.at(n, lines.c, row)) : pixels.get(),
+                       pixels.get() + (side.halves - 1) * args.columns * side.block};
+    for (int h = 0; h < side.halves; ++h)
+      convolve_half(in, row, unit, static_cast<const T*>(packed) + side.weights_of(unit, h),
+                    constants + (unit * side.halves + h) * side.block, of_halves[h],
+                    in_place ? y.stride[3] : side.block, ahead, rows * side.halves - h);
+    if (in_place) return;
+    if (!bare) finish(args, lines, of_halves, side.block, scratch.get());
+    write_pixels(y, lines, pixels.get(), side.block);
+  }
+  void convolve_half(const T* in, int64_t row, int64_t unit, const T* weights, const T* constants, T* to,
+                     int64_t to_step, Ahead& ahead, int64_t left) const {
     const int32_t *offsets = side.offsets(unit), *start = side.starts(unit, row, args.rows);
     bool two = side.channels_of(unit) > WideOf<T>::lanes;
     for (int64_t column = 0, width; column < args.columns; column += width, ++start) {
@@ -65,6 +68,7 @@ struct PixelOutputs {
       auto tile = two ? pixel_tile_of<T, 2>(width) : pixel_tile_of<T, 1>(width);
       tile(in + column * planes.step, planes.step, offsets, side.runs(unit) + *start, weights, side.block, constants,
            to + column * to_step, to_step);
+      ahead.fetch((left * args.columns - column - 1) / kPixels + 1);
     }
   }
 };
