@@ -15,16 +15,15 @@ from fastelbo import _library
 from fastelbo.kernels import elementary, plan
 from fastelbo.kernels import masked_conv2d as convolutions
 from fastelbo.kernels.launch import TENSOR, Launch
-from fastelbo.kernels.masked_conv2d import (
-    Taps,
-    Tiles,
-    _before_gate,
-    _convolve,
-    _dot,
-    _group,
-    _pixels,
-    _sigmoid,
-    _store,
+from fastelbo.kernels.masked_conv2d import Taps, Tiles
+from fastelbo.kernels.masked_conv2d_kernels import (
+    before_gate,
+    dot,
+    group_of,
+    pixels_from,
+    sigmoid,
+    store_image,
+    sum_taps,
 )
 from fastelbo.reference.scale import arithmetic_dtype
 
@@ -56,7 +55,7 @@ def _horizontal(
     KEEP: tl.constexpr = kept is not None
     program = tl.program_id(0)
     at = (program if JOINED else program // BLOCKS).to(tl.int64) * M
-    n, row, column, valid = _pixels(at, images, rows, columns, M)
+    n, row, column, valid = pixels_from(at, images, rows, columns, M)
     to = tl.arange(0, ALL)
     total = tl.zeros([M, ALL], T)
     for block in range(BLOCKS if JOINED else 1):
@@ -64,11 +63,11 @@ def _horizontal(
         lane = tl.arange(0, N)
         within = first + lane // 2  # side by side, what the gate joins: a thread has both
         both = within + lane % 2 * OUTPUTS
-        u = _convolve(
+        u = sum_taps(
             h, h_strides, weight, n, row, column, valid, both, within < OUTPUTS, rows, columns, dilation,
             1, INPUTS, INPUTS, OUTPUTS, KERNEL, 1, T, PRECISION, FLAT, M, N, K, IN_PART,
         )  # fmt: skip
-        u += _convolve(
+        u += sum_taps(
             z, z_strides, link, n, row, column, valid, both, within < OUTPUTS, rows, columns, 1,
             1, 2 * OUTPUTS, 2 * OUTPUTS, OUTPUTS, LINK, 1, T, PRECISION, False, M, N, LINK_K, LINK_IN_PART,
             above, above_stride,
@@ -78,46 +77,44 @@ def _horizontal(
         other = channel + OUTPUTS
         mask = valid[:, None] & (channel < OUTPUTS)
         a, b = tl.split(tl.reshape(u, [M, WIDTH, 2]))
-        a = _before_gate(a, link_bias, link_bias_stride, None, None, None, None, n, row, column, channel, mask, False)
-        b = _before_gate(b, link_bias, link_bias_stride, None, None, None, None, n, row, column, other, mask, False)
-        a = _before_gate(
+        a = before_gate(a, link_bias, link_bias_stride, None, None, None, None, n, row, column, channel, mask, False)
+        b = before_gate(b, link_bias, link_bias_stride, None, None, None, None, n, row, column, other, mask, False)
+        a = before_gate(
             a, bias, bias_stride, cond, cond_strides, kept, kept_strides, n, row, column, channel, mask, KEEP
         )
-        b = _before_gate(
-            b, bias, bias_stride, cond, cond_strides, kept, kept_strides, n, row, column, other, mask, KEEP
-        )
+        b = before_gate(b, bias, bias_stride, cond, cond_strides, kept, kept_strides, n, row, column, other, mask, KEEP)
         if ACTIVATION == "tanh_sigmoid":
             a = elementary.tanh(a)
-        g = a * _sigmoid(b)
+        g = a * sigmoid(b)
         if gated is not None:
-            _store(gated, gated_strides, n, row, column, channel, g, mask)
+            store_image(gated, gated_strides, n, row, column, channel, g, mask)
         if JOINED:
             if not _INTERPRETED:  # which multiplies in T
                 g = g.to(h.dtype.element_ty)
             place = out + to[None, :] * OUTPUTS + c[:, None]
             exists = (c < OUTPUTS)[:, None] & (to < OUTPUTS)[None, :]
             if GROUPS == 1:
-                total = _dot(g, tl.load(place, mask=exists, other=0), total, PRECISION)
+                total = dot(g, tl.load(place, mask=exists, other=0), total, PRECISION)
             else:
-                read = _group(c, OUTPUTS, GROUPS, INTERLEAVED)
+                read = group_of(c, OUTPUTS, GROUPS, INTERLEAVED)
                 for group in range(GROUPS):
-                    reads = group <= _group(to, OUTPUTS, GROUPS, INTERLEAVED)
+                    reads = group <= group_of(to, OUTPUTS, GROUPS, INTERLEAVED)
                     w = tl.load(place, mask=exists & (read == group)[:, None] & reads[None, :], other=0)
-                    part = _dot(tl.where((read == group)[None, :], g, 0), w, tl.zeros([M, ALL], T), PRECISION)
+                    part = dot(tl.where((read == group)[None, :], g, 0), w, tl.zeros([M, ALL], T), PRECISION)
                     total += tl.where(reads[None, :], part, 0.0)  # no product: what it does not read may be NaN
     if JOINED:
         channel = to.to(tl.int64)[None, :]
         mask = valid[:, None] & (channel < OUTPUTS)
-        total = _before_gate(
+        total = before_gate(
             total, out_bias, out_bias_stride, residual, residual_strides, None, None, n, row, column, channel, mask,
             False,
         )  # fmt: skip
-        _store(y, y_strides, n, row, column, channel, total, mask)
+        store_image(y, y_strides, n, row, column, channel, total, mask)
 
 
 def takes(dtype: torch.dtype) -> bool:
     """Whether kernels are for operands of a dtype: without tensor cores operands and sums share the registers."""
-    tensor_cores = dtype != torch.float64 and (dtype != torch.float32 or convolutions._precision(dtype) == "tf32")
+    tensor_cores = dtype != torch.float64 and (dtype != torch.float32 or convolutions.precision_of(dtype) == "tf32")
     return tensor_cores or _library.INTERPRETED
 
 
@@ -130,7 +127,7 @@ def joins(dtype: torch.dtype, inputs: int, outputs: int, groups: int) -> bool:
 def tiles_for(inputs, outputs, taps, more) -> "tuple[Tiles, int]":
     """Of the horizontal launch: its tiles, and the link's K; more: whether it has operands that not every block has."""
     flat = inputs < convolutions._FEW
-    power = convolutions._power_of_two
+    power = convolutions.power_of_two
     k = power(taps.TAPS * inputs if flat else inputs, 16, 32)
     if _library.INTERPRETED:
         return Tiles(128, 2 * power(outputs, 8, 16), 4 * k, flat), power(2 * outputs, 16, 256)
@@ -152,7 +149,7 @@ def gated_block_fwd(results, *arguments):
     outputs, dtype = h_out.shape[1], h.dtype
     joined = joins(dtype, inputs, outputs, groups)
     has_kept, has_gated = keep, keep or not joined
-    part = convolutions._reaching(horizontal, "horizontal", h.shape[2:], dilation)
+    part = convolutions.reaching_part(horizontal, "horizontal", h.shape[2:], dilation)
     taps = convolutions.taps_of(horizontal, mask_type, "horizontal", groups, order, part=part)
     first_row = convention == "pad-first"
     link_taps = Taps(1, 0 if convention == "mask-first-layer" else 1, 0, 1, 1, True, False)
@@ -160,7 +157,7 @@ def gated_block_fwd(results, *arguments):
         (v_out, z), v, vertical, vertical_bias, v_cond, None,
         vertical_mask, "vertical", dilation, 1, order, activation, True, bare=True,
     )  # fmt: skip
-    image = convolutions._image
+    image = convolutions.image_of
 
     def vector(bias, wanted=True):
         return (TENSOR, bias.stride(0)) if bias is not None and wanted else (None, 0)
@@ -180,15 +177,15 @@ def gated_block_fwd(results, *arguments):
         programs *= 1 if joined else triton.cdiv(outputs, tiles.N // 2)
         return Launch(
             _horizontal, programs,
-            *convolutions._image_innermost(h), TENSOR, *vector(horizontal_bias),
+            *convolutions.image_innermost(h), TENSOR, *vector(horizontal_bias),
             *image(z), TENSOR, *vector(link_bias), *vector(vertical_bias, first_row),
             *image(h_cond), *image(kept if has_kept else None), *image(gated if has_gated else None), *last,
             images, rows, columns, dilation,
             INPUTS=inputs, OUTPUTS=outputs, ACTIVATION=activation, KERNEL=taps.constants, LINK=link_taps.constants,
             T=plan.TYPES[arithmetic_dtype(h)], PRECISION=precision,
-            IN_PART=convolutions._steps_of_a_part(dtype, precision, tiles.K),
-            LINK_K=k, LINK_IN_PART=convolutions._steps_of_a_part(dtype, precision, k),
-            ALL=convolutions._power_of_two(outputs, 16, _MOST),
+            IN_PART=convolutions.steps_of_a_part(dtype, precision, tiles.K),
+            LINK_K=k, LINK_IN_PART=convolutions.steps_of_a_part(dtype, precision, k),
+            ALL=convolutions.power_of_two(outputs, 16, _MOST),
             **tiles._asdict(), enable_fp_fusion=False,
         )  # fmt: skip
 
@@ -198,9 +195,9 @@ def gated_block_fwd(results, *arguments):
         v_out, h_out, z, kept, gated = results
         residual = h if add else None
         read_rows((v_out, z), v, vertical, vertical_bias, v_cond, None)
-        row, link = (convolutions._packed(weight) for weight in (convolutions._part(horizontal, part), link))
-        read_row(convolutions._precision(dtype))(
-            convolutions._channels_innermost(h), row, horizontal_bias, z, link, link_bias,
+        row, link = (convolutions.packed_weight(weight) for weight in (convolutions.part_of(horizontal, part), link))
+        read_row(convolutions.precision_of(dtype))(
+            convolutions.channels_innermost(h), row, horizontal_bias, z, link, link_bias,
             vertical_bias if first_row else None, h_cond, kept if has_kept else None, gated if has_gated else None,
             *((out.contiguous(), out_bias, residual, h_out) if joined else ()),
         )  # fmt: skip

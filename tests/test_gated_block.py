@@ -97,7 +97,7 @@ def test_many_channels_take_a_third_launch(taken, monkeypatch):
     monkeypatch.setattr(_library, "_FOUND", {})
     test_equals_the_lines("triton", "colours", taken)
     block, images = make(6, 6, layout=torch.channels_last, backend="triton")
-    assert launched(monkeypatch, lambda: block(*images))[0] == ["_fwd", "_horizontal", "_fwd"]
+    assert launched(monkeypatch, lambda: block(*images))[0] == ["convolution", "_horizontal", "convolution"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -276,7 +276,7 @@ def test_two_launches(grad, taken, monkeypatch):
     with torch.set_grad_enabled(grad):
         block(*images)
         found = launched(monkeypatch, lambda: block(*images))
-    assert found == (["_fwd", "_horizontal"], [])
+    assert found == (["convolution", "_horizontal"], [])
     names, ops = launched(monkeypatch, lambda: block(*images))  # as without the setting
     assert len(names) == 3 and len(ops) > 5
 
@@ -285,4 +285,4 @@ def test_two_launches(grad, taken, monkeypatch):
 def test_a_condition_is_another_launch(taken, monkeypatch):
     block, images = make(20, 20, layout=torch.channels_last, cond="class", backend="triton")
     names, ops = launched(monkeypatch, lambda: block(*images))
-    assert names == ["_fwd", "_horizontal"] and "aten::conv2d" in ops and "aten::add" not in ops
+    assert names == ["convolution", "_horizontal"] and "aten::conv2d" in ops and "aten::add" not in ops

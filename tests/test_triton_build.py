@@ -82,7 +82,7 @@ def test_convolutions_run_on_tensor_cores(compiled, machine):
     """But for the elementwise kernels, and for float32 where TF32 is not allowed."""
     for name, kernel in compiled[machine].items():
         if name.startswith(("masked_conv2d", "gated_block")):
-            elementwise = "before_activation" in name or "add_shares" in name
+            elementwise = any(kernel in name for kernel in ("before_activation", "add_shares", "sum_shares"))
             found = any(code.startswith(MATRIX_PRODUCTS) for code in kernel["code"])
             assert found != (elementwise or name.endswith("ieee")), name
 
@@ -90,7 +90,7 @@ def test_convolutions_run_on_tensor_cores(compiled, machine):
 @every_machine
 @pytest.mark.parametrize("case", ["float32", "bfloat16"])
 def test_convolutions_load_16_bytes_at_a_time(compiled, machine, case):
-    for kernel in ("fwd", "fwd_input"):
+    for kernel in ("convolution", "convolution_input"):
         code = compiled[machine][f"masked_conv2d_{kernel}-{case}"]["code"]
         copies = [instruction for instruction in code if instruction.startswith("LDGSTS")]
         assert copies and all("128" in instruction for instruction in copies)
