@@ -73,8 +73,6 @@ Tensor allocate_strided(const Shape& shape, const int64_t* strides, ScalarType d
 Tensor allocate_gradient(const Shape& shape, const std::optional<Tensor>& of, ScalarType arithmetic, Device device,
                          bool wanted = true);
 
-// The constant of a log-density.
-
 // float64 if any tensor is, else float32.
 ScalarType arithmetic_type(std::initializer_list<const Tensor*> tensors);
 inline const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor ? &*tensor : nullptr; }
