@@ -32,7 +32,7 @@ void conv_sizes(LoopSizes& sizes) {
   sizes.masks = kMasks;
 }
 
-// The weights of units begin .. end - 1 in the order in which conv_tile reads them.
+// The weights of units begin .. end - 1 in the order in which tiles read them.
 template <class T>
 inline void pack_weights(const ConvArgs& args, const Side& side, bool transposed, T* to, int64_t begin, int64_t end) {
   const Image& weight = args.weight;

@@ -102,7 +102,8 @@ inline void transpose(const T* from, int64_t stride, int64_t lines, int64_t leng
     for (int64_t i = 0; i < length; ++i) to[i * to_stride] = from[i];
 }
 
-// Whether an image's pixels are vectors of channels, of the arithmetic type; `pixel` is the address of one.
+// Whether an image's pixels are vectors of channels, or its rows of pixels, of the arithmetic type; `pixel` is the
+// address of one.
 template <class T>
 inline bool channels_innermost(const Image& image) {
   return is_innermost(image) && image.format == (sizeof(T) == 4 ? Format::f32 : Format::f64);
